@@ -1,0 +1,23 @@
+"""One exception for everything a user can mend. It says what is wrong, the rule, and the remedy.  (no torch)"""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """A bad recipe, file or flag. The command line prints it without a traceback and exits with 2.
+
+    Raise it once with every problem found, never once per run.
+    """
+
+    def __init__(self, where: str, problems: Sequence[str] | str):
+        self.where = where
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        count = len(self.problems)
+        head = f"{where}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+def refuse(where: str, problems: Sequence[str]) -> None:
+    """Raise UserError if there is any problem."""
+    if problems:
+        raise UserError(where, problems)

@@ -1,0 +1,68 @@
+"""What a model family must say about itself: values and a few plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reeltune.diffusion.objective import Objective
+from reeltune.types import Encoded, Geometry
+
+
+@dataclass
+class Parts:
+    """A family's networks, loaded. `net` is trained; the frozen ones only encode and decode.
+
+    Under `low_vram` the frozen networks live on the CPU and visit the device inside `borrow`.
+    """
+
+    net: nn.Module
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # "vae", "text", "image"
+    null: dict[str, Tensor] = field(default_factory=dict)  # condition name -> its blank value (default: zeros)
+    extras: dict[str, Any] = field(default_factory=dict)  # tokenizers and the like
+    config: dict[str, Any] = field(default_factory=dict)  # the transformer's own config.json, as read
+    device: torch.device = torch.device("cpu")
+    low_vram: bool = False
+
+    @contextmanager
+    def borrow(self, name: str) -> Iterator[nn.Module]:
+        """The frozen network on the device; afterwards back on the CPU if `low_vram`."""
+        module = self.frozen[name].to(self.device)
+        try:
+            yield module
+        finally:
+            if self.low_vram and self.device.type != "cpu":
+                module.to("cpu")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One released model family or variant of it. Variants are values: `replace(BASE, ...)`, never subclasses."""
+
+    name: str  # "wan_fun/control_v1.1"
+    source: str  # where the numbers below come from
+    geometry: Geometry
+    objective: Objective
+    modes: tuple[str, ...]  # train modes that its channels allow, the natural one first
+    needs: dict[str, tuple[str, ...]]  # mode -> inputs it cannot do without: "control", "camera", "mask", "ref"
+    drop: dict[str, float]  # condition name -> share of samples it is blanked in (text is a recipe field)
+    blocks: tuple[str, ...]  # class names to shard, recompute and compile
+    size_law: SizeLaw
+    load: Callable[..., Parts]
+    """(path, family, *, dtype, device, low_vram, encoders: bool) -> Parts; raises UserError listing every bad key."""
+    encode: Callable[..., Encoded]
+    """(parts, batch, mode, *, vae_mini_batch, options) -> Encoded; no grad; batch already on the device."""
+    denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
+    """(net, x_BCThw, timestep_B, cond) -> answer_BCThw"""
+    decode: Callable[[Parts, Tensor], Tensor]
+    """(parts, x0_BCThw) -> pixels_BFCHW in [-1, 1]"""
+    to_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
+    """(state_dict of net, config) -> the same tensors under the released names"""
+    from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
+    """Its inverse, a bijection on the released key list."""
+    options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes

@@ -1,0 +1,228 @@
+"""A run, as data: frozen, typed, torch-free. Field names, YAML keys and command-line flags are one vocabulary.
+
+Each section is a dataclass; names are unique over all sections, so a YAML file and the command line
+are flat. The sentence under a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TrainMode = Literal["normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera"]
+
+
+@dataclass(frozen=True)
+class Model:
+    pretrained_model_name_or_path: str = ""
+    """Folder of the downloaded checkpoint, in the released or the diffusers layout."""
+    config_path: str | None = None
+    """The guides' model yaml (config/wan2.1/wan_civitai.yaml): file names inside the checkpoint and the schedule."""
+    transformer_path: str | None = None
+    """Other transformer weights to start from (a .safetensors file or a checkpoint-N folder)."""
+    train_mode: TrainMode | None = None
+    """What the model is given beside text. Left out: what the checkpoint was made for."""
+    control_ref_image: Literal["first_frame", "random"] = "first_frame"
+    """Which frame is the reference picture: the first (V1.0, camera), or any (V1.1)."""
+    add_full_ref_image_in_self_attention: bool = False
+    """Also give the reference picture as tokens of its own (V1.1 only)."""
+    trainable_modules: tuple[str, ...] = (".",)
+    """Parts of parameter names that learn; "." is all. A pattern that matches nothing is an error."""
+    trainable_modules_low_learning_rate: tuple[str, ...] = ()
+    """Parts of parameter names that learn at half the rate."""
+    trained_weights: Literal["fp32", "bf16_stochastic"] = "fp32"
+    """How trained weights are kept: fp32 master copies, or bf16 with stochastic rounding."""
+
+
+@dataclass(frozen=True)
+class Data:
+    train_data_dir: str = ""
+    """Folder that the paths in the metadata are relative to."""
+    train_data_meta: str = ""
+    """The metadata file: .json, .jsonl or .csv."""
+    validation_data_meta: str | None = None
+    """A second metadata file, held out of training and used for the held-out loss."""
+    held_out_share: float = 0.0
+    """Share of train_data_meta held out instead (0 to 0.5), chosen by path, not by chance of the run."""
+    max_bad_share: float = 0.05
+    """Share of entries that may be unusable before the run is refused (0 to 1)."""
+    allow_outside_paths: bool = False
+    """Accept metadata paths that leave train_data_dir."""
+    decode_check: Literal["ends", "full", "header"] = "ends"
+    """How the scan proves that a clip decodes: first and last frames, every frame, or its header alone."""
+    text_drop_ratio: float = 0.1
+    """Share of samples trained without their caption (0 to 1)."""
+    video_repeat: int = 0
+    """Times that each video appears in an epoch; 0 and 1 are once."""
+    dataloader_num_workers: int = 2
+    """Processes that decode clips; 0 decodes in the training process."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    video_sample_n_frames: int = 49
+    """Frames of the longest training clip; used as 4k + 1."""
+    video_sample_stride: int = 2
+    """Take every n-th frame of the file."""
+    video_sample_fps: float | None = None
+    """Frames per second to resample clips to in time; replaces video_sample_stride."""
+    video_sample_size: int = 512
+    """Pixels: side of the square whose area videos keep (smallest rung with token length)."""
+    image_sample_size: int = 512
+    """Pixels: the same for images (and the largest rung for videos with token length)."""
+    token_sample_size: int = 512
+    """Pixels: a clip of video_sample_n_frames at this side is the token budget."""
+    enable_bucket: bool = False
+    """Keep each clip's aspect ratio by buckets; otherwise a centre square is cut."""
+    random_hw_adapt: bool = False
+    """Vary sizes between the smallest and the largest side."""
+    training_with_video_token_length: bool = False
+    """Vary sizes under the token budget: fewer frames where the picture is larger."""
+    random_frame_crop: bool = False
+    """Train one clip in ten at a shorter length of 4k + 1 frames."""
+    random_ratio_crop: bool = False
+    """Crop to a random aspect ratio."""
+    fix_sample_size: tuple[int, int] | None = None
+    """Pixels: resize everything to this height and width."""
+    keep_all_node_same_token_length: bool = False
+    """Accepted; one shape on all processes per micro-step is always on."""
+
+
+@dataclass(frozen=True)
+class Training:
+    train_batch_size: int = 1
+    """Samples per process in a micro-step."""
+    gradient_accumulation_steps: int = 1
+    """Micro-steps per optimizer step."""
+    num_train_epochs: int = 100
+    """Passes over the data."""
+    max_train_steps: int | None = None
+    """Optimizer steps after which the run ends, whatever the epoch."""
+    seed: int = 42
+    """Seed of every random choice."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """Precision of the trained network's arithmetic."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    low_vram: bool = False
+    """Frozen networks leave the device between uses."""
+    vae_mini_batch: int = 0
+    """Clips the VAE encodes at a time; 0 is all at once."""
+    allow_tf32: bool = False
+    """Use TF32 for fp32 matrix products on NVIDIA GPUs."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    loss_type: Literal["flow", "ddpm", "sigma"] | None = None
+    """The objective; left out: what the checkpoint was trained with. Another value than that is an error."""
+    uniform_sampling: bool = False
+    """Draw noise levels uniformly, in equal strata over the batch; otherwise by weighting_scheme."""
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    """Density and weight of noise levels, as in Stable Diffusion 3."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal density."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal density."""
+    mode_scale: float = 1.29
+    """Scale of the mode density."""
+    motion_sub_loss: bool = False
+    """Blend in the error of differences between neighbouring latent frames."""
+    motion_sub_loss_ratio: float = 0.25
+    """Share of that error in the loss (0 to 1)."""
+    loss_outlier_threshold: float | None = None
+    """Leave out elements with a larger absolute error (the original tools: 50). Off."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    learning_rate: float = 1e-4
+    """Rate after warm-up."""
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+    ] = "constant"
+    """Course of the learning rate (diffusers' names)."""
+    lr_warmup_steps: int = 500
+    """Optimizer steps of linear warm-up."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of polynomial."""
+    lr_step_rules: str | None = None
+    """Rules of piecewise_constant, as "1:10,0.1:20,0.01:30,0.005"."""
+    use_8bit_adam: bool = False
+    """AdamW with 8-bit state (bitsandbytes)."""
+    use_came: bool = False
+    """CAME, which keeps no second moment per weight."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.999
+    """Second-moment decay."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    initial_grad_norm_ratio: int = 5
+    """The clip starts this many times higher and falls to max_grad_norm (only with abnormal_norm_clip_start)."""
+    abnormal_norm_clip_start: int | None = None
+    """Steps after which gradients over max_grad_norm * initial_grad_norm_ratio are clipped harder. Off."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights."""
+    ema_decay: float = 0.9999
+    """Decay of that average per step."""
+
+
+@dataclass(frozen=True)
+class Output:
+    output_dir: str = "output_dir"
+    """Folder of the run."""
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Complete checkpoints kept; older ones are deleted after a good save."""
+    resume_from_checkpoint: str | None = None
+    """latest, or the path of a checkpoint-N folder. Nothing there yet: the run starts anew and says so."""
+    logging_steps: int = 10
+    """Optimizer steps between lines on the console and in the trackers; metrics.jsonl has every step."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl."""
+    tracker_project_name: str = "reeltune"
+    """Project name in the trackers."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    validation_steps: int | None = None
+    """Optimizer steps between held-out losses and previews; left out: at the start and at the end."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts to make previews of. Left out: previews of held-out clips."""
+    validation_paths: tuple[str, ...] = ()
+    """One control clip (or pose file) for each prompt."""
+    preview_count: int = 2
+    """Held-out clips previewed where there are no prompts; 0 makes none."""
+    preview_steps: int = 30
+    """Denoising steps of a preview."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance of previews; 1 is none."""
+    held_out_levels: int = 4
+    """Noise levels at which each held-out clip is measured."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    sizes: Sizes = field(default_factory=Sizes)
+    training: Training = field(default_factory=Training)
+    loss: Loss = field(default_factory=Loss)
+    optimization: Optimization = field(default_factory=Optimization)
+    output: Output = field(default_factory=Output)
+    validation: Validation = field(default_factory=Validation)

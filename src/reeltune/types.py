@@ -1,0 +1,200 @@
+"""The nouns. Read this file first; every other file moves these around.  (no torch at run time)
+
+Shape letters, used as suffixes on tensor names in the whole package:
+    B batch    F pixel frames    T latent frames    C channels
+    H W pixel height, width      h w latent height, width      L text tokens    D hidden width
+Units:
+    pixels   RGB; uint8 in 0..255 up to the device, then float in [-1, 1]
+    level    noise level in [0, 1]; 0 is clean, 1 is pure noise. Only an Objective knows what a
+             network calls it (timestep, sigma, log-snr).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:  # planning and checking a recipe must not wait for torch
+    import torch
+    from torch import Tensor
+
+Kind = Literal["image", "video"]
+
+
+class Shape(NamedTuple):
+    """One clip in pixels. An image is a clip of one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a family's VAE and patchifier divide a clip."""
+
+    time_stride: int = 4  # pixel frames per latent frame, after the first
+    space_stride: int = 8  # pixels per latent cell, each side
+    patch: int = 2  # latent cells per token, each side
+    patch_time: int = 1  # latent frames per token
+    channels: int = 16  # latent channels
+
+    @property
+    def multiple(self) -> int:
+        """Pixels: legal heights and widths are multiples of this."""
+        return self.space_stride * self.patch
+
+    def legal_frames(self, frames: int) -> int:
+        """The longest legal clip (1 + k * time_stride pixel frames) that fits in `frames`."""
+        return (max(frames, 1) - 1) // self.time_stride * self.time_stride + 1
+
+    def latent(self, shape: Shape) -> tuple[int, int, int]:
+        """(T, h, w) for a legal pixel shape."""
+        return (
+            (shape.frames - 1) // self.time_stride + 1,
+            shape.height // self.space_stride,
+            shape.width // self.space_stride,
+        )
+
+    def tokens(self, shape: Shape) -> int:
+        """Tokens of the clip itself in the transformer (references and text not counted)."""
+        T, h, w = self.latent(shape)
+        return T * (h // self.patch) * (w // self.patch)
+
+
+@dataclass(frozen=True)
+class SizeLaw:
+    """How a family's reference draws sizes; same flags, different distributions (measured, 2026-11)."""
+
+    first_weight: float = 0.9  # probability of the largest size of a downsampling list; the rest share equally
+    nearest_rung: float | None = 0.5  # probability of the rung nearest token_sample_size; None: all rungs equal
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of the metadata file, checked and measured.
+
+    Paths are absolute. frames, height, width are the file's own as displayed
+    (after rotation, EXIF orientation and pixel aspect). fps is 0.0 for an image.
+    """
+
+    entry: int  # 0-based place in the metadata file
+    path: str
+    text: str
+    kind: Kind
+    frames: int
+    fps: float
+    height: int
+    width: int
+    control_path: str | None = None  # a clip or picture of the same length and aspect
+    camera_path: str | None = None  # a pose file (.txt)
+
+
+class Crop(NamedTuple):
+    """Resize the displayed picture to (height, width), then cut `Shape` out at (top, left). All in pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Everything random about one sample, decided before any file is opened."""
+
+    record: int  # index into Records
+    shape: Shape  # the pixel shape of the whole micro-step
+    crop: Crop
+    frames: tuple[int, ...]  # which frames of the file, in display order; len == shape.frames
+    ref_frame: int  # which of those frames is the reference picture, 0 .. shape.frames - 1
+    seed: int  # private to this sample in this epoch: noise, drops and masks come from it
+    stratum: tuple[int, int] = (0, 1)  # (i, n): draw the noise level from the i-th of n equal strata
+    repeat: bool = False  # drawn only to fill a group
+
+
+@dataclass
+class Sample:
+    """One Draw, read."""
+
+    draw: Draw
+    text: str
+    pixels_FCHW: Tensor  # uint8
+    control_FCHW: Tensor | None = None  # uint8
+    camera_FCHW: Tensor | None = None  # float32, 6 channels of Pluecker rays
+    mask_FHW: Tensor | None = None  # bool, True is to be generated
+    keep: dict[str, bool] = field(default_factory=dict)  # condition name -> not dropped
+    failures: tuple[tuple[int, str], ...] = ()  # (record, reason) of draws this one stands in for
+
+
+@dataclass
+class Batch:
+    """Samples of one Shape, stacked. On the CPU pixels are uint8; `to` makes them float in [-1, 1]."""
+
+    draws: list[Draw]
+    text: list[str]
+    pixels_BFCHW: Tensor
+    ref_frame_B: Tensor  # int64
+    keep: dict[str, Tensor]  # condition name -> bool_B
+    control_BFCHW: Tensor | None = None
+    camera_BFCHW: Tensor | None = None
+    mask_BFHW: Tensor | None = None
+    failures: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        return [draw.seed for draw in self.draws]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Tensors moved; 8-bit pixels become float32 in [-1, 1] (value / 255, minus 0.5, over 0.5, as released)."""
+
+        def pixels(x):
+            return None if x is None else x.to(device, non_blocking=True).float().div_(255).sub_(0.5).div_(0.5)
+
+        def plain(x):
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            pixels_BFCHW=pixels(self.pixels_BFCHW),
+            control_BFCHW=pixels(self.control_BFCHW),
+            camera_BFCHW=plain(self.camera_BFCHW),
+            mask_BFHW=plain(self.mask_BFHW),
+            ref_frame_B=plain(self.ref_frame_B),
+            keep={name: plain(keep_B) for name, keep_B in self.keep.items()},
+        )
+
+
+@dataclass
+class Posterior:
+    """What a VAE says of a clip: a normal distribution per latent cell, already in the network's units.
+
+    Wan normalises the mean alone, so the sample is mean + exp(logvar / 2) * eps with the raw logvar
+    (DECISIONS 11). Families whose latents are scaled as a whole put 2 log(scale) into logvar.
+    """
+
+    mean: Tensor  # B C T h w
+    logvar: Tensor  # the same shape
+
+
+@dataclass
+class Encoded:
+    """What the frozen networks make of a Batch; also the unit of the on-disk cache.
+
+    It holds distributions, not samples: the draw from them belongs to the training step, so that a
+    run from the cache sees the noise that a live run sees.
+    """
+
+    x0: Posterior
+    cond: dict[str, Tensor | Posterior]  # handed to Family.denoise once drawn and dropped
+    keep: dict[str, Tensor]  # condition name -> bool_B; False means blanked by the family's null value
+    loss_mask: Tensor | None = None  # broadcasts against x0; 0 leaves a cell out of the loss
+
+
+@dataclass
+class Progress:
+    """All the loop must remember beside weights and optimizer."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    cursor: int = 0  # micro-steps taken from this epoch's plan
