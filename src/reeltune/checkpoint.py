@@ -1,0 +1,150 @@
+"""A checkpoint is a folder `checkpoint-N`: written beside, renamed when whole; `progress.json` is its last file.
+
+transformer/          the trained network under its released names, loadable by the original tools
+transformer_ema/      its moving average, if kept
+optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
+ledger.npz            times each record was used
+progress.json         step, epoch, cursor; without it the folder is not a checkpoint
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from reeltune.errors import UserError
+from reeltune.types import Progress
+
+NAME = re.compile(r"checkpoint-(\d+)$")
+PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
+
+
+def complete(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest step first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
+    return sorted((path for path in found if (path / "progress.json").is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = NAME.match(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def find(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from: `latest` in output_dir, or a folder by path or by name.
+
+    None if nothing was asked for, or `latest` of a run that has none yet.
+    Raises UserError for a path that is no complete checkpoint.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        return next(reversed(complete(output_dir)), None)
+    for path in (Path(wanted), Path(output_dir) / wanted):
+        if (path / "progress.json").is_file():
+            return path
+    have = ", ".join(path.name for path in complete(output_dir)) or "none"
+    raise UserError(
+        "resume",
+        f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint (a folder with progress.json); "
+        f"complete ones in {output_dir}: {have}; or use latest",
+    )
+
+
+def save(
+    output_dir: Path,
+    progress: Progress,
+    *,
+    write_weights: Callable[[Path], None],
+    optimizer_state: dict,
+    write_ledger: Callable[[Path], None],
+    keep: int | None,
+) -> tuple[Path, float, int]:
+    """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, seconds, bytes).
+
+    Raises UserError if the disk is full or refuses; what was there before stays as it was.
+    """
+    started = time.perf_counter()
+    final = Path(output_dir) / f"checkpoint-{progress.step}"
+    partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        torch.save(optimizer_state, partial / "optimizer.pt")
+        write_ledger(partial)
+        (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        size_bytes = _flush(partial)
+        if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush_folder(final.parent)
+    except (OSError, RuntimeError, ValueError) as broken:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not _is_disk_error(broken):
+            raise
+        last = next(reversed(complete(output_dir)), None)
+        raise UserError(
+            "save",
+            f"{final.name} could not be written ({broken}); free space in {output_dir} and run again with "
+            f"resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
+        ) from broken
+    if keep is not None:
+        for old in complete(output_dir)[: -max(keep, 1)]:
+            (old / "progress.json").unlink()  # first, so that a kill in between leaves no half checkpoint
+            shutil.rmtree(old)
+    return final, time.perf_counter() - started, size_bytes
+
+
+def load(checkpoint: Path) -> tuple[Progress, dict]:
+    """Progress and optimizer state (on the CPU) of a complete checkpoint."""
+    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    return progress, torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def sweep(output_dir: Path) -> None:
+    """Deletes what a kill in the middle of a save left behind."""
+    for path in Path(output_dir).glob(".checkpoint-*.partial"):
+        if PARTIAL.match(path.name):
+            shutil.rmtree(path)
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """torch and safetensors wrap the operating system's error in their own, with its words."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    words = str(error)
+    return any(os.strerror(number) in words for number in full) or "file write failed" in words
+
+
+def _flush(folder: Path) -> int:
+    """Everything in it reaches the disk. Returns its size in bytes."""
+    size_bytes = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            size_bytes += path.stat().st_size
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+    return size_bytes
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
