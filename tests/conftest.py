@@ -1,0 +1,38 @@
+"""Fixtures that find what tests read beside the project: goldens, media and broken inputs."""
+
+from pathlib import Path
+
+import pytest
+
+BESIDE = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", default=str(BESIDE / "goldens"), help="folder of golden files to compare with")
+
+
+def _folder(path: Path, what: str) -> Path:
+    if not path.is_dir():
+        pytest.skip(f"no {what} at {path}; give --goldens DIR")
+    return path
+
+
+@pytest.fixture(scope="session")
+def goldens(request) -> Path:
+    return _folder(Path(request.config.getoption("--goldens")).resolve(), "golden files")
+
+
+def _beside(request, name: str) -> Path:
+    """`name` beside the goldens, else beside the repository."""
+    path = Path(request.config.getoption("--goldens")).resolve().parent / name
+    return _folder(path if path.is_dir() else BESIDE / name, name)
+
+
+@pytest.fixture(scope="session")
+def media(request) -> Path:
+    return _beside(request, "media")
+
+
+@pytest.fixture(scope="session")
+def bad_inputs(request) -> Path:
+    return _beside(request, "bad_inputs")
