@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reeltune.errors import UserError
 
@@ -34,8 +36,9 @@ class Engine:
         if launched != self.accelerator.num_processes:
             raise UserError(
                 "launch",
-                f"{launched} processes were started but each sees {self.accelerator.num_processes}: they would train apart; "
-                "start with accelerate launch --multi_gpu --num_processes N (and ACCELERATE_USE_CPU=true without a GPU)",
+                f"{launched} processes were started but each sees {self.accelerator.num_processes}: they would train "
+                "apart; start with accelerate launch --multi_gpu --num_processes N "
+                "(and ACCELERATE_USE_CPU=true without a GPU)",
             )
 
     @property
@@ -136,3 +139,33 @@ class Stopwatch:
             else:
                 total[name] += after - before
         return total
+
+
+def recompute_blocks(net: nn.Module, blocks: tuple[str, ...]) -> None:
+    """Gradient checkpointing: modules of these class names recompute their activations in the backward pass."""
+    for module in net.modules():
+        if type(module).__name__ in blocks:
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense bf16 / fp16 FLOP/s of a known GPU, from NVIDIA's data sheets; None elsewhere."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+# Dense (no sparsity) bf16 tensor-core figures; the more specific name first.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
