@@ -1,0 +1,155 @@
+"""Pose files, their rays and packing, against the released tools' numbers and against geometry."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from reeltune.data.camera import CameraError, pack, rays, read_poses, resample
+
+ROW = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 {x} 0 1 0 0 0 0 1 0"
+TOLERANCE = 1e-5
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_any_white_space_and_blank_last_lines(tmp_path):
+    path = write(tmp_path / "a.txt", "\n" + ROW.format(x=1) + "\r\n" + ROW.format(x=2).replace(" ", " \t ") + "\n\n \n")
+    poses = read_poses(path)
+    assert poses.shape == (2, 19)
+    assert poses.dtype == np.float64
+    assert poses[:, 10].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("\n" + ROW.format(x=0) + "\n" + ROW.format(x=0)[:-2], "line 3: 18 columns"),
+        ("\n" + ROW.format(x="nan"), "line 2: a number is not finite"),
+        ("\n" + ROW.format(x="inf"), "line 2: a number is not finite"),
+        ("\n" + ROW.format(x="left"), "line 2: .*left"),
+        ("\n" + "0 " * 19 + "\n" + ROW.format(x=0), "line 2: focal"),
+        ("\n0 1 1 .5 .5 0 0" + " 0" * 12 + "\n" + ROW.format(x=0), "line 2: .*no inverse$"),
+        (ROW.format(x=0) + "\n" + ROW.format(x=0), "line 1 is a pose"),
+        ("\n" + ROW.format(x=0) + "\n\n" + ROW.format(x=0), "line 3: 0 columns"),
+        ("\n1 2\n1 2\n1 2", r"line 2: 2 columns.*\(2 more"),
+        ("header", "no pose"),
+        ("", "no pose"),
+    ],
+)
+def test_bad_files_name_their_line(tmp_path, text, says):
+    with pytest.raises(CameraError, match=says):
+        read_poses(write(tmp_path / "a.txt", text))
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(CameraError, match="cannot be read"):
+        read_poses(tmp_path / "absent.txt")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(CameraError, match="cannot be read"):
+        read_poses(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("short_row", "line 2: 18 columns"),
+        ("nan", "line 2: a number is not finite"),
+        ("singular", "line 2: .*no inverse"),
+        ("no_header", "line 1 is a pose"),
+    ],
+)
+def test_broken_inputs(bad_inputs, name, says):
+    with pytest.raises(CameraError, match=says):
+        read_poses(bad_inputs / "files" / f"camera_{name}.txt")
+
+
+def test_double_space_is_sound(bad_inputs):
+    assert len(read_poses(bad_inputs / "files/camera_double_space.txt")) > 1
+
+
+def turned(angle, x):
+    c, s = np.cos(angle), np.sin(angle)
+    return [0, 0.6, 1.1, 0.5, 0.5, 0, 0, c, 0, s, x, 0, 1, 0, 0.2, -s, 0, c, 0.1]
+
+
+def test_rays_are_unit_lines_through_the_camera():
+    """The moment is perpendicular to the direction; |moment| is the origin's distance from the ray's line."""
+    poses = np.array([turned(0.1 * i, 0.3 * i) for i in range(3)])  # 3 frames: the axis of a cross product matters
+    lines = rays(poses, 6, 10)
+    moment, direction = lines[..., :3].astype(float), lines[..., 3:].astype(float)
+    close(np.linalg.norm(direction, axis=-1), 1)
+    close((moment * direction).sum(-1), 0)
+    assert np.abs(moment[0]).max() == 0  # the first camera is the origin
+    first, third = (np.vstack([np.reshape(pose[7:], (3, 4)), [0, 0, 0, 1]]) for pose in poses[[0, 2]])
+    centre = (first @ np.linalg.inv(third))[:3, 3]
+    close(moment[2], np.cross(centre, direction[2]))
+
+
+def test_resample_keeps_ends_and_is_linear():
+    poses = np.arange(3 * 19, dtype=float).reshape(3, 19)
+    rows = resample(poses, 5, [0, 1, 4])
+    assert rows[0].tolist() == poses[0].tolist()
+    assert rows[2].tolist() == poses[2].tolist()
+    assert rows[1].tolist() == (poses[0] + 9.5).tolist()
+    assert resample(poses, 1, [0]).tolist() == poses[:1].tolist()
+
+
+def test_opposite_views_have_no_ray_between_them():
+    poses = np.array([turned(0, 0), turned(np.pi, 0)])
+    with pytest.raises(CameraError, match="between two poses"):
+        rays(resample(poses, 3, [0, 1, 2]), 4, 4)
+
+
+@pytest.mark.golden
+def test_clips_of_the_reference(goldens, media):
+    for case in json.loads((goldens / "data/camera.json").read_text()):
+        poses = read_poses(media / "camera" / case["file"])
+        assert len(poses) == case["rows"]
+        tensors = load_file(goldens / "data" / f"camera_{case['file'].removesuffix('.txt')}.safetensors")
+        for width, height in case["direct"]:
+            close(rays(poses, height, width)[case["kept_rows"]], tensors[f"direct_w{width}_h{height}"])
+        for path in case["paths"]:
+            name, (height, width), (crop_height, crop_width) = path["name"], path["resize"], path["crop"]
+            rows = resample(poses, path["video_frames"], path["indices"])
+            close(rows, tensors[f"{name}_rows"])
+            top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
+            lines = rays(rows, height, width)[:, top : top + crop_height, left : left + crop_width]
+            plucker = np.ascontiguousarray(lines.transpose(0, 3, 1, 2))
+            close(plucker, tensors[f"{name}_plucker"])
+            packed = pack(torch.from_numpy(plucker)[None])[0]
+            assert list(packed.shape) == path["packed_shape"]
+            close(packed, tensors[f"{name}_packed"])
+
+
+@pytest.mark.golden
+def test_camera_family_of_the_reference(goldens):
+    folder = goldens / "wan_fun/golden"
+    tensors = load_file(folder / "camera.safetensors")
+    sized = [name.rsplit("_", 1) for name in tensors if ".plucker_" in name and name[-1].isdigit()]
+    assert sized
+    for name, size in sized:
+        kind = name.split(".")[0]
+        height, width = map(int, size.split("x"))
+        ours = rays(read_poses(folder / f"pose_{kind}.txt"), height, width)[tensors[f"{kind}.frame_index"]]
+        close(ours, tensors[f"{name}_{size}"])
+    rows = tensors["dataset.rows"].astype(np.float64)
+    selected = resample(rows, int(tensors["dataset.video_length"]), tensors["dataset.batch_index"])
+    close(selected, tensors["dataset.rows_selected"])
+    height, width = tensors["dataset.plucker"].shape[-2:]
+    plucker = rays(selected, height, width).transpose(0, 3, 1, 2)
+    close(plucker, tensors["dataset.plucker"])
+    close(pack(torch.from_numpy(plucker)[None]), tensors["dataset.packed24"])
+    assert torch.equal(pack(torch.from_numpy(tensors["pack.in"])), torch.from_numpy(tensors["pack.out"]))
+    three = tensors["three_frames.plucker_per_ray_cross"]
+    close(rays(tensors["three_frames.rows"].astype(np.float64), *three.shape[1:3]), three)
+    assert np.abs(three - tensors["three_frames.plucker_as_reference"]).max() > 0.01  # the fault we do not share
