@@ -1,0 +1,314 @@
+"""Wan2.1-Fun: control, camera control and inpainting video models (https://huggingface.co/alibaba-pai).
+
+Conditions by name, as `encode` gives them and `denoise` takes them:
+    text      float B 512 D, zeros after the caption's last token
+    image     float B 257 D, CLIP tokens of the reference picture
+    control   Posterior B C T h w, the control clip
+    ref       Posterior B C 1 h w, the reference picture as first latent frame of its own channels
+    full_ref  Posterior B C 1 h w, the same picture as tokens of its own (V1.1)
+    camera    float B 24 T H W, packed rays
+    inpaint   Posterior B 4+C T h w: the mask (1 = keep; known exactly, so its variance is 0), then the kept clip
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from reeltune.diffusion.objective import Flow
+from reeltune.errors import UserError
+from reeltune.families import text
+from reeltune.families.spec import Family, Parts
+from reeltune.families.wan_fun import keys, layout, sizes
+from reeltune.families.wan_fun.net import TEXT_LENGTH
+from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+
+MASK_CHANNELS = 4  # one per pixel frame of a latent frame
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLIP/blob/main/clip/clip.py
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ---- load
+
+
+def load(
+    path: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    low_vram: bool = False,
+    encoders: bool = True,
+    transformer_path: str | Path | None = None,
+) -> Parts:
+    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
+
+    Without `encoders` text and picture encoders are left out, and with them null["text"]: a run from the cache has
+    both in it. transformer_path: other weights for the same network, a file or a saved folder.
+    Raises UserError listing every missing, unexpected and misshapen key.
+    """
+    files: layout.Files = family.options["files"]
+    device = torch.device(device)
+    replacement = None if transformer_path is None else Path(transformer_path)
+    net, config = layout.load_transformer(files.transformer, replacement, dtype)
+    parts = Parts(net.to(device), config=config, device=device, low_vram=low_vram)
+    parts.extras = {"family": family.name, "image_dim": net.config.image_dim, "channels": net.config.in_channels}
+    parts.frozen["vae"] = layout.load_vae(files.vae, frozen_dtype)
+    if encoders:
+        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(files.tokenizer)
+        parts.frozen["text"] = layout.load_text(files.text, frozen_dtype)
+        if files.image is not None:
+            parts.frozen["image"] = layout.load_image(files.image, frozen_dtype)
+        parts.null["text"] = encode_text(parts, [""])[0]
+    return parts
+
+
+# ---- encode
+
+
+@torch.no_grad()
+def encode(
+    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+) -> Encoded:
+    """What the frozen networks make of a batch, in float32.
+
+    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. options: add_full_ref_image_in_self_attention.
+    The reference picture's channels are kept only where it is the first frame, its tokens only where it is not
+    (measured on the reference, 2026-11); inpainting is dropped only where everything is to be generated.
+    """
+    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
+    cond: dict[str, Tensor | Posterior] = {"text": encode_text(parts, batch.text)}
+
+    def keep_only(name: str, where_B: Tensor) -> None:
+        keep[name] = keep.get(name, torch.ones_like(where_B)) & where_B
+
+    with parts.borrow("vae") as vae:
+        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        x0 = latents(pixels)
+        if mode in ("control", "control_ref"):
+            cond["control"] = latents(batch.control_BFCHW)
+        if mode in ("control_ref", "control_ref_camera"):
+            cond["ref"] = latents(frames_at(pixels, batch.ref_frame_B)[:, None])
+            keep_only("ref", batch.ref_frame_B == 0)
+            if (options or {}).get("add_full_ref_image_in_self_attention"):
+                cond["full_ref"] = cond["ref"]
+                keep_only("full_ref", batch.ref_frame_B != 0)
+        if mode in ("inpaint", "i2v"):
+            kept = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
+            cond["inpaint"] = join_mask(pack_mask(batch.mask_BFHW, kept.mean.shape[-2:]), kept)
+            fully_B = batch.mask_BFHW.flatten(1).all(1)
+            keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
+    if mode == "control_ref_camera":
+        cond["camera"] = pack_camera(batch.camera_BFCHW)
+    if mode == "control" and parts.extras["image_dim"] is not None:  # as the models are used without a picture
+        cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
+        cond["image"] = x0.mean.new_zeros(len(pixels), 257, parts.extras["image_dim"])
+    elif mode != "control":
+        cond["image"] = encode_image(parts, frames_at(pixels, batch.ref_frame_B))
+    return Encoded(x0, cond, keep)
+
+
+def encode_text(parts: Parts, captions: list[str]) -> Tensor:
+    """float32 B 512 D."""
+    with torch.no_grad(), parts.borrow("text") as encoder:
+        return text.embed(parts.extras["tokenizer"], encoder, captions, TEXT_LENGTH)
+
+
+def encode_image(parts: Parts, pixels_BCHW: Tensor) -> Tensor:
+    """float32 B 257 D: CLIP's tokens before its last block."""
+    with parts.borrow("image") as tower:
+        seen = clip_pixels(cut_to_8_bit(pixels_BCHW), tower.config.image_size).to(next(tower.parameters()).dtype)
+        return tower(pixel_values=seen, output_hidden_states=True).hidden_states[-2].float()
+
+
+def cut_to_8_bit(pixels_BCHW: Tensor) -> Tensor:
+    """uint8 of [-1, 1] pixels, cut and not rounded, as released models saw it (measured on the reference, 2026-11)."""
+    return ((pixels_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)
+
+
+def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
+    """A picture as CLIP sees it: stretched to a square (bicubic, no antialias), standardised."""
+    pixels = image_u8_BCHW.float().div(255).sub(0.5).div(0.5)
+    square = F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
+    mean, std = (square.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (square * 0.5 + 0.5 - mean) / std
+
+
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
+    """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
+    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
+    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
+    mean, std = _statistics(vae, pixels.device)
+    return Posterior(
+        (torch.cat([piece.mean for piece in pieces]).float() - mean) / std,
+        torch.cat([piece.logvar for piece in pieces]).float(),
+    )
+
+
+def _statistics(vae: nn.Module, device: torch.device) -> list[Tensor]:
+    values = (vae.config.latents_mean, vae.config.latents_std)
+    return [torch.tensor(per_channel, device=device)[:, None, None, None] for per_channel in values]
+
+
+def frames_at(pixels_BFCHW: Tensor, frame_B: Tensor) -> Tensor:
+    """pixels_BCHW of one frame of each clip."""
+    return pixels_BFCHW[torch.arange(len(frame_B), device=frame_B.device), frame_B]
+
+
+def pack_camera(camera_BFCHW: Tensor) -> Tensor:
+    """Rays of F frames to B 24 T H W: the first frame four times, then groups of four; channel 4 c + frame."""
+    camera = torch.cat([camera_BFCHW[:, :1].expand(-1, 4, -1, -1, -1), camera_BFCHW[:, 1:]], dim=1)
+    return camera.unflatten(1, (-1, 4)).transpose(2, 3).flatten(2, 3).transpose(1, 2)
+
+
+def pack_mask(mask_BFHW: Tensor, cells: tuple[int, int]) -> Tensor:
+    """float B 4 T h w, 1 = keep: frames packed as in `pack_camera`, then bilinear to latent cells."""
+    packed = pack_camera(~mask_BFHW[:, :, None]).float()
+    frames = packed.shape[2]
+    return F.interpolate(packed, (frames, *cells), mode="trilinear", align_corners=False)
+
+
+def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
+    exactly = torch.full_like(mask_BCThw, -torch.inf)
+    return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
+
+
+# ---- denoise and decode
+
+
+def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The network's answer; conditioning channels in the released order: control, reference or mask and clip."""
+    channels = [x_BCThw, *(cond[name] for name in ("control", "inpaint") if name in cond)]
+    if "ref" in cond:
+        channels.append(F.pad(cond["ref"], (0, 0, 0, 0, 0, x_BCThw.shape[2] - 1)))
+    full_ref = cond["full_ref"][:, :, 0] if "full_ref" in cond else None
+    joined = torch.cat([part.to(x_BCThw) for part in channels], dim=1)
+    return net(joined, timestep_B, cond["text"], cond.get("image"), full_ref, cond.get("camera"))
+
+
+@torch.no_grad()
+def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
+    """pixels_BFCHW float32 in [-1, 1]."""
+    with parts.borrow("vae") as vae:
+        mean, std = _statistics(vae, x0_BCThw.device)
+        z = (x0_BCThw.float() * std + mean).to(vae.dtype)
+        return vae.decode(z).sample.float().transpose(1, 2)
+
+
+# ---- the family and its variants
+
+DROP = {"control": 0.1, "ref": 0.1, "image": 0.1}  # measured on the reference, 2026-11
+BASE = Family(
+    name="wan_fun/control_v1.0",
+    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-Control",
+    geometry=Geometry(time_stride=4, space_stride=8, patch=2, channels=16),
+    objective=Flow(shift=5.0, steps=1000),
+    modes=("control_ref", "control"),
+    needs={"control_ref": ("control", "ref"), "control": ("control",)},
+    drop=DROP,
+    blocks=("WanTransformerBlock",),
+    size_law=SizeLaw(),
+    load=load,
+    encode=encode,
+    denoise=denoise,
+    decode=decode,
+    to_released=keys.to_released,
+    from_released=keys.from_released,
+)
+CONTROL_V1_1 = replace(
+    BASE,
+    name="wan_fun/control_v1.1",
+    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-V1.1-14B-Control",
+    drop=DROP | {"full_ref": 0.1},
+)
+CAMERA = replace(
+    BASE,
+    name="wan_fun/control_camera",
+    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera",
+    modes=("control_ref_camera",),
+    needs={"control_ref_camera": ("camera", "ref")},
+    drop={"ref": 0.1, "image": 0.1},
+)
+INP = replace(
+    BASE,
+    name="wan_fun/inp",
+    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-InP",
+    modes=("inpaint", "i2v"),
+    needs={"inpaint": ("mask",), "i2v": ("mask",)},
+    drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
+    size_law=SizeLaw(nearest_rung=None),
+)
+CONTROL_T2V = replace(
+    BASE,
+    name="wan_fun/control_t2v",
+    source="the released control models' channels on a text-to-video network",
+    modes=("control",),
+    needs={"control": ("control",)},
+    drop={"control": 0.1},
+)
+
+
+def variant(network: dict[str, Any], where: str) -> Family:
+    """Which variant a network of these arguments is. Raises UserError naming what was found and what is supported."""
+    channels = network["out_channels"]
+    extra = network["in_channels"] - channels
+    found = (extra, network["image_dim"] is not None, network["ref_channels"] > 0, network["camera_channels"] > 0)
+    supported = {
+        (2 * channels, True, False, False): BASE,
+        (2 * channels, True, True, False): CONTROL_V1_1,
+        (channels, True, False, True): CAMERA,
+        (channels + MASK_CHANNELS, True, False, False): INP,
+        (channels, False, False, False): CONTROL_T2V,
+    }
+    if found not in supported:
+        raise UserError(
+            where,
+            f"a Wan network with {_words(*found)}; supported are "
+            + "; ".join(f"{family.name}: {_words(*key)}" for key, family in supported.items()),
+        )
+    return supported[found]
+
+
+def _words(extra: int, image: bool, ref: bool, camera: bool) -> str:
+    parts = [f"{extra} conditioning channels"]
+    parts += [
+        word for word, there in (("picture features", image), ("ref_conv", ref), ("control_adapter", camera)) if there
+    ]
+    return ", ".join(parts)
+
+
+def find(folder: Path, settings: dict[str, Any]) -> Family | None:
+    """The variant in a checkpoint folder, from headers and JSON alone; None if its transformer is no Wan.
+
+    settings: the guides' model yaml, already read. Raises UserError for a Wan that is not supported, or lacks files.
+    """
+    path = layout.transformer_in(folder, settings)
+    if path is None:
+        return None
+    outlines, config = layout.peek_transformer(path)
+    if not sizes.is_wan(outlines):
+        return None
+    network = sizes.transformer(outlines, config, str(path))
+    family = variant(network, str(path))
+    files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
+    _, patch, _ = network["patch_size"]
+    return replace(
+        family,
+        geometry=replace(BASE.geometry, patch=patch, channels=network["out_channels"]),
+        objective=_schedule(settings.get("scheduler_kwargs") or {}),
+        options={"files": files},
+    )
+
+
+def _schedule(said: dict[str, Any]) -> Flow:
+    if said.get("use_dynamic_shifting"):
+        raise UserError("config_path", "scheduler_kwargs.use_dynamic_shifting is true; only a fixed shift is supported")
+    return Flow(shift=float(said.get("shift", 5.0)), steps=int(said.get("num_train_timesteps", 1000)))

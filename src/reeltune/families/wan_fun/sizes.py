@@ -1,0 +1,182 @@
+"""Every network's sizes, from the shapes of its weights; config.json only for what shapes do not tell.
+
+The transformer's config.json comes in four dialects: as released (in_dim, dim), as the original tools save it
+(in_channels, hidden_size), DiffSynth's (has_image_input, has_ref_conv) and diffusers' (attention_head_dim).
+"""
+
+from __future__ import annotations
+
+import inspect
+from math import isqrt, prod
+from typing import Any
+
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from transformers import CLIPVisionConfig, UMT5Config
+
+from reeltune.errors import refuse
+from reeltune.families.wan_fun.net import TEXT_LENGTH
+
+State = dict[str, Tensor]
+
+NAMES = {  # ours: what the dialects call it
+    "in_channels": ("in_dim", "in_channels"),
+    "out_channels": ("out_dim", "out_channels"),
+    "width": ("dim", "hidden_size"),
+    "ffn_dim": ("ffn_dim",),
+    "freq_dim": ("freq_dim",),
+    "text_dim": ("text_dim",),
+    "num_layers": ("num_layers",),
+}
+HEADS = ("num_heads", "num_attention_heads")
+HEAD_DIM = 128  # of every released Wan transformer, where config.json does not say
+ADAPTER_SHRINK = 8  # pixels per latent cell of released camera models, where config.json does not say
+
+
+def is_wan(state: State) -> bool:
+    """Whether these (in our names) are the tensors of a Wan transformer."""
+    wanted = ("patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight")
+    return all(name in state for name in wanted)
+
+
+def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of WanFunTransformer from its tensors, in our names.
+
+    Raises UserError where config.json contradicts the weights, or names what is not supported.
+    """
+    width, in_channels, *patch = state["patch_embedding.weight"].shape
+    rows = {
+        name: state[f"condition_embedder.{name}.linear_1.weight"].shape for name in ("text_embedder", "time_embedder")
+    }
+    found = {
+        "in_channels": in_channels,
+        "out_channels": state["proj_out.weight"].shape[0] // prod(patch),
+        "width": width,
+        "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
+        "freq_dim": rows["time_embedder"][1],
+        "text_dim": rows["text_embedder"][1],
+        "num_layers": count(state, "blocks."),
+    }
+    problems = []
+    for name, size in found.items():
+        said = {key: config[key] for key in NAMES[name] if config.get(key) is not None}
+        if said and size not in said.values():  # one of two is enough: the original tools save both spellings
+            problems.append(f"config.json has {said}, but the weights have {size}")
+    heads = next((config[key] for key in HEADS if config.get(key)), width // HEAD_DIM)
+    if not heads or width % heads:
+        problems.append(f"{heads} attention heads do not divide the width {width}; config.json must give num_heads")
+        heads = 1
+    if config.get("text_len", TEXT_LENGTH) != TEXT_LENGTH:
+        problems.append(f"text_len is {config['text_len']}; only {TEXT_LENGTH} is supported")
+    refuse(where, problems)
+
+    image = state.get("condition_embedder.image_embedder.norm1.weight")
+    ref, adapter = state.get("ref_conv.weight"), state.get("control_adapter.conv.weight")
+    shrink = config.get("downscale_factor_control_adapter") or ADAPTER_SHRINK
+    del found["width"]
+    return found | {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "eps": config.get("eps", 1e-6),
+        "cross_attn_norm": "blocks.0.norm2.weight" in state,
+        "image_dim": None if image is None else image.shape[0],
+        "added_kv_proj_dim": None if image is None else width,
+        "ref_channels": 0 if ref is None else ref.shape[1],
+        "camera_channels": 0 if adapter is None else adapter.shape[1] // shrink**2,
+        "camera_shrink": shrink,
+    }
+
+
+def released_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The released dialect's config.json for a network of these arguments."""
+    width = arguments["num_attention_heads"] * arguments["attention_head_dim"]
+    config = {
+        "_class_name": "WanModel",
+        "model_type": "t2v" if arguments["image_dim"] is None else "i2v",
+        "patch_size": list(arguments["patch_size"]),
+        "in_dim": arguments["in_channels"],
+        "out_dim": arguments["out_channels"],
+        "dim": width,
+        "ffn_dim": arguments["ffn_dim"],
+        "freq_dim": arguments["freq_dim"],
+        "text_dim": arguments["text_dim"],
+        "text_len": TEXT_LENGTH,
+        "num_heads": arguments["num_attention_heads"],
+        "num_layers": arguments["num_layers"],
+        "eps": arguments["eps"],
+    }
+    if arguments["ref_channels"]:
+        config |= {"add_ref_conv": True, "in_dim_ref_conv": arguments["ref_channels"]}
+    if arguments["camera_channels"]:
+        config |= {
+            "add_control_adapter": True,
+            "in_dim_control_adapter": arguments["camera_channels"],
+            "downscale_factor_control_adapter": arguments["camera_shrink"],
+        }
+    return config
+
+
+def diffusers_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' config.json; what diffusers' class does not know is left out (its weights tell)."""
+    known = {name: value for name, value in arguments.items() if not name.startswith(("ref_", "camera_"))}
+    return {"_class_name": "WanTransformer3DModel", **known, "patch_size": list(arguments["patch_size"])}
+
+
+def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of AutoencoderKLWan. Statistics of latents: config.json's, or Wan2.1's, which are diffusers' default.
+
+    Raises UserError where there is not one of each per latent channel.
+    """
+    channels = state["post_quant_conv.weight"].shape[0]
+    default = inspect.signature(AutoencoderKLWan.__init__).parameters
+    found = {name: config.get(name, default[name].default) for name in ("latents_mean", "latents_std")}
+    refuse(
+        where,
+        [
+            f"{channels} latent channels, but {name} has {len(values)} entries; give them in the VAE's config.json"
+            for name, values in found.items()
+            if len(values) != channels
+        ],
+    )
+    return {"base_dim": state["encoder.conv_in.weight"].shape[0], "z_dim": channels} | found
+
+
+def text(state: State) -> UMT5Config:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    vocabulary, width = state["shared.weight"].shape
+    buckets, heads = state[f"{attention}.relative_attention_bias.weight"].shape
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=state[f"{attention}.q.weight"].shape[0] // heads,
+        d_ff=state["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
+        num_layers=count(state, "encoder.block."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6,
+        dropout_rate=0.0,
+    )
+
+
+def image(state: State, config: dict[str, Any]) -> CLIPVisionConfig:
+    """CLIP ViT-H/14 or a smaller one; 16 heads and exact GELU as released (https://github.com/mlfoundations/open_clip)."""
+    width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
+    places = state["embeddings.position_embedding.weight"].shape[0]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=count(state, "encoder.layers."),
+        num_attention_heads=config.get("num_attention_heads", 16),
+        image_size=patch * isqrt(places - 1),
+        patch_size=patch,
+        hidden_act=config.get("hidden_act", "gelu"),
+        layer_norm_eps=1e-5,
+    )
+
+
+def count(state: State, prefix: str) -> int:
+    """How many numbered layers there are under `prefix`."""
+    return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in state if name.startswith(prefix))

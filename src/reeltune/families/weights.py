@@ -1,0 +1,179 @@
+"""Weights on disk: what a file holds, reading it, renaming it, fitting it into a network, writing it.
+
+Nothing is skipped and nothing is cast unasked: a name or shape that does not fit is an error that lists every one.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reeltune.errors import UserError, refuse
+
+STEMS = ("diffusion_pytorch_model", "model")  # of weight files in a folder, as diffusers and transformers name them
+SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+T = TypeVar("T")
+Rows = tuple[tuple[str, str], ...]
+
+
+# ---- reading
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold one network: `path` itself, or the single file or all shards in a folder.
+
+    Raises UserError if there are none, or a shard is missing.
+    """
+    if path.is_file():
+        return [path]
+    for stem in STEMS:
+        single = path / f"{stem}.safetensors"
+        if single.is_file():
+            return [single]
+        index = path / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            there = [file.name for file in sorted(path.glob(f"{stem}-*-of-*.safetensors")) if SHARD.search(file.name)]
+            number, total = SHARD.search(there[0]).groups() if there else ("", "0")
+            names = [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
+        missing = [f"{name} is missing; download it again" for name in names if not (path / name).is_file()]
+        refuse(str(path), missing)
+        if names:
+            return [path / name for name in names]
+    raise UserError(str(path), f"no weights here; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+
+
+def peek(path: Path) -> dict[str, Tensor]:
+    """Names, shapes and dtypes as meta tensors; the weights themselves are not read."""
+    return _read(path, "meta")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors as stored, on the CPU."""
+    return _read(path, "cpu")
+
+
+def _read(path: Path, device: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in files_of(Path(path)):
+        state.update(_safetensors(file, device) if file.suffix == ".safetensors" else _pickled(file, device))
+    return state
+
+
+def _safetensors(file: Path, device: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt", device="cpu") as tensors:
+            if device == "meta":  # a slice tells its shape without being read
+                return {name: _outline(tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as broken:
+        raise UserError(str(file), f"cannot be read ({broken}); download it again") from broken
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # safetensors' names (https://github.com/huggingface/safetensors#format)
+
+
+def _outline(piece) -> Tensor:
+    return torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+
+
+def _pickled(file: Path, device: str) -> dict[str, Tensor]:
+    """A .pth file: only tensors and plain containers are accepted, never code."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as code:
+        raise UserError(
+            str(file), f"holds more than tensors, and loading it could run code ({str(code).splitlines()[0]})"
+        ) from code
+    except (RuntimeError, EOFError, OSError) as broken:
+        raise UserError(str(file), f"cannot be read ({broken}); download it again") from broken
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(str(file), "is not a plain table of tensors by name")
+    return state
+
+
+# ---- renaming
+
+
+def rename(state: Mapping[str, T], rows: Rows, *, back: bool = False) -> dict[str, T]:
+    """The same values under other names. Rows pair module paths in which {} stands for a number.
+
+    A row also covers the parameters right below its path (`.weight`, `.bias`, `.gamma`). Names that no row
+    covers stay as they are. Raises ValueError if two names would become one.
+    """
+    patterns = _compiled(rows, back)
+
+    def renamed(name: str) -> str:
+        for pattern, other in patterns:
+            if match := pattern.fullmatch(name):
+                *numbers, tail = match.groups()
+                return other.format(*numbers) + (tail or "")
+        return name
+
+    out = {renamed(name): value for name, value in state.items()}
+    if len(out) != len(state):
+        raise ValueError("two names become one: the table mixes two naming forms")
+    return out
+
+
+@lru_cache
+def _compiled(rows: Rows, back: bool) -> list[tuple[re.Pattern[str], str]]:
+    pairs = [(b, a) if back else (a, b) for a, b in rows]
+    return [
+        (re.compile(re.escape(a).replace(r"\{\}", r"(\d+)") + r"(\.(?:weight|bias|gamma))?"), other)
+        for a, other in pairs
+    ]
+
+
+# ---- fitting and writing
+
+
+def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """One line for every name that is missing, unexpected or of another shape."""
+    missing = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state]
+    unexpected = [f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
+    misshapen = [
+        f"misshapen: {name} is {tuple(state[name].shape)}, the network has {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    return missing + unexpected + misshapen
+
+
+def fit(net: nn.Module, state: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts the tensors into `net`, which may be on the meta device: as stored, or in `dtype`.
+
+    Raises UserError with every name that is missing, unexpected or of another shape.
+    """
+    refuse(where, differences(net.state_dict(), state))
+    net.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
+    return net
+
+
+def write(state: Mapping[str, Tensor], file: Path) -> None:
+    """One .safetensors file; the tensors' own dtypes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
