@@ -1,0 +1,65 @@
+"""Noise -> latents, with the functions that training uses, through a diffusers scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor, nn
+
+from reeltune.diffusion.loss import Cond, Denoise, blank, gaussian
+from reeltune.diffusion.objective import Flow, Objective
+
+
+def euler(objective: Flow) -> FlowMatchEulerDiscreteScheduler:
+    """The plain sampler of the objective's own schedule."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=objective.steps, shift=objective.shift)
+
+
+def schedule(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[float]:
+    """Sets the scheduler to `steps` steps and returns their noise levels, from 1 down, without the last 0.
+
+    Evenly spaced from 1 to 0 before the scheduler's own shift, as in Wan's released sampler (left to itself,
+    diffusers' Euler scheduler shifts twice). DPM++ cannot be told and has very nearly these.
+    """
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1], device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler.sigmas[:-1].tolist()
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    net: nn.Module,
+    objective: Objective,
+    cond: Cond,
+    null: Cond,
+    shape_BCThw: Sequence[int],
+    *,
+    scheduler: SchedulerMixin,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """x0_BCThw in float32. `scheduler` is any flow-matching scheduler of diffusers with the objective's shift.
+
+    guidance: blind + guidance * (answer - blind) (https://arxiv.org/abs/2207.12598), where the blind pass lacks
+    the text alone and keeps all other conditions, as the released pipelines do. 1 makes no blind pass.
+    """
+    x = gaussian(torch.empty(tuple(shape_BCThw), device=device), seeds, "noise")
+    keep_none = torch.zeros(len(seeds), dtype=torch.bool)
+    blind = blank(cond, {"text": keep_none}, null)
+    for level, t in zip(schedule(scheduler, steps, x.device), scheduler.timesteps, strict=True):
+        timestep_B = objective.timestep(torch.full((len(seeds),), level, device=x.device))
+        answer = denoise(net, x, timestep_B, cond).float()
+        if guidance != 1:
+            without = denoise(net, x, timestep_B, blind).float()
+            answer = without + guidance * (answer - without)
+        x = scheduler.step(answer, t, x, return_dict=False)[0]
+    return x

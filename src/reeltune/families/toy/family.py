@@ -1,0 +1,124 @@
+"""A family small enough to read in a minute and to train in a test. Copy this folder to add one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reeltune.dice import seed_of
+from reeltune.diffusion.objective import Flow
+from reeltune.families.spec import Family, Parts
+from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+
+GEOMETRY = Geometry(time_stride=4, space_stride=8, patch=2, channels=3)
+TEXT = 16  # width of a text vector
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, D: int):
+        super().__init__()
+        self.mix, self.time, self.text = nn.Conv3d(D, D, 3, padding=1), nn.Linear(1, D), nn.Linear(TEXT, D)
+
+    def forward(self, x: Tensor, timestep_B: Tensor, text_BD: Tensor) -> Tensor:
+        shift = self.time(timestep_B[:, None] / 1000) + self.text(text_BD)
+        return x + F.silu(self.mix(x) + shift[:, :, None, None, None])
+
+
+class ToyNet(nn.Module):
+    def __init__(self, D: int = 16):
+        super().__init__()
+        self.inp, self.out = nn.Conv3d(2 * GEOMETRY.channels, D, 1), nn.Conv3d(D, GEOMETRY.channels, 1)
+        self.blocks = nn.ModuleList(ToyBlock(D) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep_B: Tensor, text_BD: Tensor, control: Tensor) -> Tensor:
+        x = self.inp(torch.cat([x, control], 1))
+        for block in self.blocks:
+            x = block(x, timestep_B, text_BD)
+        return self.out(x)
+
+
+def load(path, family: Family, *, dtype=torch.float32, device="cpu", low_vram=False, encoders=True) -> Parts:
+    """There is no checkpoint: the weights are the same at every call. `path` is not looked at."""
+    with torch.device("meta"):
+        net = ToyNet()
+    net.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_(0, 0.1, generator=generator)
+    null = {"text": embed([""])[0]}
+    return Parts(net.to(device, dtype), null=null, device=torch.device(device), low_vram=low_vram)
+
+
+def embed(text: list[str]) -> Tensor:
+    """text_BD: the mean of one hashed vector of signs per word, after a start token."""
+
+    def word(name: str) -> list[int]:
+        bits = seed_of(0, "word", name)
+        return [2 * (bits >> i & 1) - 1 for i in range(TEXT)]
+
+    return torch.stack([torch.tensor([word(w) for w in ["<s>", *line.split()]]).float().mean(0) for line in text])
+
+
+def shrink(pixels_BFCHW: Tensor) -> Tensor:
+    """The toy VAE's mean: the last frame of each group of time_stride, averaged over space_stride."""
+    frames = pixels_BFCHW[:, :: GEOMETRY.time_stride].transpose(1, 2)
+    return F.avg_pool3d(frames, (1, GEOMETRY.space_stride, GEOMETRY.space_stride))
+
+
+@torch.no_grad()
+def encode(parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict | None = None) -> Encoded:
+    def posterior(pixels_BFCHW: Tensor) -> Posterior:
+        mean = shrink(pixels_BFCHW)
+        return Posterior(mean, torch.full_like(mean, -6.0))
+
+    x0 = posterior(batch.pixels_BFCHW)
+    cond: dict[str, Tensor | Posterior] = {"text": embed(batch.text).to(x0.mean)}
+    cond["control"] = posterior(batch.control_BFCHW) if mode == "control" else torch.zeros_like(x0.mean)
+    return Encoded(x0, cond, batch.keep)
+
+
+def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    return net(x_BCThw, timestep_B, cond["text"], cond["control"])
+
+
+def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
+    pixels = F.interpolate(x0_BCThw, scale_factor=(1, GEOMETRY.space_stride, GEOMETRY.space_stride))
+    pixels = pixels.repeat_interleave(GEOMETRY.time_stride, 2)[:, :, GEOMETRY.time_stride - 1 :]
+    return pixels.transpose(1, 2).clamp(-1, 1)
+
+
+RENAMED = {"inp": "patch_embedding", "out": "head"}  # ours -> released
+
+
+def to_released(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    return _renamed(state, RENAMED)
+
+
+def from_released(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    return _renamed(state, {released: ours for ours, released in RENAMED.items()})
+
+
+def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    split = {name: name.partition(".") for name in state}
+    return {names.get(head, head) + dot + rest: state[name] for name, (head, dot, rest) in split.items()}
+
+
+FAMILY = Family(
+    name="toy",
+    source="made up for tests",
+    geometry=GEOMETRY,
+    objective=Flow(shift=3.0),
+    modes=("control", "normal"),
+    needs={"control": ("control",)},
+    drop={"control": 0.1},
+    blocks=("ToyBlock",),
+    size_law=SizeLaw(),
+    load=load,
+    encode=encode,
+    denoise=denoise,
+    decode=decode,
+    to_released=to_released,
+    from_released=from_released,
+)
