@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool3d, interpolate, silu
 
 from reeltune.dice import seed_of
 from reeltune.diffusion.objective import Flow
@@ -22,7 +22,7 @@ class ToyBlock(nn.Module):
 
     def forward(self, x: Tensor, timestep_B: Tensor, text_BD: Tensor) -> Tensor:
         shift = self.time(timestep_B[:, None] / 1000) + self.text(text_BD)
-        return x + F.silu(self.mix(x) + shift[:, :, None, None, None])
+        return x + silu(self.mix(x) + shift[:, :, None, None, None])
 
 
 class ToyNet(nn.Module):
@@ -64,7 +64,7 @@ def embed(text: list[str]) -> Tensor:
 def shrink(pixels_BFCHW: Tensor) -> Tensor:
     """The toy VAE's mean: the last frame of each group of time_stride, averaged over space_stride."""
     frames = pixels_BFCHW[:, :: GEOMETRY.time_stride].transpose(1, 2)
-    return F.avg_pool3d(frames, (1, GEOMETRY.space_stride, GEOMETRY.space_stride))
+    return avg_pool3d(frames, (1, GEOMETRY.space_stride, GEOMETRY.space_stride))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str,
 
 
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    pixels = F.interpolate(x0_BCThw, scale_factor=(1, GEOMETRY.space_stride, GEOMETRY.space_stride))
+    pixels = interpolate(x0_BCThw, scale_factor=(1, GEOMETRY.space_stride, GEOMETRY.space_stride))
     pixels = pixels.repeat_interleave(GEOMETRY.time_stride, 2)[:, :, GEOMETRY.time_stride - 1 :]
     return pixels.transpose(1, 2).clamp(-1, 1)
 
