@@ -25,3 +25,8 @@ def dice(seed: int, what: str, *where: int | str) -> random.Random:
 def permutation(n: int, seed: int, what: str, *where: int | str) -> np.ndarray:
     """int64[n]. RandomState, because NumPy freezes its streams for ever and those of Generator not."""
     return np.random.RandomState(seed_of(seed, what, *where) % 2**32).permutation(n)
+
+
+def uniform(n: int, seed: int, what: str, *where: int | str) -> np.ndarray:
+    """float64[n] in [0, 1), of the same frozen stream."""
+    return np.random.RandomState(seed_of(seed, what, *where) % 2**32).random_sample(n)

@@ -45,8 +45,10 @@ class Geometry:
         return self.space_stride * self.patch
 
     def legal_frames(self, frames: int) -> int:
-        """The longest legal clip (1 + k * time_stride pixel frames) that fits in `frames`."""
-        return (max(frames, 1) - 1) // self.time_stride * self.time_stride + 1
+        """The longest legal clip that fits in `frames`: 1 + k * time_stride pixel frames, of which the latent
+        frames divide by patch_time (one frame alone is always legal)."""
+        latents = (max(frames, 1) - 1) // self.time_stride + 1
+        return (max(latents - latents % self.patch_time, 1) - 1) * self.time_stride + 1
 
     def latent(self, shape: Shape) -> tuple[int, int, int]:
         """(T, h, w) for a legal pixel shape."""
