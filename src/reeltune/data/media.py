@@ -21,7 +21,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from reeltune.types import Crop, Kind, Shape
 
@@ -72,7 +72,7 @@ def measure(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") ->
     _require_file(path)
     found = _measure_clip(path, decode_check) if kind == "video" else _measure_picture(path, decode_check)
     if min(found.height, found.width) < MIN_SIDE:
-        raise MediaError(f"{found.width}x{found.height} pixels is too small; {MIN_SIDE} a side is the least")
+        raise MediaError(f"is too small: {found.width}x{found.height} pixels; {MIN_SIDE} a side is the least")
     return found
 
 
@@ -305,8 +305,10 @@ def _pillow(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=_PICTURES) as picture:
             yield picture
+    except UnidentifiedImageError:
+        raise MediaError(f"is not a picture ({', '.join(_PICTURES)})") from None
     except _PILLOW_ERRORS as error:
-        raise MediaError(f"is not a picture that can be read: {error}".replace(path, "the file")) from None
+        raise MediaError(f"is a picture that cannot be read: {error}") from None
 
 
 def _is_picture(path: str) -> bool:

@@ -1,0 +1,241 @@
+"""Every file measured once: in parallel, within a time limit, and remembered until it changes.  (no torch)"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+import numpy as np
+
+from reeltune.data.camera import CameraError, read_poses
+from reeltune.data.media import DecodeCheck, Measure, MediaError, measure
+
+INDEX_VERSION = 1  # raise it when a Measure is found otherwise
+SAVE_SECONDS = 30.0  # between saves while measuring
+START_SECONDS = 120.0  # that a process may take to import what it needs
+ABSENT = [-1, -1]  # stamp of a file that is not there
+
+
+class File(NamedTuple):
+    path: str
+    kind: Literal["video", "image", "camera"]
+
+
+class Finding(NamedTuple):
+    """What is known of a file: its Measure (None for a camera path), or why it cannot be used."""
+
+    measure: Measure | None
+    reason: str | None = None
+    lasting: bool = True  # holds as long as the file's bytes do
+
+
+def stamps(paths: Iterable[str]) -> np.ndarray:
+    """int64 N,2: bytes and time of change in nanoseconds; ABSENT where there is no file."""
+    found = np.array([_stamp(path) for path in paths], np.int64)
+    return found.reshape(-1, 2)
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ABSENT
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _why_absent(path: str) -> str:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    return "was not there a moment ago"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def measure_files(
+    files: Sequence[File],
+    stamps_N2: np.ndarray,
+    *,
+    decode_check: DecodeCheck,
+    index_dir: Path | None,
+    workers: int,
+    seconds_per_file: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Finding]:
+    """A Finding for each file. Those in the index with the same stamp are not opened.
+
+    A file that takes longer than `seconds_per_file`, or kills its process, is found unusable. `progress(done, total)`.
+    """
+    index = _load_index(index_dir, decode_check)
+    keys = [f"{file.kind}:{file.path}" for file in files]
+    findings: list[Finding | None] = []
+    for file, key, stamp in zip(files, keys, stamps_N2.tolist(), strict=True):
+        held = index.get(key)
+        if stamp == ABSENT:
+            findings.append(Finding(None, _why_absent(file.path)))
+        else:
+            findings.append(_unpacked(held[1]) if held and held[0] == stamp else None)
+    missing = [number for number, finding in enumerate(findings) if finding is None]
+    done, saved = len(files) - len(missing), time.monotonic()
+    try:
+        for number, finding in _run(files, missing, decode_check, max(workers, 1), seconds_per_file):
+            findings[number] = finding
+            if finding.lasting:
+                index[keys[number]] = [stamps_N2[number].tolist(), _packed(finding)]
+            done += 1
+            if progress:
+                progress(done, len(files))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _save_index(index_dir, decode_check, index)
+                saved = time.monotonic()
+    finally:
+        if missing:
+            _save_index(index_dir, decode_check, index)
+    return [finding for finding in findings if finding is not None]
+
+
+# The index: one JSON file a decode check, {kind:path: [[bytes, time], finding]}
+
+
+def _index_path(index_dir: Path, decode_check: str) -> Path:
+    return index_dir / f"files-{decode_check}-v{INDEX_VERSION}.json"
+
+
+def _load_index(index_dir: Path | None, decode_check: str) -> dict[str, list]:
+    if index_dir is None:
+        return {}
+    try:
+        index = json.loads(_index_path(index_dir, decode_check).read_bytes())
+    except (FileNotFoundError, ValueError):  # absent, or not ours: measure anew
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _save_index(index_dir: Path | None, decode_check: str, index: dict[str, list]) -> None:
+    if index_dir is not None:
+        data = json.dumps(index, separators=(",", ":")).encode()
+        write_whole(_index_path(index_dir, decode_check), lambda file: file.write(data) and None)
+
+
+def _packed(finding: Finding) -> list | str | None:
+    if finding.measure is None:
+        return finding.reason
+    m = finding.measure
+    return [m.kind, m.frames, m.fps, m.height, m.width, m.notes]
+
+
+def _unpacked(held: list | str | None) -> Finding:
+    if isinstance(held, list):
+        *numbers, notes = held
+        return Finding(Measure(*numbers, tuple(notes)))
+    return Finding(None, held)
+
+
+# The processes
+
+
+def _examine(file: File, decode_check: DecodeCheck) -> Finding:
+    try:
+        if file.kind == "camera":
+            read_poses(file.path)
+            return Finding(None)
+        return Finding(measure(file.path, file.kind, decode_check))
+    except CameraError as error:
+        return Finding(None, str(error), lasting=os.path.exists(file.path))
+    except MediaError as error:
+        return Finding(None, str(error), error.lasting)
+
+
+def _serve(link: Connection, decode_check: DecodeCheck) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    link.send(None)  # ready: imports do not count against a file
+    while True:
+        try:
+            file = link.recv()
+        except EOFError:
+            return
+        link.send(_examine(file, decode_check))
+
+
+class _Worker:
+    """A process that can be killed when a decoder hangs, as a thread or a pool's process cannot."""
+
+    def __init__(self, decode_check: DecodeCheck):
+        context = multiprocessing.get_context("spawn")  # the parent may hold threads and devices
+        self.link, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, decode_check), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.file: int | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+
+    def receive(self) -> tuple[Finding | None, bool]:
+        """(its finding, or None if it has only just started; whether it lives)."""
+        try:
+            return self.link.recv(), True
+        except EOFError:
+            return Finding(None, "ends the process that decodes it", lasting=False), False
+
+    def give(self, number: int | None, files: Sequence[File], seconds: float) -> None:
+        self.file, self.deadline = number, float("inf")
+        if number is not None:
+            self.link.send(files[number])
+            self.deadline = time.monotonic() + seconds
+
+    def close(self) -> None:
+        self.link.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _run(
+    files: Sequence[File], numbers: list[int], decode_check: DecodeCheck, workers: int, seconds: float
+) -> Iterator[tuple[int, Finding]]:
+    """(number, finding) as they come."""
+    todo = iter(numbers)
+    left = len(numbers)
+    crew = [_Worker(decode_check) for _ in range(min(workers, left))]
+    try:
+        while left:
+            timeout = max(min(worker.deadline for worker in crew) - time.monotonic(), 0)
+            ready = wait([worker.link for worker in crew], timeout)
+            for place, worker in enumerate(crew):
+                if worker.link in ready:
+                    finding, alive = worker.receive()
+                elif time.monotonic() >= worker.deadline:
+                    finding, alive = Finding(None, f"takes more than {seconds:g} s to decode", lasting=False), False
+                else:
+                    continue
+                if worker.file is None and not alive:
+                    raise RuntimeError("a process that measures files did not start")
+                if worker.file is not None and finding is not None:
+                    yield worker.file, finding
+                    left -= 1
+                if alive:
+                    worker.give(next(todo, None), files, seconds)
+                elif left:
+                    worker.close()
+                    crew[place] = _Worker(decode_check)
+    finally:
+        for worker in crew:
+            worker.close()

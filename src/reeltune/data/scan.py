@@ -1,0 +1,266 @@
+"""A metadata file to Records: every row checked, every file measured once, every bad row listed.  (no torch)"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reeltune.data.lists import rows
+from reeltune.data.measuring import File, Finding, measure_files, stamps, write_whole
+from reeltune.data.media import DecodeCheck, Measure
+from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
+from reeltune.data.records import Records
+from reeltune.errors import UserError
+from reeltune.types import Record
+
+SCAN_VERSION = 1  # raise it when a row is judged otherwise
+SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
+LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
+NAMED_ENTRIES = 10  # that a notice names
+
+
+@dataclass(frozen=True)
+class Scan:
+    records: Records
+    left_out: list[LeftOut]
+    notices: list[str]
+    entries: int  # of the metadata file: all are in records or left out
+
+    def __post_init__(self):
+        assert self.entries == len(self.records) + len(self.left_out)
+
+
+def scan(
+    meta: Path,
+    data_dir: Path,
+    *,
+    needs: frozenset[str],
+    decode_check: DecodeCheck = "ends",
+    allow_outside_paths: bool = False,
+    max_bad_share: float = 0.05,
+    index_dir: Path | None = None,
+    workers: int = 1,
+    stride: int = 1,
+    wanted_frames: int = 5,
+    seconds_per_file: float = 60.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Check and measure everything that `meta` lists.
+
+    needs             what the mode cannot do without, of "control" and "camera"; controls of no use are not opened
+    index_dir         where to remember findings; a second start then reads changed files alone
+    workers           processes that measure
+    stride            frames of the file from one frame of a clip to the next
+    wanted_frames     frames of the longest training clip; shorter files are named in a notice
+    progress          called with (files done, files)
+    Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
+    row if their share exceeds max_bad_share.
+    """
+    try:
+        data = meta.read_bytes()
+    except OSError as error:
+        raise UserError(str(meta), f"cannot be read: {error.strerror}") from None
+    folder = Folder(data_dir, allow_outside_paths)
+    options = [SCAN_VERSION, str(meta.absolute()), folder.path, sorted(needs), decode_check, allow_outside_paths]
+    options += [stride, wanted_frames]
+    saved = index_dir / f"scan-{_digest(json.dumps(options).encode())}.npz" if index_dir else None
+    try:
+        found = _load(saved, _digest(data)) if saved else None
+        if found is None:
+            files = _files(meta, data, folder, needs)
+            stamps_N2 = stamps(file.path for file in files)
+            findings = measure_files(
+                files,
+                stamps_N2,
+                decode_check=decode_check,
+                index_dir=index_dir,
+                workers=workers,
+                seconds_per_file=seconds_per_file,
+                progress=progress,
+            )
+            judge = _Judge(dict(zip(files, findings, strict=True)), stride, wanted_frames)
+            records = Records.of(judge.records(meta, data, folder, needs))
+            found = Scan(records, judge.left_out, judge.notices(), len(records) + len(judge.left_out))
+            if saved and all(finding.lasting for finding in findings):
+                _save(saved, _digest(data), found, [file.path for file in files], stamps_N2)
+    except OSError as error:
+        raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
+    _refuse_bad(meta, found, max_bad_share)
+    return found
+
+
+def _refuse_bad(meta: Path, found: Scan, max_bad_share: float) -> None:
+    bad, total = len(found.left_out), found.entries
+    if total == 0:
+        raise UserError(str(meta), "the list is empty: there is nothing to train on")
+    if bad == total or bad > max_bad_share * total:
+        rule = "nothing is left to train on" if bad == total else f"max_bad_share allows {max_bad_share:.2%}"
+        head = f"{bad} of {total} entries ({bad / total:.2%}) cannot be used; {rule}"
+        raise UserError(str(meta), [head, *map(str, found.left_out)])
+
+
+def _files(meta: Path, data: bytes, folder: Folder, needs: frozenset[str]) -> list[File]:
+    """Every file that a sound row names, once."""
+    files: dict[File, None] = {}
+    for fields in rows(meta, data):
+        row = check_row(fields, folder, needs)
+        if not row.problems:
+            files.update(dict.fromkeys(_files_of(row)))
+    return list(files)
+
+
+def _files_of(row: Row) -> list[File]:
+    files = [File(row.path, row.kind)]
+    if row.control:
+        files.append(File(row.control, row.kind))
+    if row.camera:
+        files.append(File(row.camera, "camera"))
+    return files + [File(path, "image") for path in row.subjects]
+
+
+class _Judge:
+    """Rows and findings to records, left-out rows and notices."""
+
+    def __init__(self, findings: dict[File, Finding], stride: int, wanted_frames: int):
+        self.findings = findings
+        self.stride = stride
+        self.wanted_frames = wanted_frames
+        self.left_out: list[LeftOut] = []
+        self._noticed: dict[str, list[int]] = {}  # sentence -> [how many, entries to name...]
+        self._seen_files: set[int] = set()  # hashes, which are smaller than the strings
+        self._seen_uses: set[int] = set()
+
+    def records(self, meta: Path, data: bytes, folder: Folder, needs: frozenset[str]):
+        """Yields a Record for each good row; the others gather in left_out."""
+        for entry, fields in enumerate(rows(meta, data)):
+            row = check_row(fields, folder, needs)
+            measured = None if row.problems else self._measured(row)
+            if measured is None or row.problems:
+                reasons = "; ".join(problem.reason for problem in row.problems)
+                remedies = "; ".join(dict.fromkeys(problem.remedy for problem in row.problems))
+                self.left_out.append(LeftOut(entry, row.named, reasons, remedies))
+                continue
+            self._notice_repeats(row)
+            for sentence in row.notices:
+                count_entries = self._noticed.setdefault(sentence, [0])
+                count_entries[0] += 1
+                if len(count_entries) <= NAMED_ENTRIES:
+                    count_entries.append(entry)
+            yield Record(
+                entry=entry,
+                path=row.path,
+                text=row.text,
+                kind=measured.kind,
+                frames=measured.frames,
+                fps=measured.fps,
+                height=measured.height,
+                width=measured.width,
+                control_path=row.control,
+                camera_path=row.camera,
+            )
+
+    def notices(self) -> list[str]:
+        lines = []
+        for sentence, (count, *named) in self._noticed.items():
+            more = ", ..." if count > len(named) else ""
+            entries = f"{count} entries" if count > 1 else "1 entry"
+            lines.append(f"{entries} ({', '.join(map(str, named))}{more}): {sentence}")
+        return lines
+
+    def _measured(self, row: Row) -> Measure | None:
+        """The row's file. What is wrong with it or with a file beside it is added to the row's problems."""
+        own, *_ = found = [self.findings[file] for file in _files_of(row)]
+        for file, finding in zip(_files_of(row), found, strict=True):
+            if finding.reason is not None:
+                name = "the file" if file.path == row.path else shown(file.path)
+                what = {"video": "a clip", "image": "a picture", "camera": "a camera path"}[file.kind]
+                remedy = f"Put {what} that is whole there, or remove the entry"
+                row.problems.append(Problem(f"{name} {finding.reason}", remedy))
+        if row.problems or own.measure is None:
+            return None
+        row.notices.extend(own.measure.notes)
+        if row.control:
+            _compare_control(row, own.measure, self.findings[File(row.control, row.kind)].measure)
+        self._compare_stated(row, own.measure)
+        return own.measure
+
+    def _compare_stated(self, row: Row, own: Measure) -> None:
+        size = own.height, own.width
+        stated = tuple(given if given is not None else held for given, held in zip(row.stated, size, strict=True))
+        if stated == size[::-1] and own.height != own.width:
+            row.notices.append("width and height are exchanged; the file's own size is used")
+        elif stated != size:
+            row.notices.append("width and height are not the file's; the file's own size is used")
+        if max(own.height / own.width, own.width / own.height) > LONG_SIDE:
+            row.notices.append(f"the picture is longer than {LONG_SIDE:g}:1, and most of it will be cut away")
+        if own.kind == "video" and (own.frames - 1) // self.stride + 1 < self.wanted_frames:
+            row.notices.append(
+                f"the clip has fewer than {self.wanted_frames} frames at stride {self.stride}, and is used as it is"
+            )
+
+    def _notice_repeats(self, row: Row) -> None:
+        file, use = hash(row.path), hash((row.path, row.text, row.control, row.camera))
+        if use in self._seen_uses:
+            row.notices.append("the entry repeats an earlier one, and is kept")
+        elif file in self._seen_files:
+            row.notices.append("an earlier entry has the same file with another caption or control; both are kept")
+        self._seen_files.add(file)
+        self._seen_uses.add(use)
+
+
+def _compare_control(row: Row, own: Measure, control: Measure | None) -> None:
+    assert control is not None and row.control is not None
+    name = shown(row.control)
+    if control.frames != own.frames:
+        reason = f"control {name} has {control.frames} frames, its clip {own.frames}: lengths differ"
+        row.problems.append(Problem(reason, "Make the control from the clip, frame by frame"))
+    factor = (control.width / control.height) / (own.width / own.height)
+    if abs(math.log(factor)) > math.log(SAME_ASPECT):
+        sizes = f"{control.width}x{control.height} pixels, its subject {own.width}x{own.height}"
+        row.problems.append(Problem(f"control {name} has {sizes}: aspects differ", "Make the control in that aspect"))
+
+
+# A finished scan on disk
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.ndarray) -> None:
+    told = {
+        "digest": digest,
+        "left_out": [asdict(left) for left in found.left_out],
+        "notices": found.notices,
+        "entries": found.entries,
+    }
+    arrays = {
+        **found.records.arrays(),
+        "told": np.frombuffer(json.dumps(told).encode(), np.uint8),
+        "paths": np.frombuffer("\0".join(paths).encode(), np.uint8),
+        "stamps": stamps_N2,
+    }
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def _load(path: Path, digest: str) -> Scan | None:
+    """The scan, unless the list or any file has changed since."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = dict(held)
+        told = json.loads(arrays.pop("told").tobytes())
+        paths = arrays.pop("paths").tobytes().decode()
+        stamps_N2 = arrays.pop("stamps")
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):  # absent, or not whole: scan anew
+        return None
+    if told["digest"] != digest or not np.array_equal(stamps(paths.split("\0") if paths else []), stamps_N2):
+        return None
+    left_out = [LeftOut(**left) for left in told["left_out"]]
+    return Scan(Records(**arrays), left_out, told["notices"], told["entries"])
