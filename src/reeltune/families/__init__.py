@@ -10,7 +10,10 @@ import yaml
 from reeltune.errors import UserError
 from reeltune.families.spec import Family
 
-MODULES = {"wan_fun": "reeltune.families.wan_fun.family"}  # each has find(folder, settings) -> Family | None
+MODULES = {  # each has find(folder, settings) -> Family | None
+    "wan_fun": "reeltune.families.wan_fun.family",
+    "toy": "reeltune.families.toy.family",
+}
 
 
 def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:

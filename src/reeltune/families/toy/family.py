@@ -1,6 +1,12 @@
-"""A family small enough to read in a minute and to train in a test. Copy this folder to add one."""
+"""A family small enough to read in a minute and to train in a test. Copy this folder to add one.
+
+Its checkpoint is any folder with a file toy.json.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +14,7 @@ from torch.nn.functional import avg_pool3d, interpolate, silu
 
 from reeltune.dice import seed_of
 from reeltune.diffusion.objective import Flow
+from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
@@ -38,8 +45,18 @@ class ToyNet(nn.Module):
         return self.out(x)
 
 
-def load(path, family: Family, *, dtype=torch.float32, device="cpu", low_vram=False, encoders=True) -> Parts:
-    """There is no checkpoint: the weights are the same at every call. `path` is not looked at."""
+def load(
+    path: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    low_vram: bool = False,
+    encoders: bool = True,
+    transformer_path: str | Path | None = None,
+) -> Parts:
+    """The same small random weights at every call, or those saved in transformer_path. `path` is not looked at."""
     with torch.device("meta"):
         net = ToyNet()
     net.to_empty(device="cpu")
@@ -47,6 +64,8 @@ def load(path, family: Family, *, dtype=torch.float32, device="cpu", low_vram=Fa
     with torch.no_grad():
         for weight in net.parameters():
             weight.normal_(0, 0.1, generator=generator)
+    if transformer_path is not None:
+        net.load_state_dict(from_released(weights.read(Path(transformer_path)), {}))
     null = {"text": embed([""])[0]}
     return Parts(net.to(device, dtype), null=null, device=torch.device(device), low_vram=low_vram)
 
@@ -122,3 +141,7 @@ FAMILY = Family(
     to_released=to_released,
     from_released=from_released,
 )
+
+
+def find(folder: Path, settings: dict[str, Any]) -> Family | None:
+    return FAMILY if (folder / "toy.json").is_file() else None

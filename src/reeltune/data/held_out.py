@@ -1,0 +1,58 @@
+"""Which records are held out of training, and how each is always read.  (no torch)"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from reeltune.data.shapes import SizeRules, Source, centre_crop, frame_indices, frame_window, outcomes
+from reeltune.dice import seed_of
+from reeltune.errors import UserError
+from reeltune.types import Draw, Record, Shape
+
+
+def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows held out), each ascending: `share` of the files, at least one if share is over 0.
+
+    Files are chosen by a hash of their path below `root`, so that neither the run's seed nor the order of the metadata
+    matters, new files hardly change the choice, and all entries of one file stay on one side.
+    Raises UserError if nothing would be left to train on.
+    """
+    if share == 0:
+        return list(range(len(records))), []
+    paths = [record.path for record in records]
+    by_hash = sorted(set(paths), key=lambda path: seed_of(0, "held out", os.path.relpath(path, root)))
+    count = max(1, round(share * len(by_hash)))
+    if count >= len(by_hash):
+        raise UserError(
+            "held_out_share",
+            f"{share} of {len(by_hash)} usable files leaves nothing to train on; leave it out, or use more files",
+        )
+    held = set(by_hash[:count])
+    rows: tuple[list[int], list[int]] = ([], [])
+    for row, path in enumerate(paths):
+        rows[path in held].append(row)
+    return rows
+
+
+def fixed_draw(record: Record, row: int, rules: SizeRules) -> Draw:
+    """The one way in which a held-out record is read: its likeliest size, the middle of the clip, frame 0 as reference.
+
+    Noise comes from the row alone, so that runs with different seeds are measured alike.
+    """
+    if record.kind == "image":
+        count, start = 1, 0
+    else:
+        count, latest = frame_window(rules, record.frames, record.fps)
+        start = latest // 2
+    likeliest = max(outcomes(rules, [Source(record.kind, record.height, record.width, count)]), key=lambda o: o.p)
+    shape = Shape(likeliest.frames, *likeliest.crop)
+    frames = (0,) if record.kind == "image" else frame_indices(rules, record.fps, start, shape.frames)
+    return Draw(
+        record=row,
+        shape=shape,
+        crop=centre_crop(likeliest.resize[0], shape),
+        frames=frames,
+        ref_frame=0,
+        seed=seed_of(0, "held out", row),
+    )
