@@ -4,23 +4,16 @@ import csv
 import json
 import tracemalloc
 
-import numpy as np
 import pytest
 
+from reeltune.data.records import Records
 from reeltune.errors import UserError
 from reeltune.ledger import Ledger, LeftOut
-from reeltune.types import Crop, Draw, Shape
+from reeltune.types import Crop, Draw, Record, Shape
 
 
-class Rows:
-    def __init__(self, entry):
-        self.entry = np.asarray(entry, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.entry)
-
-    def path(self, index):
-        return f"/data/{self.entry[index]}.mp4"
+def records(entries):
+    return Records.of(Record(entry, f"/data/{entry}.mp4", "a cat", "video", 9, 8.0, 64, 64) for entry in entries)
 
 
 def draw(record, *, repeat=False):
@@ -30,14 +23,14 @@ def draw(record, *, repeat=False):
 def ledger(**changes):
     """Ten entries: 0 and 5 unreadable, 9 too short for the plan, 7 held out; records 0..6 are entries 1 2 3 4 6 8 9."""
     given = {
-        "held_out": Rows([7]),
+        "held_out": records([7]),
         "left_out": [
             LeftOut(9, "/data/9.mp4", "has 1 frame", "remove it"),
             LeftOut(0, "/data/0.mp4", "is empty", "copy it again"),
             LeftOut(5, "/data/5, b.mp4", 'is "odd"\nand long', "copy it again"),
         ],
     }
-    return Ledger(10, Rows([1, 2, 3, 4, 6, 8, 9]), **(given | changes))
+    return Ledger(10, records([1, 2, 3, 4, 6, 8, 9]), **(given | changes))
 
 
 def read(folder):
@@ -119,7 +112,7 @@ def test_counts_survive_a_resume_and_are_summed_over_processes(tmp_path):
 def test_resuming_on_other_data_is_refused(tmp_path):
     ledger().save(tmp_path / "ledger.npz")
     with pytest.raises(UserError, match="7 usable records and this one has 2"):
-        Ledger(2, Rows([0, 1])).load(tmp_path / "ledger.npz")
+        Ledger(2, records([0, 1])).load(tmp_path / "ledger.npz")
 
 
 def test_files_that_break_later_count_towards_max_bad_share():
@@ -133,8 +126,9 @@ def test_files_that_break_later_count_towards_max_bad_share():
 
 def test_nothing_is_kept_per_row_beside_arrays(tmp_path):
     n = 50_000
+    train = records(range(n))
     tracemalloc.start()
-    book = Ledger(n, Rows(np.arange(n)))
+    book = Ledger(n, train)
     book.count([draw(record) for record in range(100)])
     summary = book.write(tmp_path)
     _, peak_bytes = tracemalloc.get_traced_memory()

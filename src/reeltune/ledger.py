@@ -10,24 +10,16 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from reeltune.data.records import Records
 from reeltune.errors import UserError
 from reeltune.types import Draw
 
 STATUSES = ("used", "not reached", "held out", "left out")
 USED, NOT_REACHED, HELD_OUT, LEFT_OUT = range(len(STATUSES))
-
-
-class Rows(Protocol):
-    """Readable entries of the metadata file, as columns."""
-
-    entry: np.ndarray  # int64: 0-based place in the metadata file
-
-    def __len__(self) -> int: ...
-    def path(self, index: int) -> str: ...
 
 
 class LeftOut(NamedTuple):
@@ -57,9 +49,9 @@ class Ledger:
     def __init__(
         self,
         entries: int,
-        train: Rows,
+        train: Records,
         *,
-        held_out: Rows | None = None,
+        held_out: Records | None = None,
         left_out: Iterable[LeftOut] = (),
         max_bad_share: float = 1.0,
     ):
@@ -88,7 +80,7 @@ class Ledger:
         record, (_, reason) = next(reversed(self.failures.items()))
         return (
             f"{bad} of {self.entries} entries cannot be used, more than max_bad_share = {self.max_bad_share:g} allows; "
-            f"{len(self.failures)} of them broke during the run, lastly {self.train.path(record)}: {reason}; "
+            f"{len(self.failures)} of them broke during the run, lastly {self.train[record].path}: {reason}; "
             "mend them (ledger.csv lists all), or raise max_bad_share"
         )
 
@@ -163,7 +155,7 @@ class Ledger:
         for record, (times, reason) in failures.items():
             entry = int(self.train.entry[record])
             told = f"could not be read {times} time{'s' if times != 1 else ''} during the run: {reason}"
-            found[entry] = LeftOut(entry, self.train.path(record), told, "mend the file or remove its entry")
+            found[entry] = LeftOut(entry, self.train[record].path, told, "mend the file or remove its entry")
         return found
 
     def _write_csv(self, path: Path, status: np.ndarray, whole: Share, problems: dict[int, LeftOut]) -> None:
@@ -179,12 +171,12 @@ class Ledger:
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
                 bad = problems.get(entry)
                 if code == HELD_OUT:
-                    out.writerow([entry, self.held_out.path(i), STATUSES[code], 0, 0, ""])
+                    out.writerow([entry, self.held_out[i].path, STATUSES[code], 0, 0, ""])
                 elif i < 0:
                     out.writerow([entry, bad.path, STATUSES[code], 0, 0, bad.reason])
                 else:
                     used, repeated = whole.used[i], whole.repeated[i]
-                    out.writerow([entry, self.train.path(i), STATUSES[code], used, repeated, bad.reason if bad else ""])
+                    out.writerow([entry, self.train[i].path, STATUSES[code], used, repeated, bad.reason if bad else ""])
         partial.replace(path)
 
 

@@ -1,0 +1,146 @@
+"""The report's charts, as SVG that takes its colours and type from the page around it.
+
+Each function returns a whole <svg> element. Colours are CSS variables, so that one picture serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BINS = 300  # points of a line; longer runs are averaged
+# Stand-ins that matplotlib draws with -> the page's variables.
+COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--rule)",
+    "#040404": "var(--now)",
+    "#050505": "var(--start)",
+    "#060606": "var(--data)",
+    "#070707": "var(--encode)",
+    "#080808": "var(--optimizer)",
+    "#090909": "var(--page)",
+}
+STAND_IN = {variable[6:-1]: colour for colour, variable in COLOURS.items()}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "reeltune",
+    "font.size": 9,
+    "text.color": STAND_IN["muted"],
+    "axes.edgecolor": STAND_IN["rule"],
+    "axes.labelcolor": STAND_IN["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": STAND_IN["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": STAND_IN["rule"],
+    "ytick.color": STAND_IN["rule"],
+    "xtick.labelcolor": STAND_IN["muted"],
+    "ytick.labelcolor": STAND_IN["muted"],
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def line(steps: Sequence[float], values: Sequence[float], label: str) -> str:
+    """One quantity by step: its spread as a band, its running mean as a line."""
+    x, mean, low, high = binned(steps, values)
+    with drawing(label) as (axes, svg):
+        axes.fill_between(x, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)
+        axes.plot(x, smooth(mean), color=STAND_IN["now"])
+    return svg[0]
+
+
+def held_out(steps: Sequence[int], rows: Sequence[dict]) -> str:
+    """The held-out loss by step, with the 95 % band of its paired difference, against that of the starting weights."""
+    losses = [row["loss"] for row in rows]
+    start = rows[-1]["loss_start"]
+    low = [start + row["band95"][0] for row in rows]
+    high = [start + row["band95"][1] for row in rows]
+    with drawing("held-out loss by step") as (axes, svg):
+        axes.axhline(start, color=STAND_IN["start"], linestyle=(0, (4, 3)), linewidth=1.4)
+        axes.fill_between(steps, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)
+        axes.vlines(steps, low, high, color=STAND_IN["now"], linewidth=1)
+        axes.plot(steps, losses, color=STAND_IN["now"], marker="o", markersize=4)
+        axes.set_xlim(min(steps) - 0.02 * (max(steps) or 1), max(steps) * 1.02 or 1)
+    return svg[0]
+
+
+def noise_bands(bands: Sequence[dict]) -> str:
+    """Held-out loss at each noise level, of the starting weights and now."""
+    places = np.arange(len(bands))
+    with drawing("held-out loss by noise level", xlabel="noise level") as (axes, svg):
+        axes.bar(places - 0.19, [band["loss_start"] for band in bands], 0.34, color=STAND_IN["start"])
+        axes.bar(places + 0.19, [band["loss"] for band in bands], 0.34, color=STAND_IN["now"])
+        axes.set_xticks(places, [f"{band['level']:.2f}" for band in bands])
+        axes.tick_params(axis="x", length=0)
+    return svg[0]
+
+
+def time_split(steps: Sequence[float], parts: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Seconds of a step by (colour name, seconds), stacked in the order given."""
+    x = binned(steps, steps)[0]
+    stack = [binned(steps, seconds)[1] for _, seconds in parts]
+    with drawing("time of a step by what it is spent on", size=(7.2, 2.1)) as (axes, svg):
+        axes.stackplot(
+            x, stack, colors=[STAND_IN[name] for name, _ in parts], linewidth=0.6, edgecolor=STAND_IN["page"]
+        )
+        axes.set_ylim(0, 1.15 * np.percentile(np.sum(stack, axis=0), 98))  # one slow start does not flatten the rest
+        axes.set_xlim(x[0], x[-1] if len(x) > 1 else x[0] + 1)
+    return svg[0]
+
+
+def binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(step, mean, least, most) of at most BINS groups of neighbouring steps, as equal in size as may be."""
+    groups = min(BINS, len(values))
+    edges = np.linspace(0, len(values), groups + 1).astype(int)[:-1]
+    values, counts = np.asarray(values, dtype=float), np.diff([*edges, len(values)])
+    return (
+        np.add.reduceat(np.asarray(steps, dtype=float), edges) / counts,
+        np.add.reduceat(values, edges) / counts,
+        np.minimum.reduceat(values, edges),
+        np.maximum.reduceat(values, edges),
+    )
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window centred on each point, a fortieth of the curve to either side and less near its ends."""
+    reach, n = len(values) // 40, len(values)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    near = np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), reach)
+    at = np.arange(n)
+    return (total[at + near + 1] - total[at - near]) / (2 * near + 1)
+
+
+@contextmanager
+def drawing(label: str, *, xlabel: str = "step", size: tuple[float, float] = (3.5, 2.1)) -> Iterator[tuple[Axes, list]]:
+    """Axes to draw on; afterwards the list holds the SVG. Sizes in inches of 72 points."""
+    svg: list[str] = []
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        yield axes, svg
+        axes.set_xlabel(xlabel)
+        if xlabel == "step":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    [view_box] = re.findall(r'viewBox="[^"]*"', drawn)
+    drawn = re.sub(r"^.*?</metadata>", "", drawn, flags=re.DOTALL)  # prolog and <svg ...> too; HTML needs less
+    for colour, variable in COLOURS.items():
+        drawn = drawn.replace(colour, variable)
+    svg.append(f'<svg role="img" aria-label="{label}" {view_box}>{drawn.strip()}')
