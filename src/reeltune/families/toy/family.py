@@ -65,7 +65,7 @@ def load(
         for weight in net.parameters():
             weight.normal_(0, 0.1, generator=generator)
     if transformer_path is not None:
-        net.load_state_dict(from_released(weights.read(Path(transformer_path)), {}))
+        weights.fit(net, from_released(weights.read(Path(transformer_path)), {}), str(transformer_path))
     null = {"text": embed([""])[0]}
     return Parts(net.to(device, dtype), null=null, device=torch.device(device), low_vram=low_vram)
 
@@ -108,20 +108,19 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     return pixels.transpose(1, 2).clamp(-1, 1)
 
 
-RENAMED = {"inp": "patch_embedding", "out": "head"}  # ours -> released
+RENAMED = (("inp", "patch_embedding"), ("out", "head"))  # ours, released
 
 
-def to_released(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    return _renamed(state, RENAMED)
+def to_released(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    return weights.rename(state, RENAMED)
 
 
-def from_released(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    return _renamed(state, {released: ours for ours, released in RENAMED.items()})
+def from_released(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    return weights.rename(state, RENAMED, back=True)
 
 
-def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    split = {name: name.partition(".") for name in state}
-    return {names.get(head, head) + dot + rest: state[name] for name, (head, dot, rest) in split.items()}
+def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
+    weights.write(to_released(state, config), folder / "diffusion_pytorch_model.safetensors")
 
 
 FAMILY = Family(
@@ -140,6 +139,7 @@ FAMILY = Family(
     decode=decode,
     to_released=to_released,
     from_released=from_released,
+    save=save,
 )
 
 
