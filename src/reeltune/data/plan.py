@@ -1,0 +1,243 @@
+"""An epoch, planned from measurements alone: every rank computes the same plan and takes its own share.
+
+Every choice is a function of (seed, epoch, place in the epoch). The samples of a micro-step have one
+Shape on all ranks, so that no rank waits for a larger picture. Memory: a few integers per record; the
+Draws are made when asked for.  (no torch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from reeltune.data.shapes import (
+    BUCKETS,
+    SQUARE,
+    SizeRules,
+    bucket_of,
+    centre_crop,
+    clip_length,
+    cover,
+    frame_indices,
+    frame_window,
+    loaded_size,
+    reference_frame,
+    rungs_for,
+    shapes_of,
+)
+from reeltune.dice import dice, permutation, seed_of, uniform
+from reeltune.types import Draw, Kind, Shape
+
+
+class Measures(Protocol):
+    """What a plan reads of the records: one number each per record."""
+
+    kind_video: np.ndarray  # bool
+    frames: np.ndarray
+    fps: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+
+    def __len__(self) -> int: ...
+
+
+def strata_over(ranks: int, steps: int = 1000) -> int:
+    """Into how many equal strata of a schedule of `steps` uniform_sampling divides the ranks.
+
+    The most that divide both evenly; each stratum is drawn from by ranks / strata neighbouring ranks (as released).
+    """
+    return max(n for n in range(1, ranks + 1) if ranks % n == 0 and steps % n == 0)
+
+
+class Plan(Sequence[list[Draw]]):
+    """One epoch: `plan[k]` are the `group` Draws of micro-step k over all ranks; rank r takes draws[r * b : (r + 1) * b].
+
+    Records are grouped by kind, aspect bucket and legal length, so a short clip shortens no other. Every usable
+    record is drawn (videos `video_repeat` times), and the last group of a bucket is filled up with repeats.
+    """
+
+    left_out: list[tuple[int, str]]  # (record, reason)
+    repeats: int  # Draws of the whole epoch made only to fill a group
+
+    def __init__(
+        self,
+        records: Measures,
+        rules: SizeRules,
+        epoch: int = 0,
+        *,
+        group: int,
+        seed: int,
+        strata: int = 1,
+        video_repeat: int = 0,
+        largest_first: bool = False,
+    ):
+        self._records, self._rules = records, rules
+        self._group, self._strata, self._seed, self._epoch = group, strata, seed, epoch
+        video = np.asarray(records.kind_video)
+        lengths = np.where(video, clip_length(rules, records.frames, records.fps), 1)
+        self.left_out = [(int(i), self._too_short(i)) for i in np.flatnonzero(lengths == 0)]
+        times = np.where(lengths == 0, 0, np.where(video, max(video_repeat, 1), 1))
+        items = np.repeat(np.arange(len(records), dtype=np.int32), times)
+        items = items[permutation(len(items), seed, "order", epoch)]
+
+        buckets_of_records = self._buckets(video, lengths)
+        by_bucket = np.argsort(buckets_of_records[items], kind="stable")
+        self._items = items[by_bucket]  # bucket after bucket, each in this epoch's order
+        self._sizes = np.bincount(buckets_of_records[items], minlength=len(self._kinds))
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        groups = -(-self._sizes // group)
+        self._first_group = np.cumsum(groups) - groups
+        self._bucket = np.repeat(np.arange(len(groups), dtype=np.int32), groups)  # of each group
+        self.repeats = int((groups * group - self._sizes).sum())
+        self._draw_shapes()
+        self._order = permutation(len(self._bucket), seed, "micro-steps", epoch).astype(np.int32)
+        if largest_first and epoch == 0 and len(self._order):
+            self._largest_to_front()
+
+    def _too_short(self, record: int) -> str:
+        frames, fps, rules = int(self._records.frames[record]), float(self._records.fps[record]), self._rules
+        if rules.video_sample_fps is None:
+            return f"its length is {frames} frames; video_sample_stride needs at least {rules.video_sample_stride}"
+        if fps <= 0:
+            return "its frame rate is unknown; video_sample_fps needs one, video_sample_stride does not"
+        return f"its length is {frames} frames at {fps:g} per second; video_sample_fps {rules.video_sample_fps:g} needs more"
+
+    def _buckets(self, video: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The bucket of each record; what the buckets are goes into _kinds, _aspects and _lengths."""
+        records, rules = self._records, self._rules
+        if rules.enable_bucket and rules.fix_sample_size is None:
+            aspects = bucket_of(*loaded_size(rules, video, records.height, records.width)).astype(np.int64)
+        else:
+            aspects = np.full(len(lengths), list(BUCKETS).index(SQUARE))
+        taken, which = np.unique(lengths, return_inverse=True)
+        legal = np.array([rules.geometry.legal_frames(int(frames)) for frames in taken])[which]
+        keys = (aspects * 2 + video) * (rules.video_sample_n_frames + 1) + legal
+        unique, bucket = np.unique(keys, return_inverse=True)
+        self._lengths = unique % (rules.video_sample_n_frames + 1)
+        rest = unique // (rules.video_sample_n_frames + 1)
+        self._aspects = rest // 2
+        self._kinds: list[Kind] = ["video" if code else "image" for code in rest % 2]
+        return bucket.astype(np.int32)
+
+    def _draw_shapes(self) -> None:
+        """The shape of each group, drawn from the support for its bucket and the smallest clip in it."""
+        rules = self._rules
+        rungs = np.zeros(len(self._bucket), dtype=np.int64)
+        if rules.by_budget and len(rungs):
+            records = self._records
+            height, width = loaded_size(rules, records.kind_video, records.height, records.width)
+            mean = (height + width).astype(np.float32) / 2
+            rungs = rungs_for(rules, mean[self._slots(np.arange(len(rungs)))].min(axis=1))
+        chance = uniform(len(self._bucket), self._seed, "shape", self._epoch)
+        table: dict[Shape, int] = {}
+        self._shape = np.zeros(len(self._bucket), dtype=np.int32)
+        keys, which = np.unique(self._bucket * np.int64(len(rules.ladder) + 1) + rungs, return_inverse=True)
+        alike = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+        for key, groups in zip(keys.tolist(), alike, strict=False):
+            bucket, open_rungs = divmod(key, len(rules.ladder) + 1)
+            support = shapes_of(
+                rules, self._kinds[bucket], int(self._aspects[bucket]), int(self._lengths[bucket]), open_rungs
+            )
+            codes = np.array([table.setdefault(shape, len(table)) for _, shape in support], dtype=np.int32)
+            edges = np.cumsum([p for p, _ in support])[:-1]
+            self._shape[groups] = codes[np.searchsorted(edges, chance[groups], side="right")]
+        self._shapes = list(table)
+
+    def _largest_to_front(self) -> None:
+        tokens = np.array([self._rules.geometry.tokens(shape) for shape in self._shapes])
+        place = int(np.argmax(tokens[self._shape[self._order]]))
+        self._order[[0, place]] = self._order[[place, 0]]
+
+    def _places(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place in the bucket, bucket) of each sample of these groups; a place past the bucket's size is a repeat."""
+        bucket = self._bucket[groups]
+        first = (groups - self._first_group[bucket]) * self._group
+        return first[:, None] + np.arange(self._group), bucket[:, None]
+
+    def _slots(self, groups: np.ndarray) -> np.ndarray:
+        """The record of each sample of these groups."""
+        place, bucket = self._places(groups)
+        return self._items[self._starts[bucket] + place % self._sizes[bucket]]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, k: int) -> list[Draw]:
+        return self.share(k, 0, self._group)
+
+    def share(self, k: int, start: int, stop: int) -> list[Draw]:
+        """plan[k][start:stop]"""
+        group = self._order[range(len(self))[k]]
+        places, bucket = (array[0] for array in self._places(np.array([group])))
+        b = int(bucket[0])
+        size, first = int(self._sizes[b]), int(self._starts[b])
+        draws = []
+        for position in range(start, stop):
+            place = int(places[position])
+            record = int(self._items[first + place % size])
+            draws.append(self._draw(record, self._shapes[self._shape[group]], place >= size, k, position))
+        return draws
+
+    def stand_in(self, k: int, position: int, attempt: int) -> Draw:
+        """What takes the place of plan[k][position] when its file cannot be read; attempts count from 1.
+
+        First the others of its bucket, from the next group on; then records of its kind that are long enough.
+        Raises LookupError when there are no more.
+        """
+        group = int(self._order[k])
+        shape, b = self._shapes[self._shape[group]], int(self._bucket[group])
+        size = int(self._sizes[b])
+        place = (group - int(self._first_group[b])) * self._group + position
+        if attempt < size:
+            place = (place + 1 + (self._group + attempt - 2) % (size - 1)) % size
+            record = self._items[self._starts[b] + place]
+        else:
+            record = self._elsewhere(b, shape.frames, attempt - size + position)
+        return self._draw(int(record), shape, True, k, position, attempt)
+
+    def _elsewhere(self, bucket: int, frames: int, which: int) -> int:
+        """The record at place `which` of all other buckets of the kind whose clips have so many frames."""
+        for b in np.roll(np.arange(len(self._kinds)), -bucket)[1:]:
+            if self._kinds[b] == self._kinds[bucket] and self._lengths[b] >= frames:
+                if which < self._sizes[b]:
+                    return self._items[self._starts[b] + which]
+                which -= int(self._sizes[b])
+        raise LookupError("no other record can take this shape")
+
+    def _draw(self, record: int, shape: Shape, repeat: bool, k: int, position: int, attempt: int = 0) -> Draw:
+        records, rules = self._records, self._rules
+        where = (self._epoch, k, position, attempt)
+        frames: tuple[int, ...] = (0,)
+        if records.kind_video[record]:
+            fps = float(records.fps[record])
+            _, latest = frame_window(rules, int(records.frames[record]), fps)
+            start = dice(self._seed, "start", *where).randint(0, latest)
+            frames = frame_indices(rules, fps, start, shape.frames)
+        loaded = loaded_size(rules, records.kind_video[record], records.height[record], records.width[record])
+        reference = dice(self._seed, "reference", *where)
+        return Draw(
+            record=record,
+            shape=shape,
+            crop=centre_crop(cover(rules, *map(int, loaded), shape), shape),
+            frames=frames,
+            ref_frame=reference.choices(range(shape.frames), reference_frame(rules, shape.frames))[0],
+            seed=seed_of(self._seed, "sample", *where),
+            stratum=(position * self._strata // self._group, self._strata),
+            repeat=repeat,
+        )
+
+    def used(self, upto: int) -> np.ndarray:
+        """int32 per record: times drawn in its turn in micro-steps [0, upto)."""
+        return self._count(upto, repeats=False)
+
+    def repeated(self, upto: int) -> np.ndarray:
+        """int32 per record: times drawn to fill a group in micro-steps [0, upto)."""
+        return self._count(upto, repeats=True)
+
+    def _count(self, upto: int, *, repeats: bool) -> np.ndarray:
+        place, bucket = self._places(self._order[:upto])
+        chosen = (place >= self._sizes[bucket]) == repeats
+        slots = self._slots(self._order[:upto])[chosen]
+        return np.bincount(slots, minlength=len(self._records)).astype(np.int32)
