@@ -29,7 +29,7 @@ def moving_disc(frames, height, width, *, hue, blur, noise, seed):
 
 
 def outline(clip):
-    edges = np.abs(np.diff(clip.astype(int).sum(-1), axis=2, prepend=0)) > 60
+    edges = np.abs(np.diff(clip.astype(int).sum(-1), axis=2, prepend=0)) > 40
     return np.repeat((edges * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+WHOLE, HALF, THIRD = (12.3, 2.5), (6.0, 2.9), (3.9, 2.3)  # inches of 72 units: one scale for type at each page width
 BINS = 300  # points of a line; longer runs are averaged
 # Stand-ins that matplotlib draws with -> the page's variables.
 COLOURS = {
@@ -33,7 +34,7 @@ STAND_IN = {variable[6:-1]: colour for colour, variable in COLOURS.items()}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "reeltune",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": STAND_IN["muted"],
     "axes.edgecolor": STAND_IN["rule"],
     "axes.labelcolor": STAND_IN["muted"],
@@ -55,12 +56,23 @@ STYLE = {
 }
 
 
-def line(steps: Sequence[float], values: Sequence[float], label: str) -> str:
-    """One quantity by step: its spread as a band, its running mean as a line."""
+def noisy(steps: Sequence[float], values: Sequence[float], label: str) -> str:
+    """One quantity by step: itself and its spread faintly, its running mean as a line."""
     x, mean, low, high = binned(steps, values)
-    with drawing(label) as (axes, svg):
+    with drawing(label, THIRD) as (axes, svg):
         axes.fill_between(x, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=STAND_IN["now"], alpha=0.35, linewidth=0.8)
         axes.plot(x, smooth(mean), color=STAND_IN["now"])
+    return svg[0]
+
+
+def exact(steps: Sequence[float], values: Sequence[float], label: str) -> str:
+    """One quantity by step, as it is."""
+    x, mean, _, _ = binned(steps, values)
+    with drawing(label, THIRD) as (axes, svg):
+        axes.plot(x, mean, color=STAND_IN["now"])
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.set_ylim(bottom=0)
     return svg[0]
 
 
@@ -70,7 +82,7 @@ def held_out(steps: Sequence[int], rows: Sequence[dict]) -> str:
     start = rows[-1]["loss_start"]
     low = [start + row["band95"][0] for row in rows]
     high = [start + row["band95"][1] for row in rows]
-    with drawing("held-out loss by step") as (axes, svg):
+    with drawing("held-out loss by step", HALF) as (axes, svg):
         axes.axhline(start, color=STAND_IN["start"], linestyle=(0, (4, 3)), linewidth=1.4)
         axes.fill_between(steps, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)
         axes.vlines(steps, low, high, color=STAND_IN["now"], linewidth=1)
@@ -82,7 +94,7 @@ def held_out(steps: Sequence[int], rows: Sequence[dict]) -> str:
 def noise_bands(bands: Sequence[dict]) -> str:
     """Held-out loss at each noise level, of the starting weights and now."""
     places = np.arange(len(bands))
-    with drawing("held-out loss by noise level", xlabel="noise level") as (axes, svg):
+    with drawing("held-out loss by noise level", HALF, xlabel="noise level") as (axes, svg):
         axes.bar(places - 0.19, [band["loss_start"] for band in bands], 0.34, color=STAND_IN["start"])
         axes.bar(places + 0.19, [band["loss"] for band in bands], 0.34, color=STAND_IN["now"])
         axes.set_xticks(places, [f"{band['level']:.2f}" for band in bands])
@@ -94,7 +106,7 @@ def time_split(steps: Sequence[float], parts: Sequence[tuple[str, Sequence[float
     """Seconds of a step by (colour name, seconds), stacked in the order given."""
     x = binned(steps, steps)[0]
     stack = [binned(steps, seconds)[1] for _, seconds in parts]
-    with drawing("time of a step by what it is spent on", size=(7.2, 2.1)) as (axes, svg):
+    with drawing("time of a step by what it is spent on", WHOLE) as (axes, svg):
         axes.stackplot(
             x, stack, colors=[STAND_IN[name] for name, _ in parts], linewidth=0.6, edgecolor=STAND_IN["page"]
         )
@@ -126,8 +138,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def drawing(label: str, *, xlabel: str = "step", size: tuple[float, float] = (3.5, 2.1)) -> Iterator[tuple[Axes, list]]:
-    """Axes to draw on; afterwards the list holds the SVG. Sizes in inches of 72 points."""
+def drawing(label: str, size: tuple[float, float], *, xlabel: str = "step") -> Iterator[tuple[Axes, list[str]]]:
+    """Axes to draw on; afterwards the list holds the SVG."""
     svg: list[str] = []
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")

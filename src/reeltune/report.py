@@ -151,8 +151,12 @@ def curves(metrics: Metrics) -> list[dict]:
             {"title": "By noise level", "kind": "bars", "svg": charts.noise_bands(validations[-1]["per_band"])}
         )
     drawn += [
-        {"title": title, "kind": "line", "svg": charts.line(steps["step"], steps[name], title)}
-        for name, title in (("loss", "Training loss"), ("grad_norm", "Gradient norm"), ("lr", "Learning rate"))
+        {"title": title, "kind": "line", "svg": draw(steps["step"], steps[name], title)}
+        for name, title, draw in (
+            ("loss", "Training loss", charts.noisy),
+            ("grad_norm", "Gradient norm", charts.noisy),
+            ("lr", "Learning rate", charts.exact),
+        )
         if name in steps
     ]
     return [{**curve, "svg": Markup(curve["svg"])} for curve in drawn]
@@ -214,6 +218,7 @@ def read_previews(run: Path, album: Album) -> list[dict]:
 def first_batch(run: Path, album: Album) -> list[dict]:
     """Per sample: its pictures, clips and text, as the network was given them."""
     samples: dict[str, dict] = {}
+    order = ("pixels", "control", "reference")  # what else there is follows
     for path in sorted((run / "first_batch").glob("*_*")):
         index, _, what = path.stem.partition("_")
         sample = samples.setdefault(index, {"media": [], "text": ""})
@@ -221,6 +226,8 @@ def first_batch(run: Path, album: Album) -> list[dict]:
             sample["text"] = path.read_text(encoding="utf-8").strip()
         elif path.suffix in TYPES:
             sample["media"].append({"what": what, **album.place(path)})
+    for sample in samples.values():
+        sample["media"].sort(key=lambda item: order.index(item["what"]) if item["what"] in order else len(order))
     return [samples[index] for index in sorted(samples, key=int)]
 
 
