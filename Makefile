@@ -19,6 +19,9 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+parity: setup
+	$(BIN)/python -m benchmarks.parity --write docs/parity.md
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.diffusion.objective import Objective
-from reeltune.types import Encoded, Geometry
+from reeltune.errors import UserError
+from reeltune.types import Encoded, Geometry, SizeLaw
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Parts:
     null: dict[str, Tensor] = field(default_factory=dict)  # condition name -> its blank value (default: zeros)
     extras: dict[str, Any] = field(default_factory=dict)  # tokenizers and the like
     config: dict[str, Any] = field(default_factory=dict)  # the transformer's own config.json, as read
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     low_vram: bool = False
 
     @contextmanager
@@ -54,7 +55,9 @@ class Family:
     blocks: tuple[str, ...]  # class names to shard, recompute and compile
     size_law: SizeLaw
     load: Callable[..., Parts]
-    """(path, family, *, dtype, device, low_vram, encoders: bool) -> Parts; raises UserError listing every bad key."""
+    """(path, family, *, dtype, frozen_dtype, device, low_vram, encoders: bool, transformer_path) -> Parts.
+
+    frozen_dtype None: as stored. Raises UserError listing every bad key."""
     encode: Callable[..., Encoded]
     """(parts, batch, mode, *, vae_mini_batch, options) -> Encoded; no grad; batch already on the device."""
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -66,3 +69,22 @@ class Family:
     from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     """Its inverse, a bijection on the released key list."""
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
+    save: Callable[..., None] | None = None
+    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
+    diffusers'. None: the family has no such form."""
+
+
+def check_mode(family: Family, mode: str | None) -> str:
+    """The train mode to use: `mode`, or the family's natural one.
+
+    Raises UserError that lists the modes which the checkpoint can do.
+    """
+    if mode is None:
+        return family.modes[0]
+    if mode not in family.modes:
+        raise UserError(
+            "recipe",
+            f"train_mode is {mode!r}, which a checkpoint of {family.name} cannot do; it can do "
+            f"{' and '.join(family.modes)}; leave train_mode out for {family.modes[0]}",
+        )
+    return mode

@@ -107,12 +107,12 @@ def encode(
             fully_B = batch.mask_BFHW.flatten(1).all(1)
             keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
     if mode == "control_ref_camera":
-        cond["camera"] = pack_camera(batch.camera_BFCHW)
+        cond["camera"] = pack_frames(batch.camera_BFCHW)
     if mode == "control" and parts.extras["image_dim"] is not None:  # as the models are used without a picture
         cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
         cond["image"] = x0.mean.new_zeros(len(pixels), 257, parts.extras["image_dim"])
     elif mode != "control":
-        cond["image"] = encode_image(parts, frames_at(pixels, batch.ref_frame_B))
+        cond["image"] = image_features(parts, cut_to_8_bit(frames_at(pixels, batch.ref_frame_B)))
     return Encoded(x0, cond, keep)
 
 
@@ -122,10 +122,10 @@ def encode_text(parts: Parts, captions: list[str]) -> Tensor:
         return text.embed(parts.extras["tokenizer"], encoder, captions, TEXT_LENGTH)
 
 
-def encode_image(parts: Parts, pixels_BCHW: Tensor) -> Tensor:
+def image_features(parts: Parts, image_u8_BCHW: Tensor) -> Tensor:
     """float32 B 257 D: CLIP's tokens before its last block."""
-    with parts.borrow("image") as tower:
-        seen = clip_pixels(cut_to_8_bit(pixels_BCHW), tower.config.image_size).to(next(tower.parameters()).dtype)
+    with torch.no_grad(), parts.borrow("image") as tower:
+        seen = clip_pixels(image_u8_BCHW, tower.config.image_size).to(next(tower.parameters()).dtype)
         return tower(pixel_values=seen, output_hidden_states=True).hidden_states[-2].float()
 
 
@@ -163,17 +163,19 @@ def frames_at(pixels_BFCHW: Tensor, frame_B: Tensor) -> Tensor:
     return pixels_BFCHW[torch.arange(len(frame_B), device=frame_B.device), frame_B]
 
 
-def pack_camera(camera_BFCHW: Tensor) -> Tensor:
-    """Rays of F frames to B 24 T H W: the first frame four times, then groups of four; channel 4 c + frame."""
-    camera = torch.cat([camera_BFCHW[:, :1].expand(-1, 4, -1, -1, -1), camera_BFCHW[:, 1:]], dim=1)
-    return camera.unflatten(1, (-1, 4)).transpose(2, 3).flatten(2, 3).transpose(1, 2)
+def pack_frames(x_BFCHW: Tensor) -> Tensor:
+    """B 4C T H W, one latent frame's pixel frames side by side: the first frame four times, then groups of four.
+
+    Channel 4 c + place in the group (measured on the reference, 2026-11).
+    """
+    order = [0, 0, 0, *range(x_BFCHW.shape[1])]
+    return x_BFCHW[:, order].unflatten(1, (-1, 4)).permute(0, 3, 2, 1, 4, 5).flatten(1, 2)
 
 
 def pack_mask(mask_BFHW: Tensor, cells: tuple[int, int]) -> Tensor:
-    """float B 4 T h w, 1 = keep: frames packed as in `pack_camera`, then bilinear to latent cells."""
-    packed = pack_camera(~mask_BFHW[:, :, None]).float()
-    frames = packed.shape[2]
-    return F.interpolate(packed, (frames, *cells), mode="trilinear", align_corners=False)
+    """float B 4 T h w, 1 = keep, of a mask where True is to be generated; bilinear to latent cells."""
+    packed = pack_frames(~mask_BFHW[:, :, None]).float()
+    return F.interpolate(packed, (packed.shape[2], *cells), mode="trilinear", align_corners=False)
 
 
 def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
@@ -222,6 +224,7 @@ BASE = Family(
     decode=decode,
     to_released=keys.to_released,
     from_released=keys.from_released,
+    save=layout.save_transformer,
 )
 CONTROL_V1_1 = replace(
     BASE,

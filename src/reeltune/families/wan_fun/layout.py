@@ -200,15 +200,10 @@ def write_released(
 
     Without `config` the released dialect is written from the network's own sizes.
     """
-    save_transformer(folder, net.state_dict(), config or sizes.released_config(arguments_of(net)))
+    save_transformer(folder, net.state_dict(), config or sizes.released_config(net.config))
     torch.save(keys.vae_to_released(vae.state_dict()), folder / RELEASED["vae"])
     torch.save(keys.text_to_released(text.state_dict()), folder / RELEASED["text"])
     if image is not None:
         tower = getattr(image, "vision_model", image)
         torch.save(keys.image_to_released(tower.state_dict()), folder / RELEASED["image"])
     shutil.copytree(tokenizer_dir, folder / RELEASED["tokenizer"], dirs_exist_ok=True)
-
-
-def arguments_of(net: nn.Module) -> dict[str, Any]:
-    """What `WanFunTransformer` was built with, from the network itself."""
-    return sizes.transformer(net.state_dict(), dict(net.config), "network")

@@ -68,8 +68,8 @@ class CameraAdapter(nn.Module):
 
     def forward(self, camera_BCTHW: Tensor) -> Tensor:
         frames = camera_BCTHW.transpose(1, 2).flatten(0, 1)
-        width_last = self.residual_blocks(self.conv(F.pixel_unshuffle(frames, self.shrink)))
-        return width_last.unflatten(0, (len(camera_BCTHW), -1)).transpose(1, 2)
+        tokens = self.residual_blocks(self.conv(F.pixel_unshuffle(frames, self.shrink)))
+        return tokens.unflatten(0, (len(camera_BCTHW), -1)).transpose(1, 2)
 
 
 class WanFunTransformer(WanTransformer3DModel):
@@ -81,6 +81,7 @@ class WanFunTransformer(WanTransformer3DModel):
 
     def __init__(self, *, ref_channels: int = 0, camera_channels: int = 0, camera_shrink: int = 8, **wan):
         super().__init__(**wan)
+        self.register_to_config(ref_channels=ref_channels, camera_channels=camera_channels, camera_shrink=camera_shrink)
         width, patch = self.patch_embedding.out_channels, tuple(self.config.patch_size[1:])
         self.rope = Rope(self.config.attention_head_dim)
         if ref_channels:

@@ -118,8 +118,10 @@ def released_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def diffusers_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """diffusers' config.json; what diffusers' class does not know is left out (its weights tell)."""
+    """diffusers' config.json; of what diffusers' class does not know, only what weights do not tell."""
     known = {name: value for name, value in arguments.items() if not name.startswith(("ref_", "camera_"))}
+    if arguments["camera_channels"]:
+        known["downscale_factor_control_adapter"] = arguments["camera_shrink"]
     return {"_class_name": "WanTransformer3DModel", **known, "patch_size": list(arguments["patch_size"])}
 
 

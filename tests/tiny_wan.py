@@ -1,0 +1,81 @@
+"""Tiny random Wan2.1-Fun checkpoints in the released layout, of any variant and size."""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from reeltune.families.wan_fun.layout import write_released
+from reeltune.families.wan_fun.net import WanFunTransformer
+
+CHANNELS = 16
+VARIANTS = {  # conditioning channels, picture features, ref_conv, camera channels
+    "control_v1.0": (2 * CHANNELS, True, 0, 0),
+    "control_v1.1": (2 * CHANNELS, True, CHANNELS, 0),
+    "control_camera": (CHANNELS, True, 0, 24),
+    "inp": (CHANNELS + 4, True, 0, 0),
+    "control_t2v": (CHANNELS, False, 0, 0),
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
+
+
+def filled(net: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Random weights that depend on the seed alone, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if weight.ndim > 1 and not name.endswith("gamma"):
+                weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.02, generator=generator)
+    return net
+
+
+def network(variant: str, *, width=48, heads=2, layers=2, text=24, image=32, **more) -> WanFunTransformer:
+    extra, has_image, ref, camera = VARIANTS[variant]
+    return WanFunTransformer(
+        in_channels=CHANNELS + extra,
+        out_channels=CHANNELS,
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        ffn_dim=2 * width,
+        freq_dim=64,
+        text_dim=text,
+        num_layers=layers,
+        image_dim=image if has_image else None,
+        added_kv_proj_dim=width if has_image else None,
+        ref_channels=ref,
+        camera_channels=camera,
+        **more,
+    )
+
+
+def tokenizer_in(folder: Path) -> Path:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24, image: int = 32, **sizes) -> Path:
+    """Writes a whole checkpoint to `folder` and returns it."""
+    folder = Path(folder)
+    tokenizer = tokenizer_in(folder / "google" / "umt5-xxl")
+    vocabulary = 4 + len(LETTERS)
+    t5 = UMT5Config(
+        vocab_size=vocabulary, d_model=text, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    clip = CLIPVisionConfig(
+        hidden_size=image, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16, patch_size=14
+    )
+    has_image = VARIANTS[variant][1]
+    write_released(
+        folder,
+        filled(network(variant, text=text, image=image, **sizes), seed),
+        filled(AutoencoderKLWan(base_dim=4), seed + 1),
+        filled(UMT5EncoderModel(t5), seed + 2),
+        filled(CLIPVisionModel(clip), seed + 3) if has_image else None,
+        tokenizer,
+    )
+    return folder
