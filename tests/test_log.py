@@ -87,7 +87,15 @@ def test_tensors_are_read_only_at_the_logging_interval(tmp_path):
         assert len(read(tmp_path)) == 5
         book.step(row(6), seconds())
         book.validation(
-            {"loss": 0.5, "loss_start": 0.6, "difference": -0.1, "band95": [-0.2, 0], "per_band": [], "n": 8}
+            {
+                "loss": 0.5,
+                "loss_start": 0.6,
+                "start_step": 0,
+                "difference": -0.1,
+                "band95": [-0.2, 0],
+                "per_band": [],
+                "n": 8,
+            }
         )
     assert [line["kind"] for line in read(tmp_path)] == ["step"] * 6 + ["validation"]
     assert read(tmp_path)[-1]["step"] == 6
@@ -105,7 +113,13 @@ def test_a_killed_and_resumed_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
         for step in range(first, last + 1):
             book.step(row(step), seconds(data=step))
             if step % 5 == 0:
-                held_out = {"loss": 1 / step, "loss_start": 1, "difference": 1 / step - 1, "band95": [0, 0]}
+                held_out = {
+                    "start_step": 0,
+                    "loss": 1 / step,
+                    "loss_start": 1,
+                    "difference": 1 / step - 1,
+                    "band95": [0, 0],
+                }
                 book.validation({**held_out, "per_band": [{"level": 0.5, "loss": 1 / step, "loss_start": 1}], "n": 3})
                 book.flush()
 

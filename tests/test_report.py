@@ -75,6 +75,7 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                 {
                     "kind": "validation",
                     "step": done,
+                    "start_step": 0,
                     "loss": 0.4975 + change,
                     "loss_start": 0.4975,
                     "difference": change,
@@ -214,8 +215,8 @@ def test_text_is_shown_and_never_run(page, html):
 def test_the_headline_is_the_last_validation(page):
     change = -0.21 * (1 - math.exp(-120 / 50))
     assert "It is learning." in page.text
-    assert f"from 0.4975 to {0.4975 + change:.4f} by step 120" in page.text
-    told = f"{change:+.4f}, 95 % band {change - 0.02:+.4f} to {change + 0.03:+.4f}, over 24 pairs"
+    assert f"from 0.4975 to {0.4975 + change:.4f} between step 0 and step 120" in page.text
+    told = f"{change:+.4f}, 95 % band {change - 0.02:+.4f} to {change + 0.03:+.4f}, over 24 clips"
     assert told.replace("-", "−") in page.text
 
 
@@ -257,10 +258,19 @@ def test_the_recipe_tells_what_was_set_from_what_was_left(page):
         (0.2, (0.1, 0.3), "It got worse."),
         (-0.2, (-0.5, 0.1), "Not shown yet."),
         (0.0, (0.0, 0.0), "Not shown yet."),
+        (-0.2, None, "Not shown yet."),
     ],
 )
 def test_the_verdict_is_the_bands(difference, band, answer):
-    row = {"step": 9, "loss": 1 + difference, "loss_start": 1.0, "difference": difference, "band95": band, "n": 4}
+    row = {
+        "step": 9,
+        "start_step": 0,
+        "loss": 1 + difference,
+        "loss_start": 1.0,
+        "difference": difference,
+        "band95": band,
+        "n": 4,
+    }
     before = row | {"step": 0, "band95": (0.0, 0.0), "difference": 0.0}
     told = report.verdict(report.Metrics(validations=[before, row]))
     assert told["answer"] == answer

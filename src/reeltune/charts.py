@@ -80,8 +80,8 @@ def held_out(steps: Sequence[int], rows: Sequence[dict]) -> str:
     """The held-out loss by step, with the 95 % band of its paired difference, against that of the starting weights."""
     losses = [row["loss"] for row in rows]
     start = rows[-1]["loss_start"]
-    low = [start + row["band95"][0] for row in rows]
-    high = [start + row["band95"][1] for row in rows]
+    bands = [row["band95"] or (row["difference"], row["difference"]) for row in rows]
+    low, high = ([start + edge for edge in edges] for edges in zip(*bands, strict=True))
     with drawing("held-out loss by step", HALF) as (axes, svg):
         axes.axhline(start, color=STAND_IN["start"], linestyle=(0, (4, 3)), linewidth=1.4)
         axes.fill_between(steps, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)

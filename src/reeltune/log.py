@@ -27,7 +27,7 @@ from reeltune.errors import UserError, refuse
 # Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
 DETERMINISTIC = {
     "step": ("step", "epoch", "loss", "grad_norm", "lr", "shape", "samples", "tokens"),
-    "validation": ("step", "loss", "loss_start", "difference", "band95", "per_band", "n"),
+    "validation": ("step", "start_step", "loss", "loss_start", "difference", "band95", "per_band", "n"),
 }
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 VERDICT_EVERY = 5  # console lines
@@ -104,16 +104,17 @@ class Log:
             self._print_line()
 
     def validation(self, row: dict[str, Any]) -> None:
-        """The held-out loss: loss, loss_start, difference (their mean paired difference), band95, per_band, n."""
+        """The held-out loss: start_step, loss, loss_start, difference (mean, paired), band95, per_band, n clips."""
         if not self.main:
             return
         self._write({"kind": "validation", "step": self.step_now, **row})
         self._track({"held_out/loss": row["loss"], "held_out/difference": row["difference"]})
-        low, high = row["band95"]
-        change = (
-            f", {row['difference']:+.4f} from the start (95 % band {low:+.4f} to {high:+.4f})" if self.step_now else ""
-        )
-        self._say(f"[bold]held-out loss {row['loss']:.4f}[/]{change}, {row['n']} pairs", markup=True)
+        told = f"[bold]held-out loss {row['loss']:.4f}[/]"
+        if self.step_now > row["start_step"]:
+            told += f", {row['difference']:+.4f} from the start"
+            if row["band95"]:
+                told += f" (95 % band {row['band95'][0]:+.4f} to {row['band95'][1]:+.4f})"
+        self._say(f"{told}, {row['n']} clips", markup=True)
 
     def save(self, row: dict[str, Any]) -> None:
         """A checkpoint written: seconds, bytes, and its path."""

@@ -90,7 +90,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def verdict(metrics: Metrics) -> dict[str, str]:
     """Is it learning? The held-out loss answers if its 95 % band leaves zero out; a training loss alone cannot."""
-    after = [row for row in metrics.validations if row["step"] > 0]
+    after = [row for row in metrics.validations if row["step"] > row["start_step"]]
     if not after:
         return {
             "tone": "open",
@@ -99,7 +99,7 @@ def verdict(metrics: Metrics) -> dict[str, str]:
             "Set held_out_share or validation_data_meta.",
         }
     last = after[-1]
-    low, high = last["band95"]
+    low, high = last["band95"] or (-math.inf, math.inf)
     tone, answer = "open", "Not shown yet."
     if high < 0:
         tone, answer = "good", "It is learning."
@@ -107,12 +107,18 @@ def verdict(metrics: Metrics) -> dict[str, str]:
         tone, answer = "bad", "It got worse."
     moved = "fell" if last["difference"] < 0 else "rose"
     reason = (
-        f"On clips it never trained on, the loss {moved} from {last['loss_start']:.4f} to {last['loss']:.4f} by step "
-        f"{last['step']}: a mean change of {_signed(last['difference'])}, 95 % band {_signed(low)} to {_signed(high)}, "
-        f"over {last['n']} pairs with the same noise."
+        f"On clips it never trained on, the loss {moved} from {last['loss_start']:.4f} to {last['loss']:.4f} between "
+        f"step {last['start_step']} and step {last['step']}, with the same noise: "
     )
-    if tone == "open":
-        reason += " The band holds zero, so this may be chance: train longer, or hold out more clips."
+    if last["band95"] is None:
+        reason += "on one clip alone, which may be chance. Hold out more clips."
+    else:
+        reason += (
+            f"a mean change of {_signed(last['difference'])}, 95 % band {_signed(low)} to {_signed(high)}, "
+            f"over {last['n']} clips."
+        )
+        if tone == "open":
+            reason += " The band holds zero, so this may be chance: train longer, or hold out more clips."
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
