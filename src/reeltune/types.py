@@ -147,6 +147,22 @@ class Batch:
     def seeds(self) -> list[int]:
         return [draw.seed for draw in self.draws]
 
+    def pin_memory(self) -> Batch:
+        """Tensors in page-locked memory, from which a GPU copies while the CPU goes on (DataLoader calls this)."""
+
+        def pinned(x):
+            return None if x is None else x.pin_memory()
+
+        return replace(
+            self,
+            pixels_BFCHW=pinned(self.pixels_BFCHW),
+            control_BFCHW=pinned(self.control_BFCHW),
+            camera_BFCHW=pinned(self.camera_BFCHW),
+            mask_BFHW=pinned(self.mask_BFHW),
+            ref_frame_B=pinned(self.ref_frame_B),
+            keep={name: pinned(keep_B) for name, keep_B in self.keep.items()},
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """Tensors moved; 8-bit pixels become float32 in [-1, 1] (value / 255, minus 0.5, over 0.5, as released)."""
 

@@ -7,7 +7,6 @@ Draws are made when asked for.  (no torch)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +50,8 @@ def strata_over(ranks: int, steps: int = 1000) -> int:
     return max(n for n in range(1, ranks + 1) if ranks % n == 0 and steps % n == 0)
 
 
-class Plan(Sequence[list[Draw]]):
-    """One epoch: `plan[k]` are the `group` Draws of micro-step k over all ranks; rank r takes draws[r * b : (r + 1) * b].
+class Plan:
+    """One epoch: `plan[k]` are the `group` Draws of micro-step k over all ranks, of which rank r takes b from r * b.
 
     Records are grouped by kind, aspect bucket and legal length, so a short clip shortens no other. Every usable
     record is drawn (videos `video_repeat` times), and the last group of a bucket is filled up with repeats.
@@ -77,7 +76,7 @@ class Plan(Sequence[list[Draw]]):
         self._group, self._strata, self._seed, self._epoch = group, strata, seed, epoch
         video = np.asarray(records.kind_video)
         lengths = np.where(video, clip_length(rules, records.frames, records.fps), 1)
-        self.left_out = [(int(i), self._too_short(i)) for i in np.flatnonzero(lengths == 0)]
+        self.left_out = [(i, self._too_short(i)) for i in np.flatnonzero(lengths == 0).tolist()]
         times = np.where(lengths == 0, 0, np.where(video, max(video_repeat, 1), 1))
         items = np.repeat(np.arange(len(records), dtype=np.int32), times)
         items = items[permutation(len(items), seed, "order", epoch)]
@@ -102,7 +101,7 @@ class Plan(Sequence[list[Draw]]):
             return f"its length is {frames} frames; video_sample_stride needs at least {rules.video_sample_stride}"
         if fps <= 0:
             return "its frame rate is unknown; video_sample_fps needs one, video_sample_stride does not"
-        return f"its length is {frames} frames at {fps:g} per second; video_sample_fps {rules.video_sample_fps:g} needs more"
+        return f"its length is {frames} frames at {fps:g} per second, less than one at video_sample_fps"
 
     def _buckets(self, video: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The bucket of each record; what the buckets are goes into _kinds, _aspects and _lengths."""
@@ -169,7 +168,8 @@ class Plan(Sequence[list[Draw]]):
 
     def share(self, k: int, start: int, stop: int) -> list[Draw]:
         """plan[k][start:stop]"""
-        group = self._order[range(len(self))[k]]
+        k = range(len(self))[k]  # negative numbers, IndexError
+        group = self._order[k]
         places, bucket = (array[0] for array in self._places(np.array([group])))
         b = int(bucket[0])
         size, first = int(self._sizes[b]), int(self._starts[b])
@@ -192,17 +192,17 @@ class Plan(Sequence[list[Draw]]):
         place = (group - int(self._first_group[b])) * self._group + position
         if attempt < size:
             place = (place + 1 + (self._group + attempt - 2) % (size - 1)) % size
-            record = self._items[self._starts[b] + place]
+            record = int(self._items[self._starts[b] + place])
         else:
             record = self._elsewhere(b, shape.frames, attempt - size + position)
-        return self._draw(int(record), shape, True, k, position, attempt)
+        return self._draw(record, shape, True, k, position, attempt)
 
     def _elsewhere(self, bucket: int, frames: int, which: int) -> int:
         """The record at place `which` of all other buckets of the kind whose clips have so many frames."""
         for b in np.roll(np.arange(len(self._kinds)), -bucket)[1:]:
             if self._kinds[b] == self._kinds[bucket] and self._lengths[b] >= frames:
                 if which < self._sizes[b]:
-                    return self._items[self._starts[b] + which]
+                    return int(self._items[self._starts[b] + which])
                 which -= int(self._sizes[b])
         raise LookupError("no other record can take this shape")
 
@@ -215,12 +215,12 @@ class Plan(Sequence[list[Draw]]):
             _, latest = frame_window(rules, int(records.frames[record]), fps)
             start = dice(self._seed, "start", *where).randint(0, latest)
             frames = frame_indices(rules, fps, start, shape.frames)
-        loaded = loaded_size(rules, records.kind_video[record], records.height[record], records.width[record])
+        height, width = loaded_size(rules, records.kind_video[record], records.height[record], records.width[record])
         reference = dice(self._seed, "reference", *where)
         return Draw(
             record=record,
             shape=shape,
-            crop=centre_crop(cover(rules, *map(int, loaded), shape), shape),
+            crop=centre_crop(cover(rules, int(height), int(width), shape), shape),
             frames=frames,
             ref_frame=reference.choices(range(shape.frames), reference_frame(rules, shape.frames))[0],
             seed=seed_of(self._seed, "sample", *where),

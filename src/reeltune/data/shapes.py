@@ -129,7 +129,7 @@ def reference_frame(rules: SizeRules, frames: int) -> list[float]:
 # Sizes
 
 
-def loaded_size(rules: SizeRules, kind_video: Any, height: Any, width: Any) -> tuple[Any, Any]:
+def loaded_size(rules: SizeRules, kind_video: Any, height: Any, width: Any) -> tuple[np.ndarray, np.ndarray]:
     """The size that sizes are reckoned from: a clip's short side is at most the larger sample size. Takes arrays.
 
     The original reader shrinks clips to it; here it only decides, and files are resized once.
@@ -137,7 +137,11 @@ def loaded_size(rules: SizeRules, kind_video: Any, height: Any, width: Any) -> t
     side = max(rules.image_sample_size, rules.video_sample_size, *(rules.fix_sample_size or ()))
     short = np.minimum(height, width)
     shrink = np.logical_and(kind_video, short > side)
-    return tuple(np.where(shrink, np.int64(side) * length // short, length) for length in (height, width))
+
+    def shrunk(length: Any) -> np.ndarray:
+        return np.where(shrink, np.int64(side) * length // short, length)
+
+    return shrunk(height), shrunk(width)
 
 
 def bucket_of(height: Any, width: Any) -> np.ndarray:
@@ -172,7 +176,7 @@ def shapes_of(rules: SizeRules, kind: Kind, bucket: int, frames: int, rungs: int
 def outcomes(rules: SizeRules, batch: Sequence[Source]) -> list[Outcome]:
     """All that can become of files that share a micro-step; the first gives kind and aspect. Probabilities add to 1."""
     kind = batch[0].kind
-    loaded = [tuple(map(int, loaded_size(rules, s.kind == "video", s.height, s.width))) for s in batch]
+    loaded = [loaded_size(rules, s.kind == "video", s.height, s.width) for s in batch]
     mean_side = min((height + width) / 2 for height, width in loaded)
     shapes = shapes_of(
         rules,
@@ -182,7 +186,7 @@ def outcomes(rules: SizeRules, batch: Sequence[Source]) -> list[Outcome]:
         int(rungs_for(rules, mean_side)),
     )
     return [
-        Outcome(p, tuple(cover(rules, *size, shape) for size in loaded), (shape.height, shape.width), shape.frames)
+        Outcome(p, tuple(cover(rules, int(h), int(w), shape) for h, w in loaded), shape[1:], shape.frames)
         for p, shape in shapes
     ]
 
@@ -238,13 +242,14 @@ def _rung_weights(rules: SizeRules, rungs: int) -> list[float]:
 def _crops(rules: SizeRules, bucket: int, base: int, divisor: float) -> list[tuple[float, tuple[int, int]]]:
     """(probability, height and width) at the side base / divisor."""
 
-    def snapped(*sides: float) -> tuple[int, ...]:
+    def snapped(height: float, width: float) -> tuple[int, int]:
         multiple = rules.geometry.multiple
-        return tuple(max(int(side / multiple), 1) * multiple for side in sides)
+        return max(int(height / multiple), 1) * multiple, max(int(width / multiple), 1) * multiple
 
-    def at(key: float) -> tuple[int, ...]:
-        # In this order of operations, because the division decides which side of a multiple a size falls.
-        return snapped(*(side / 512 * base / divisor for side in BUCKETS[key]))
+    def at(key: float) -> tuple[int, int]:
+        height, width = BUCKETS[key]
+        # As released in the order of operations too: their rounding decides which side of a multiple a size falls.
+        return snapped(height / 512 * base / divisor, width / 512 * base / divisor)
 
     if rules.fix_sample_size is not None:
         return [(1.0, snapped(*rules.fix_sample_size))]

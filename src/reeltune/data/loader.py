@@ -1,0 +1,194 @@
+"""Draw -> Sample -> Batch. Workers open files; what they open was decided by the plan."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.data.masks import MaskLaw, draw_mask
+from reeltune.data.media import MediaError, read_frames
+from reeltune.data.plan import Plan
+from reeltune.dice import dice
+from reeltune.errors import UserError
+from reeltune.types import Batch, Draw, Progress, Record, Sample
+
+ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
+Place = tuple[int, int, int, int]  # epoch, micro-step, rank, world
+
+
+class Reader(Dataset[Batch]):
+    """reader[epoch, k, rank, world] -> the rank's share of micro-step k.
+
+    `plan` gives an epoch's plan (a partial of Plan, so that it can be sent to worker processes). `drop` is condition
+    name -> share of samples it is blanked in; "text" is added to it. `needs`: which of "control", "camera" and "mask"
+    a sample has; the records have the paths for them.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        plan: Callable[[int], Plan],
+        *,
+        group: int,
+        drop: Mapping[str, float],
+        text_drop_ratio: float,
+        needs: frozenset[str] = frozenset(),
+        mask_law: MaskLaw | None = None,
+    ):
+        self.records = records
+        self.group = group
+        self.drop = {**drop, "text": text_drop_ratio}
+        self.needs = needs
+        self.mask_law = mask_law or MaskLaw()
+        self._make_plan = plan
+        self._plan: tuple[int, Plan] | None = None
+
+    def plan(self, epoch: int) -> Plan:
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, self._make_plan(epoch)
+        return self._plan[1]
+
+    def __getitem__(self, place: Place) -> Batch:
+        """Raises UserError where no file can be read."""
+        epoch, k, rank, world = place
+        share = self.group // world
+        plan = self.plan(epoch)
+        draws = plan.share(k, rank * share, (rank + 1) * share)
+        return collate([self._read(plan, draw, k, rank * share + i) for i, draw in enumerate(draws)])
+
+    def _read(self, plan: Plan, draw: Draw, k: int, position: int) -> Sample:
+        """The draw, or the first of its stand-ins that can be read."""
+        failures: list[tuple[int, str]] = []
+        while True:
+            try:
+                return self.open(draw, tuple(failures))
+            except (MediaError, CameraError) as error:
+                failures.append((draw.record, str(error)))
+            try:
+                if len(failures) == ATTEMPTS:
+                    raise LookupError(f"{ATTEMPTS} files were tried")
+                draw = plan.stand_in(k, position, len(failures))
+            except LookupError as error:
+                broken = [f"{self.records[record].path} {reason}" for record, reason in failures]
+                raise UserError(f"train_data_meta: files that the scan found sound ({error})", broken) from error
+
+    def open(self, draw: Draw, failures: tuple[tuple[int, str], ...] = ()) -> Sample:
+        """Raises MediaError or CameraError."""
+        record = self.records[draw.record]
+        sample = Sample(
+            draw=draw,
+            text=record.text,
+            pixels_FCHW=torch.from_numpy(read_frames(record.path, draw.frames, draw.crop, draw.shape)),
+            keep={name: dice(draw.seed, "keep", name).random() >= p for name, p in self.drop.items()},
+            failures=failures,
+        )
+        if "control" in self.needs:
+            sample.control_FCHW = torch.from_numpy(self._control(record, draw))
+        if "camera" in self.needs:
+            sample.camera_FCHW = torch.from_numpy(self._camera(record, draw))
+        if "mask" in self.needs:
+            sample.mask_FHW = torch.from_numpy(draw_mask(draw.seed, draw.shape, self.mask_law))
+        return sample
+
+    def _control(self, record: Record, draw: Draw) -> np.ndarray:
+        assert record.control_path is not None
+        try:
+            return read_frames(record.control_path, draw.frames, draw.crop, draw.shape)
+        except MediaError as error:
+            raise MediaError(f"has a control that {error}: {record.control_path}") from error
+
+    def _camera(self, record: Record, draw: Draw) -> np.ndarray:
+        """Rays of the whole resized picture, cut as it is."""
+        assert record.camera_path is not None
+        try:
+            rows = resample(read_poses(record.camera_path), record.frames, draw.frames)
+            rays_FHWC = rays(rows, draw.crop.height, draw.crop.width)
+        except CameraError as error:
+            raise CameraError(f"has a camera path that is bad at {error}: {record.camera_path}") from error
+        crop, shape = draw.crop, draw.shape
+        window = rays_FHWC[:, crop.top : crop.top + shape.height, crop.left : crop.left + shape.width]
+        return np.ascontiguousarray(window.transpose(0, 3, 1, 2))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return None
+        return present[0][None] if len(present) == 1 else torch.stack(present)  # one clip is not copied
+
+    pixels_BFCHW = stacked([sample.pixels_FCHW for sample in samples])
+    assert pixels_BFCHW is not None
+    return Batch(
+        draws=[sample.draw for sample in samples],
+        text=[sample.text for sample in samples],
+        pixels_BFCHW=pixels_BFCHW,
+        control_BFCHW=stacked([sample.control_FCHW for sample in samples]),
+        camera_BFCHW=stacked([sample.camera_FCHW for sample in samples]),
+        mask_BFHW=stacked([sample.mask_FHW for sample in samples]),
+        ref_frame_B=torch.tensor([sample.draw.ref_frame for sample in samples]),
+        keep={name: torch.tensor([sample.keep[name] for sample in samples]) for name in samples[0].keep},
+        failures=tuple(failure for sample in samples for failure in sample.failures),
+    )
+
+
+def stream(
+    reader: Reader, start: Progress, *, workers: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Batch, int, int]]:
+    """(batch, epoch, cursor after it), from `start` on, over the epochs, for ever: the same for any number of workers.
+
+    Raises UserError where no record can be used, where no file can be read, and where a worker process dies.
+    """
+    if not len(reader.plan(start.epoch)):
+        reasons = [f"{reader.records[record].path}: {reason}" for record, reason in reader.plan(start.epoch).left_out]
+        raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
+    places = _Places(start, len(reader.plan(start.epoch)), rank, world)
+    batches = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=places,
+        num_workers=workers,
+        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+    try:
+        for (epoch, k, _, _), batch in zip(places, batches, strict=False):
+            yield batch, epoch, k + 1
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        remedy = "it may have run out of memory; lower dataloader_num_workers, or 0 reads in the training process"
+        raise UserError("dataloader_num_workers", f"a process that reads clips died ({error}); {remedy}") from error
+
+
+class _Places:
+    """Micro-steps in order, epoch after epoch. All epochs have as many, for the buckets of the records are the same."""
+
+    def __init__(self, start: Progress, per_epoch: int, rank: int, world: int):
+        self._start = start.epoch * per_epoch + start.cursor
+        self._per_epoch, self._rank, self._world = per_epoch, rank, world
+
+    def __iter__(self) -> Iterator[Place]:
+        count = self._start
+        while True:
+            yield (*divmod(count, self._per_epoch), self._rank, self._world)
+            count += 1
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """The training process alone answers Ctrl-C and the first SIGTERM, which reach the whole process group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
