@@ -6,9 +6,10 @@ import tracemalloc
 
 import pytest
 
+from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
 from reeltune.errors import UserError
-from reeltune.ledger import Ledger, LeftOut
+from reeltune.ledger import Ledger
 from reeltune.types import Crop, Draw, Record, Shape
 
 
@@ -25,10 +26,10 @@ def ledger(**changes):
     given = {
         "held_out": records([7]),
         "left_out": [
-            LeftOut(9, "/data/9.mp4", "has 1 frame", "remove it"),
             LeftOut(0, "/data/0.mp4", "is empty", "copy it again"),
             LeftOut(5, "/data/5, b.mp4", 'is "odd"\nand long', "copy it again"),
         ],
+        "unplanned": [(6, "its length is 1 frame")],
     }
     return Ledger(10, records([1, 2, 3, 4, 6, 8, 9]), **(given | changes))
 
@@ -72,6 +73,7 @@ def test_each_entry_has_one_status_and_the_sums_hold(tmp_path):
     )
     assert [(int(row["used"]), int(row["repeated"])) for row in rows[1:4]] == [(2, 0), (1, 1), (0, 1)]
     assert sum(int(row["used"]) + int(row["repeated"]) for row in rows) == summary["samples"]
+    assert rows[9]["path"] == "/data/9.mp4" and rows[9]["reason"] == "its length is 1 frame"
     assert rows[5]["path"] == "/data/5, b.mp4" and rows[5]["reason"] == 'is "odd"\nand long'
     assert rows[4]["reason"] == "could not be read 2 times during the run: truncated"
     assert rows[2]["status"] == "used" and rows[2]["reason"].endswith("1 time during the run: gone")
@@ -79,7 +81,7 @@ def test_each_entry_has_one_status_and_the_sums_hold(tmp_path):
 
 
 def test_an_entry_without_a_reason_is_caught(tmp_path):
-    book = ledger(left_out=[LeftOut(0, "/data/0.mp4", "is empty"), LeftOut(9, "/data/9.mp4", "has 1 frame")])
+    book = ledger(left_out=[LeftOut(0, "/data/0.mp4", "is empty", "copy it again")])
     with pytest.raises(AssertionError, match="lost without a reason"):
         book.write(tmp_path)
 

@@ -9,26 +9,19 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
 from reeltune.errors import UserError
 from reeltune.types import Draw
 
 STATUSES = ("used", "not reached", "held out", "left out")
 USED, NOT_REACHED, HELD_OUT, LEFT_OUT = range(len(STATUSES))
-
-
-class LeftOut(NamedTuple):
-    """An entry that cannot be trained on."""
-
-    entry: int  # 0-based place in the metadata file
-    path: str
-    reason: str
-    remedy: str = ""
 
 
 class Share(NamedTuple):
@@ -43,7 +36,8 @@ class Ledger:
     """Counts what this process trains on; at the end the shares of all processes make the account.
 
     `train` are the records that a Draw counts by, `held_out` those of the same metadata file kept for validation,
-    `left_out` the entries that the scan or the plan left out. Nothing is kept per good row beside two int32.
+    `left_out` the entries that the scan left out, `unplanned` the (record, reason) that the plan did. Nothing is kept
+    per good row beside two int32.
     """
 
     def __init__(
@@ -53,12 +47,15 @@ class Ledger:
         *,
         held_out: Records | None = None,
         left_out: Iterable[LeftOut] = (),
+        unplanned: Iterable[tuple[int, str]] = (),
         max_bad_share: float = 1.0,
     ):
         self.entries = entries
         self.train = train
         self.held_out = held_out
         self.left_out = {row.entry: row for row in left_out}
+        for record, reason in unplanned:
+            self._leave_out(self.left_out, record, reason, "use a longer clip, or take frames less far apart")
         self.max_bad_share = max_bad_share
         self.used = np.zeros(len(train), dtype=np.int32)
         self.repeated = np.zeros(len(train), dtype=np.int32)
@@ -125,7 +122,10 @@ class Ledger:
         """Writes ledger.json and ledger.csv. Returns the summary, whose four statuses add up to `entries`."""
         whole = _sum(shares or [self.share()])
         trained = whole.used + whole.repeated
-        problems = self.left_out | self._broken_since(whole.failures)
+        problems = dict(self.left_out)
+        for record, (times, reason) in whole.failures.items():
+            told = f"could not be read {times} time{'s' if times != 1 else ''} during the run: {reason}"
+            self._leave_out(problems, record, told, "mend the file or remove its entry")
         status = np.full(self.entries, LEFT_OUT, dtype=np.int8)
         status[self.train.entry] = np.where(trained > 0, USED, NOT_REACHED)
         if self.held_out is not None:
@@ -145,18 +145,14 @@ class Ledger:
             "most_used": int(trained.max(initial=0)),
             "failed_reads": sum(times for times, _ in whole.failures.values()),
         }
-        rows = [problems[entry]._asdict() for entry in sorted(problems)]
+        rows = [asdict(problems[entry]) for entry in sorted(problems)]
         _replace(Path(output_dir) / "ledger.json", json.dumps({**summary, "problems": rows}, indent=2) + "\n")
         self._write_csv(Path(output_dir) / "ledger.csv", status, whole, problems)
         return summary
 
-    def _broken_since(self, failures: dict[int, tuple[int, str]]) -> dict[int, LeftOut]:
-        found = {}
-        for record, (times, reason) in failures.items():
-            entry = int(self.train.entry[record])
-            told = f"could not be read {times} time{'s' if times != 1 else ''} during the run: {reason}"
-            found[entry] = LeftOut(entry, self.train[record].path, told, "mend the file or remove its entry")
-        return found
+    def _leave_out(self, problems: dict[int, LeftOut], record: int, reason: str, remedy: str) -> None:
+        entry = int(self.train.entry[record])
+        problems[entry] = LeftOut(entry, self.train[record].path, reason, remedy)
 
     def _write_csv(self, path: Path, status: np.ndarray, whole: Share, problems: dict[int, LeftOut]) -> None:
         """A million rows pass through, none stays."""
