@@ -1,0 +1,91 @@
+"""`python -m benchmarks [NAME ...] [--write FILE]`: measures, prints what was reached beside its goal.
+
+Exits with 1 if a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Goal(NamedTuple):
+    least: float | None = None
+    most: float | None = None
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}"
+
+    def reached(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+MODULES = ("data_read", "loop", "start_up")  # each has main() -> {name: number}
+MEANING = {  # name: (what it is, goal)
+    "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
+    "read_512_ratio": ("clips read to 512 px, over bare decode and resize", Goal(least=0.85)),
+    "read_256_per_core": ("clips per second and core, to 256 px", None),
+    "read_512_per_core": ("clips per second and core, to 512 px", None),
+    "read_256": ("clips per second on all cores, to 256 px", None),
+    "read_512": ("clips per second on all cores, to 512 px", None),
+    "loop_ratio": ("our step, over a bare forward, backward and optimizer step", Goal(most=1.03)),
+    "loop_ours_s": ("seconds of our step, reading and encoding left out", None),
+    "loop_bare_s": ("seconds of the bare step", None),
+    "scan_cold_s": ("seconds to scan 100,000 rows for the first time", None),
+    "scan_warm_s": ("seconds to scan them again", Goal(most=1.0)),
+    "scan_two_changed_s": ("seconds to scan them after two files changed", None),
+    "first_step_s": ("seconds from the command to the first step, 100,000 rows scanned before", None),
+}
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "av", "numpy"))
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {versions}"
+
+
+def table(found: dict[str, float]) -> str:
+    lines = ["| what | measured | goal |", "|---|---:|---|"]
+    for name, value in found.items():
+        what, goal = MEANING[name]
+        told = "" if goal is None else f"{goal}{'' if goal.reached(value) else ', missed'}"
+        lines.append(f"| {what} | {value:.3g} | {told} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all if left out")
+    parser.add_argument("--write", type=Path, help="write the table to this file")
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.names) - set(MODULES))
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    names = arguments.names or MODULES
+    found: dict[str, float] = {}
+    for name in names:
+        found |= importlib.import_module(f"benchmarks.{name}").main()
+    told = table(found)
+    print(f"\n{told}\n\n{machine()}")
+    if arguments.write:
+        command = " ".join(["python -m benchmarks", *arguments.names, "--write", str(arguments.write)])
+        page = f"# Benchmarks\n\nWritten by `{command}` on {date.today()}: {machine()}.\n\n{told}\n"
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.write_text(page, encoding="utf-8")
+    missed = [name for name, value in found.items() if (goal := MEANING[name][1]) and not goal.reached(value)]
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
