@@ -10,8 +10,9 @@ from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import gaussian, settle
 from reeltune.errors import UserError
 from reeltune.families.toy.family import FAMILY
+from reeltune.sample import Setup, at_rest
 from reeltune.types import Batch, Crop, Draw, Shape
-from reeltune.validate import HeldOut, Setup, at_rest, band95
+from reeltune.validate import HeldOut, band95
 
 RULES = SizeRules(video_sample_n_frames=9, video_sample_stride=1, video_sample_size=64, geometry=FAMILY.geometry)
 SHAPES = [Shape(9, 32, 48), Shape(5, 32, 32), Shape(1, 48, 32)]

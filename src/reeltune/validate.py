@@ -8,58 +8,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from reeltune.diffusion.loss import Cond, error_at, gaussian, mean_square, settle
-from reeltune.diffusion.objective import Objective
+from reeltune.data.held_out import fixed_draw
+from reeltune.data.loader import Reader
+from reeltune.data.shapes import SizeRules
+from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.errors import UserError
-from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Draw, Encoded
-
-Read = Callable[[Draw], Batch]  # a batch of one, on the CPU, nothing dropped
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a network is trained with, beside its weights."""
-
-    family: Family
-    mode: str
-    parts: Parts
-    objective: Objective
-    autocast: Callable[[], AbstractContextManager] = nullcontext
-    vae_mini_batch: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def encode(self, batch: Batch) -> Encoded:
-        batch = batch.to(self.parts.device)
-        settings = {"vae_mini_batch": self.vae_mini_batch, "options": self.options}
-        return self.family.encode(self.parts, batch, self.mode, **settings)
-
-    def denoise(self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond) -> Tensor:
-        with self.autocast():
-            return self.family.denoise(net, x_BCThw, timestep_B, cond)
-
-
-@contextmanager
-def at_rest(net: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from reeltune.recipe import Recipe
+from reeltune.sample import Request, Setup, at_rest, make_clip, played, prompt_requests, read_one, write_pixels
+from reeltune.types import Batch, Draw
 
 
 @dataclass
@@ -73,9 +39,18 @@ class HeldOut:
     setup: Setup
     draws: list[Draw]
     names: list[str]  # a name for each draw, to know the start's clips by
-    read: Read
+    read: Callable[[Draw], Batch]
     held_out_levels: int
     output_dir: Path
+
+    @classmethod
+    def build(
+        cls, setup: Setup, reader: Reader, rules: SizeRules, *, held_out_levels: int, output_dir: str | Path
+    ) -> HeldOut:
+        """reader: of the held-out records, one at least, dropping nothing."""
+        draws = [fixed_draw(record, row, rules) for row, record in enumerate(reader.records)]
+        names = [Path(record.path).name for record in reader.records]
+        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir))
 
     @property
     def levels(self) -> list[float]:
@@ -152,3 +127,73 @@ def band95(differences: np.ndarray) -> list[float] | None:
         t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
     mean, half = differences.mean(), t * differences.std(ddof=1) / math.sqrt(len(differences))
     return [float(mean - half), float(mean + half)]
+
+
+@dataclass
+class Previews:
+    """Clips made on the way, beside the control clip they follow and, if held out, the clip itself."""
+
+    setup: Setup
+    requests: list[Request]
+    preview_steps: int
+    guidance_scale: float
+
+    def make(self, net: nn.Module, step: int, output_dir: str | Path) -> None:
+        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
+        folder = Path(output_dir) / "previews"
+        for i, request in enumerate(self.requests):
+            batch = request.batch()
+            path = folder / f"step-{step}" / f"{i}.mp4"
+            settings = {"steps": self.preview_steps, "guidance_scale": self.guidance_scale}
+            make_clip(self.setup, net, request, batch, path, **settings)
+            if batch.control_BFCHW is not None:
+                write_pixels(folder / "control" / f"{i}.mp4", batch.control_BFCHW, request.fps)
+            if request.entry is not None:
+                write_pixels(folder / "truth" / f"{i}.mp4", batch.pixels_BFCHW, request.fps)
+
+
+def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int) -> list[Request]:
+    """The first `count` held-out files, clips before pictures, with all their conditions."""
+    records = reader.records
+    rows = sorted(range(len(records)), key=lambda row: (records[row].kind == "image", row))[:count]
+    requests = []
+    for i, row in enumerate(rows):
+        record, batch = records[row], partial(read_one, reader, fixed_draw(records[row], row, rules))
+        control = {"control": record.control_path, "camera": record.camera_path}
+        guide = next((path for name, path in control.items() if name in reader.needs), None)
+        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry))
+    return requests
+
+
+@dataclass
+class Validation:
+    """What a run checks at its start, every validation_steps and at its end."""
+
+    held_out: HeldOut | None
+    previews: Previews
+    output_dir: Path
+
+    @classmethod
+    def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
+        """reader: of the held-out records, perhaps none. Raises UserError for unusable validation_paths."""
+        wanted, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
+        held_out = None
+        if len(reader.records):
+            levels = wanted.held_out_levels
+            held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
+        if wanted.validation_prompts:
+            prompts, paths = wanted.validation_prompts, wanted.validation_paths
+            requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
+        else:
+            requests = held_out_requests(reader, rules, count=wanted.preview_count, seed=seed)
+        previews = Previews(setup, requests, wanted.preview_steps, wanted.guidance_scale)
+        return cls(held_out, previews, output_dir)
+
+    def run(self, net: nn.Module, step: int) -> dict[str, Any] | None:
+        """Makes the previews and returns the row for metrics.jsonl, None without held-out clips.
+
+        `net` is the unwrapped network: only the main process calls this.
+        """
+        row = None if self.held_out is None else self.held_out.measure(net, step)
+        self.previews.make(net, step, self.output_dir)
+        return row
