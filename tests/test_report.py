@@ -139,6 +139,14 @@ def make_run(folder, *, steps=120, seed=3, better=True):
             made = moving_disc(9, 64, 96, hue=hue, blur=blur, noise=noise, seed=i)
             write_clip(previews / f"step-{step}" / f"{i}.mp4", made, 8)
             told = {"prompt": f"a disc drifts, {i} {NASTY}", "seed": 1000 + i, "steps": 30, "guidance_scale": 6.0}
+            told |= {
+                "frames": 9,
+                "height": 64,
+                "width": 96,
+                "fps": 8.0,
+                "control": f"/data/control/{i}.mp4",
+                "entry": None,
+            }
             (previews / f"step-{step}" / f"{i}.json").write_text(json.dumps(told))
             own = (0.11 if step == 0 else 0.83) + 0.04 * i
             agreement[when]["previews"].append({"own": own, "others": [0.09, 0.13]})
@@ -243,6 +251,11 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
         assert told in page.text
     assert "3 train/" in page.text and "control has 12 frames, the clip 40" in page.text
     assert "checkpoint-120 , 7.0 MiB" in page.text and "1,200,001 of 1,234,567 parameters" in page.text
+
+
+def test_a_preview_has_its_seed_and_settings(page):
+    assert "seed 1001 steps 30 guidance scale 6.0 frames 9 height 64 width 96 fps 8.0 control 1.mp4" in page.text
+    assert "entry None" not in page.text and "/data/control" not in page.text
 
 
 def test_the_recipe_tells_what_was_set_from_what_was_left(page):

@@ -211,7 +211,7 @@ def read_previews(run: Path, album: Album) -> list[dict]:
         found.append(
             {
                 "prompt": settings.pop("prompt", ""),
-                "settings": settings,
+                "settings": {name: _short(value) for name, value in settings.items() if value is not None},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
                 if agreement
@@ -282,6 +282,10 @@ def _environment() -> jinja2.Environment:
 
 def _json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _short(value: object) -> str:
+    return Path(value).name if isinstance(value, str) else str(value)
 
 
 def _mean(values: Sequence[float]) -> float:
