@@ -28,8 +28,8 @@ def ledger(**changes):
         "left_out": [
             LeftOut(0, "/data/0.mp4", "is empty", "copy it again"),
             LeftOut(5, "/data/5, b.mp4", 'is "odd"\nand long', "copy it again"),
+            LeftOut(9, "/data/9.mp4", "its length is 1 frame", "use a longer clip"),
         ],
-        "unplanned": [(6, "its length is 1 frame")],
     }
     return Ledger(10, records([1, 2, 3, 4, 6, 8, 9]), **(given | changes))
 
@@ -81,7 +81,7 @@ def test_each_entry_has_one_status_and_the_sums_hold(tmp_path):
 
 
 def test_an_entry_without_a_reason_is_caught(tmp_path):
-    book = ledger(left_out=[LeftOut(0, "/data/0.mp4", "is empty", "copy it again")])
+    book = ledger(left_out=[LeftOut(entry, "/data/e.mp4", "is empty", "copy it again") for entry in (0, 9)])
     with pytest.raises(AssertionError, match="lost without a reason"):
         book.write(tmp_path)
 

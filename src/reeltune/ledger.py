@@ -36,8 +36,7 @@ class Ledger:
     """Counts what this process trains on; at the end the shares of all processes make the account.
 
     `train` are the records that a Draw counts by, `held_out` those of the same metadata file kept for validation,
-    `left_out` the entries that the scan left out, `unplanned` the (record, reason) that the plan did. Nothing is kept
-    per good row beside two int32.
+    `left_out` the entries that the scan or the plan left out. Nothing is kept per good row beside two int32.
     """
 
     def __init__(
@@ -47,15 +46,12 @@ class Ledger:
         *,
         held_out: Records | None = None,
         left_out: Iterable[LeftOut] = (),
-        unplanned: Iterable[tuple[int, str]] = (),
         max_bad_share: float = 1.0,
     ):
         self.entries = entries
         self.train = train
         self.held_out = held_out
         self.left_out = {row.entry: row for row in left_out}
-        for record, reason in unplanned:
-            self._leave_out(self.left_out, record, reason, "use a longer clip, or take frames less far apart")
         self.max_bad_share = max_bad_share
         self.used = np.zeros(len(train), dtype=np.int32)
         self.repeated = np.zeros(len(train), dtype=np.int32)
@@ -125,7 +121,8 @@ class Ledger:
         problems = dict(self.left_out)
         for record, (times, reason) in whole.failures.items():
             told = f"could not be read {times} time{'s' if times != 1 else ''} during the run: {reason}"
-            self._leave_out(problems, record, told, "mend the file or remove its entry")
+            entry = int(self.train.entry[record])
+            problems[entry] = LeftOut(entry, self.train[record].path, told, "mend the file or remove its entry")
         status = np.full(self.entries, LEFT_OUT, dtype=np.int8)
         status[self.train.entry] = np.where(trained > 0, USED, NOT_REACHED)
         if self.held_out is not None:
@@ -149,10 +146,6 @@ class Ledger:
         _replace(Path(output_dir) / "ledger.json", json.dumps({**summary, "problems": rows}, indent=2) + "\n")
         self._write_csv(Path(output_dir) / "ledger.csv", status, whole, problems)
         return summary
-
-    def _leave_out(self, problems: dict[int, LeftOut], record: int, reason: str, remedy: str) -> None:
-        entry = int(self.train.entry[record])
-        problems[entry] = LeftOut(entry, self.train[record].path, reason, remedy)
 
     def _write_csv(self, path: Path, status: np.ndarray, whole: Share, problems: dict[int, LeftOut]) -> None:
         """A million rows pass through, none stays."""
