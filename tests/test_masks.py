@@ -27,7 +27,7 @@ def patterns(kind: str, frames: int) -> set[tuple[int, ...]]:
 def test_probabilities_of_the_reference(goldens):
     constants = json.loads((goldens / "data/stochastic.json").read_text())["constants"]
     for law, name in ((MaskLaw().clip, "mask_index_video"), (MaskLaw().picture, "mask_index_image")):
-        assert {REFERENCE_KINDS[int(index)]: p for index, p in constants[name].items()} == dict(law)
+        assert {REFERENCE_KINDS[int(index)]: p for index, p in constants[name].items()} == law
 
 
 @pytest.mark.golden

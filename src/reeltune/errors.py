@@ -16,6 +16,9 @@ class UserError(Exception):
         head = f"{where}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
+    def __reduce__(self):  # from a worker process to the one it works for
+        return UserError, (self.where, self.problems)
+
 
 def refuse(where: str, problems: Sequence[str]) -> None:
     """Raise UserError if there is any problem."""

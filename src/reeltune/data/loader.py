@@ -150,11 +150,10 @@ def stream(
         raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
     places = _Places(start, len(reader.plan(start.epoch)), rank, world)
     batches = DataLoader(
-        reader,
+        _Handed(reader),
         batch_size=None,
         sampler=places,
         num_workers=workers,
-        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
@@ -162,12 +161,27 @@ def stream(
     )
     try:
         for (epoch, k, _, _), batch in zip(places, batches, strict=False):
+            if isinstance(batch, UserError):
+                raise batch
             yield batch, epoch, k + 1
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
         remedy = "it may have run out of memory; lower dataloader_num_workers, or 0 reads in the training process"
         raise UserError("dataloader_num_workers", f"a process that reads clips died ({error}); {remedy}") from error
+
+
+class _Handed(Dataset[Batch | UserError]):
+    """The reader, with a UserError handed over like a batch: DataLoader would make a RuntimeError of it."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+
+    def __getitem__(self, place: Place) -> Batch | UserError:
+        try:
+            return self._reader[place]
+        except UserError as error:
+            return error
 
 
 class _Places:
@@ -182,10 +196,6 @@ class _Places:
         while True:
             yield (*divmod(count, self._per_epoch), self._rank, self._world)
             count += 1
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _start_worker(_: int) -> None:

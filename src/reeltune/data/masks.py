@@ -6,9 +6,8 @@ True is to be made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 
@@ -22,25 +21,21 @@ MOST_GIVEN = 4  # frames given at an end of the clip
 class MaskLaw:
     """A family's probabilities; the kinds are the names of `KINDS`."""
 
-    clip: Mapping[str, float] = field(
-        default_factory=lambda: MappingProxyType(
-            {
-                "block": 0.05,
-                "all": 0.2,
-                "after_start": 0.2,
-                "between_ends": 0.2,
-                "block_in_time": 0.05,
-                "coin": 0.05,
-                "boxes": 0.05,
-                "ellipse": 0.1,
-                "disc": 0.05,
-                "frames": 0.05,
-            }
-        )
+    clip: dict[str, float] = field(
+        default_factory=lambda: {
+            "block": 0.05,
+            "all": 0.2,
+            "after_start": 0.2,
+            "between_ends": 0.2,
+            "block_in_time": 0.05,
+            "coin": 0.05,
+            "boxes": 0.05,
+            "ellipse": 0.1,
+            "disc": 0.05,
+            "frames": 0.05,
+        }
     )
-    picture: Mapping[str, float] = field(
-        default_factory=lambda: MappingProxyType({"block": 0.2, "all": 0.7, "ellipse": 0.05, "disc": 0.05})
-    )
+    picture: dict[str, float] = field(default_factory=lambda: {"block": 0.2, "all": 0.7, "ellipse": 0.05, "disc": 0.05})
     spots_on_all_frames: bool = False  # ellipses and discs: on every frame, else on the first alone
 
 
@@ -56,7 +51,7 @@ def draw_mask(seed: int, shape: Shape, law: MaskLaw) -> np.ndarray:
     if mask.ndim == 2:  # a spot
         frames = np.arange(shape.frames)[:, None, None]
         mask = mask & ((frames == 0) | law.spots_on_all_frames)
-    return np.ascontiguousarray(np.broadcast_to(mask, shape))
+    return np.array(np.broadcast_to(mask, shape))
 
 
 def _all(rng: np.random.RandomState, shape: Shape) -> np.ndarray:
