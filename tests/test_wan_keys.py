@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
+from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
@@ -49,7 +50,7 @@ def test_vae_round_trip_is_bit_equal():
 
 def test_names_of_two_forms_together_are_refused():
     mixed = {"head.head.weight": torch.zeros(1), "proj_out.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match="two names become one"):
+    with pytest.raises(UserError, match="two names become one"):
         keys.from_released(mixed)
 
 
@@ -98,7 +99,7 @@ def test_text_encoder_at_full_size(released):
     for given in [outlines for name, outlines in released.items() if name.startswith("umt5")]:
         ours = keys.text_from_released(given)
         with torch.device("meta"):
-            net = UMT5EncoderModel(sizes.text(ours))
+            net = UMT5EncoderModel(sizes.text(ours, "text"))
         assert weights.differences(net.state_dict(), ours) == []
         assert shapes(keys.text_to_released(net.state_dict())) == shapes(given)
 
@@ -112,6 +113,6 @@ def test_picture_tower_at_full_size(released):
         assert left == {"textual", "log_scale", "visual.head"}
         ours = keys.image_from_released(given)
         with torch.device("meta"):
-            net = CLIPVisionModel(sizes.image(ours, {}))
+            net = CLIPVisionModel(sizes.image(ours, {}, "image"))
         assert weights.differences(getattr(net, "vision_model", net).state_dict(), ours) == []
         assert shapes(keys.image_to_released(ours)) == shapes(used)

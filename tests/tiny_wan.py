@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -61,7 +62,6 @@ def tokenizer_in(folder: Path) -> Path:
 def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24, image: int = 32, **sizes) -> Path:
     """Writes a whole checkpoint to `folder` and returns it."""
     folder = Path(folder)
-    tokenizer = tokenizer_in(folder / "google" / "umt5-xxl")
     vocabulary = 4 + len(LETTERS)
     t5 = UMT5Config(
         vocab_size=vocabulary, d_model=text, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
@@ -70,12 +70,13 @@ def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24
         hidden_size=image, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16, patch_size=14
     )
     has_image = VARIANTS[variant][1]
-    write_released(
-        folder,
-        filled(network(variant, text=text, image=image, **sizes), seed),
-        filled(AutoencoderKLWan(base_dim=4), seed + 1),
-        filled(UMT5EncoderModel(t5), seed + 2),
-        filled(CLIPVisionModel(clip), seed + 3) if has_image else None,
-        tokenizer,
-    )
+    with TemporaryDirectory() as tokenizer:
+        write_released(
+            folder,
+            filled(network(variant, text=text, image=image, **sizes), seed),
+            filled(AutoencoderKLWan(base_dim=4), seed + 1),
+            filled(UMT5EncoderModel(t5), seed + 2),
+            filled(CLIPVisionModel(clip), seed + 3) if has_image else None,
+            tokenizer_in(Path(tokenizer)),
+        )
     return folder

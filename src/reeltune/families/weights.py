@@ -37,22 +37,34 @@ def files_of(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    for stem in STEMS:
-        single = path / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
+    names = _shards(path)
+    for stem in reversed(STEMS):
         index = path / f"{stem}.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            there = [file.name for file in sorted(path.glob(f"{stem}-*-of-*.safetensors")) if SHARD.search(file.name)]
-            number, total = SHARD.search(there[0]).groups() if there else ("", "0")
-            names = [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
-        missing = [f"{name} is missing; download it again" for name in names if not (path / name).is_file()]
-        refuse(str(path), missing)
-        if names:
-            return [path / name for name in names]
+        if (path / f"{stem}.safetensors").is_file():
+            names = [f"{stem}.safetensors"]
+    refuse(str(path), [f"{name} is missing; download it again" for name in names if not (path / name).is_file()])
+    if names:
+        return [path / name for name in names]
     raise UserError(str(path), f"no weights here; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+
+
+def has_weights(path: Path) -> bool:
+    """Whether `path` is a file, or a folder in which `files_of` would look further than its names."""
+    endings = ("", ".index.json")
+    named = (path / f"{stem}.safetensors{ending}" for stem in STEMS for ending in endings)
+    return path.is_file() or any(file.is_file() for file in named) or bool(_shards(path))
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of all shards that those present belong to, where there is no index."""
+    for stem in STEMS:
+        for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+            if match := SHARD.search(file.name):
+                number, total = match.groups()
+                return [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
+    return []
 
 
 def peek(path: Path) -> dict[str, Tensor]:
@@ -122,7 +134,7 @@ def rename(state: Mapping[str, T], rows: Rows, *, back: bool = False) -> dict[st
     """The same values under other names. Rows pair module paths in which {} stands for a number.
 
     A row also covers the parameters right below its path (`.weight`, `.bias`, `.gamma`). Names that no row
-    covers stay as they are. Raises ValueError if two names would become one.
+    covers stay as they are. Raises UserError if two names would become one.
     """
     patterns = _compiled(rows, back)
 
@@ -135,7 +147,7 @@ def rename(state: Mapping[str, T], rows: Rows, *, back: bool = False) -> dict[st
 
     out = {renamed(name): value for name, value in state.items()}
     if len(out) != len(state):
-        raise ValueError("two names become one: the table mixes two naming forms")
+        raise UserError("weights", "two names become one: released and library names are mixed in one file")
     return out
 
 
@@ -163,13 +175,20 @@ def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> li
     return missing + unexpected + misshapen
 
 
-def fit(net: nn.Module, state: Mapping[str, Tensor], where: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Puts the tensors into `net`, which may be on the meta device: as stored, or in `dtype`.
+def fit(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Puts the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
 
     Raises UserError with every name that is missing, unexpected or of another shape.
     """
     refuse(where, differences(net.state_dict(), state))
-    net.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
+    placed = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state.items()}
+    net.load_state_dict(placed, assign=True)
     return net
 
 

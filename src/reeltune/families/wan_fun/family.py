@@ -31,6 +31,7 @@ from reeltune.families.wan_fun.net import TEXT_LENGTH
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
 MASK_CHANNELS = 4  # one per pixel frame of a latent frame
+IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLIP/blob/main/clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -58,9 +59,9 @@ def load(
     files: layout.Files = family.options["files"]
     device = torch.device(device)
     replacement = None if transformer_path is None else Path(transformer_path)
-    net, config = layout.load_transformer(files.transformer, replacement, dtype)
-    parts = Parts(net.to(device), config=config, device=device, low_vram=low_vram)
-    parts.extras = {"family": family.name, "image_dim": net.config.image_dim, "channels": net.config.in_channels}
+    net, config = layout.load_transformer(files.transformer, replacement, dtype, device)
+    parts = Parts(net, config=config, device=device, low_vram=low_vram)
+    parts.extras["image_dim"] = net.config.image_dim
     parts.frozen["vae"] = layout.load_vae(files.vae, frozen_dtype)
     if encoders:
         parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(files.tokenizer)
@@ -108,11 +109,12 @@ def encode(
             keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
     if mode == "control_ref_camera":
         cond["camera"] = pack_frames(batch.camera_BFCHW)
-    if mode == "control" and parts.extras["image_dim"] is not None:  # as the models are used without a picture
+    if mode != "control":
+        seen_B = torch.zeros_like(batch.ref_frame_B) if "inpaint" in cond else batch.ref_frame_B
+        cond["image"] = image_features(parts, cut_to_8_bit(frames_at(pixels, seen_B)))
+    elif parts.extras["image_dim"] is not None:  # as the models are used without a picture
         cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
-        cond["image"] = x0.mean.new_zeros(len(pixels), 257, parts.extras["image_dim"])
-    elif mode != "control":
-        cond["image"] = image_features(parts, cut_to_8_bit(frames_at(pixels, batch.ref_frame_B)))
+        cond["image"] = x0.mean.new_zeros(len(pixels), IMAGE_TOKENS, parts.extras["image_dim"])
     return Encoded(x0, cond, keep)
 
 

@@ -63,10 +63,7 @@ class Files:
 
 def transformer_in(folder: Path, settings: dict[str, Any]) -> Path | None:
     """The folder or file of the transformer's weights, if there is one. `settings` is the model yaml."""
-    for path in _candidates(folder, settings, "transformer"):
-        if path.is_file() or any(any(path.glob(f"{stem}*.safetensors*")) for stem in weights.STEMS):
-            return path
-    return None
+    return next(filter(weights.has_weights, _candidates(folder, settings, "transformer")), None)
 
 
 def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_image: bool) -> Files:
@@ -109,7 +106,9 @@ def peek_transformer(path: Path) -> tuple[State, dict[str, Any]]:
     return keys.from_released(weights.peek(path)), read_config(path)
 
 
-def load_transformer(path: Path, replacement: Path | None, dtype: torch.dtype) -> tuple[WanFunTransformer, dict]:
+def load_transformer(
+    path: Path, replacement: Path | None, dtype: torch.dtype, device: torch.device
+) -> tuple[WanFunTransformer, dict[str, Any]]:
     """(network, its config.json as read). `replacement` holds other weights for it: a file or a saved folder."""
     outlines, config = peek_transformer(path)
     with torch.device("meta"):
@@ -118,54 +117,46 @@ def load_transformer(path: Path, replacement: Path | None, dtype: torch.dtype) -
     if replacement is not None:
         inner = replacement / "transformer"
         source = inner if inner.is_dir() else replacement
-    weights.fit(net, keys.from_released(weights.read(source)), str(source), dtype)
+    given = weights.read(source)
+    state = keys.from_released(given)
+    if given.keys() != state.keys():  # bad keys are told by the names that the file has
+        refuse(str(source), weights.differences(keys.to_released(net.state_dict()), given))
+    weights.fit(net, state, str(source), dtype, device)
     return net, config
 
 
 def load_vae(path: Path, dtype: torch.dtype | None) -> AutoencoderKLWan:
     state = keys.vae_from_released(weights.read(path))
-    _expect(state, ("encoder.conv_in.weight", "post_quant_conv.weight"), path, "a Wan2.1 VAE")
-    config = read_config(path) if path.is_dir() else {}
     with torch.device("meta"):
-        net = AutoencoderKLWan(**sizes.vae(state, config, str(path)))
+        net = AutoencoderKLWan(**sizes.vae(state, _own_config(path), str(path)))
     return _frozen(net, state, path, dtype)
 
 
 def load_text(path: Path, dtype: torch.dtype | None) -> UMT5EncoderModel:
     state = keys.text_from_released(weights.read(path))
-    attention = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    _expect(state, ("shared.weight", attention), path, "a UMT5 encoder")
     with torch.device("meta"):
-        net = UMT5EncoderModel(sizes.text(state))
+        net = UMT5EncoderModel(sizes.text(state, str(path)))
     return _frozen(net, state, path, dtype)
 
 
 def load_image(path: Path, dtype: torch.dtype | None) -> CLIPVisionModel:
     named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path).items()}
     state = keys.image_from_released(named)
-    _expect(
-        state, ("embeddings.patch_embedding.weight", "encoder.layers.0.mlp.fc1.weight"), path, "a CLIP picture tower"
-    )
-    config = read_config(path) if path.is_dir() else {}
     with torch.device("meta"):
-        net = CLIPVisionModel(sizes.image(state, config))
-    tower = getattr(net, "vision_model", net)  # transformers before 5.3 nest it
-    places = len(state["embeddings.position_embedding.weight"])
-    tower.embeddings.position_ids = torch.arange(places)[None]
+        net = CLIPVisionModel(sizes.image(state, _own_config(path), str(path)))
+    tower = getattr(net, "vision_model", net)  # older releases of transformers nest it
+    tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]  # the one buffer
     _frozen(tower, state, path, dtype)
     return net
 
 
+def _own_config(path: Path) -> dict[str, Any]:
+    """A network's config.json; beside a single file in the root lies the transformer's, which is another's."""
+    return read_config(path) if path.is_dir() else {}
+
+
 def _frozen(net: nn.Module, state: State, path: Path, dtype: torch.dtype | None) -> Any:
     return weights.fit(net, state, str(path), dtype).requires_grad_(False).eval()
-
-
-def _expect(state: State, names: tuple[str, ...], path: Path, what: str) -> None:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise UserError(
-            str(path), f"is not {what}: it has no {', '.join(missing)}, but {', '.join(list(state)[:3])}, …"
-        )
 
 
 # ---- writing

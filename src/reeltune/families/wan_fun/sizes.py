@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import CLIPVisionConfig, UMT5Config
 
-from reeltune.errors import refuse
+from reeltune.errors import UserError, refuse
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
 State = dict[str, Tensor]
@@ -33,6 +33,13 @@ HEAD_DIM = 128  # of every released Wan transformer, where config.json does not 
 ADAPTER_SHRINK = 8  # pixels per latent cell of released camera models, where config.json does not say
 
 
+FLAGS = {  # what config.json may say of parts: the tensor that shows it
+    "ref_conv.weight": ("add_ref_conv", "has_ref_conv"),
+    "control_adapter.conv.weight": ("add_control_adapter",),
+    "condition_embedder.image_embedder.norm1.weight": ("has_image_input",),
+}
+
+
 def is_wan(state: State) -> bool:
     """Whether these (in our names) are the tensors of a Wan transformer."""
     wanted = ("patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight")
@@ -44,17 +51,16 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
 
     Raises UserError where config.json contradicts the weights, or names what is not supported.
     """
+    embedders = {name: f"condition_embedder.{name}.linear_1.weight" for name in ("text_embedder", "time_embedder")}
+    _need(state, (*embedders.values(), "proj_out.weight", "blocks.0.ffn.net.0.proj.weight"), where, "a Wan transformer")
     width, in_channels, *patch = state["patch_embedding.weight"].shape
-    rows = {
-        name: state[f"condition_embedder.{name}.linear_1.weight"].shape for name in ("text_embedder", "time_embedder")
-    }
     found = {
         "in_channels": in_channels,
         "out_channels": state["proj_out.weight"].shape[0] // prod(patch),
         "width": width,
         "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
-        "freq_dim": rows["time_embedder"][1],
-        "text_dim": rows["text_embedder"][1],
+        "freq_dim": state[embedders["time_embedder"]].shape[1],
+        "text_dim": state[embedders["text_embedder"]].shape[1],
         "num_layers": count(state, "blocks."),
     }
     problems = []
@@ -62,6 +68,12 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
         said = {key: config[key] for key in NAMES[name] if config.get(key) is not None}
         if said and size not in said.values():  # one of two is enough: the original tools save both spellings
             problems.append(f"config.json has {said}, but the weights have {size}")
+    for tensor, flags in FLAGS.items():
+        problems += [
+            f"config.json has {flag} {config[flag]}, but the weights have {'a' if tensor in state else 'no'} {tensor}"
+            for flag in flags
+            if config.get(flag) is not None and bool(config[flag]) != (tensor in state)
+        ]
     heads = next((config[key] for key in HEADS if config.get(key)), width // HEAD_DIM)
     if not heads or width % heads:
         problems.append(f"{heads} attention heads do not divide the width {width}; config.json must give num_heads")
@@ -130,6 +142,7 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 
     Raises UserError where there is not one of each per latent channel.
     """
+    _need(state, ("encoder.conv_in.weight", "post_quant_conv.weight"), where, "a Wan2.1 VAE")
     channels = state["post_quant_conv.weight"].shape[0]
     default = inspect.signature(AutoencoderKLWan.__init__).parameters
     found = {name: config.get(name, default[name].default) for name in ("latents_mean", "latents_std")}
@@ -144,15 +157,17 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
     return {"base_dim": state["encoder.conv_in.weight"].shape[0], "z_dim": channels} | found
 
 
-def text(state: State) -> UMT5Config:
-    attention = "encoder.block.0.layer.0.SelfAttention"
+def text(state: State, where: str) -> UMT5Config:
+    attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    bias = f"{attention}.relative_attention_bias.weight"
+    _need(state, ("shared.weight", f"{attention}.q.weight", bias, feed), where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
-    buckets, heads = state[f"{attention}.relative_attention_bias.weight"].shape
+    buckets, heads = state[bias].shape
     return UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
         d_kv=state[f"{attention}.q.weight"].shape[0] // heads,
-        d_ff=state["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
+        d_ff=state[feed].shape[1],
         num_layers=count(state, "encoder.block."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
@@ -163,10 +178,12 @@ def text(state: State) -> UMT5Config:
     )
 
 
-def image(state: State, config: dict[str, Any]) -> CLIPVisionConfig:
+def image(state: State, config: dict[str, Any], where: str) -> CLIPVisionConfig:
     """CLIP ViT-H/14 or a smaller one; 16 heads and exact GELU as released (https://github.com/mlfoundations/open_clip)."""
-    width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
-    places = state["embeddings.position_embedding.weight"].shape[0]
+    patches, positions = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+    _need(state, (patches, positions, "encoder.layers.0.mlp.fc1.weight"), where, "a CLIP picture tower")
+    width, _, _, patch = state[patches].shape
+    places = state[positions].shape[0]
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
@@ -182,3 +199,9 @@ def image(state: State, config: dict[str, Any]) -> CLIPVisionConfig:
 def count(state: State, prefix: str) -> int:
     """How many numbered layers there are under `prefix`."""
     return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in state if name.startswith(prefix))
+
+
+def _need(state: State, names: tuple[str, ...], where: str, what: str) -> None:
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise UserError(where, f"is not {what}: it has no {', '.join(missing)}, but {', '.join([*state][:3])}, …")
