@@ -154,7 +154,7 @@ def _check_type(row: Row, fields: dict[str, Any]) -> None:
             row.kind = "video" if ending in VIDEO_ENDINGS else "image"
             row.notices.append("there is no type, and the file's ending tells it")
         elif row.path:
-            reason = f"has no type, and the ending {shown(ending)} does not tell it"
+            reason = f"has no type, and the ending of {shown(row.named)} does not tell it"
             row.problems.append(Problem(reason, 'Give type "video" or "image"'))
     elif stated in ("video", "image"):
         row.kind = stated
