@@ -42,19 +42,6 @@ class Setup:
     vae_mini_batch: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        family: Family,
-        mode: str,
-        objective: Objective,
-        parts: Parts,
-        autocast: Callable[[], AbstractContextManager],
-    ) -> Setup:
-        options = {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
-        return cls(family, mode, parts, objective, autocast, recipe.training.vae_mini_batch, options)
-
     def encode(self, batch: Batch) -> Encoded:
         batch = batch.to(self.parts.device)
         settings = {"vae_mini_batch": self.vae_mini_batch, "options": self.options}
@@ -220,7 +207,8 @@ def sample_clips(recipe: Recipe) -> list[Path]:
     requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     parts = load_parts(recipe, family, engine.device)
-    setup = Setup.of(recipe, family, mode, objective, parts, engine.autocast)
+    options = {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
+    setup = Setup(family, mode, parts, objective, engine.autocast, recipe.training.vae_mini_batch, options)
     made = [folder / f"{i}.mp4" for i in range(len(requests))]
     for path, request in zip(made, requests, strict=True):
         steps, guidance_scale = wanted.preview_steps, wanted.guidance_scale
