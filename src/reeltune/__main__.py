@@ -1,0 +1,7 @@
+"""python -m reeltune"""
+
+import sys
+
+from reeltune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,232 @@
+"""The command line. A command's own module, and torch with it, is imported once its settings are found sound.
+
+Every field of a Recipe is a flag: --name value, --name=value; a switch may stand alone; a list takes several values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reeltune.errors import UserError
+from reeltune.recipe import Recipe
+from reeltune.rules import shown
+from reeltune.settings import TRUTH, Setting, build, nearest, read, sentences, settings
+
+USAGE = """\
+usage: reeltune COMMAND ...
+
+Fine-tunes video diffusion transformers, and proves what it does.
+
+  train    fine-tune a checkpoint as a recipe says
+  check    scan the data and show what training would do with it; trains nothing
+  sample   make clips from a checkpoint
+  report   write report.html of a run's folder
+  export   turn a checkpoint-N into a folder that the original tools, or diffusers, load
+  demo     make a small data set and a tiny model, and fine-tune it here in a few minutes
+
+reeltune COMMAND --help tells more.
+"""
+ABOUT = {
+    "train": "Fine-tunes a checkpoint; the run's folder is output_dir.",
+    "check": "Scans the data and prints what is unusable and why, the sizes that will be drawn, and the steps of an "
+    "epoch. Trains nothing and loads no weights.",
+    "sample": "Makes a clip for each of validation_prompts into output_dir/samples.",
+}
+REQUIRED = {
+    "train": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
+    "check": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
+    "sample": ("pretrained_model_name_or_path", "validation_prompts"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2 for what the user can mend, 130 after Ctrl-C."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+
+    def act() -> int:
+        if command not in COMMANDS:
+            raise UserError(
+                "reeltune", f"{command} is no command{nearest(command, COMMANDS)}; reeltune --help lists them"
+            )
+        return COMMANDS[command](rest)
+
+    return guarded(act)
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
+    try:
+        return act()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---- commands of a recipe
+
+
+def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
+    def act(argv: Sequence[str]) -> int:
+        if {"-h", "--help"} & set(argv):
+            print(recipe_help(command), end="")
+            return 0
+        return RUN[command](recipe_of(argv, command))
+
+    return act
+
+
+def recipe_of(argv: Sequence[str], command: str) -> Recipe:
+    """[RECIPE.yaml] and flags -> Recipe. Raises UserError with everything that is wrong with them."""
+    files, given, problems = flags(argv)
+    tree = read(files[0]) if files else {}
+    problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
+    where = files[0] if files else "command line"
+    return build(tree, given, where=where, required=REQUIRED[command], found=problems)
+
+
+def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """(words that belong to no flag, flags by name with their values as text, problems). Unknown flags are kept."""
+    known = settings()
+    words: list[str] = []
+    given: dict[str, Any] = {}
+    problems: list[str] = []
+    left = list(argv)
+    while left:
+        token = left.pop(0)
+        if not token.startswith("--"):
+            words.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        setting = known.get(name)
+        values = [value] if equals else _taken(setting, left)
+        if setting is not None and not setting.is_switch and not values:
+            problems.append(f"{name} has no value; write --{name} VALUE")
+        elif setting is not None and setting.is_list:
+            given[name] = values
+        else:
+            given[name] = values[0] if values else "true"
+    return words, given, problems
+
+
+def _taken(setting: Setting | None, left: list[str]) -> list[str]:
+    """Takes from `left` the words that belong to a flag."""
+    count = next((i for i, token in enumerate(left) if token.startswith("--")), len(left))
+    if setting is not None and setting.is_switch:
+        count = int(count > 0 and left[0].lower() in TRUTH)
+    elif setting is None or not setting.is_list:
+        count = min(count, 1)
+    taken, left[:] = left[:count], left[count:]
+    return taken
+
+
+def recipe_help(command: str) -> str:
+    """Every field by section, with its sentence and default."""
+    lines = [f"usage: reeltune {command} [RECIPE.yaml] [--name value ...]", "", *_wrapped(ABOUT[command], 0)]
+    lines += ["", *_wrapped("Flags win over the recipe file. Required: " + ", ".join(REQUIRED[command]) + ".", 0)]
+    section = ""
+    for name, setting in settings().items():
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"{section}:"]
+        lines.append(f"  --{name} {setting.operand}".rstrip())
+        default = "" if setting.default == "" else f" [{shown(setting.default)}]"
+        lines += _wrapped(sentences()[name] + default, 6)
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=" " * indent, subsequent_indent=" " * indent)
+
+
+def _train(recipe: Recipe) -> int:
+    from reeltune.train import train
+
+    return train(recipe)
+
+
+def _check(recipe: Recipe) -> int:
+    from reeltune.check import check
+
+    return check(recipe)
+
+
+def _sample(recipe: Recipe) -> int:
+    from reeltune.sample import sample_clips
+
+    for path in sample_clips(recipe):
+        print(path)
+    return 0
+
+
+RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "sample": _sample}
+
+
+# ---- the others
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("reeltune report", description="Writes report.html of a run's folder.")
+    parser.add_argument("run", type=Path, help="folder of the run (output_dir)")
+    wanted = parser.parse_args(argv)
+
+    from reeltune.report import write
+
+    if not wanted.run.is_dir():
+        raise UserError("report", f"{str(wanted.run)!r} is no folder; give the output_dir of a run")
+    print(write(wanted.run))
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "reeltune export", description="Writes a checkpoint's weights into a folder of their own, and proves the copy."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), default="bf16", help="of the weights [bf16]"
+    )
+    parser.add_argument("--max_shard_size", default="80GB", help="one file up to this size, else shards [80GB]")
+    parser.add_argument("--diffusers", action="store_true", help="names that diffusers loads, not the original tools")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
+    wanted = parser.parse_args(argv)
+
+    from reeltune.export import export
+
+    for line in export(**vars(wanted)):
+        print(line)
+    return 0
+
+
+def _demo(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("reeltune demo", description="A small real run, on the CPU, in a few minutes.")
+    parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
+    wanted = parser.parse_args(argv)
+
+    from reeltune.demo.main import run
+
+    return run(wanted.out)
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": of_recipe("train"),
+    "check": of_recipe("check"),
+    "sample": of_recipe("sample"),
+    "report": _report,
+    "export": _export,
+    "demo": _demo,
+}

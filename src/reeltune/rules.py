@@ -1,0 +1,139 @@
+"""What the values of a Recipe may be, alone and together.  (no torch)"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from reeltune.recipe import Recipe
+
+ANY = math.inf
+RANGES: dict[str, tuple[float, float]] = {  # least and greatest
+    "held_out_share": (0, 0.5),
+    "max_bad_share": (0, 1),
+    "text_drop_ratio": (0, 1),
+    "video_repeat": (0, ANY),
+    "dataloader_num_workers": (0, ANY),
+    "video_sample_n_frames": (1, ANY),
+    "video_sample_stride": (1, ANY),
+    "video_sample_size": (16, ANY),  # one patch of 2 cells of 8 pixels
+    "image_sample_size": (16, ANY),
+    "token_sample_size": (16, ANY),
+    "train_batch_size": (1, ANY),
+    "gradient_accumulation_steps": (1, ANY),
+    "num_train_epochs": (1, ANY),
+    "max_train_steps": (1, ANY),
+    "seed": (0, ANY),
+    "vae_mini_batch": (0, ANY),
+    "motion_sub_loss_ratio": (0, 1),
+    "learning_rate": (0, ANY),
+    "lr_warmup_steps": (0, ANY),
+    "lr_num_cycles": (1, ANY),
+    "adam_weight_decay": (0, ANY),
+    "initial_grad_norm_ratio": (1, ANY),
+    "abnormal_norm_clip_start": (1, ANY),
+    "checkpointing_steps": (1, ANY),
+    "checkpoints_total_limit": (1, ANY),
+    "logging_steps": (1, ANY),
+    "validation_steps": (1, ANY),
+    "preview_count": (0, ANY),
+    "preview_steps": (1, ANY),
+    "guidance_scale": (0, ANY),
+    "held_out_levels": (1, ANY),
+}
+ABOVE_ZERO = (
+    "video_sample_fps",
+    "logit_std",
+    "loss_outlier_threshold",
+    "lr_power",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
+STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
+
+
+def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(fields concerned, what is wrong with its rule and remedy), one by one."""
+    values = {name: value for section in vars(recipe).values() for name, value in vars(section).items()}
+    defaults = {name: value for section in vars(Recipe()).values() for name, value in vars(section).items()}
+
+    def out_of_range(name: str, rule: str) -> tuple[tuple[str], str]:
+        return (name,), f"{name} is {values[name]}; it must be {rule}; the default is {shown(defaults[name])}"
+
+    for name, (least, greatest) in RANGES.items():
+        if values[name] is not None and not least <= values[name] <= greatest:
+            rule = f"at least {least}" if greatest == ANY else f"between {least} and {greatest}"
+            yield out_of_range(name, rule)
+    for name in ABOVE_ZERO:
+        if values[name] is not None and not values[name] > 0:
+            yield out_of_range(name, "more than 0")
+    for name in DECAYS:
+        if not 0 <= values[name] < 1:
+            yield out_of_range(name, "at least 0 and less than 1")
+    yield from _together(recipe)
+
+
+def shown(value: object) -> str:
+    """A value as it is written in a recipe."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "empty"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "empty"
+
+
+def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, sizes, validation = recipe.model, recipe.data, recipe.sizes, recipe.validation
+    optimization = recipe.optimization
+    if not model.trainable_modules:
+        yield ("trainable_modules",), "trainable_modules is empty, so nothing would learn; write . for everything"
+    if model.add_full_ref_image_in_self_attention and model.train_mode not in (None, "control_ref"):
+        yield (
+            ("add_full_ref_image_in_self_attention", "train_mode"),
+            f"add_full_ref_image_in_self_attention is true and train_mode is {model.train_mode}; only control_ref "
+            "has such a reference picture; leave one of the two out",
+        )
+    if data.validation_data_meta is not None and data.held_out_share:
+        yield (
+            ("validation_data_meta", "held_out_share"),
+            f"validation_data_meta is {data.validation_data_meta} and held_out_share is {data.held_out_share}; "
+            "held-out clips come from one of them; leave the other out",
+        )
+    if sizes.fix_sample_size is not None:
+        if min(sizes.fix_sample_size) < 16:
+            yield (
+                ("fix_sample_size",),
+                f"fix_sample_size is {shown(sizes.fix_sample_size)}; height and width must be at least 16 pixels; "
+                "give both, as 480 832",
+            )
+        if sizes.random_ratio_crop:
+            yield (
+                ("fix_sample_size", "random_ratio_crop"),
+                "fix_sample_size and random_ratio_crop are both given; a fixed size leaves no ratio to draw; "
+                "leave one of the two out",
+            )
+    if optimization.use_8bit_adam and optimization.use_came:
+        yield (
+            ("use_8bit_adam", "use_came"),
+            "use_8bit_adam and use_came are both true; a run has one optimizer; leave one of the two out",
+        )
+    rules = optimization.lr_step_rules
+    if (rules is not None) != (optimization.lr_scheduler == "piecewise_constant"):
+        yield (
+            ("lr_step_rules", "lr_scheduler"),
+            f"lr_step_rules is {shown(rules)} and lr_scheduler is {optimization.lr_scheduler}; lr_step_rules and "
+            "piecewise_constant need each other; give both or neither",
+        )
+    if rules is not None and not STEP_RULES.fullmatch(rules):
+        yield (
+            ("lr_step_rules",),
+            f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
+        )
+    prompts, paths = len(validation.validation_prompts), len(validation.validation_paths)
+    if paths and paths != prompts:
+        yield (
+            ("validation_prompts", "validation_paths"),
+            f"validation_prompts has {prompts} and validation_paths {paths}; each prompt has one path; give as many",
+        )
