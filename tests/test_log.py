@@ -172,12 +172,14 @@ def test_a_verdict_comes_every_few_lines_and_at_the_end(tmp_path):
     with log(tmp_path, logging_steps=1) as book:
         book.step(row(1), seconds(data=100))  # start-up; not judged
         for step in range(2, 8):
-            book.step(row(step), seconds(data=0.05, encode=0.5, forward_backward=0.35))
+            encode = 0.5 if step <= 5 else 0.0
+            book.step(row(step), seconds(data=0.05, encode=encode, forward_backward=0.85 - encode))
     verdicts = [line for line in told(book).splitlines() if "of the step" in line]
     assert len(verdicts) == 2
     assert (
         "50 % of the step is encoding, 35 % forward and backward, 10 % the optimizer; 5 % waits for data" in verdicts[0]
     )
+    assert "0 % of the step is encoding, 85 % forward" in verdicts[1]  # of the steps since
     assert "reeltune cache" in verdicts[0] and "dataloader_num_workers" not in verdicts[0]
 
 
