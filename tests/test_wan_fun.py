@@ -251,7 +251,7 @@ class Shell:
     def __reduce__(self):
         import os
 
-        return os.system, ("touch /tmp/reeltune_was_here",)
+        return os.system, ("true",)
 
 
 def test_files_that_hold_code_or_rubbish(copy):
@@ -433,11 +433,13 @@ def test_captions(loaded):
     with torch.no_grad():
         both = text.embed(tokenizer, encoder, ["a cat.", "a" * 100], 32)
         alone = text.embed(tokenizer, encoder, ["a cat."], 32)
+        longer = text.embed(tokenizer, encoder, ["a" * 200], 32)
     assert torch.equal(both[0], alone[0])
     assert both.shape[1] == 32
     tokens = len(tokenizer("a cat.").input_ids)
     assert both[0, tokens - 1].any()
     assert not both[0, tokens:].any()
+    assert torch.equal(both[1], longer[0])  # cut before it is encoded, and ended by the end token
     assert both[1, 31].any()
     assert parts.null["text"].shape == (512, both.shape[2])
     assert parts.null["text"][0].any()
@@ -523,16 +525,19 @@ def test_autocast_and_compiled_blocks(variant):
 
 
 def test_reference_tokens_come_before_the_clip():
-    """With a zero reference embedding of its own frame, the clip's frames keep the rotary places 1, 2, …"""
+    """They are frame 0 to the rotary angles, the clip begins at 1; the head sees the clip alone."""
     net = filled(network("control_v1.1"), 1)
     x, timestep, captions, image, ref, _ = inputs("control_v1.1")
     seen = []
     net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args))
+    net.blocks[-1].register_forward_hook(lambda _, args, out: seen.append(out))
+    net.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         answer = net(x, timestep, captions, image, ref)
     tokens, _, _, (cos, _) = seen[0]
     assert tokens.shape[1] == cos.shape[1] == (3 + 1) * 2 * 3
     assert answer.shape == (2, CHANNELS, 3, 4, 6)
+    assert torch.equal(seen[1][:, 6:], seen[2])
     torch.testing.assert_close(tokens[:, :6], net.ref_conv(ref).flatten(2).transpose(1, 2))
     torch.testing.assert_close(cos[0, 6, 0], Rope(24)((2, 1, 1), torch.device("cpu"))[0][0, 1, 0])
 
