@@ -155,6 +155,24 @@ def test_outliers_count_as_zero_in_the_mean():
     torch.testing.assert_close(cut, torch.tensor([(n - 1) / n, (2500 + n - 1) / n]))
 
 
+def test_motion_part_is_neither_weighted_nor_cut():
+    target, answer = torch.zeros(2, 3, 3, 4, 4), torch.ones(2, 3, 3, 4, 4)
+    answer[:, :, 2] = 60.0  # differences of 0 and 59
+    settings = {"motion_sub_loss_ratio": 0.25, "loss_outlier_threshold": 50.0}
+    per_sample_B = replayed(target, target, answer, **settings).per_sample_B
+    torch.testing.assert_close(per_sample_B, torch.full((2,), 0.75 * 2 / 3 + 0.25 * 59**2 / 2))
+
+
+def test_each_sample_is_weighted_by_its_level(net):
+    enc = encoded()
+    plain, weighted = (
+        measure(net, enc, SEEDS, STRATA, objective=Flow(weighting_scheme=scheme)) for scheme in ("none", "sigma_sqrt")
+    )
+    assert torch.equal(plain.level_B, weighted.level_B) and len(set(plain.level_B.tolist())) == 4
+    torch.testing.assert_close(weighted.per_sample_B, plain.per_sample_B / plain.level_B**2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weighted.value, weighted.per_sample_B.mean(), rtol=1e-6, atol=0)
+
+
 def test_masked_cells_are_left_out_of_the_mean():
     target, answer = torch.zeros(2, 3, 2, 4, 4), torch.ones(2, 3, 2, 4, 4)
     answer[:, :, 0] = 7.0

@@ -182,6 +182,13 @@ def test_paths_that_do_not_fit_are_all_named(clips, tmp_path):
     assert absent in error.value.problems[0] and "pose.txt" in error.value.problems[1]
 
 
+def test_clips_are_previewed_before_pictures(clips):
+    reader = reader_of(clips)
+    reader.records[0] = replace(reader.records[0], kind="image", frames=1, fps=0.0)
+    assert [r.entry for r in held_out_requests(reader, RULES, count=2, seed=0)] == [11, 10]
+    assert [r.fps for r in held_out_requests(reader, RULES, count=1, seed=0)] == [12.0]
+
+
 def test_clips_play_at_the_speed_of_their_file():
     record = Record(0, "a", "", "video", 20, 30.0, 64, 64)
     assert math.isclose(played(record, RULES), 15.0)
