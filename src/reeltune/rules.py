@@ -87,7 +87,7 @@ def shown(value: object) -> str:
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     model, data, sizes, validation = recipe.model, recipe.data, recipe.sizes, recipe.validation
     optimization = recipe.optimization
-    if not model.trainable_modules:
+    if not model.trainable_modules and not model.trainable_modules_low_learning_rate:
         yield ("trainable_modules",), "trainable_modules is empty, so nothing would learn; write . for everything"
     if model.add_full_ref_image_in_self_attention and model.train_mode not in (None, "control_ref"):
         yield (
