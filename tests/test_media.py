@@ -266,6 +266,9 @@ def test_what_cannot_be_read_says_why(tmp_path):
         read_frames(clip, [20], WHOLE, Shape(1, SIDE, SIDE))
     with pytest.raises(ValueError, match="do not make"):
         read_frames(clip, [0], Crop(SIDE, SIDE, 1, 0), Shape(1, SIDE, SIDE))
+    (tmp_path / "codec.mp4").write_bytes(clip.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(MediaError, match="codec that cannot be decoded"):
+        measure(tmp_path / "codec.mp4", "video")
     data = bytearray(clip.read_bytes())
     start = data.index(b"mdat") + 1200
     data[start : start + 600] = np.random.RandomState(1).bytes(600)

@@ -58,7 +58,7 @@ def _why_absent(path: str) -> str:
     return "was not there a moment ago"
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """A reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -134,7 +134,7 @@ def _load_index(index_dir: Path | None, decode_check: str) -> dict[str, list]:
 def _save_index(index_dir: Path | None, decode_check: str, index: dict[str, list]) -> None:
     if index_dir is not None:
         data = json.dumps(index, separators=(",", ":")).encode()
-        write_whole(_index_path(index_dir, decode_check), lambda file: file.write(data) and None)
+        write_whole(_index_path(index_dir, decode_check), lambda file: file.write(data))
 
 
 def _packed(finding: Finding) -> list | str | None:
@@ -146,8 +146,8 @@ def _packed(finding: Finding) -> list | str | None:
 
 def _unpacked(held: list | str | None) -> Finding:
     if isinstance(held, list):
-        *numbers, notes = held
-        return Finding(Measure(*numbers, tuple(notes)))
+        kind, frames, fps, height, width, notes = held
+        return Finding(Measure(kind, frames, fps, height, width, tuple(notes)))
     return Finding(None, held)
 
 

@@ -190,6 +190,8 @@ def _open_clip(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise MediaError("holds no video stream")
+            if streams[0].codec_context is None:
+                raise MediaError("is of a codec that cannot be decoded")
             streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
             yield container, streams[0]
     except av.FFmpegError as error:
@@ -279,11 +281,10 @@ def _measure_clip(path: str, decode_check: DecodeCheck) -> Measure:
     count = len(index.pts)
     if count < promised:
         raise MediaError(f"is cut short: it holds {count} of the {promised} frames that its header promises")
-    passes = {"header": [[0]], "ends": [[0], [count - 1]], "full": [range(count)]}[decode_check]
-    first = None
-    for ranks in passes:
-        for _, frame in _decode(path, ranks):
-            first = first or frame
+    ((_, first),) = _decode(path, [0])
+    others = {"header": range(0), "ends": range(count - 1, count), "full": range(count)}[decode_check]
+    for _ in _decode(path, others) if others else ():
+        pass
     notes = []
     ticks = np.diff(index.pts)
     if count > 2 and np.abs(ticks - np.median(ticks)).max() > EVEN_RATE * np.median(ticks) + 2:

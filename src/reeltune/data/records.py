@@ -33,6 +33,8 @@ class Records(Sequence[Record]):
     fps: np.ndarray  # float64
     height: np.ndarray  # int32
     width: np.ndarray  # int32
+    strings: np.ndarray  # uint8: path, text, control_path, camera_path of row 0, of row 1, ...
+    ends: np.ndarray  # int64: where each string begins, and the last ends
 
     def __init__(self, **arrays: np.ndarray):
         """From what `arrays()` gave."""
