@@ -169,7 +169,9 @@ def _train(recipe: Recipe) -> int:
 def _check(recipe: Recipe) -> int:
     from reeltune.check import check
 
-    return check(recipe)
+    for line in check(recipe):
+        print(line)
+    return 0
 
 
 def _sample(recipe: Recipe) -> int:
