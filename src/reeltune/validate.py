@@ -96,7 +96,9 @@ class HeldOut:
         told = {"clips": self.names, "levels": self.levels}
         if step == 0 or not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
+            partial_path = path.with_suffix(".partial")  # renamed when whole, so that a kill leaves no half
+            partial_path.write_text(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
+            partial_path.replace(path)
             return step, losses
         kept = json.loads(path.read_text())
         changed = [name for name in told if kept[name] != told[name]]
