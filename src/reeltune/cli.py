@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -210,9 +211,14 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), default="bf16", help="of the weights [bf16]"
     )
-    parser.add_argument("--max_shard_size", default="80GB", help="one file up to this size, else shards [80GB]")
+    parser.add_argument(
+        "--max_shard_size", type=_size, default="80GB", metavar="SIZE", help="one file up to this, else shards [80GB]"
+    )
     parser.add_argument("--diffusers", action="store_true", help="names that diffusers loads, not the original tools")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", help="with --diffusers: the model trained, if not where the recipe says"
+    )
     wanted = parser.parse_args(argv)
 
     from reeltune.export import export
@@ -220,6 +226,12 @@ def _export(argv: Sequence[str]) -> int:
     for line in export(**vars(wanted)):
         print(line)
     return 0
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+    return text
 
 
 def _demo(argv: Sequence[str]) -> int:
