@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from reeltune.data.plan import Plan
@@ -13,10 +13,10 @@ from reeltune.recipe import Recipe
 from reeltune.types import Draw, Geometry, Shape
 
 
-def check(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
+def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
     family, mode, _ = choose_family(recipe)
-    inputs = gather(recipe, family, mode, progress=progress)
+    inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"
     yield from _entries(recipe, inputs, plan)

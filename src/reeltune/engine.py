@@ -7,12 +7,15 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune.errors import UserError
 
@@ -83,6 +86,10 @@ class Engine:
         """Mean over ranks, still on the device."""
         return value.detach() if self.world == 1 else self.accelerator.reduce(value.detach(), "mean")
 
+    def gather(self, thing: Any) -> list:
+        """The thing of each rank, on every rank; any picklable value."""
+        return [thing] if self.world == 1 else gather_object([thing])
+
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""
         if self.world == 1:
@@ -139,6 +146,28 @@ class Stopwatch:
             else:
                 total[name] += after - before
         return total
+
+
+class FlopCount:
+    """FLOPs of a training step of the network, counted by torch at the first step of each shape.
+
+    Three times the forward pass, attention included: recomputed activations are not counted, so that
+    `mfu` is utilisation by the model, not by the hardware (https://arxiv.org/abs/2204.02311, appendix B).
+    """
+
+    def __init__(self, wanted: bool):
+        self.wanted = wanted
+        self.known: dict[Any, int] = {}
+
+    @contextlib.contextmanager
+    def forward(self, shape: Any) -> Iterator[None]:
+        """Around a forward pass of that shape."""
+        if not self.wanted or shape in self.known:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.known[shape] = 3 * counter.get_total_flops()
 
 
 def recompute_blocks(net: nn.Module, blocks: tuple[str, ...]) -> None:

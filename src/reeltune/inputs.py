@@ -1,0 +1,173 @@
+"""What a run reads, from its recipe: the family, the scan, the split, the sizes, the plan of an epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from reeltune import families
+from reeltune.data.held_out import split
+from reeltune.data.loader import Reader
+from reeltune.data.metadata import LeftOut
+from reeltune.data.plan import Plan, strata_over
+from reeltune.data.records import Records
+from reeltune.data.scan import Scan, scan
+from reeltune.data.shapes import SizeRules
+from reeltune.diffusion.objective import Objective
+from reeltune.errors import UserError
+from reeltune.families.spec import Family, Parts, check_mode
+from reeltune.ledger import Ledger
+from reeltune.recipe import Recipe
+
+FILE_INPUTS = frozenset({"control", "camera"})  # what a mode may need that comes from a file of its own
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    scan: Scan
+    train: Records
+    held_out: Records
+    rules: SizeRules
+    plan: Callable[[int], Plan]  # epoch -> its plan
+    reader: Reader  # of `train`
+    held_out_reader: Reader
+
+
+def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
+    """The family found in the checkpoint, the train mode, and the objective with the recipe's noise levels.
+
+    Raises UserError if the checkpoint is unknown, or cannot do the mode or the loss asked for.
+    """
+    family = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    mode = check_mode(family, recipe.model.train_mode)
+    loss = recipe.loss
+    trained_with = type(family.objective).__name__.lower()
+    if loss.loss_type not in (None, trained_with):
+        raise UserError(
+            "recipe",
+            f"loss_type is {loss.loss_type!r}, but a checkpoint of {family.name} was trained with {trained_with}; "
+            "leave loss_type out",
+        )
+    objective = replace(
+        family.objective,
+        uniform_sampling=loss.uniform_sampling,
+        weighting_scheme=loss.weighting_scheme,
+        logit_mean=loss.logit_mean,
+        logit_std=loss.logit_std,
+        mode_scale=loss.mode_scale,
+    )
+    return family, mode, objective
+
+
+def gather(
+    recipe: Recipe,
+    family: Family,
+    mode: str,
+    *,
+    world: int = 1,
+    show_progress: bool = True,
+) -> Inputs:
+    """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data."""
+    data = recipe.data
+    root = Path(data.train_data_dir)
+    needs = FILE_INPUTS & set(family.needs[mode])
+    rules = size_rules(recipe, family)
+
+    def measured(meta: str) -> Scan:
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
+            task = bar.add_task(f"scan {Path(meta).name}", total=None)
+            return scanned(meta, lambda done, files: bar.update(task, completed=done, total=files))
+
+    def scanned(meta: str, progress: Callable[[int, int], None]) -> Scan:
+        return scan(
+            Path(meta),
+            root,
+            needs=needs,
+            decode_check=data.decode_check,
+            allow_outside_paths=data.allow_outside_paths,
+            max_bad_share=data.max_bad_share,
+            index_dir=Path(recipe.output.output_dir) / "index",
+            workers=os.cpu_count() or 1,
+            stride=recipe.sizes.video_sample_stride,
+            wanted_frames=recipe.sizes.video_sample_n_frames,
+            progress=progress,
+        )
+
+    found = measured(data.train_data_meta)
+    if data.validation_data_meta is not None:
+        train, held_out = found.records, measured(data.validation_data_meta).records
+    else:
+        rows = split(found.records, data.held_out_share, str(root))
+        train, held_out = (found.records.take(part) for part in rows)
+    group = recipe.training.train_batch_size * world
+    plan = partial(
+        Plan,
+        train,
+        rules,
+        group=group,
+        seed=recipe.training.seed,
+        strata=strata_over(world) if recipe.loss.uniform_sampling else 1,
+        video_repeat=data.video_repeat,
+        largest_first=True,
+    )
+    reader = partial(Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]))
+    return Inputs(
+        scan=found,
+        train=train,
+        held_out=held_out,
+        rules=rules,
+        plan=plan,
+        reader=reader(train, drop=family.drop, text_drop_ratio=data.text_drop_ratio),
+        held_out_reader=reader(held_out, drop=dict.fromkeys(family.drop, 0.0), text_drop_ratio=0.0),
+    )
+
+
+def size_rules(recipe: Recipe, family: Family) -> SizeRules:
+    sizes = asdict(recipe.sizes)
+    del sizes["keep_all_node_same_token_length"]  # always on
+    return SizeRules(
+        **sizes,
+        control_ref_image=recipe.model.control_ref_image,
+        geometry=family.geometry,
+        law=family.size_law,
+    )
+
+
+def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
+    """The account of train_data_meta's entries, nothing used yet."""
+    unplanned = [
+        LeftOut(inputs.train[record].entry, inputs.train[record].path, reason, "use longer clips or a smaller stride")
+        for record, reason in inputs.plan(0).left_out
+    ]
+    return Ledger(
+        inputs.scan.entries,
+        inputs.train,
+        held_out=inputs.held_out if recipe.data.validation_data_meta is None else None,
+        left_out=[*inputs.scan.left_out, *unplanned],
+        max_bad_share=recipe.data.max_bad_share,
+    )
+
+
+def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer: Path | None = None) -> Parts:
+    """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
+
+    transformer: the folder to take the trained network from when a run is resumed.
+    """
+    return family.load(
+        recipe.model.pretrained_model_name_or_path,
+        family,
+        dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
+        frozen_dtype=DTYPES[recipe.training.mixed_precision],
+        device=device,
+        low_vram=recipe.training.low_vram,
+        transformer_path=transformer or recipe.model.transformer_path,
+    )
