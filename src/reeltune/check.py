@@ -10,6 +10,7 @@ from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.inputs import Inputs, choose_family, gather
 from reeltune.recipe import Recipe
+from reeltune.train import steps_of
 from reeltune.types import Draw, Geometry, Shape
 
 
@@ -41,14 +42,12 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
 
 def _steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     training = recipe.training
-    per_epoch = math.ceil(len(plan) / training.gradient_accumulation_steps)
+    steps = _count(steps_of(recipe, len(plan)), "optimizer step")
     yield (
         f"epoch    {_count(len(plan), 'micro-step')} of {_count(training.train_batch_size, 'sample')}, "
-        f"{_count(plan.repeats, 'repeat')} to fill groups; {_count(per_epoch, 'optimizer step')}"
+        f"{_count(plan.repeats, 'repeat')} to fill groups"
     )
-    whole = per_epoch * training.num_train_epochs
-    ends = whole if training.max_train_steps is None else min(whole, training.max_train_steps)
-    yield f"run      ends after {_count(ends, 'optimizer step')}"
+    yield f"run      {steps} of {_count(training.gradient_accumulation_steps, 'micro-step')}"
 
 
 @dataclass

@@ -1,0 +1,72 @@
+"""What `check` prints, against data whose answer is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reeltune import cli
+from reeltune.check import check
+from reeltune.data.media import write_clip
+from reeltune.errors import UserError
+from tiny_wan import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Three clips of 20 frames at 10 per second, one still, one row without a file."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny_checkpoint(folder / "model", "inp")
+    ramp = np.arange(20 * 64 * 96 * 3, dtype=np.uint32).reshape(20, 64, 96, 3)
+    rows = [{"file_path": f"{i}.mp4", "text": "a ramp", "type": "video"} for i in range(3)]
+    for i, row in enumerate(rows):
+        write_clip(folder / row["file_path"], (ramp * (i + 3) % 251).astype(np.uint8), 10.0)
+    Image.fromarray(ramp[0].astype(np.uint8)).save(folder / "still.png")
+    rows += [{"file_path": "still.png", "text": "still", "type": "image"}]
+    rows += [{"file_path": "gone.mp4", "text": "nothing", "type": "video"}]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return folder
+
+
+def lines_of(given, tmp_path, **more) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": given / "model",
+        "train_data_dir": given,
+        "train_data_meta": given / "metadata.json",
+        "output_dir": tmp_path,
+        "video_sample_size": 64,
+        "image_sample_size": 64,
+        "video_sample_n_frames": 9,
+        "max_bad_share": 0.2,
+    }
+    return list(check(cli.recipe_of([f"--{name}={value}" for name, value in (flags | more).items()], "check")))
+
+
+def test_counts_reasons_and_sizes(given, tmp_path):
+    lines = lines_of(given, tmp_path, gradient_accumulation_steps=3, num_train_epochs=5)
+    said = "\n".join(lines)
+    assert lines[0] == "model    wan_fun/inp, train_mode inpaint"
+    assert "5 entries; usable: 3 videos and 1 image" in lines[1]
+    assert lines[2] == "left out 1 (20.0%; up to 20.0%)" and "entry 4, gone.mp4: " in lines[3]
+    assert "held out 0 clips" in lines
+    assert "epoch    4 micro-steps of 1 sample, 0 repeats to fill groups" in lines
+    assert "run      6 optimizer steps of 3 micro-steps" in lines  # 4 * 5 // 3
+    video, still = (line.split() for line in lines[-2:])
+    assert video == ["3", "9", "64", "64", "48", "1.70"]  # 3 x 4 x 4 tokens; frames 0 to 16 of a stride of 2 at 10/s
+    assert still == ["1", "1", "64", "64", "16", "still"]
+    assert "notice" not in said
+
+
+def test_seconds_of_footage_by_frame_rate(given, tmp_path):
+    lines = lines_of(given, tmp_path, video_sample_fps=5.0, video_sample_n_frames=5, train_batch_size=2)
+    assert "epoch    3 micro-steps of 2 samples, 2 repeats to fill groups" in lines
+    assert lines[-2].split() == ["4", "5", "64", "64", "32", "0.90"]  # frames 0, 2, 4, 6, 8
+
+
+def test_what_training_would_refuse(given, tmp_path):
+    with pytest.raises(UserError, match=r"gone\.mp4"):
+        lines_of(given, tmp_path, max_bad_share=0.1)
+    with pytest.raises(UserError, match="it can do"):
+        lines_of(given, tmp_path, train_mode="control_ref")
