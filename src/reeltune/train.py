@@ -114,9 +114,7 @@ def train(recipe: Recipe) -> int:
                         parts.null,
                         batch.seeds,
                         [draw.stratum for draw in batch.draws],
-                        motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio
-                        if recipe.loss.motion_sub_loss
-                        else None,
+                        motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
                 engine.backward(loss.value / accumulate, learner.net, last=micro == accumulate - 1)
