@@ -1,14 +1,20 @@
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+# The newest Python that runs here and is supported; another: make setup PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test bench lint parity clean
+.PHONY: setup demo test bench lint parity docs
 
 setup: .venv/ready
 
+# `ready` is written last, so an interrupted set-up is made anew by the next call.
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) scripts/make_venv.py .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch .venv/ready
+	@test -n "$(PYTHON)" || { echo "There is no python3 here; reeltune needs 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) scripts/make_venv.py .venv
+	@rm -f $@
+	@echo "Installing into .venv (a few minutes, about 2 GB)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 demo: setup
 	$(BIN)/reeltune demo
@@ -21,6 +27,9 @@ bench: setup
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity --write docs/parity.md
+
+docs: setup
+	$(BIN)/python scripts/recipe_page.py docs/recipe.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,52 @@
+"""Writes docs/recipe.md from the fields of a Recipe: python scripts/recipe_page.py docs/recipe.md"""
+
+import sys
+from pathlib import Path
+
+from reeltune.rules import ABOVE_ZERO, ANY, DECAYS, RANGES, shown
+from reeltune.settings import Setting, expected, sentences, settings
+
+HEAD = """\
+# Settings of a run
+
+Written by `make docs` from `src/reeltune/recipe.py`; change it there.
+
+A recipe is a flat YAML file of these names. Each is also a flag of `reeltune train`, `check` and `sample`, and a flag
+wins over the file: `--learning_rate 1e-5` or `--learning_rate=1e-5`; a switch may stand alone, `--low_vram`; a list
+takes several values, `--trainable_modules attn ref_conv`. Where a value may be `none`, that word clears it.
+
+Everything is checked before a file of the run is opened, and all that is wrong is told at once. A run's folder keeps
+its settings as `recipe.yaml`, which starts the same run again.
+"""
+
+
+def page() -> str:
+    lines = [HEAD]
+    section = ""
+    for name, setting in settings().items():
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"## {section}", "", "| name | what | default | values |", "|---|---|---|---|"]
+        cells = (f"`{name}`", sentences()[name], default(setting), values(setting))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def default(setting: Setting) -> str:
+    return "" if setting.default == "" else f"`{shown(setting.default)}`"
+
+
+def values(setting: Setting) -> str:
+    least, greatest = RANGES.get(setting.name, (None, None))
+    words = expected(setting)
+    if setting.name in ABOVE_ZERO:
+        return f"{words}; more than 0"
+    if setting.name in DECAYS:
+        return f"{words}; at least 0, less than 1"
+    if least is None:
+        return words
+    return f"{words}; at least {least}" if greatest == ANY else f"{words}; {least} to {greatest}"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
