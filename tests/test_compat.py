@@ -150,6 +150,8 @@ def test_the_script_hands_its_flags_over(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
     assert ended.value.code == 0 and handed == [words_of(V1_1)]
+    runpy.run_path(str(ROOT / SCRIPT), run_name="__mp_main__")  # as the processes that decode clips do
+    assert len(handed) == 1
 
 
 def test_the_config_paths_of_the_guides_exist_and_say_what_is_found_anyway():
