@@ -70,6 +70,7 @@ def guarded(act: Callable[[], int]) -> int:
     """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
         return act()
     except UserError as error:
