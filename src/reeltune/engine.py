@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,7 @@ class Engine:
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.accelerator.num_processes:

@@ -301,6 +301,8 @@ def _start_over(path: Path) -> str | None:
 def _cut_after(path: Path, step: int) -> None:
     """Drops lines of later steps, and a last line that a kill left half written. Atomic; one line in memory.
 
+    The validation of this very step came after its checkpoint: the resumed run makes it again.
+
     Raises UserError for a broken line elsewhere.
     """
     if not path.exists():
@@ -317,7 +319,7 @@ def _cut_after(path: Path, step: int) -> None:
                     "resume",
                     f"{path} line {number} is no JSON ({broken}); delete that line, or start in another folder",
                 ) from broken
-            if row["step"] <= step:
+            if row["step"] < step or (row["step"] == step and row["kind"] != "validation"):
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())

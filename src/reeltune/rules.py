@@ -95,6 +95,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"add_full_ref_image_in_self_attention is true and train_mode is {model.train_mode}; only control_ref "
             "has such a reference picture; leave one of the two out",
         )
+    if model.trained_weights == "bf16_stochastic" and recipe.training.mixed_precision != "bf16":
+        yield (
+            ("trained_weights", "mixed_precision"),
+            f"trained_weights is bf16_stochastic and mixed_precision is {recipe.training.mixed_precision}; weights in "
+            "bf16 are computed with in bf16; set mixed_precision to bf16, or trained_weights to fp32",
+        )
     if data.validation_data_meta is not None and data.held_out_share:
         yield (
             ("validation_data_meta", "held_out_share"),

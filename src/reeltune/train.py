@@ -91,9 +91,10 @@ def train(recipe: Recipe) -> int:
         inputs.reader, progress, workers=recipe.data.dataloader_num_workers, rank=engine.rank, world=engine.world
     )
     with Interrupt() as interrupt, log, duties:
+        duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, inputs.scan.notices)
-        if progress.step == 0:
-            duties.validate(progress)
+        if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
+            duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
         while progress.step < total_steps and not engine.any(interrupt.code > 0):
             watch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
             for micro in range(accumulate):
@@ -141,7 +142,7 @@ def train(recipe: Recipe) -> int:
             log.step(row, partial(watch.seconds, PARTS))
             if progress.step % recipe.output.checkpointing_steps == 0:
                 duties.save(progress)
-            if is_due(recipe.validation.validation_steps, progress.step) and progress.step < total_steps:
+            if is_due(recipe.validation.validation_steps, progress.step):
                 duties.validate(progress)
         duties.save(progress)
         if not interrupt.code:
@@ -185,7 +186,7 @@ class Duties:
         self.out, self.recipe, self.engine, self.learner = out, recipe, engine, learner
         self.validation, self.ledger, self.log = validation, ledger, log
         self.unseen: Step | None = None
-        self.saved_step: int | None = None
+        self.saved_step = self.validated_step = -1
 
     def __enter__(self) -> Duties:
         return self
@@ -245,7 +246,7 @@ class Duties:
 
     def save(self, progress: Progress) -> None:
         """checkpoint-N, unless this step has one already."""
-        if self.saved_step == progress.step or progress.step == 0:
+        if self.saved_step == progress.step:
             return
         self.check_finite(None)
         self.log.flush()
@@ -265,6 +266,9 @@ class Duties:
 
     def validate(self, progress: Progress) -> None:
         """Held-out loss and previews, by the main process; training goes on as if there had been none."""
+        if self.validated_step == progress.step:
+            return
+        self.validated_step = progress.step
         if self.engine.main:
             row = self.validation.run(self.learner.plain, progress.step)
             if row is not None:

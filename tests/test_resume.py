@@ -1,0 +1,250 @@
+"""A killed run, resumed, ends in the same bits as an unbroken one."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reeltune.checkpoint import complete
+from reeltune.dice import dice
+from reeltune.errors import UserError
+from reeltune.log import DETERMINISTIC
+from reeltune.train import train
+from small_run import data_set, recipe
+from tiny_wan import tiny_checkpoint
+
+MODES = {  # train mode -> the checkpoint it is run on, and settings that go with it
+    "control_ref": ("control_v1.1", {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}),
+    "control": ("control_v1.0", {}),
+    "control_ref_camera": ("control_camera", {}),
+    "inpaint": ("inp", {}),
+    "toy": ("toy", {}),
+}
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["reeltune.train", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for variant, _ in MODES.values():
+        if variant == "toy":
+            (folder / "toy").mkdir()
+            (folder / "toy" / "toy.json").write_text("{}")
+        else:
+            tiny_checkpoint(folder / variant, variant)
+    return folder
+
+
+def settings_of(mode, **changes):
+    _, more = MODES[mode]
+    return {"train_mode": None if mode == "toy" else mode, **more, **changes}
+
+
+def run(settings, *where):
+    torch.set_num_threads(1)
+    return train(recipe(*where, **settings))
+
+
+def child(settings, *where):
+    os.setpgrp()  # so that a kill takes its reading processes with it
+    raise SystemExit(run(settings, *where))
+
+
+def run_and_kill(when, settings, *where):
+    """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
+    process = PROCESSES.Process(target=child, args=(settings, *where))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not when(where[-1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    killed = process.is_alive()
+    if killed:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return killed
+
+
+def rows(out, kinds=tuple(DETERMINISTIC)):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row.get(name) for name in DETERMINISTIC[row["kind"]]} for row in lines if row["kind"] in kinds]
+
+
+def assert_same_end(ours: Path, theirs: Path, step: int = 6):
+    a, b = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
+    for name in ("transformer", "transformer_ema"):
+        assert (a / name).is_dir() == (b / name).is_dir()
+        for path in (a / name).glob("*.safetensors"):
+            ours_w, theirs_w = load_file(path), load_file(b / name / path.name)
+            assert ours_w.keys() == theirs_w.keys()
+            assert all(torch.equal(ours_w[key], theirs_w[key]) for key in ours_w)
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)]
+    assert_equal(*states)
+    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+    assert rows(ours) == rows(theirs)
+    assert (ours / "ledger.json").read_text() == (theirs / "ledger.json").read_text()
+    assert (ours / "ledger.csv").read_text() == (theirs / "ledger.csv").read_text()
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def after_a_step(out):
+    """The first step's line is on the disk, so the second is under way."""
+    path = out / "metrics.jsonl"
+    return path.is_file() and '"kind": "step"' in path.read_text()
+
+
+def in_a_save(step):
+    return lambda out: (out / f".checkpoint-{step}.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, checkpoints, tmp_path_factory):
+    """mode, settings -> the folder of a run that nothing disturbed; made once."""
+    made = {}
+
+    def get(mode, **changes):
+        key = (mode, *sorted(changes.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("unbroken") / "run"
+            assert run(settings_of(mode, **changes), checkpoints / MODES[mode][0], data, out) == 0
+            made[key] = out
+        return made[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / MODES[mode][0], data, tmp_path / "run"
+    extra = dice(7, "kill", mode).uniform(0, 0.02 if mode == "toy" else 0.5)  # seconds
+
+    def moment(out):
+        if after_a_step(out):
+            time.sleep(extra)
+            return True
+        return False
+
+    run_and_kill(moment, settings_of(mode), *where)
+    assert run(settings_of(mode, resume_from_checkpoint="latest"), *where) == 0
+    assert_same_end(tmp_path / "run", unbroken(mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_within_a_save(step, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    assert run_and_kill(in_a_save(step), settings_of("toy"), *where)
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-2"][: step // 4]
+    assert run(settings_of("toy", resume_from_checkpoint="latest"), *where) == 0
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+    assert_same_end(tmp_path / "run", unbroken("toy"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(workers, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    settings = settings_of("toy", dataloader_num_workers=workers)
+    run_and_kill(in_a_save(4), settings, *where)
+    assert run({**settings, "resume_from_checkpoint": "latest"}, *where) == 0
+    assert_same_end(tmp_path / "run", unbroken("toy"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16"},
+        {"use_ema": True, "ema_decay": 0.9},
+        {"use_came": True},
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+        {"uniform_sampling": True, "motion_sub_loss": True, "random_frame_crop": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_in_two_parts_is_the_run(changes, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    with StopAfter(3):
+        assert run(settings_of("toy", checkpointing_steps=100, **changes), *where) == 128 + signal.SIGTERM
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
+    assert run(settings_of("toy", checkpointing_steps=100, resume_from_checkpoint="latest", **changes), *where) == 0
+    assert_same_end(tmp_path / "run", unbroken("toy", checkpointing_steps=100, **changes))
+
+
+class StopAfter:
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __enter__(self):
+        import reeltune.train as module
+
+        self.module = module
+
+        def step(learner, step, rate, real=module.Learner.step):
+            if step == self.step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(learner, step, rate)
+
+        self.real_step = module.Learner.step
+        module.Learner.step = step
+
+    def __exit__(self, *_):
+        self.module.Learner.step = self.real_step
+
+
+def test_looking_changes_nothing(data, checkpoints, unbroken, tmp_path):
+    """A run with previews and held-out losses along the way ends in the bits of a run without."""
+    mode = "control_ref"
+    out = tmp_path / "run"
+    more = {"validation_steps": 2, "preview_count": 1, "preview_steps": 2}
+    assert run(settings_of(mode, **more), checkpoints / MODES[mode][0], data, out) == 0
+    quiet = unbroken(mode)
+    assert rows(out, ("step",)) == rows(quiet, ("step",))
+    weights = [
+        load_file(next((folder / "checkpoint-6" / "transformer").glob("*.safetensors"))) for folder in (out, quiet)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert sorted(path.name for path in (out / "previews").glob("step-*/*.mp4")) == ["0.mp4"] * 4
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, checkpoints, unbroken):
+    out = unbroken("toy")
+    with pytest.raises(UserError, match="already holds checkpoint-6"):
+        run(settings_of("toy"), checkpoints / "toy", data, out)
+
+
+def test_latest_of_nothing_starts_anew_with_a_notice(data, checkpoints, tmp_path):
+    out = tmp_path / "run"
+    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=1)
+    assert run(settings, checkpoints / "toy", data, out) == 0
+    assert "a new run starts" in (out / "metrics.jsonl").read_text()
