@@ -92,9 +92,6 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
     train(broken, optimizer, 3)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     weights = [p.detach().clone() for p in broken]
-    state = optimizer.state_dict().get("optimizer", optimizer.state_dict())["state"]
-    eight_bit = any(value.dtype == torch.uint8 for value in state[0].values() if isinstance(value, torch.Tensor))
-    assert eight_bit == (kind == "adamw8bit")
 
     resumed, optimizer = fresh()
     for p, w in zip(resumed, weights, strict=True):
