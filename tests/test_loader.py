@@ -283,7 +283,7 @@ def test_workers_outlive_the_first_signal(folder, number):
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
 def test_a_worker_that_dies_is_an_error_with_a_remedy(folder, number, times):
-    with pytest.raises(UserError, match=r"process that reads clips died.*dataloader_num_workers"):
+    with pytest.raises(UserError, match="process that reads clips died"):
         list(islice(stream(signalled(folder, number, times), Progress(), workers=1), 4))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -149,26 +150,36 @@ def stream(
         reasons = [f"{reader.records[record].path}: {reason}" for record, reason in reader.plan(start.epoch).left_out]
         raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
     places = _Places(start, len(reader.plan(start.epoch)), rank, world)
-    batches = DataLoader(
+    loader = DataLoader(
         _Handed(reader),
         batch_size=None,
         sampler=places,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would draw from the global one
     )
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)  # one iterator over all epochs: the workers persist
+    if threading.current_thread() is threading.main_thread():
+        # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.
+        signal.signal(signal.SIGCHLD, handler)
     try:
         for (epoch, k, _, _), batch in zip(places, batches, strict=False):
             if isinstance(batch, UserError):
                 raise batch
             yield batch, epoch, k + 1
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        if not workers or str(error).startswith("Caught "):  # raised by the reader itself
             raise
-        remedy = "it may have run out of memory; lower dataloader_num_workers, or 0 reads in the training process"
-        raise UserError("dataloader_num_workers", f"a process that reads clips died ({error}); {remedy}") from error
+        death = str(error) or type(error).__name__
+    finally:
+        del batches  # now: as part of a reference cycle its workers would not be told to end
+    raise UserError(
+        "dataloader_num_workers",
+        f"a process that reads clips died ({death}); it may have run out of memory: "
+        "give fewer, or 0 to read in the training process",
+    )
 
 
 class _Handed(Dataset[Batch | UserError]):
