@@ -128,7 +128,7 @@ def make_run(folder, *, steps=120, seed=3, better=True):
         "after": {},
     }
     for when, step, blur, noise in (("before", 0, 14, 0.2), ("after", steps, 2.5, 0.02)):
-        agreement[when] = {"step": step, "previews": []}
+        agreement[when] = {"step": step, "previews": [], "first": 0.5 if step == 0 else 1.0}
         for i, hue in enumerate(((0.95, 0.5, 0.3), (0.3, 0.7, 0.9))):
             previews = folder / "previews"
             for name in (f"step-{step}", "control", "truth"):
@@ -238,7 +238,7 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
     for name, told in (("encode_s", "encoding"), ("data_s", "waiting for data"), ("optimizer_s", "optimizer")):
         assert f"{100 * sum(row[name] for row in steps) / whole:.0f} % {told}" in page.text
     assert f"{whole / 120:.3g} s" in page.text
-    assert "agreement with control 0.13 → 0.85" in page.text
+    assert "agreement with control 0.13 → 0.85 own control the best match of 100%, 50% before" in page.text
     assert "agreement 0.87 with its own control, 0.11 with others’" in page.text
     for told in (
         "1,101 used",

@@ -43,7 +43,8 @@ def write(output_dir: Path) -> Path:
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
-    previews = read_previews(run, album)
+    agreement = _json(run / "agreement.json")
+    previews = read_previews(run, album, agreement)
     page = (
         _environment()
         .get_template("report.html")
@@ -51,9 +52,9 @@ def write(output_dir: Path) -> Path:
             name=run.resolve().name,
             run=_json(run / "run.json"),
             verdict=verdict(metrics),
-            numbers=headline(metrics, previews),
+            numbers=headline(metrics, agreement),
             previews=previews,
-            agreement=_json(run / "agreement.json"),
+            agreement=agreement,
             curves=curves(metrics),
             split=time_split(metrics),
             first_batch=first_batch(run, album),
@@ -122,7 +123,7 @@ def verdict(metrics: Metrics) -> dict[str, str]:
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
-def headline(metrics: Metrics, previews: Sequence[dict]) -> list[dict[str, str]]:
+def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
     """The few numbers at the top: what, value, and what it was at the start."""
     told, steps = [], metrics.steps
     if metrics.validations:
@@ -138,10 +139,10 @@ def headline(metrics: Metrics, previews: Sequence[dict]) -> list[dict[str, str]]
                 "note": f"mean of the last and first {tenth}" if tenth > 1 else "last and first step",
             }
         )
-    pairs = [preview["agreement"] for preview in previews if preview["agreement"]]
-    if pairs:
-        now, start = (_mean([pair[when]["own"] for pair in pairs]) for when in ("after", "before"))
-        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}"})
+    if agreement:
+        now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
+        best = f"own control the best match of {agreement['after']['first']:.0%}, {agreement['before']['first']:.0%} before"
+        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
     if steps:
         samples = f"{sum(steps['samples']):,}"
         told.append({"what": "steps", "now": f"{steps['step'][-1]:,}", "note": f"{samples} samples, {_took(steps)}"})
@@ -191,13 +192,12 @@ def time_split(metrics: Metrics) -> dict | None:
     }
 
 
-def read_previews(run: Path, album: Album) -> list[dict]:
+def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
     """Per preview: control, before and after training, ground truth; prompt, seed and settings; its agreement."""
     folders = {int(path.name.removeprefix("step-")): path for path in (run / "previews").glob("step-*")}
     if not folders:
         return []
     first, last = min(folders), max(folders)
-    agreement = _json(run / "agreement.json")
     found = []
     for i, told in enumerate(sorted(folders[last].glob("*.json"), key=lambda path: int(path.stem))):
         settings = _json(told)
