@@ -62,7 +62,7 @@ def test_old_ones_are_pruned_after_a_good_save_only(tmp_path):
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="free space.*checkpoint-3"):
+    with pytest.raises(UserError, match=r"free space.*checkpoint-3"):
         save(tmp_path, 4, keep=2, weights=full)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     assert not list(tmp_path.glob(".checkpoint*"))
