@@ -17,6 +17,7 @@ from reeltune.checkpoint import complete
 from reeltune.engine import Stopwatch
 from reeltune.errors import UserError
 from reeltune.interrupt import Interrupt
+from reeltune.settings import dump
 from reeltune.train import train
 from small_run import data_set, recipe
 from tiny_wan import tiny_checkpoint
@@ -110,6 +111,22 @@ class fixed_noise:
 
     def __exit__(self, *_):
         self.reader.open = self.real
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(toy, data, tmp_path):
+    """Same global batch: sizes, noise and drops do not depend on how many processes share it."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert train(recipe(toy, data, alone, train_batch_size=4, held_out_share=0.0)) == 0
+    (tmp_path / "two.yaml").write_text(dump(recipe(toy, data, together, train_batch_size=2, held_out_share=0.0)))
+    launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes=2", "-m"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, "reeltune", "train", tmp_path / "two.yaml"], env=environment, check=True, timeout=300)
+    for one, two in zip(steps(alone), steps(together), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["samples"] == one["samples"]
+    assert (together / "ledger.json").read_text() == (alone / "ledger.json").read_text()
 
 
 def test_only_what_the_pattern_names_moves(wan, data, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +36,8 @@ class Engine:
             )
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+        some_unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as ref_conv without full_ref
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[some_unused])
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.accelerator.num_processes:
             raise UserError(
