@@ -169,10 +169,10 @@ def test_the_console_has_means_over_the_interval(tmp_path):
     assert "step 8/8" in lines[1] and "loss 6.5000" in lines[1] and "150 tokens/s" in lines[1]
 
 
-def test_a_verdict_comes_every_few_lines_and_at_the_end(tmp_path):
+def test_a_verdict_comes_every_few_lines(tmp_path):
     with log(tmp_path, logging_steps=1) as book:
         book.step(row(1), seconds(data=100))  # start-up; not judged
-        for step in range(2, 8):
+        for step in range(2, 12):
             encode = 0.5 if step <= 5 else 0.0
             book.step(row(step), seconds(data=0.05, encode=encode, forward_backward=0.85 - encode))
     verdicts = [line for line in told(book).splitlines() if "of the step" in line]
@@ -182,6 +182,14 @@ def test_a_verdict_comes_every_few_lines_and_at_the_end(tmp_path):
     )
     assert "0 % of the step is encoding, 85 % forward" in verdicts[1]  # of the steps since
     assert "reeltune cache" in verdicts[0] and "dataloader_num_workers" not in verdicts[0]
+
+
+def test_a_short_run_has_a_verdict_at_its_end(tmp_path):
+    with log(tmp_path, logging_steps=1) as book:
+        for step in range(1, 4):
+            book.step(row(step), seconds())
+        assert "of the step" not in told(book)
+    assert told(book).count("20 % of the step is encoding") == 1
 
 
 def test_the_verdict_weighs_steps_by_their_time():

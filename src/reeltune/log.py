@@ -146,8 +146,8 @@ class Log:
         if not self.main or self.file.closed:
             return
         self.flush()
-        if self.judged:
-            self._print_verdict()
+        if self.lines < VERDICT_EVERY and self.judged:
+            self._print_verdict()  # a short run has one too
         self.file.close()
         for tracker in self.trackers:
             tracker.close()

@@ -141,7 +141,8 @@ def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
         )
     if agreement:
         now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
-        best = f"own control the best match of {agreement['after']['first']:.0%}, {agreement['before']['first']:.0%} before"
+        first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
+        best = f"own control the best match of {first}, {first_before} before"
         told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
     if steps:
         samples = f"{sum(steps['samples']):,}"
