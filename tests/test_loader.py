@@ -200,20 +200,33 @@ def broken(folder, tmp_path, *numbers) -> list[Record]:
 
 
 def test_a_file_that_breaks_is_stood_in_for(folder, tmp_path):
-    read = reader(broken(folder, tmp_path, 2))
-    plan = read.plan(0)
-    [(k, position)] = [
-        (k, i) for k in range(len(plan)) for i, d in enumerate(plan[k]) if d.record == 2 and not d.repeat
-    ]
+    plan, position = reader(rows(folder)).plan(0), 1
+    k = next(k for k in range(len(plan)) if plan[k][0].record < 5 and not plan[k][1].repeat)
+    bad = plan[k][position].record
+    read = reader(broken(folder, tmp_path, bad))
     batch = read[0, k, 0, 1]
     [(record, reason)] = {failure for failure in batch.failures}
-    assert record == 2
+    assert record == bad
     assert "cannot be opened" in reason or "decode" in reason
     assert batch.draws[position] == plan.stand_in(k, position, 1)
     same(batch, read[0, k, 0, 1])
+    same(reader(broken(folder, tmp_path, bad))[0, k, position, 2], only(batch, position))
     np.testing.assert_array_equal(batch.pixels_BFCHW[position], read.open(batch.draws[position]).pixels_FCHW)
     other = read[0, (k + 1) % len(plan), 0, 1]
-    assert other.failures == () or all(failure[0] == 2 for failure in other.failures)
+    assert other.failures == () or all(failure[0] == bad for failure in other.failures)
+
+
+def only(batch: Batch, i: int) -> Batch:
+    """The i-th sample of a batch as a batch of its own, the others having no failures."""
+    return replace(
+        batch,
+        draws=[batch.draws[i]],
+        text=[batch.text[i]],
+        pixels_BFCHW=batch.pixels_BFCHW[i : i + 1],
+        control_BFCHW=batch.control_BFCHW[i : i + 1],
+        ref_frame_B=batch.ref_frame_B[i : i + 1],
+        keep={name: keep_B[i : i + 1] for name, keep_B in batch.keep.items()},
+    )
 
 
 def test_a_control_that_breaks_is_named(folder, tmp_path):

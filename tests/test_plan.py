@@ -224,6 +224,13 @@ def test_stand_ins():
     assert outside
 
 
+def test_the_first_stand_in_is_from_the_next_group():
+    records = Measured([True] * 12, [50] * 12, [64] * 12, [64] * 12)
+    plan = Plan(records, SizeRules(video_sample_n_frames=5), group=4, seed=2)
+    nexts = {frozenset(plan.stand_in(k, i, 1).record for i in range(4)) for k in range(3)}
+    assert nexts == {frozenset(draw.record for draw in step) for step in plan}
+
+
 def test_time_resampling_without_a_frame_rate():
     records = Measured([True, True], [50, 50], [64, 64], [64, 64], fps=np.array([0.0, 30.0]))
     rules = SizeRules(video_sample_n_frames=5, video_sample_fps=10.0)

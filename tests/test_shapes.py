@@ -20,6 +20,7 @@ from reeltune.data.shapes import (
     loaded_size,
     outcomes,
     reference_frame,
+    rungs_for,
     shapes_of,
 )
 from reeltune.types import Geometry, Shape, SizeLaw
@@ -248,13 +249,19 @@ def test_frames_under_a_token_budget(n, token, side, frames):
     assert frames == 1 or frames * side**2 <= n * token**2
 
 
+def test_a_clip_is_enlarged_by_less_than_a_quarter():
+    rules = SizeRules(video_sample_size=256, image_sample_size=1024)
+    assert rules.ladder == [256, 384, 512, 640, 768, 896, 1024]
+    assert rungs_for(rules, [512, 512.5, 520, 5000, 200]).tolist() == [3, 4, 4, 7, 7]
+
+
 def test_every_example_is_covered_by_its_own_size():
     rules = SizeRules(enable_bucket=True, video_sample_size=256, image_sample_size=256)
     [outcome] = outcomes(rules, [Source("video", 720, 1280, 49), Source("video", 480, 832, 49)])
     assert outcome.crop == (192, 336)
     assert outcome.resize == ((192, 341), (194, 336))
     assert centre_crop((192, 341), Shape(49, 192, 336)) == (192, 341, 0, 2)
-    assert centre_crop((194, 336), Shape(49, 192, 336)) == (194, 336, 1, 0)
+    assert centre_crop((197, 339), Shape(49, 192, 336)) == (197, 339, 2, 2)
 
 
 def test_no_bucket_is_a_centre_square():
