@@ -24,8 +24,10 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
     "control": ("control_v1.0", {}),
     "control_ref_camera": ("control_camera", {}),
     "inpaint": ("inp", {}),
+    "i2v": ("inp", {}),
     "toy": ("toy", {}),
 }
+WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["reeltune.train", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"])
 
@@ -152,7 +154,7 @@ def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
             return True
         return False
 
-    run_and_kill(moment, settings_of(mode), *where)
+    run_and_kill(moment, settings_of(mode, dataloader_num_workers=WORKERS[mode]), *where)
     assert run(settings_of(mode, resume_from_checkpoint="latest"), *where) == 0
     assert_same_end(tmp_path / "run", unbroken(mode))
 
