@@ -14,7 +14,7 @@ from reeltune import compat
 from reeltune.cli import recipe_of
 from reeltune.errors import UserError
 from reeltune.recipe import Recipe
-from reeltune.settings import flat
+from reeltune.settings import flat, settings
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "scripts/wan2.1_fun/train_control.py"
@@ -125,17 +125,37 @@ def test_every_command_of_the_guides(goldens, caplog):
     assert counts == [6, 1]
 
 
-def test_the_mode_is_left_to_the_checkpoint():
+def test_without_a_mode_the_script_trains_control_with_reference():
     argv = [word for word in words_of(V1_1) if not word.startswith("--train_mode")]
-    assert compat.control_recipe(argv).model.train_mode is None
+    assert compat.control_recipe(argv) == compat.control_recipe(words_of(V1_1))
 
 
-def test_flags_without_effect_are_known_to_the_script_alone():
+def test_flags_without_effect_are_known_to_the_script_alone(caplog):
     argv = words_of(V1_1)
     with pytest.raises(UserError, match="use_deepspeed is no setting"):
         recipe_of([*argv, "--use_deepspeed"], "train")
     idle = [f"--{name}" for name in compat.ACCEPTED]
     assert compat.control_recipe([*argv, *idle]) == compat.control_recipe(argv)
+    assert caplog.messages == [f"--{name} changes nothing here: {why}" for name, why in compat.ACCEPTED.items()]
+
+
+def test_flags_that_ours_cannot_follow_say_what_to_do():
+    asked = ["--scale_lr", "--train_sampling_steps=500", "--vae_path", "vae.pth", "stray"]
+    with pytest.raises(UserError) as told:
+        compat.control_recipe([*words_of(V1_1), *asked])
+    stray, *lines = told.value.problems
+    assert stray == "stray belongs to no flag; flags begin with --"
+    assert [line.partition(";")[0] for line in lines] == [
+        "scale_lr is true",
+        "train_sampling_steps is 500",
+        "vae_path is vae.pth",
+    ]
+    assert "vae_subpath in the yaml of config_path" in lines[2]
+
+
+def test_every_flag_is_known_in_one_place():
+    assert not compat.ACCEPTED.keys() & compat.REFUSED.keys()
+    assert not settings().keys() & (compat.ACCEPTED.keys() | compat.REFUSED.keys())
 
 
 def test_an_unknown_flag_names_the_nearest():

@@ -12,6 +12,7 @@ from reeltune.recipe import Recipe
 from reeltune.rules import RANGES
 from reeltune.settings import build, dump, flat, nearest, read, sentences, settings
 
+MODES = ("normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
@@ -58,7 +59,9 @@ def test_overrides_win_and_text_takes_the_type_of_its_field():
         ("learning_rate", None, "a number"),
         ("enable_bucket", "yes", "true or false"),
         ("enable_bucket", 1, "true or false"),
-        ("train_mode", "controll", "one of normal, inpaint, i2v, control, control_ref, control_ref_camera, or none"),
+        ("train_mode", "controll", f"one of {', '.join(MODES)}, or none"),
+        ("loss_type", ["flow"], "one of flow, ddpm, sigma, or none"),
+        ("train_mode", ["control_ref"], f"one of {', '.join(MODES)}, or none"),
         ("fix_sample_size", ["480"], "2 whole numbers, or none"),
         ("report_to", ["wandb", "mlflow"], "a list, each one of tensorboard, wandb, trackio, none"),
         ("output_dir", ["a", "b"], "text"),
@@ -105,9 +108,16 @@ def test_what_must_be_more_than_zero(name):
         ({"trainable_modules": []}, "trainable_modules"),
         ({"add_full_ref_image_in_self_attention": True, "train_mode": "control"}, "train_mode"),
         ({"validation_data_meta": "a.json", "held_out_share": 0.1}, "held_out_share"),
-        ({"fix_sample_size": [480, 8]}, "16 pixels"),
-        ({"fix_sample_size": [480, 832], "random_ratio_crop": True}, "random_ratio_crop"),
+        ({"add_full_ref_image_in_self_attention": True, "train_mode": "control_camera_ref"}, "control_ref_camera;"),
+        ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "mixed_precision is no"),
+        ({"fix_sample_size": [480, 8], "enable_bucket": True}, "16 pixels"),
+        ({"fix_sample_size": [480, 832]}, "enable_bucket is false"),
+        ({"random_ratio_crop": True}, "enable_bucket is false"),
+        ({"fix_sample_size": [480, 832], "random_ratio_crop": True, "enable_bucket": True}, "no ratio to draw"),
+        ({"uniform_sampling": True, "weighting_scheme": "logit_normal"}, "density of noise levels"),
         ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
+        ({"uniform_sampling": True, "weighting_scheme": "mode"}, "each is a density"),
+        ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "computed with in bf16"),
         ({"lr_step_rules": "1:10,0.1"}, "piecewise_constant"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
@@ -123,6 +133,7 @@ def test_rules_between_fields_allow_what_fits():
     build({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:20,.01:30,0.005"})
     build({"validation_prompts": ["a"], "validation_paths": ["a.mp4"]})
     build({"trainable_modules": [], "trainable_modules_low_learning_rate": ["attn"]})
+    build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
 
 
 @pytest.mark.parametrize(
@@ -148,9 +159,16 @@ def other_value(setting):
 def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     tree = {name: other_value(setting) for name, setting in settings().items()}
     tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
-    tree |= {"use_came": False, "train_mode": "control_ref", "lr_scheduler": "piecewise_constant"}
+    tree |= {
+        "use_came": False,
+        "mixed_precision": "bf16",
+        "weighting_scheme": "cosmap",
+        "train_mode": "control_ref",
+        "lr_scheduler": "piecewise_constant",
+    }
+    tree |= {"mixed_precision": "bf16", "weighting_scheme": "cosmap"}
     recipe = build(tree)
-    same = {"validation_data_meta", "random_ratio_crop", "use_came"}
+    same = {"validation_data_meta", "random_ratio_crop", "use_came", "mixed_precision"}
     assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     assert build(read(tmp_path / "recipe.yaml")) == recipe

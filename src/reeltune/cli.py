@@ -20,8 +20,6 @@ from reeltune.recipe import Recipe
 from reeltune.rules import shown
 from reeltune.settings import TRUTH, Setting, build, nearest, read, sentences, settings
 
-notices = logging.getLogger(__name__)
-
 USAGE = """\
 usage: reeltune COMMAND ...
 
@@ -93,15 +91,9 @@ def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
     return act
 
 
-def recipe_of(argv: Sequence[str], command: str, idle: Mapping[str, str] | None = None) -> Recipe:
-    """[RECIPE.yaml] and flags -> Recipe. Raises UserError with everything that is wrong with them.
-
-    idle: flags that are taken and change nothing, each with the reason, of which a notice is given.
-    """
+def recipe_of(argv: Sequence[str], command: str) -> Recipe:
+    """[RECIPE.yaml] and flags -> Recipe. Raises UserError with everything that is wrong with them."""
     files, given, problems = flags(argv)
-    for name, reason in (idle or {}).items():
-        if given.pop(name, None) is not None:
-            notices.warning("--%s changes nothing here: %s", name, reason)
     tree = read(files[0]) if files else {}
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"

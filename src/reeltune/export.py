@@ -47,6 +47,8 @@ def export(
     if family is None:
         shutil.copyfile(source / "config.json", out / "config.json")
     else:
+        if family.save is None:
+            raise UserError("export", f"{family.name} has no form for diffusers; leave --diffusers out")
         state = family.from_released(state, config)
         family.save(out, state, config, diffusers=True)  # for its config.json; the weights follow by size
         weights.files_of(out)[0].unlink()
@@ -68,11 +70,10 @@ def _problems(checkpoint: Path, source: Path, out: Path) -> Iterator[str]:
 
 
 def _family(checkpoint: Path, path: str | None) -> Family:
-    model = build(read(checkpoint.parent / "recipe.yaml")).model if path is None else None
-    family = families.find(path or model.pretrained_model_name_or_path, config_path=model and model.config_path)
-    if family.save is None:
-        raise UserError("export", f"{family.name} has no form for diffusers; leave --diffusers out")
-    return family
+    if path is None:
+        model = build(read(checkpoint.parent / "recipe.yaml")).model
+        return families.find(model.pretrained_model_name_or_path, config_path=model.config_path)
+    return families.find(path)
 
 
 def _cast(state: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ ABOVE_ZERO = (
     "max_grad_norm",
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
+DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
 
@@ -124,6 +125,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("use_8bit_adam", "use_came"),
             "use_8bit_adam and use_came are both true; a run has one optimizer; leave one of the two out",
+        )
+    if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
+        yield (
+            ("uniform_sampling", "weighting_scheme"),
+            f"uniform_sampling is true and weighting_scheme is {recipe.loss.weighting_scheme}; each is a density of "
+            "noise levels; leave one of the two out",
         )
     rules = optimization.lr_step_rules
     if (rules is not None) != (optimization.lr_scheduler == "piecewise_constant"):

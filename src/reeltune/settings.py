@@ -154,7 +154,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def converted(setting: Setting, value: Any) -> Any:
     """`value` in the field's type. Raises ValueError."""
-    if setting.name == "train_mode" and value in TRAIN_MODE_ALIASES:
+    if setting.name == "train_mode" and isinstance(value, str) and value in TRAIN_MODE_ALIASES:
         notices.warning("train_mode %s means %s", value, TRAIN_MODE_ALIASES[value])
         value = TRAIN_MODE_ALIASES[value]
     if setting.may_be_none and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
