@@ -29,7 +29,7 @@ def made(*argv):
         (["--trainable_modules", "."], (".",)),
         (["--trainable_modules", "attn", "ref_conv"], ("attn", "ref_conv")),
         (["--trainable_modules=attn"], ("attn",)),
-        (["--fix_sample_size", "480", "832", "--enable_bucket"], (480, 832)),
+        (["--fix_sample_size", "480", "832"], (480, 832)),
         (["--logit_mean", "-0.5"], -0.5),
         (["--output_dir="], ""),
         (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
