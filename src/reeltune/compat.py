@@ -12,6 +12,7 @@ from reeltune.settings import build
 
 notices = logging.getLogger(__name__)
 
+DEFAULTS = {"train_mode": "control_ref"}  # of the control scripts, where the flags name none
 LAUNCHER = "accelerate launch decides how processes share the work"
 NEVER_READ = "the original script takes it and never reads it"
 ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -> what is said
@@ -47,7 +48,7 @@ REFUSED = {  # flags that would change a run in a way that ours has not -> what 
 
 
 def train_control(argv: Sequence[str] | None = None) -> int:
-    """scripts/wan2.1_fun/train_control.py; the checkpoint decides the train mode where the flags do not."""
+    """scripts/wan2.1_fun/train_control.py"""
 
     def act() -> int:
         recipe = control_recipe(sys.argv[1:] if argv is None else argv)
@@ -68,4 +69,4 @@ def control_recipe(argv: Sequence[str]) -> Recipe:
         notices.warning("--%s changes nothing here: %s", name, ACCEPTED[name])
     for name in [name for name in given if name in REFUSED]:
         problems.append(f"{name} is {given.pop(name)}; {REFUSED[name]}")
-    return build({}, given, where="command line", required=REQUIRED["train"], found=problems)
+    return build(DEFAULTS, given, where="command line", required=REQUIRED["train"], found=problems)
