@@ -20,7 +20,7 @@ def save(out, step, keep=None, weights=None):
         Progress(step, 1, 2),
         write_weights=write_weights,
         optimizer_state={"state": torch.full((3,), step)},
-        write_ledger=lambda folder: (folder / "ledger.npz").write_bytes(b"ledger"),
+        write_more=lambda folder: (folder / "ledger.npz").write_bytes(b"ledger"),
         keep=keep,
     )
 

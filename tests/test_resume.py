@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -250,3 +251,16 @@ def test_latest_of_nothing_starts_anew_with_a_notice(data, checkpoints, tmp_path
     settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=1)
     assert run(settings, checkpoints / "toy", data, out) == 0
     assert "a new run starts" in (out / "metrics.jsonl").read_text()
+
+
+def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(data, checkpoints, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken("toy"), out)
+    where = checkpoints / "toy", data, out
+    more = {"resume_from_checkpoint": "latest", "max_train_steps": 7}
+    with pytest.raises(UserError) as error:
+        run(settings_of("toy", **more, seed=1, train_batch_size=1, video_sample_size=48), *where)
+    assert sorted(line.split(" ")[0] for line in error.value.problems) == ["a", "seed", "video_sample_size"]
+    assert "2 samples over all processes and is 1" in str(error.value)
+    assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
+    assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()

@@ -4,7 +4,7 @@ transformer/          the trained network under its released names, loadable by 
 transformer_ema/      its moving average, if kept
 optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
 ledger.npz            times each record was used
-progress.json         step, epoch, cursor; without it the folder is not a checkpoint
+progress.json         step, epoch, cursor, group; without it the folder is not a checkpoint
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def save(
     *,
     write_weights: Callable[[Path], None],
     optimizer_state: dict,
-    write_ledger: Callable[[Path], None],
+    write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, float, int]:
     """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, seconds, bytes).
@@ -82,7 +82,7 @@ def save(
         partial.mkdir(parents=True)
         write_weights(partial)
         torch.save(optimizer_state, partial / "optimizer.pt")
-        write_ledger(partial)
+        write_more(partial)
         (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
         size_bytes = _flush(partial)
         if final.exists():  # an unfinished leftover, or the same step saved by an earlier run

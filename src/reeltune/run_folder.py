@@ -14,8 +14,10 @@ import torch
 from reeltune import checkpoint
 from reeltune.errors import UserError
 from reeltune.recipe import Recipe
-from reeltune.settings import dump
+from reeltune.settings import build, dump, flat, read
 
+# Settings beside all sizes that decide which sample comes when, and with which noise.
+ORDERING = ("seed", "video_repeat", "held_out_share", "control_ref_image", "text_drop_ratio", "uniform_sampling")
 LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 
 
@@ -28,6 +30,24 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
             "latest, or give another output_dir",
         )
+
+
+def changes_since(found: Path, recipe: Recipe, group: int) -> list[str]:
+    """Settings that differ from the checkpoint's, in words.
+
+    Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none.
+    """
+    before, now = (flat(r) for r in (build(read(found / "recipe.yaml")), recipe))
+    before_group = json.loads((found / "progress.json").read_text())["group"]
+    changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
+    ordering = {*vars(recipe.sizes), *ORDERING}
+    problems = [words for name, words in changed.items() if name in ordering]
+    if before_group != group:
+        problems.append(f"a micro-step was {before_group} samples over all processes and is {group}")
+    remedy = f"restore them, or start a new run from its weights: transformer_path {found} and another output_dir"
+    if problems:
+        raise UserError(f"resume from {found}: the samples would not go on where they were; {remedy}", problems)
+    return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
 
 
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:

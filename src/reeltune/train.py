@@ -18,11 +18,12 @@ from reeltune.first_batch import write_first_batch
 from reeltune.inputs import DTYPES, choose_family, gather, ledger_of, load_parts
 from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
-from reeltune.ledger import Ledger
+from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
 from reeltune.recipe import Recipe
-from reeltune.run_folder import describe, refuse_overwriting
+from reeltune.run_folder import changes_since, describe, refuse_overwriting
 from reeltune.sample import Setup
+from reeltune.settings import dump
 from reeltune.types import Batch, Progress
 from reeltune.validate import Validation
 
@@ -62,8 +63,9 @@ def train(recipe: Recipe) -> int:
         gradient_checkpointing=recipe.training.gradient_checkpointing,
     )
     ledger = ledger_of(recipe, inputs)
-    progress = Progress()
+    progress, changes = Progress(group=recipe.training.train_batch_size * engine.world), []
     if found is not None:
+        changes = changes_since(found, recipe, progress.group)
         progress = learner.load_state(found)
         if engine.main:
             ledger.load(found / "ledger.npz")
@@ -92,7 +94,7 @@ def train(recipe: Recipe) -> int:
     )
     with Interrupt() as interrupt, log, duties:
         duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
-        duties.tell_start(found, inputs.scan.notices)
+        duties.tell_start(found, [*inputs.scan.notices, *changes])
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
             duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
         while progress.step < total_steps and not engine.any(interrupt.code > 0):
@@ -257,12 +259,16 @@ class Duties:
                 progress,
                 write_weights=self.learner.write_weights,
                 optimizer_state=self.learner.state(),
-                write_ledger=lambda folder: self.ledger.save(folder / "ledger.npz", shares),
+                write_more=partial(self.write_more, shares),
                 keep=self.recipe.output.checkpoints_total_limit,
             )
             self.log.save({"path": str(folder), "seconds": seconds, "bytes": size_bytes})
         self.saved_step = progress.step
         self.engine.wait()
+
+    def write_more(self, shares: list[Share], folder: Path) -> None:
+        self.ledger.save(folder / "ledger.npz", shares)
+        (folder / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
 
     def validate(self, progress: Progress) -> None:
         """Held-out loss and previews, by the main process; training goes on as if there had been none."""

@@ -216,3 +216,4 @@ class Progress:
     step: int = 0  # optimizer steps done
     epoch: int = 0
     cursor: int = 0  # micro-steps taken from this epoch's plan
+    group: int = 0  # samples of a micro-step over all ranks; another number would be another plan

@@ -182,12 +182,13 @@ def fit(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Puts the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
+    """Puts copies of the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
 
+    Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
     Raises UserError with every name that is missing, unexpected or of another shape.
     """
     refuse(where, differences(net.state_dict(), state))
-    placed = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state.items()}
+    placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
 
