@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -185,10 +186,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-# Dense (no sparsity) bf16 tensor-core figures; the more specific name first.
+# Dense (no sparsity) bf16 tensor-core figures of NVIDIA's data sheet for each; the more specific name first.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
