@@ -181,7 +181,7 @@ def test_a_verdict_comes_every_few_lines(tmp_path):
         "50 % of the step is encoding, 35 % forward and backward, 10 % the optimizer; 5 % waits for data" in verdicts[0]
     )
     assert "0 % of the step is encoding, 85 % forward" in verdicts[1]  # of the steps since
-    assert "reeltune cache" in verdicts[0] and "dataloader_num_workers" not in verdicts[0]
+    assert "smaller sizes" in verdicts[0] and "dataloader_num_workers" not in verdicts[0]
 
 
 def test_a_short_run_has_a_verdict_at_its_end(tmp_path):
