@@ -68,5 +68,5 @@ def test_seconds_of_footage_by_frame_rate(given, tmp_path):
 def test_what_training_would_refuse(given, tmp_path):
     with pytest.raises(UserError, match=r"gone\.mp4"):
         lines_of(given, tmp_path, max_bad_share=0.1)
-    with pytest.raises(UserError, match="it can do"):
+    with pytest.raises(UserError, match="it can do inpaint and i2v; set train_mode to inpaint"):
         lines_of(given, tmp_path, train_mode="control_ref")

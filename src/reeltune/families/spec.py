@@ -85,6 +85,6 @@ def check_mode(family: Family, mode: str | None) -> str:
         raise UserError(
             "recipe",
             f"train_mode is {mode!r}, which a checkpoint of {family.name} cannot do; it can do "
-            f"{' and '.join(family.modes)}; leave train_mode out for {family.modes[0]}",
+            f"{' and '.join(family.modes)}; set train_mode to {family.modes[0]}",
         )
     return mode
