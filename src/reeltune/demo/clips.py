@@ -6,15 +6,19 @@ geometry, white on black.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from reeltune.data.media import write_clip
 from reeltune.dice import dice
+from reeltune.types import Kind
 
 Point = tuple[float, float]
 
@@ -28,7 +32,7 @@ COLOURS = {
     "black": (30, 30, 36),
 }
 BACKGROUNDS = {  # name -> (top colour, bottom colour, ground colour)
-    "a blue sky over green hills": ((90, 160, 235), (190, 220, 250), (70, 150, 70)),
+    "green hills under a blue sky": ((90, 160, 235), (190, 220, 250), (70, 150, 70)),
     "a calm sea": ((150, 205, 240), (215, 235, 245), (25, 90, 150)),
     "a desert at sunset": ((110, 60, 130), (250, 160, 90), (205, 150, 85)),
     "a starry night": ((12, 14, 40), (45, 45, 95), (22, 38, 46)),
@@ -80,7 +84,7 @@ FIGURES: dict[str, list[Point]] = {  # outline in a box of about -1..1, y downwa
         (-0.7, 0.85),
     ],
 }
-PATHS = ("flies across", "bounces", "circles over", "swings over", "zooms over")
+PATHS = ("flies across", "bounces over", "circles over", "swings over", "zooms over")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,14 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"A {self.colour} {self.figure} {self.path} {self.background}."
+        article = "An" if self.colour[0] in "aeiou" else "A"
+        return f"{article} {self.colour} {self.figure} {self.path} {self.background}."
+
+
+def vocabulary() -> list[str]:
+    """Every word that captions are made of, the full stop apart."""
+    phrases = ["A", "An", *COLOURS, *FIGURES, *PATHS, *BACKGROUNDS]
+    return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def scene(seed: int) -> Scene:
@@ -142,27 +153,26 @@ def _path(name: str, choose: random.Random) -> Callable[[float], tuple[float, fl
     """t in [0, 1] -> (x, y, growth, turn in radians); x and y are shares of the picture."""
     way, lift, turn = choose.choice((-1, 1)), choose.uniform(0.3, 0.6), choose.uniform(-0.3, 0.3)
     start, swing = choose.uniform(0, 2 * math.pi), choose.uniform(0.1, 0.2)
-    spin = choose.choice((0, 0, 1)) * way * 1.5
     if name == "flies across":
-        return lambda t: (0.5 + way * 0.62 * (t - 0.5), lift - swing * math.sin(math.pi * t), 1, turn + spin * t)
-    if name == "bounces":
-        return lambda t: (0.5 + way * 0.45 * (t - 0.5), 0.72 - 0.45 * abs(math.sin(2 * math.pi * t + start)), 1, turn)
+        return lambda t: (0.5 + way * 0.55 * (t - 0.5), lift - swing * math.sin(math.pi * t), 1, turn)
+    if name == "bounces over":
+        return lambda t: (0.5 + way * 0.4 * (t - 0.5), 0.7 - 0.38 * abs(math.sin(math.pi * t + start)), 1, turn)
     if name == "circles over":
         return lambda t: (
-            0.5 + 0.24 * math.cos(start + way * 4.5 * t),
-            0.5 + 0.24 * math.sin(start + way * 4.5 * t),
+            0.5 + 0.24 * math.cos(start + way * 3.2 * t),
+            0.5 + 0.24 * math.sin(start + way * 3.2 * t),
             1,
-            turn + spin * t,
+            turn + 0.8 * way * t,
         )
     if name == "swings over":
         return lambda t: (
-            0.5 + 0.28 * math.sin(start + 5 * t),
-            lift + 0.08 * math.cos(start + 5 * t),
+            0.5 + 0.28 * math.sin(start + 3.5 * t),
+            lift + 0.08 * math.cos(start + 3.5 * t),
             1,
-            turn - 0.6 * math.sin(start + 5 * t),
+            turn - 0.6 * math.sin(start + 3.5 * t),
         )
-    first, last = (0.55, 1.5) if way > 0 else (1.5, 0.55)
-    return lambda t: (0.5 + swing * (t - 0.5) * way, 0.5, first + (last - first) * t, turn + spin * t)
+    first, last = (0.6, 1.5) if way > 0 else (1.5, 0.6)
+    return lambda t: (0.5 + swing * (t - 0.5) * way, 0.5, first + (last - first) * t, turn)
 
 
 def _backdrop(plan: Scene, height: int, width: int) -> Image.Image:
@@ -173,11 +183,48 @@ def _backdrop(plan: Scene, height: int, width: int) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     horizon = choose.uniform(0.68, 0.8) * height
     if "night" in plan.background:
-        for _ in range(14):
-            x, y, r = choose.uniform(0, width), choose.uniform(0, horizon), choose.uniform(1.5, 3.5)
+        for _ in range(10):
+            x, y, r = choose.uniform(0, width), choose.uniform(0, horizon), choose.uniform(2, 4)
             pen.ellipse((x - r, y - r, x + r, y + r), fill=(235, 235, 210))
     wave, phase = (0.0 if "sea" in plan.background else choose.uniform(0.02, 0.06)), choose.uniform(0, 6)
     xs = np.linspace(0, width, 40)
     ridge = [(float(x), horizon + wave * height * math.sin(phase + 2 * math.pi * x / width)) for x in xs]
     pen.polygon([(0, height), *ridge, (width, height)], fill=tuple(int(c) for c in ground))
     return picture
+
+
+# ---- the data set
+
+FRAMES, SIDE, FPS = 17, 80, 8.0  # of a clip; pixels; frames per second
+
+
+def write_data_set(folder: Path, *, clips: int, stills: int, held_out: int) -> tuple[Path, Path]:
+    """Clips and stills with their control files, in the form of the guides. Returns the metadata of both parts.
+
+    The held-out clips are scenes of their own. Paths in the metadata are relative to `folder`.
+    """
+    for name in ("train", "control"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    entries = [_write_entry(folder, seed, "image" if seed >= clips else "video") for seed in range(clips + stills)]
+    apart = [_write_entry(folder, HELD_OUT_SEED + i, "video") for i in range(held_out)]
+    written = []
+    for name, rows in (("metadata_control.json", entries), ("metadata_held_out.json", apart)):
+        (folder / name).write_text(json.dumps(rows, indent=2) + "\n")
+        written.append(folder / name)
+    return written[0], written[1]
+
+
+HELD_OUT_SEED = 100_000
+
+
+def _write_entry(folder: Path, seed: int, kind: Kind) -> dict[str, str]:
+    plan = scene(seed)
+    files = []
+    for place, frames in zip(("train", "control"), draw_scene(plan, FRAMES, SIDE, SIDE), strict=True):
+        if kind == "video":
+            files.append(f"{place}/{seed:06d}.mp4")
+            write_clip(folder / files[-1], frames, FPS)
+        else:
+            files.append(f"{place}/{seed:06d}.png")
+            Image.fromarray(frames[seed % FRAMES]).save(folder / files[-1])
+    return {"file_path": files[0], "control_file_path": files[1], "text": plan.caption, "type": kind}
