@@ -36,3 +36,9 @@ def media(request) -> Path:
 @pytest.fixture(scope="session")
 def bad_inputs(request) -> Path:
     return _beside(request, "bad_inputs")
+
+
+@pytest.fixture(scope="session")
+def seeds(request) -> Path:
+    """The guides."""
+    return _beside(request, "seeds")
