@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from reeltune.data.camera import CameraError, pack, rays, read_poses, resample
+from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.families.wan_fun.family import pack_frames
 
 ROW = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 {x} 0 1 0 0 0 0 1 0"
 TOLERANCE = 1e-5
@@ -126,7 +127,7 @@ def test_clips_of_the_reference(goldens, media):
             lines = rays(rows, height, width)[:, top : top + crop_height, left : left + crop_width]
             plucker = np.ascontiguousarray(lines.transpose(0, 3, 1, 2))
             close(plucker, tensors[f"{name}_plucker"])
-            packed = pack(torch.from_numpy(plucker)[None])[0]
+            packed = pack_frames(torch.from_numpy(plucker)[None])[0]
             assert list(packed.shape) == path["packed_shape"]
             close(packed, tensors[f"{name}_packed"])
 
@@ -148,8 +149,8 @@ def test_camera_family_of_the_reference(goldens):
     height, width = tensors["dataset.plucker"].shape[-2:]
     plucker = rays(selected, height, width).transpose(0, 3, 1, 2)
     close(plucker, tensors["dataset.plucker"])
-    close(pack(torch.from_numpy(plucker)[None]), tensors["dataset.packed24"])
-    assert torch.equal(pack(torch.from_numpy(tensors["pack.in"])), torch.from_numpy(tensors["pack.out"]))
+    close(pack_frames(torch.from_numpy(plucker)[None]), tensors["dataset.packed24"])
+    assert torch.equal(pack_frames(torch.from_numpy(tensors["pack.in"])), torch.from_numpy(tensors["pack.out"]))
     three = tensors["three_frames.plucker_per_ray_cross"]
     close(rays(tensors["three_frames.rows"].astype(np.float64), *three.shape[1:3]), three)
     assert np.abs(three - tensors["three_frames.plucker_as_reference"]).max() > 0.01  # the fault we do not share

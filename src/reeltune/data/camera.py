@@ -2,7 +2,7 @@
 
 A pose file has one header line, then one row of 19 numbers per pose (RealEstate10K and CameraCtrl,
 arXiv:2404.02101): time, fx, fy, cx, cy as fractions of the picture's width and height, two unused
-numbers, and the 3x4 world-to-camera matrix row by row.  (no torch at run time)
+numbers, and the 3x4 world-to-camera matrix row by row.  (no torch)
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COLUMNS = 19
 POSE_ASPECT = 1280 / 720  # of the footage the poses were made on; assumed whatever the clip (as released)
@@ -102,14 +98,3 @@ def rays(poses_F19: np.ndarray, height: int, width: int) -> np.ndarray:
     direction = np.einsum("fij,fhwj->fhwi", to_first_F44[:, :3, :3], direction)
     origin = to_first_F44[:, None, None, :3, 3]
     return np.concatenate([np.cross(origin, direction, axis=-1), direction], axis=-1).astype(np.float32)
-
-
-def pack(camera_BFCHW: Tensor, time_stride: int = 4) -> Tensor:
-    """Rays as the network takes them: B,C*time_stride,T,H,W with channel = C index * time_stride + frame in group.
-
-    The first frame is repeated to fill its group, as a causal VAE does.
-    """
-    frames = camera_BFCHW.shape[1]
-    order = [0] * (time_stride - 1) + list(range(frames))
-    groups = camera_BFCHW[:, order].unflatten(1, (-1, time_stride))  # B T stride C H W
-    return groups.permute(0, 3, 2, 1, 4, 5).flatten(1, 2)
