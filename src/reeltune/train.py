@@ -40,6 +40,8 @@ def train(recipe: Recipe) -> int:
     checkpoint.sweep(out)
 
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    progress = Progress(group=recipe.training.train_batch_size * engine.world)
+    changes = [] if found is None else changes_since(found, recipe, progress.group)
     family, mode, objective = choose_family(recipe)
     inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
     parts = load_parts(recipe, family, engine.device, found and found / "transformer")
@@ -63,9 +65,7 @@ def train(recipe: Recipe) -> int:
         gradient_checkpointing=recipe.training.gradient_checkpointing,
     )
     ledger = ledger_of(recipe, inputs)
-    progress, changes = Progress(group=recipe.training.train_batch_size * engine.world), []
     if found is not None:
-        changes = changes_since(found, recipe, progress.group)
         progress = learner.load_state(found)
         if engine.main:
             ledger.load(found / "ledger.npz")
