@@ -7,16 +7,18 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
 from torch import Tensor
 
-from benchmarks.parity import LOSS, SCHEDULE, Golden, Row, batch_of, gradients
 from reeltune import families
 from reeltune.diffusion import loss as losses
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Posterior
 
+# Relative. Of the timestep sinusoid's 128 frequencies two differ by a float32 rounding from those of the reference's
+# machine, whose `exp` rounds otherwise; at guidance 6000 that turns an angle by 2e-4 (measured, 2026-11).
+GRADIENT = 5e-4
 MSL = 0.25  # motion_sub_loss_ratio of the golden steps
 
 
@@ -76,7 +78,15 @@ def transformer(golden: Golden, family: Family, parts: Parts) -> None:
         }
         out = family.denoise(parts.net, golden[f"{case}.hidden_states"], golden[f"{case}.timestep"], cond)
         golden.compare(f"{case}.out", out)
-        gradients(golden, f"{case}.", parts, family, (out * golden[f"{case}.loss_weight"]).mean())
+        terms = out * golden[f"{case}.loss_weight"]  # of both signs, so that the mean may be near 0
+        golden.compare(f"{case}.loss", terms.mean(), LOSS * terms.abs().mean().item())
+        parts.net.zero_grad()
+        terms.mean().backward()
+        for name in [name for name in golden.tensors if name.startswith(f"{case}.grad.")]:
+            ours = parts.net.get_parameter(name.removeprefix(f"{case}.grad.")).grad
+            golden.compare(name, ours, GRADIENT, "relative")
+            golden.tensors[f"{name}.norm"] = golden[name].norm()
+            golden.compare(f"{name}.norm", ours.norm(), NORM, "relative")
 
 
 def train_step(golden: Golden, family: Family, parts: Parts) -> None:
@@ -159,8 +169,3 @@ def stand_in(parts: Parts, seen: list[Tensor]):
             return (hidden_states,)
 
     return Net()
-
-
-def drawn_from(found: Posterior, sample: Tensor) -> Tensor:
-    """The noise with which `sample` was drawn: standard normal, if it was."""
-    return (sample - found.mean) / (found.logvar / 2).exp()

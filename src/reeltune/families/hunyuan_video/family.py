@@ -68,7 +68,7 @@ def load(
     config = weights.read_config(folder / "transformer")
     parts = Parts(net, config=config, device=torch.device(device), low_vram=low_vram)
     vae = weights.load_component(AutoencoderKLHunyuanVideo, folder / "vae", frozen_dtype)
-    vae.enable_tiling()  # the latents that released models saw are of blended tiles (measured on the reference, 2026-11)
+    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
     parts.frozen["vae"] = vae.requires_grad_(False).eval()
     if encoders:
         model = LlavaForConditionalGeneration if with_picture else LlamaModel

@@ -77,7 +77,8 @@ def encode_text_and_picture(
 ) -> Cond:
     """The same three, with every `interleave`-th of the picture's states before the caption's, as if text."""
     tokenizer = parts.extras["tokenizer"]
-    ids_BL, mask_BL = tokens_of(tokenizer, PICTURE_TEMPLATE, captions, length + PICTURE_CROP)
+    plain = [caption.replace("<image>", "image") for caption in captions]  # one mark a picture, the template's
+    ids_BL, mask_BL = tokens_of(tokenizer, PICTURE_TEMPLATE, plain, length + PICTURE_CROP)
     with torch.no_grad(), parts.borrow("text") as llava:
         seen = parts.extras["image_processor"](list(image_u8_BCHW.cpu()), return_tensors="pt").pixel_values
         inputs = expand(ids_BL, llava)
