@@ -12,6 +12,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from reeltune import families
 from reeltune.check import check
 from reeltune.diffusion.loss import settle
+from reeltune.engine import recompute_blocks
 from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
@@ -311,6 +312,36 @@ def test_the_blind_pass_lacks_the_whole_caption(loaded, mode, tmp_path, monkeypa
         assert not torch.equal(blind[argument], full[argument])
     if mode == "i2v":
         assert torch.equal(decoded[0][:, :, :1], full["hidden_states"][:, :, :1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputed_blocks_give_the_same_gradients(checkpoints, loaded, mode):
+    family, parts = loaded[mode]
+    again = family.load(checkpoints[mode], family, encoders=False).net
+    recompute_blocks(again, family.blocks)
+    blocks = [*parts.net.transformer_blocks, *parts.net.single_transformer_blocks]
+    assert {type(block).__name__ for block in blocks} == set(family.blocks)
+    x0, cond = settle(family.encode(parts, batch_of(frames=5), family.modes[0]), [1, 2], parts.null)
+    gradients = []
+    for net in (parts.net, again):
+        net.zero_grad()
+        family.denoise(net, x0, torch.tensor([500.0, 20.0]), cond).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in net.named_parameters()})
+    parts.net.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(loaded, mode):
+    family, parts = loaded[mode]
+    x0, cond = settle(family.encode(parts, batch_of(frames=5), family.modes[0]), [1, 2], parts.null)
+    with torch.no_grad():
+        exact = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
+    assert 0 < (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 # ---- runs
