@@ -215,7 +215,8 @@ def test_every_variant_has_a_recipe():
     control = {f"wan2.1_fun_{version}_{size}_control" for version in ("v1.0", "v1.1") for size in ("1.3b", "14b")}
     others = {f"wan2.1_fun_v1.1_{size}_control_camera" for size in ("1.3b", "14b")}
     inp = {f"wan2.1_fun_v1.0_{size}_inp" for size in ("1.3b", "14b")}
-    assert {file.stem for file in RECIPES} >= control | others | inp
+    hunyuan = {f"hunyuan_video_{kind}" for kind in ("t2v", "i2v", "i2v_33ch")}
+    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan
 
 
 def test_literal_fields_list_their_choices():

@@ -36,6 +36,9 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
     yield from (f"         {row}" for row in found.left_out)
     for record, reason in plan.left_out:
         yield f"         entry {inputs.train[record].entry}, {inputs.train[record].path}: {reason}"
+    if inputs.unsuited:
+        yield f"unused   {_count(len(inputs.unsuited), 'entry', 'entries')} that teach this model nothing"
+        yield from (f"         {row}" for row in inputs.unsuited)
     yield from (f"notice   {notice}" for notice in found.notices)
     yield f"held out {_count(len(inputs.held_out), 'clip')}"
 

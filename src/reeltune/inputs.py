@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -19,7 +20,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
-from reeltune.data.shapes import SizeRules
+from reeltune.data.shapes import SizeRules, clip_length
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError
 from reeltune.families.spec import Family, Parts, check_mode
@@ -33,6 +34,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Inputs:
     scan: Scan
+    unsuited: list[LeftOut]  # sound entries of train_data_meta that teach this model nothing
     train: Records
     held_out: Records
     rules: SizeRules
@@ -103,11 +105,13 @@ def gather(
         )
 
     found = measured(data.train_data_meta)
+    usable, unsuited = suited(found.records, rules, family.least_frames)
     if data.validation_data_meta is not None:
-        train, held_out = found.records, measured(data.validation_data_meta).records
+        train = usable
+        held_out, _ = suited(measured(data.validation_data_meta).records, rules, family.least_frames)
     else:
-        rows = split(found.records, data.held_out_share, str(root))
-        train, held_out = (found.records.take(part) for part in rows)
+        rows = split(usable, data.held_out_share, str(root))
+        train, held_out = (usable.take(part) for part in rows)
     group = recipe.training.train_batch_size * world
     plan = partial(
         Plan,
@@ -122,6 +126,7 @@ def gather(
     reader = partial(Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]))
     return Inputs(
         scan=found,
+        unsuited=unsuited,
         train=train,
         held_out=held_out,
         rules=rules,
@@ -129,6 +134,27 @@ def gather(
         reader=reader(train, drop=family.drop, text_drop_ratio=data.text_drop_ratio),
         held_out_reader=reader(held_out, drop=dict.fromkeys(family.drop, 0.0), text_drop_ratio=0.0),
     )
+
+
+def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Records, list[LeftOut]]:
+    """(records of clips of `least_frames` frames or more, the others). Clips too short for any plan are the plan's.
+
+    Raises UserError if nothing would be left.
+    """
+    lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
+    short = (lengths < least_frames) & (lengths > 0)
+    if not short.any():
+        return records, []
+    if short.all():
+        raise UserError(
+            "train_data_meta",
+            f"has only images and clips of fewer than {least_frames} sampled frames, whose loss counts nothing in "
+            "this model; give longer clips",
+        )
+    reason = f"this model learns nothing from fewer than {least_frames} sampled frames"
+    remedy = "use a longer clip or a smaller stride"
+    left_out = [LeftOut(record.entry, record.path, reason, remedy) for record in records.take(np.flatnonzero(short))]
+    return records.take(np.flatnonzero(~short)), left_out
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
@@ -153,6 +179,7 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
         inputs.train,
         held_out=inputs.held_out if recipe.data.validation_data_meta is None else None,
         left_out=[*inputs.scan.left_out, *unplanned],
+        unsuited=inputs.unsuited,
         max_bad_share=recipe.data.max_bad_share,
     )
 

@@ -36,7 +36,8 @@ class Ledger:
     """Counts what this process trains on; at the end the shares of all processes make the account.
 
     `train` are the records that a Draw counts by, `held_out` those of the same metadata file kept for validation,
-    `left_out` the entries that the scan or the plan left out. Nothing is kept per good row beside two int32.
+    `left_out` the entries that the scan or the plan left out, `unsuited` sound ones that teach the model nothing:
+    left out too, but not bad. Nothing is kept per good row beside two int32.
     """
 
     def __init__(
@@ -46,12 +47,15 @@ class Ledger:
         *,
         held_out: Records | None = None,
         left_out: Iterable[LeftOut] = (),
+        unsuited: Iterable[LeftOut] = (),
         max_bad_share: float = 1.0,
     ):
         self.entries = entries
         self.train = train
         self.held_out = held_out
-        self.left_out = {row.entry: row for row in left_out}
+        bad, unsuited = list(left_out), list(unsuited)
+        self.left_out = {row.entry: row for row in bad + unsuited}
+        self._bad = len(bad)
         self.max_bad_share = max_bad_share
         self.used = np.zeros(len(train), dtype=np.int32)
         self.repeated = np.zeros(len(train), dtype=np.int32)
@@ -67,7 +71,7 @@ class Ledger:
 
     def too_many_bad(self) -> str | None:
         """The problem, once this process has seen more than max_bad_share of all entries to be unusable."""
-        bad = len(self.left_out) + len(self.failures)
+        bad = self._bad + len(self.failures)
         if bad <= self.max_bad_share * self.entries:
             return None
         record, (_, reason) = next(reversed(self.failures.items()))

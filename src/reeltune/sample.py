@@ -45,7 +45,10 @@ class Setup:
     def encode(self, batch: Batch) -> Encoded:
         batch = batch.to(self.parts.device)
         settings = {"vae_mini_batch": self.vae_mini_batch, "options": self.options}
-        return self.family.encode(self.parts, batch, self.mode, **settings)
+        encoded = self.family.encode(self.parts, batch, self.mode, **settings)
+        if "text" in encoded.keep:
+            encoded.keep = encoded.keep | dict.fromkeys(self.family.caption, encoded.keep["text"])
+        return encoded
 
     def denoise(self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond) -> Tensor:
         with self.autocast():
@@ -90,14 +93,17 @@ def make_clip(
             net,
             setup.objective,
             cond,
-            setup.parts.null,
+            setup.parts.null | encoded.null,
             x0.shape,
             scheduler=scheduler,
             seeds=[request.seed],
             steps=steps,
             guidance=guidance_scale,
+            caption=setup.family.caption,
             device=x0.device,
         )
+        if setup.family.finish is not None:
+            x0 = setup.family.finish(x0, cond)
         pixels_BFCHW = setup.family.decode(setup.parts, x0)
     write_pixels(path, ((pixels_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), request.fps)
     told = {

@@ -207,6 +207,7 @@ class Encoded:
     cond: dict[str, Tensor | Posterior]  # handed to Family.denoise once drawn and dropped
     keep: dict[str, Tensor]  # condition name -> bool_B; False means blanked by the family's null value
     loss_mask: Tensor | None = None  # broadcasts against x0; 0 leaves a cell out of the loss
+    null: dict[str, Tensor] = field(default_factory=dict)  # blank values that depend on the sample, before Parts.null
 
 
 @dataclass

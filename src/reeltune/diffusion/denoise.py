@@ -45,16 +45,17 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance: float = 1.0,
+    caption: Sequence[str] = ("text",),
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """x0_BCThw in float32. `scheduler` is any flow-matching scheduler of diffusers with the objective's shift.
 
     guidance: blind + guidance * (answer - blind) (https://arxiv.org/abs/2207.12598), where the blind pass lacks
-    the text alone and keeps all other conditions, as the released pipelines do. 1 makes no blind pass.
+    the conditions named in `caption` and keeps all others, as the released pipelines do. 1 makes no blind pass.
     """
     x = gaussian(torch.empty(tuple(shape_BCThw), device=device), seeds, "noise")
     keep_none = torch.zeros(len(seeds), dtype=torch.bool)
-    blind = blank(cond, {"text": keep_none}, null)
+    blind = blank(cond, dict.fromkeys(caption, keep_none), null)
     for level, t in zip(schedule(scheduler, steps, x.device), scheduler.timesteps, strict=True):
         timestep_B = objective.timestep(torch.full((len(seeds),), level, device=x.device))
         answer = denoise(net, x, timestep_B, cond).float()

@@ -58,7 +58,7 @@ def settle(encoded: Encoded, seeds: Sequence[int], null: dict[str, Tensor]) -> t
         return value.mean.float() + (value.logvar.float() / 2).exp() * noise
 
     cond = {name: drawn(name, value) for name, value in encoded.cond.items()}
-    return drawn("x0", encoded.x0), blank(cond, encoded.keep, null)
+    return drawn("x0", encoded.x0), blank(cond, encoded.keep, null | encoded.null)
 
 
 def error_at(

@@ -9,10 +9,10 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -197,3 +197,80 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
     """One .safetensors file; the tensors' own dtypes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+
+
+# ---- checkpoints in diffusers' layout: a folder for each network, with its config.json
+
+
+def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON file beside or in `path`; empty if there is none. Raises UserError if it is not JSON."""
+    file = (path if path.is_dir() else path.parent) / name
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as broken:
+        raise UserError(str(file), f"is not JSON ({broken})") from broken
+
+
+def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The folder of each component. Raises UserError that names every one missing."""
+    found = {name: folder / name for name in names}
+    refuse(str(folder), [f"no {name}; download it" for name, path in found.items() if not path.is_dir()])
+    return found
+
+
+def saved_transformer(path: str | Path) -> Path:
+    """Where `transformer_path` has its weights: a file, a folder, or the transformer in a checkpoint folder."""
+    inner = Path(path) / "transformer"
+    return inner if inner.is_dir() else Path(path)
+
+
+def load_component(
+    cls: Any,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    replacement: str | Path | None = None,
+) -> Any:
+    """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
+
+    Raises UserError as `fit` does. The class must keep nothing in buffers that its files lack.
+    """
+    with torch.device("meta"):
+        net = cls.from_config(read_config(folder))
+    source = folder if replacement is None else saved_transformer(replacement)
+    fit(net, read(source), str(source), dtype, device)
+    lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    if lost:
+        raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
+    return net
+
+
+def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A frozen network of a transformers class, which knows the key names of older releases; None: dtype as stored.
+
+    Raises UserError with every name that is missing, unexpected or of another shape.
+    """
+    from transformers.utils import logging  # slow, and not every family has such encoders
+
+    files_of(folder)  # tells what is missing
+    logging.disable_progress_bar()
+    net, told = cls.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
+    problems = [f"{kind}: {name}" for kind in ("missing", "unexpected") for name in sorted(told[f"{kind}_keys"])]
+    problems += [f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])]
+    refuse(str(folder), problems)
+    return net.requires_grad_(False).eval()
+
+
+def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """config.json and diffusion_pytorch_model.safetensors, as diffusers reads them."""
+    write(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

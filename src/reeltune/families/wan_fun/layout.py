@@ -9,7 +9,6 @@ Tensor names may be of either form in either place: they are told apart by the n
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from reeltune.errors import UserError, refuse
+from reeltune.errors import refuse
 from reeltune.families import weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
@@ -90,20 +89,9 @@ def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]
 # ---- loading one network
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json beside or in `path`; empty if there is none."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as broken:
-        raise UserError(str(file), f"is not JSON ({broken})") from broken
-
-
 def peek_transformer(path: Path) -> tuple[State, dict[str, Any]]:
     """(outlines of the tensors in our names, config.json); weights are not read."""
-    return keys.from_released(weights.peek(path)), read_config(path)
+    return keys.from_released(weights.peek(path)), weights.read_config(path)
 
 
 def load_transformer(
@@ -113,10 +101,7 @@ def load_transformer(
     outlines, config = peek_transformer(path)
     with torch.device("meta"):
         net = WanFunTransformer(**sizes.transformer(outlines, config, str(path)))
-    source = path
-    if replacement is not None:
-        inner = replacement / "transformer"
-        source = inner if inner.is_dir() else replacement
+    source = path if replacement is None else weights.saved_transformer(replacement)
     given = weights.read(source)
     state = keys.from_released(given)
     if given.keys() != state.keys():  # bad keys are told by the names that the file has
@@ -152,7 +137,7 @@ def load_image(path: Path, dtype: torch.dtype | None) -> CLIPVisionModel:
 
 def _own_config(path: Path) -> dict[str, Any]:
     """A network's config.json; beside a single file in the root lies the transformer's, which is another's."""
-    return read_config(path) if path.is_dir() else {}
+    return weights.read_config(path) if path.is_dir() else {}
 
 
 def _frozen(net: nn.Module, state: State, path: Path, dtype: torch.dtype | None) -> Any:
@@ -174,8 +159,7 @@ def save_transformer(folder: Path, state: State, config: dict[str, Any], *, diff
         config = sizes.diffusers_config(arguments)
     elif not diffusers and (is_diffusers or not config):
         config = sizes.released_config(arguments)
-    weights.write(named, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights.write_component(folder, named, config)
 
 
 def write_released(

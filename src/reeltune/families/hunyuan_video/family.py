@@ -1,0 +1,274 @@
+"""HunyuanVideo: text to video, and picture to video (https://huggingface.co/hunyuanvideo-community).
+
+Conditions by name, as `encode` gives them and `denoise` takes them:
+    text       float B L D, states of the language model; with a picture its states come first
+    text_mask  int B L, 1 where there is a token
+    pooled     float B D', CLIP's vector of the caption
+    guidance   float B, the scale that guidance-distilled networks are told, times 1000
+    ref        Posterior B C 1 h w, the first frame: put in the place of the first latent frame (token replace), or
+               given in channels of its own beside a mask (latent concat)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPTextModel,
+    LlamaModel,
+    LlavaForConditionalGeneration,
+)
+
+from reeltune.diffusion.objective import Flow
+from reeltune.errors import UserError
+from reeltune.families import weights
+from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
+from reeltune.families.spec import Family, Parts
+from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+
+CLASS = "HunyuanVideoTransformer3DModel"
+GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
+INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every n-th state of the picture, as the released pipeline takes
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+# ---- load
+
+
+def load(
+    path: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    low_vram: bool = False,
+    encoders: bool = True,
+    transformer_path: str | Path | None = None,
+) -> Parts:
+    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
+
+    Without `encoders` the text encoders are left out, and with them the null text. transformer_path: other weights for
+    the same network. Raises UserError listing every missing, unexpected and misshapen key.
+    """
+    folder, with_picture = Path(path), "i2v" in family.modes
+    net = weights.load_component(
+        HunyuanVideoTransformer3DModel, folder / "transformer", dtype, device, replacement=transformer_path
+    )
+    config = weights.read_config(folder / "transformer")
+    parts = Parts(net, config=config, device=torch.device(device), low_vram=low_vram)
+    vae = weights.load_component(AutoencoderKLHunyuanVideo, folder / "vae", frozen_dtype)
+    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
+    parts.frozen["vae"] = vae.requires_grad_(False).eval()
+    if encoders:
+        model = LlavaForConditionalGeneration if with_picture else LlamaModel
+        parts.frozen["text"] = weights.load_encoder(model, folder / "text_encoder", frozen_dtype)
+        parts.frozen["text_2"] = weights.load_encoder(CLIPTextModel, folder / "text_encoder_2", frozen_dtype)
+        for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
+            parts.extras[name] = AutoTokenizer.from_pretrained(folder / name)
+        if with_picture:
+            parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        else:
+            parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
+    return parts
+
+
+# ---- encode
+
+
+@torch.no_grad()
+def encode(
+    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+) -> Encoded:
+    """What the frozen networks make of a batch, in float32.
+
+    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. The first latent frame is left out of the loss
+    (measured on the reference, 2026-11, in both modes). A dropped caption keeps its picture, so that the null text of
+    i2v depends on the sample.
+    """
+    pixels, config = batch.pixels_BFCHW, parts.net.config
+    with parts.borrow("vae") as vae:
+        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        x0 = latents(pixels)
+        cond: dict[str, Tensor | Posterior] = {}
+        if mode == "i2v":
+            concat = config.image_condition_type == "latent_concat"
+            cond["ref"] = latents(pixels[:, :1]) if concat else first_latent(latents(first_alone(vae, pixels)))
+    null: dict[str, Tensor] = {}
+    if mode == "i2v":
+        picture_u8 = ((pixels[:, 0] * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
+        describe = partial(encode_text_and_picture, parts, interleave=INTERLEAVE[config.image_condition_type])
+        cond |= describe(batch.text, picture_u8)
+        null = describe([""] * len(batch.text), picture_u8)
+    else:
+        cond |= encode_text(parts, batch.text)
+    if config.guidance_embeds:
+        cond["guidance"] = torch.full((len(pixels),), GUIDANCE, device=pixels.device)
+    loss_mask = torch.ones_like(x0.mean[:, :1, :, :1, :1])
+    loss_mask[:, :, 0] = 0
+    return Encoded(x0, cond, dict(batch.keep), loss_mask, null)
+
+
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
+    """The distribution times the VAE's scaling factor."""
+    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
+    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
+    scale = vae.config.scaling_factor
+    return Posterior(
+        torch.cat([piece.mean for piece in pieces]).float() * scale,
+        torch.cat([piece.logvar for piece in pieces]).float() + 2 * math.log(scale),
+    )
+
+
+def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
+    """The first frame, then mid-grey: normalisation spans time, so its latent is not that of the picture alone.
+
+    Frames past the VAE's first tile in time do not touch the first latent frame.
+    """
+    shown = torch.zeros_like(pixels_BFCHW[:, : vae.tile_sample_min_num_frames + 1])
+    shown[:, 0] = pixels_BFCHW[:, 0]
+    return shown
+
+
+def first_latent(found: Posterior) -> Posterior:
+    return Posterior(found.mean[:, :, :1], found.logvar[:, :, :1])
+
+
+# ---- denoise and decode
+
+
+def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The network's answer. A known first frame is in its place, or with a mask (1 = known) in channels of its own."""
+    x = x_BCThw
+    if "ref" in cond:
+        ref = cond["ref"].to(x)
+        if net.config.image_condition_type == "latent_concat":
+            known = torch.cat([ref, torch.ones_like(ref[:, :1])], 1)
+            x = torch.cat([x, F.pad(known, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
+        else:
+            x = torch.cat([ref, x[:, :, 1:]], 2)
+    return net(
+        hidden_states=x,
+        timestep=timestep_B,
+        encoder_hidden_states=cond["text"].to(x),
+        encoder_attention_mask=cond["text_mask"],
+        pooled_projections=cond["pooled"].to(x),
+        guidance=cond.get("guidance"),
+        return_dict=False,
+    )[0]
+
+
+def finish(x0_BCThw: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The first latent frame is the one given."""
+    return torch.cat([cond["ref"].to(x0_BCThw), x0_BCThw[:, :, 1:]], 2)
+
+
+@torch.no_grad()
+def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
+    """pixels_BFCHW float32 in [-1, 1]."""
+    with parts.borrow("vae") as vae:
+        z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
+        return vae.decode(z).sample.float().transpose(1, 2)
+
+
+# ---- files: the released layout is diffusers' own
+
+
+def same(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Released names are the network's own."""
+    return dict(state)
+
+
+def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
+    weights.write_component(folder, state, config)
+
+
+# ---- the family and its variants
+
+T2V = Family(
+    name="hunyuan_video/t2v",
+    source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
+    geometry=Geometry(time_stride=4, space_stride=8, patch=2, channels=16),
+    objective=Flow(shift=7.0, steps=1000),
+    modes=("normal",),
+    needs={"normal": ()},
+    drop={},
+    blocks=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
+    load=load,
+    encode=encode,
+    denoise=denoise,
+    decode=decode,
+    to_released=same,
+    from_released=same,
+    caption=("text", "text_mask", "pooled"),
+    least_frames=5,  # two latent frames, of which the first does not count
+    save=save,
+)
+I2V = replace(
+    T2V,
+    name="hunyuan_video/i2v",
+    source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V",
+    modes=("i2v",),
+    needs={"i2v": ("ref",)},
+    blocks=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+    finish=finish,
+)
+I2V_CONCAT = replace(
+    I2V,
+    name="hunyuan_video/i2v_concat",
+    source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V-33ch",
+    blocks=T2V.blocks,
+    finish=None,
+)
+
+
+def variant(config: dict[str, Any], where: str) -> Family:
+    """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
+    channels = config.get("out_channels") or 16
+    found = (config.get("image_condition_type"), config.get("in_channels", 16) - channels)
+    supported = {(None, 0): T2V, ("token_replace", 0): I2V, ("latent_concat", channels + 1): I2V_CONCAT}
+    if found not in supported:
+        raise UserError(
+            where,
+            "a HunyuanVideo network with image_condition_type {} and {} conditioning channels; supported are ".format(
+                *found
+            )
+            + "; ".join(f"{family.name}: {kind} and {extra}" for (kind, extra), family in supported.items()),
+        )
+    return supported[found]
+
+
+def find(folder: Path, settings: dict[str, Any]) -> Family | None:
+    """The variant in a checkpoint folder, from its JSON files alone; None if its transformer is no HunyuanVideo.
+
+    Raises UserError for one that is not supported, or lacks files.
+    """
+    config = weights.read_config(folder / "transformer")
+    if config.get("_class_name") != CLASS:
+        return None
+    family = variant(config, str(folder / "transformer"))
+    paths = weights.components(folder, (*COMPONENTS, *(("image_processor",) if "i2v" in family.modes else ())))
+    vae = weights.read_config(paths["vae"])
+    geometry = Geometry(
+        time_stride=vae.get("temporal_compression_ratio", 4),
+        space_stride=vae.get("spatial_compression_ratio", 8),
+        patch=config.get("patch_size", 2),
+        patch_time=config.get("patch_size_t", 1),
+        channels=config.get("out_channels") or 16,
+    )
+    said = weights.read_config(paths["scheduler"], "scheduler_config.json")
+    if said.get("use_dynamic_shifting"):
+        raise UserError(str(paths["scheduler"]), "use_dynamic_shifting is true; only a fixed shift is supported")
+    objective = Flow(shift=float(said.get("shift", 7.0)), steps=int(said.get("num_train_timesteps", 1000)))
+    return replace(family, geometry=geometry, objective=objective)

@@ -1,0 +1,386 @@
+"""HunyuanVideo: what its files say, what it makes of a batch, and whole runs. The tiny checkpoints are the goldens'."""
+
+import gzip
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+
+from reeltune import families
+from reeltune.check import check
+from reeltune.diffusion.loss import settle
+from reeltune.engine import recompute_blocks
+from reeltune.errors import UserError
+from reeltune.families import weights
+from reeltune.families.hunyuan_video import family as hunyuan
+from reeltune.families.hunyuan_video import prompts
+from reeltune.inputs import gather, ledger_of
+from reeltune.sample import Request, Setup, make_clip
+from reeltune.train import train
+from reeltune.types import Batch, Draw, Shape
+from small_run import data_set, recipe
+
+CAPTIONS = ["a red fox runs", "two children fly a blue kite on the beach"]
+MODES = ("normal", "i2v", "concat")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(goldens, tmp_path_factory):
+    """mode -> folder. The third is the second with an untrained network of the 33-channel kind."""
+    found = {}
+    for path in sorted((goldens / "multi").glob("*/transformer/config.json")):
+        config = json.loads(path.read_text())
+        if config["_class_name"] == hunyuan.CLASS:
+            found["i2v" if config.get("image_condition_type") else "normal"] = path.parents[1]
+    if len(found) < 2:
+        pytest.skip("no tiny HunyuanVideo checkpoints among the goldens")
+    concat = tmp_path_factory.mktemp("models") / "concat"
+    shutil.copytree(found["i2v"], concat, ignore=shutil.ignore_patterns("transformer"))
+    config = json.loads((found["i2v"] / "transformer/config.json").read_text())
+    config |= {"image_condition_type": "latent_concat", "guidance_embeds": False}
+    config["in_channels"] = 2 * config["out_channels"] + 1
+    torch.manual_seed(0)
+    HunyuanVideoTransformer3DModel.from_config(config).save_pretrained(concat / "transformer")
+    return found | {"concat": concat}
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoints):
+    def one(path):
+        family = families.find(path)
+        return family, family.load(path, family, frozen_dtype=torch.float32)
+
+    return {mode: one(path) for mode, path in checkpoints.items()}
+
+
+def batch_of(frames=9, side=32, captions=CAPTIONS, seed=0, **keep):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (len(captions), frames, 3, side, side), generator=generator, dtype=torch.uint8)
+    flags = {name: torch.tensor(kept) for name, kept in keep.items()}
+    first = torch.zeros(len(captions), dtype=torch.int64)
+    return Batch(draws=[], text=list(captions), pixels_BFCHW=pixels, ref_frame_B=first, keep=flags)
+
+
+def setup_of(loaded, mode):
+    family, parts = loaded[mode]
+    return Setup(family, family.modes[0], parts, family.objective)
+
+
+# ---- files
+
+
+def test_found_by_its_files(checkpoints):
+    found = {mode: families.find(path) for mode, path in checkpoints.items()}
+    names = ["hunyuan_video/t2v", "hunyuan_video/i2v", "hunyuan_video/i2v_concat"]
+    assert [found[mode].name for mode in MODES] == names
+    for mode, family in found.items():
+        config = json.loads((checkpoints[mode] / "transformer/config.json").read_text())
+        said = json.loads((checkpoints[mode] / "scheduler/scheduler_config.json").read_text())
+        assert family.geometry.channels == config["out_channels"]
+        assert family.objective.shift == said["shift"]
+        assert family.size_law.first_weight == 0.75 and family.size_law.nearest_rung is None
+        assert family.modes == (("normal",) if mode == "normal" else ("i2v",))
+
+
+def test_schedule_is_the_checkpoints_own(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["normal"], tmp_path / "copy")
+    file = folder / "scheduler/scheduler_config.json"
+    said = json.loads(file.read_text())
+    file.chmod(0o644)
+    file.write_text(json.dumps(said | {"shift": 3.0}))
+    assert families.find(folder).objective.shift == 3.0
+    file.write_text(json.dumps(said | {"use_dynamic_shifting": True}))
+    with pytest.raises(UserError, match="use_dynamic_shifting"):
+        families.find(folder)
+
+
+def test_every_missing_part_is_named_at_once(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["i2v"], tmp_path / "copy")
+    for name in ("image_processor", "text_encoder_2"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(UserError) as told:
+        families.find(folder)
+    assert "no image_processor" in str(told.value) and "no text_encoder_2" in str(told.value)
+
+
+def test_what_is_not_supported_says_what_is():
+    with pytest.raises(UserError, match=r"latent_concat and 0 .*hunyuan_video/i2v_concat: latent_concat and 17"):
+        hunyuan.variant({"image_condition_type": "latent_concat", "in_channels": 16, "out_channels": 16}, "here")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("kind", [None, "token_replace"])
+def test_keys_at_full_size(goldens, kind):
+    files = [f for f in (goldens / "released_keys").glob("HunyuanVideo*") if ("I2V" in f.name) == (kind is not None)]
+    assert files
+    for file in files:
+        names = json.loads(gzip.decompress(file.read_bytes()))
+        given = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+        with torch.device("meta"):
+            net = HunyuanVideoTransformer3DModel(image_condition_type=kind)
+        ours = hunyuan.same(given, {})
+        assert weights.differences(net.state_dict(), ours) == []
+        back = hunyuan.same(ours, {})
+        assert list(back) == list(given) and all(back[name] is given[name] for name in given)
+
+
+def test_every_bad_key_of_all_shards_is_listed(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["normal"], tmp_path / "copy")
+    config = folder / "transformer/config.json"
+    said = json.loads(config.read_text())
+    config.chmod(0o644)
+    config.write_text(json.dumps(said | {"num_layers": said["num_layers"] + 1, "mlp_ratio": 2.0}))
+    family = families.find(folder)
+    with pytest.raises(UserError) as told:
+        family.load(folder, family)
+    assert f"missing: transformer_blocks.{said['num_layers']}.attn.to_q.weight" in str(told.value)
+    assert "misshapen: transformer_blocks.0.ff.net.0.proj.weight" in str(told.value)
+
+
+def test_a_bad_key_of_a_text_encoder(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["normal"], tmp_path / "copy")
+    file = folder / "text_encoder/model.safetensors"
+    state = weights.read(file)
+    file.chmod(0o644)
+    name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
+    state["stray"] = state.pop(name)
+    file.unlink()
+    weights.write(state, file)
+    family = families.find(folder)
+    with pytest.raises(UserError, match=r"missing: layers\.1\.mlp\.up_proj\.weight(.|\n)*unexpected: stray"):
+        family.load(folder, family)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_and_read_again(checkpoints, loaded, tmp_path, mode):
+    family, parts = loaded[mode]
+    changed = {name: tensor + 1 for name, tensor in parts.net.state_dict().items()}
+    family.save(tmp_path / "transformer", changed, parts.config)
+    said = json.loads((tmp_path / "transformer/config.json").read_text())
+    assert said == json.loads((checkpoints[mode] / "transformer/config.json").read_text())
+    theirs = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "transformer").state_dict()
+    again = family.load(checkpoints[mode], family, encoders=False, transformer_path=tmp_path)
+    assert not again.null and set(again.frozen) == {"vae"}
+    for name, tensor in again.net.state_dict().items():
+        assert torch.equal(tensor, changed[name]) and torch.equal(theirs[name], changed[name])
+
+
+# ---- encode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shapes_and_conditions(loaded, mode):
+    family, parts = loaded[mode]
+    encoded = family.encode(parts, batch_of(), family.modes[0])
+    channels, cells = family.geometry.channels, family.geometry.latent(Shape(9, 32, 32))
+    assert encoded.x0.mean.shape == (2, channels, *cells)
+    assert set(family.caption) <= set(encoded.cond)
+    assert ("guidance" in encoded.cond) == parts.net.config.guidance_embeds
+    assert encoded.loss_mask.shape == (2, 1, cells[0], 1, 1)
+    assert encoded.loss_mask[:, 0, :, 0, 0].tolist() == [[0.0, 1.0, 1.0]] * 2
+    picture = {"normal": 0, "i2v": 144, "concat": 288}[mode]
+    removed = 0 if mode == "normal" else prompts.HEADER_TOKENS
+    assert encoded.cond["text"].shape[1] == encoded.cond["text_mask"].shape[1] == picture + 256 - removed
+    x0, cond = settle(encoded, [1, 2], parts.null)
+    answer = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
+    assert answer.shape == x0.shape and answer.isfinite().all()
+    assert family.decode(parts, x0).shape == (2, 9, 3, 32, 32)
+
+
+def test_templates_are_cropped_at_the_caption(loaded):
+    for mode, template, crop in (
+        ("normal", prompts.TEMPLATE, prompts.CROP),
+        ("i2v", prompts.PICTURE_TEMPLATE, prompts.PICTURE_CROP),
+    ):
+        tokenizer = loaded[mode][1].extras["tokenizer"]
+        ids, _ = prompts.tokens_of(tokenizer, template, ["a red fox"], crop + 40)
+        assert tokenizer.decode(ids[0, crop:]).startswith("a red fox<|eot_id|>")
+
+
+@pytest.mark.parametrize("mode", ["normal", "i2v"])
+def test_a_dropped_caption_is_the_empty_one_and_keeps_its_picture(loaded, mode):
+    setup = setup_of(loaded, mode)
+    dropped = setup.encode(batch_of(text=[True, False]))
+    empty = setup.encode(batch_of(captions=[CAPTIONS[0], ""], text=[True, True]))
+    _, cond = settle(dropped, [1, 2], setup.parts.null)
+    _, wanted = settle(empty, [1, 2], setup.parts.null)
+    for name in setup.family.caption:
+        torch.testing.assert_close(cond[name], wanted[name], msg=name)
+    kept = settle(setup.encode(batch_of(text=[True, True])), [1, 2], setup.parts.null)[1]
+    assert all(not torch.equal(kept[name][1], cond[name][1]) for name in setup.family.caption)
+
+
+def test_a_long_caption_keeps_its_length(loaded):
+    family, parts = loaded["i2v"]
+    for count in range(250, 260):  # the cut falls at every place of the last turn
+        encoded = family.encode(parts, batch_of(captions=["fox " * 4, "a " * count], frames=1), "i2v")
+        assert encoded.cond["text"].shape[1] == 144 + 256 - prompts.HEADER_TOKENS
+
+
+def test_a_caption_that_names_a_picture(loaded):
+    """The template's own mark stands for the picture once only."""
+    family, parts = loaded["i2v"]
+    encoded = family.encode(parts, batch_of(captions=["an <image> of", "{} braces"], frames=1), "i2v")
+    plain = family.encode(parts, batch_of(captions=["an image of", "{} braces"], frames=1), "i2v")
+    torch.testing.assert_close(encoded.cond["text"], plain.cond["text"])
+
+
+def test_the_known_frame_is_that_of_the_whole_clip_in_grey(loaded):
+    """Tiles in time past the first are not encoded, and do not matter."""
+    _, parts = loaded["i2v"]
+    vae, pixels = parts.frozen["vae"], batch_of(frames=25, side=16).to("cpu").pixels_BFCHW
+    grey = torch.zeros_like(pixels)
+    grey[:, 0] = pixels[:, 0]
+    cut = hunyuan.first_latent(hunyuan.encode_clip(vae, hunyuan.first_alone(vae, pixels)))
+    whole = hunyuan.first_latent(hunyuan.encode_clip(vae, grey))
+    torch.testing.assert_close(cut.mean, whole.mean)
+    assert not torch.allclose(cut.mean, hunyuan.encode_clip(vae, pixels[:, :1]).mean, atol=1e-3)
+
+
+def test_large_pictures_are_encoded_in_tiles(loaded):
+    vae = loaded["normal"][1].frozen["vae"]
+    side = vae.tile_sample_min_width + 16
+    pixels = batch_of(frames=1, side=side, captions=["a"]).to("cpu").pixels_BFCHW
+    with torch.no_grad():
+        tiled = vae.tiled_encode(pixels.transpose(1, 2)).chunk(2, 1)[0] * vae.config.scaling_factor
+    torch.testing.assert_close(hunyuan.encode_clip(vae, pixels).mean, tiled)
+
+
+def test_a_clip_encodes_alike_in_any_mini_batch(loaded):
+    family, parts = loaded["normal"]
+    whole = family.encode(parts, batch_of(), "normal")
+    halves = family.encode(parts, batch_of(), "normal", vae_mini_batch=1)
+    torch.testing.assert_close(whole.x0.mean, halves.x0.mean)
+
+
+# ---- denoise and sample
+
+
+class Noting(torch.nn.Module):
+    """Answers zeros, and keeps what it was asked."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.config, self.asked = net.config, []
+
+    def forward(self, **asked):
+        self.asked.append(asked)
+        return (torch.zeros_like(asked["hidden_states"][:, : self.config.out_channels]),)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_the_known_frame_goes(loaded, mode):
+    family, parts = loaded[mode]
+    x0, cond = settle(family.encode(parts, batch_of(), family.modes[0]), [1, 2], parts.null)
+    net, x = Noting(parts.net), torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+    family.denoise(net, x, torch.ones(2), cond)
+    seen, C = net.asked[0]["hidden_states"], family.geometry.channels
+    assert seen.shape[1] == net.config.in_channels
+    if mode == "normal":
+        assert torch.equal(seen, x)
+    elif mode == "i2v":
+        assert torch.equal(seen[:, :, :1], cond["ref"]) and torch.equal(seen[:, :, 1:], x[:, :, 1:])
+    else:
+        assert torch.equal(seen[:, :C], x) and torch.equal(seen[:, C : 2 * C, :1], cond["ref"])
+        assert not seen[:, C:, 1:].any() and (seen[:, 2 * C, 0] == 1).all()
+    guidance = net.asked[0]["guidance"]
+    assert guidance is None if mode == "concat" else guidance.tolist() == [6000.0, 6000.0]
+
+
+@pytest.mark.parametrize("mode", ["normal", "i2v"])
+def test_the_blind_pass_lacks_the_whole_caption(loaded, mode, tmp_path, monkeypatch):
+    setup = setup_of(loaded, mode)
+    family, parts = setup.family, setup.parts
+    batch = batch_of(captions=CAPTIONS[:1])
+    batch.draws = [Draw(0, Shape(9, 32, 32), None, tuple(range(9)), 0, 5)]
+    net, decoded = Noting(parts.net), []
+    noted = replace(family, decode=lambda parts, x0: decoded.append(x0) or family.decode(parts, x0))
+    request = Request(CAPTIONS[0], lambda: batch, seed=7, fps=8.0)
+    make_clip(replace(setup, family=noted), net, request, batch, tmp_path / "a.mp4", steps=2, guidance_scale=2.0)
+    full, blind = net.asked[:2]
+    _, empty = settle(setup.encode(batch_of(captions=[""])), [7], parts.null)
+    asked = {
+        "text": "encoder_hidden_states",
+        "text_mask": "encoder_attention_mask",
+        "pooled": "pooled_projections",
+    }
+    for name, argument in asked.items():
+        torch.testing.assert_close(blind[argument], empty[name])
+        assert not torch.equal(blind[argument], full[argument])
+    if mode == "i2v":
+        assert torch.equal(decoded[0][:, :, :1], full["hidden_states"][:, :, :1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputed_blocks_give_the_same_gradients(checkpoints, loaded, mode):
+    family, parts = loaded[mode]
+    again = family.load(checkpoints[mode], family, encoders=False).net
+    recompute_blocks(again, family.blocks)
+    blocks = [*parts.net.transformer_blocks, *parts.net.single_transformer_blocks]
+    assert {type(block).__name__ for block in blocks} == set(family.blocks)
+    x0, cond = settle(family.encode(parts, batch_of(frames=5), family.modes[0]), [1, 2], parts.null)
+    gradients = []
+    for net in (parts.net, again):
+        net.zero_grad()
+        family.denoise(net, x0, torch.tensor([500.0, 20.0]), cond).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in net.named_parameters()})
+    parts.net.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(loaded, mode):
+    family, parts = loaded[mode]
+    x0, cond = settle(family.encode(parts, batch_of(frames=5), family.modes[0]), [1, 2], parts.null)
+    with torch.no_grad():
+        exact = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
+    assert 0 < (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"), clips=5, stills=3)
+
+
+def test_images_and_single_frames_are_left_out_with_a_line(checkpoints, data, tmp_path):
+    settings = recipe(checkpoints["normal"], data, tmp_path, train_mode="normal")
+    family = families.find(checkpoints["normal"])
+    inputs = gather(settings, family, "normal", show_progress=False)
+    assert len(inputs.train) + len(inputs.held_out) == 5 and inputs.train.kind_video.all()
+    assert inputs.held_out.kind_video.all()
+    lines = list(check(settings))
+    assert "unused   3 entries that teach this model nothing" in lines
+    assert sum("learns nothing from fewer than 5 sampled frames" in line for line in lines) == 3
+    ledger = ledger_of(settings, inputs)
+    ledger.failures[0] = (1, "broke")
+    ledger.max_bad_share = 0.2  # of 8 entries: one broken file, and images are not bad
+    assert ledger.too_many_bad() is None
+    summary = ledger.write(tmp_path)
+    assert summary["left_out"] == 4 and summary["entries"] == 8
+    stride = recipe(checkpoints["normal"], data, tmp_path, train_mode="normal", video_sample_stride=6)
+    with pytest.raises(UserError, match="only images and clips of fewer than 5 sampled frames"):
+        gather(stride, family, "normal", show_progress=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_and_its_exact_resume(checkpoints, data, tmp_path, mode):
+    torch.set_num_threads(1)
+    settings = {"train_mode": None, "max_train_steps": 2, "text_drop_ratio": 0.5, "checkpointing_steps": 1}
+    train(recipe(checkpoints[mode], data, tmp_path / "whole", preview_count=1, preview_steps=1, **settings))
+    assert (tmp_path / "whole/previews/step-2/0.mp4").is_file()
+    train(recipe(checkpoints[mode], data, tmp_path / "halves", **settings | {"max_train_steps": 1}))
+    train(recipe(checkpoints[mode], data, tmp_path / "halves", resume_from_checkpoint="latest", **settings))
+    whole, halves = (weights.read(tmp_path / name / "checkpoint-2" / "transformer") for name in ("whole", "halves"))
+    start = weights.read(checkpoints[mode] / "transformer")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert any(not torch.equal(whole[name], start[name].float()) for name in whole)
