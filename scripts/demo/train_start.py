@@ -113,9 +113,10 @@ def encode(network, count: int) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def window(plan: Scene) -> np.ndarray:
+def window(plan: Scene, part: int = 0) -> np.ndarray:
+    """Some frames of the scene's clip, or of its outline (part 1)."""
     first = dice(plan.seed, "window").randrange(FRAMES - TRAINED_FRAMES + 1)
-    return draw_scene(plan, FRAMES, SIDE, SIDE)[0][first : first + TRAINED_FRAMES]
+    return draw_scene(plan, FRAMES, SIDE, SIDE)[part][first : first + TRAINED_FRAMES]
 
 
 @torch.no_grad()

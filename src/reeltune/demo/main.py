@@ -17,7 +17,7 @@ from reeltune.train import train
 TRAINED_FRAMES = 13  # of the 17 that a clip has
 
 
-def run(out_dir: Path, *, clips: int = 48, stills: int = 48, held_out: int = 8, steps: int = 300) -> int:
+def run(out_dir: Path, *, clips: int = 48, stills: int = 48, held_out: int = 8, steps: int = 450) -> int:
     """Writes out_dir/data, out_dir/model and out_dir/run, with its report. Returns the exit code of the training."""
     clear(out_dir)
     data = out_dir / "data"
