@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pytorch_optimizer import SOAP
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from reeltune.families.text import embed
 from reeltune.families.wan_fun.family import decode, encode_clip
 from reeltune.families.wan_fun.family import denoise as answer_of
 from reeltune.families.wan_fun.net import TEXT_LENGTH
+from reeltune.families.wan_fun.vae import with_quick_norms
 
 FIRST_SEED = 2_000_000  # scenes of the data set have smaller seeds
 OBJECTIVE = Flow(shift=5.0)
@@ -38,16 +40,16 @@ ENCODED_AT_ONCE = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scenes", type=int, default=3000)
+    parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--latents", type=Path, help="file to keep the encoded scenes in, or to take them from")
     parser.add_argument("--to", type=Path, default=WEIGHTS / "transformer.safetensors")
     parser.add_argument("--look", type=Path, help="folder for pictures on the way")
     given = parser.parse_args()
 
-    parts = Parts(transformer(), {"vae": shipped(vae(), "vae").eval().requires_grad_(False)})
+    parts = Parts(transformer(), {"vae": with_quick_norms(shipped(vae(), "vae")).eval().requires_grad_(False)})
     if given.latents and given.latents.exists():
         scenes = torch.load(given.latents)
     else:
@@ -57,7 +59,7 @@ def main() -> None:
     no_text = embed(tokenizer(), text_encoder(), [""], TOKENS)[0]
     net = blind(parts.net)
     learned = [p for name, p in net.named_parameters() if "add_" not in name and "image_embedder" not in name]
-    optimizer = torch.optim.AdamW(learned, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = SOAP(learned, lr=given.rate, weight_decay=0.01, precondition_frequency=10)
     curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.rate, total_steps=given.steps + 1, pct_start=0.05)
     average = copy.deepcopy(net)
     told, began = [], time.time()
@@ -111,9 +113,10 @@ def encode(network, count: int) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def window(plan: Scene) -> np.ndarray:
+def window(plan: Scene, part: int = 0) -> np.ndarray:
+    """Some frames of the scene's clip, or of its outline (part 1)."""
     first = dice(plan.seed, "window").randrange(FRAMES - TRAINED_FRAMES + 1)
-    return draw_scene(plan, FRAMES, SIDE, SIDE)[0][first : first + TRAINED_FRAMES]
+    return draw_scene(plan, FRAMES, SIDE, SIDE)[part][first : first + TRAINED_FRAMES]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from reeltune.train import train
 TRAINED_FRAMES = 13  # of the 17 that a clip has
 
 
-def run(out_dir: Path, *, clips: int = 48, stills: int = 48, held_out: int = 8, steps: int = 240) -> int:
+def run(out_dir: Path, *, clips: int = 48, stills: int = 48, held_out: int = 8, steps: int = 450) -> int:
     """Writes out_dir/data, out_dir/model and out_dir/run, with its report. Returns the exit code of the training."""
     clear(out_dir)
     data = out_dir / "data"
@@ -73,7 +73,7 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
         ),
         training=Training(train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no"),
         loss=Loss(uniform_sampling=True),
-        optimization=Optimization(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=10),
+        optimization=Optimization(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=10),
         output=Output(output_dir=str(run_dir), checkpointing_steps=steps, logging_steps=20, report_to=("none",)),
-        validation=Validation(preview_count=6, preview_steps=20, guidance_scale=2.0),
+        validation=Validation(preview_count=6, preview_steps=20, guidance_scale=1.0),
     )

@@ -23,6 +23,7 @@ from reeltune.errors import refuse
 from reeltune.families import weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
+from reeltune.families.wan_fun.vae import with_quick_norms
 
 State = dict[str, Tensor]
 
@@ -113,7 +114,7 @@ def load_transformer(
 def load_vae(path: Path, dtype: torch.dtype | None) -> AutoencoderKLWan:
     state = keys.vae_from_released(weights.read(path))
     with torch.device("meta"):
-        net = AutoencoderKLWan(**sizes.vae(state, _own_config(path), str(path)))
+        net = with_quick_norms(AutoencoderKLWan(**sizes.vae(state, _own_config(path), str(path))))
     return _frozen(net, state, path, dtype)
 
 
