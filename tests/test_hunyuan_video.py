@@ -69,6 +69,11 @@ def setup_of(loaded, mode):
     return Setup(family, family.modes[0], parts, family.objective)
 
 
+def picture_tokens(loaded, mode):
+    """Every fourth patch of the picture with token replace, every second with channels of its own."""
+    return prompts.picture_places(loaded[mode][1].frozen["text"]) // {"i2v": 4, "concat": 2}[mode]
+
+
 # ---- files
 
 
@@ -181,9 +186,10 @@ def test_shapes_and_conditions(loaded, mode):
     assert ("guidance" in encoded.cond) == parts.net.config.guidance_embeds
     assert encoded.loss_mask.shape == (2, 1, cells[0], 1, 1)
     assert encoded.loss_mask[:, 0, :, 0, 0].tolist() == [[0.0, 1.0, 1.0]] * 2
-    picture = {"normal": 0, "i2v": 144, "concat": 288}[mode]
-    removed = 0 if mode == "normal" else prompts.HEADER_TOKENS
-    assert encoded.cond["text"].shape[1] == encoded.cond["text_mask"].shape[1] == picture + 256 - removed
+    picture, removed = (0, 0) if mode == "normal" else (picture_tokens(loaded, mode), prompts.HEADER_TOKENS)
+    assert encoded.cond["text"].shape[1] == picture + prompts.TEXT_LENGTH - removed
+    assert encoded.cond["text_mask"].shape == encoded.cond["text"].shape[:2]
+    assert (encoded.cond["text_mask"][:, :picture] == 1).all()
     x0, cond = settle(encoded, [1, 2], parts.null)
     answer = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
     assert answer.shape == x0.shape and answer.isfinite().all()
@@ -213,11 +219,20 @@ def test_a_dropped_caption_is_the_empty_one_and_keeps_its_picture(loaded, mode):
     assert all(not torch.equal(kept[name][1], cond[name][1]) for name in setup.family.caption)
 
 
-def test_a_long_caption_keeps_its_length(loaded):
+def test_a_caption_cut_anywhere_keeps_its_length(loaded):
+    """The cut falls before, in and after the last turn's header."""
     family, parts = loaded["i2v"]
-    for count in range(250, 260):  # the cut falls at every place of the last turn
-        encoded = family.encode(parts, batch_of(captions=["fox " * 4, "a " * count], frames=1), "i2v")
-        assert encoded.cond["text"].shape[1] == 144 + 256 - prompts.HEADER_TOKENS
+    tokenizer, limit = parts.extras["tokenizer"], prompts.TEXT_LENGTH + prompts.PICTURE_CROP
+    lengths = {
+        n: len(tokenizer(prompts.PICTURE_TEMPLATE.format("a " * n)).input_ids) for n in range(prompts.TEXT_LENGTH)
+    }
+    near = [n for n, length in lengths.items() if -1 <= length - limit <= prompts.HEADER_TOKENS + 2]
+    assert len(near) > 3
+    tokens = picture_tokens(loaded, "i2v") + prompts.TEXT_LENGTH - prompts.HEADER_TOKENS
+    for n in near:
+        encoded = family.encode(parts, batch_of(captions=["a fox", "a " * n], frames=1), "i2v")
+        assert encoded.cond["text"].shape[1] == tokens
+        assert encoded.cond["text_mask"][1].sum() > tokens - 2 * prompts.HEADER_TOKENS
 
 
 def test_a_caption_that_names_a_picture(loaded):
