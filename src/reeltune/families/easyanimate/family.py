@@ -107,7 +107,7 @@ def encode(
             seen = kept_pixels(pixels, batch.mask_BFHW)
             if parts.net.config.add_noise_in_inpaint_model:
                 seen = noisy(seen, batch.seeds)
-            mask = latents.to_cells(~batch.mask_BFHW[:, None], x0.mean.shape[2:]) * vae.config.scaling_factor
+            mask = latents.to_cells((~batch.mask_BFHW[:, None]).float(), x0.mean.shape[2:]) * vae.config.scaling_factor
             cond["inpaint"] = join_mask(mask, encoded(seen))
             fully_B = batch.mask_BFHW.flatten(1).all(1)
             keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
