@@ -29,7 +29,7 @@ def golden_files(goldens: Path) -> list[Path]:
 @cache
 def loaded(case: Path) -> tuple[Family, Parts]:
     """The checkpoint that a case's README names, in float32."""
-    named = re.search(r"from (\S+?)[ ,]", (case / "README.md").read_text())
+    named = re.search(r"from (?:the checkpoint folder )?(\S+?)[ ,]", (case / "README.md").read_text())
     assert named is not None
     path = (case / named.group(1)).resolve()
     family = families.find(path)

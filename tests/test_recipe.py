@@ -216,7 +216,9 @@ def test_every_variant_has_a_recipe():
     others = {f"wan2.1_fun_v1.1_{size}_control_camera" for size in ("1.3b", "14b")}
     inp = {f"wan2.1_fun_v1.0_{size}_inp" for size in ("1.3b", "14b")}
     hunyuan = {f"hunyuan_video_{kind}" for kind in ("t2v", "i2v", "i2v_33ch")}
-    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan
+    easyanimate = {f"easyanimate_v5.1_12b_{kind}" for kind in ("control", "control_camera", "inp", "t2v")}
+    easyanimate |= {"easyanimate_v5.1_7b_control", "easyanimate_v5_12b_control"}
+    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan | easyanimate
 
 
 def test_literal_fields_list_their_choices():

@@ -9,8 +9,9 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -226,6 +227,11 @@ def saved_transformer(path: str | Path) -> Path:
     return inner if inner.is_dir() else Path(path)
 
 
+def arguments_of(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that a diffusers class takes; other tools write more into it."""
+    return {name: config[name] for name in signature(cls.__init__).parameters if name in config}
+
+
 def load_component(
     cls: Any,
     folder: Path,
@@ -233,15 +239,17 @@ def load_component(
     device: torch.device | str = "cpu",
     *,
     replacement: str | Path | None = None,
+    names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
-    Raises UserError as `fit` does. The class must keep nothing in buffers that its files lack.
+    Of config.json what the class takes is read. names: renames the file's tensors to the class's. Raises UserError as
+    `fit` does. The class must keep nothing in buffers that its files lack.
     """
     with torch.device("meta"):
-        net = cls.from_config(read_config(folder))
+        net = cls(**arguments_of(cls, read_config(folder)))
     source = folder if replacement is None else saved_transformer(replacement)
-    fit(net, read(source), str(source), dtype, device)
+    fit(net, names(read(source)), str(source), dtype, device)
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")

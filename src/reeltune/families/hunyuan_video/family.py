@@ -11,7 +11,6 @@ Conditions by name, as `encode` gives them and `denoise` takes them:
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
+from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
@@ -119,17 +119,6 @@ def encode(
     return Encoded(x0, cond, dict(batch.keep), loss_mask, null)
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
-    """The distribution times the VAE's scaling factor."""
-    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
-    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
-    scale = vae.config.scaling_factor
-    return Posterior(
-        torch.cat([piece.mean for piece in pieces]).float() * scale,
-        torch.cat([piece.logvar for piece in pieces]).float() + 2 * math.log(scale),
-    )
-
-
 def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
     """The first frame, then mid-grey: normalisation spans time, so its latent is not that of the picture alone.
 
@@ -173,12 +162,10 @@ def finish(x0_BCThw: Tensor, cond: dict[str, Tensor]) -> Tensor:
     return torch.cat([cond["ref"].to(x0_BCThw), x0_BCThw[:, :, 1:]], 2)
 
 
-@torch.no_grad()
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32 in [-1, 1]."""
     with parts.borrow("vae") as vae:
-        z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
-        return vae.decode(z).sample.float().transpose(1, 2)
+        return decode_clip(vae, x0_BCThw)
 
 
 # ---- files: the released layout is diffusers' own

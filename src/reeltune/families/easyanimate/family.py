@@ -1,0 +1,315 @@
+"""EasyAnimate V5.1 and V5: control, camera control, inpainting and text to video (https://huggingface.co/alibaba-pai).
+
+Conditions by name, as `encode` gives them and `denoise` takes them:
+    text      float B L D, states of Qwen2-VL (V5.1) or BERT (V5)
+    text_t5   float B L D', states of T5 (V5)
+    control   Posterior B C T h w, the control clip
+    camera    float B 6 T h w, rays in latent cells
+    ref       Posterior B C 1 h w, the reference picture as first latent frame of its own channels
+    inpaint   Posterior B 1+C T h w: the mask (1 = keep; known exactly, so its variance is 0), then the kept clip
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
+
+from reeltune.diffusion.loss import gaussian
+from reeltune.diffusion.objective import Flow, Objective
+from reeltune.errors import UserError, refuse
+from reeltune.families import latents, weights
+from reeltune.families.easyanimate.net import corrected, from_released, to_released
+from reeltune.families.easyanimate.prompts import encode_text
+from reeltune.families.spec import Family, Parts
+from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+
+CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
+CAMERA_CHANNELS = 6
+
+
+# ---- load
+
+
+def load(
+    path: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    low_vram: bool = False,
+    encoders: bool = True,
+    transformer_path: str | Path | None = None,
+) -> Parts:
+    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
+
+    Without `encoders` the text encoders are left out, and with them the null text. transformer_path: other weights for
+    the same network. Raises UserError listing every missing, unexpected and misshapen key.
+    """
+    folder = Path(path)
+    config = weights.read_config(folder / "transformer")
+    net = weights.load_component(
+        EasyAnimateTransformer3DModel,
+        folder / "transformer",
+        dtype,
+        device,
+        replacement=transformer_path,
+        names=partial(from_released, config=config),
+    )
+    parts = Parts(corrected(net), config=config, device=torch.device(device), low_vram=low_vram)
+    vae = weights.load_component(AutoencoderKLMagvit, folder / "vae", frozen_dtype)
+    parts.frozen["vae"] = vae.requires_grad_(False).eval()
+    if encoders:
+        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        if "text_t5" in family.caption:
+            parts.frozen["text"] = weights.load_encoder(BertModel, folder / "text_encoder", frozen_dtype)
+            parts.frozen["text_2"] = weights.load_encoder(T5EncoderModel, folder / "text_encoder_2", frozen_dtype)
+            parts.extras["tokenizer_2"] = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
+        else:
+            qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder / "text_encoder", frozen_dtype).model
+            qwen.visual = None  # only captions are read
+            parts.frozen["text"] = qwen
+        parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
+    return parts
+
+
+# ---- encode
+
+
+@torch.no_grad()
+def encode(
+    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+) -> Encoded:
+    """What the frozen networks make of a batch, in float32.
+
+    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. Inpainting is dropped only where everything is to
+    be generated.
+    """
+    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
+    cond: dict[str, Tensor | Posterior] = dict(encode_text(parts, batch.text))
+    with parts.borrow("vae") as vae:
+        encoded = partial(latents.encode_clip, vae, mini_batch=vae_mini_batch)
+        x0 = encoded(pixels)
+        if mode in ("control", "control_ref"):
+            cond["control"] = encoded(batch.control_BFCHW)
+        if mode in ("control_ref", "control_ref_camera"):
+            shown = torch.arange(len(pixels), device=pixels.device), batch.ref_frame_B
+            cond["ref"] = encoded(pixels[shown][:, None])
+        if mode == "inpaint":
+            seen = kept_pixels(pixels, batch.mask_BFHW)
+            if parts.net.config.add_noise_in_inpaint_model:
+                seen = noisy(seen, batch.seeds)
+            mask = latents.to_cells((~batch.mask_BFHW[:, None]).float(), x0.mean.shape[2:]) * vae.config.scaling_factor
+            cond["inpaint"] = join_mask(mask, encoded(seen))
+            fully_B = batch.mask_BFHW.flatten(1).all(1)
+            keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
+    if mode == "control_ref_camera":
+        rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
+        cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
+    return Encoded(x0, cond, keep)
+
+
+def kept_pixels(pixels_BFCHW: Tensor, mask_BFHW: Tensor) -> Tensor:
+    """The clip, black (-1) where the mask says that it is to be generated."""
+    return torch.where(mask_BFHW[:, :, None], -1, pixels_BFCHW)
+
+
+def noisy(pixels_BFCHW: Tensor, seeds: list[int]) -> Tensor:
+    """Noise of deviation exp(N(-3, 0.5)) on all that is not exactly -1 (measured on the reference, 2026-11)."""
+    deviation_B = (gaussian(pixels_BFCHW[:, 0, 0, 0, 0], seeds, "kept noise deviation") * 0.5 - 3).exp()
+    noise = gaussian(pixels_BFCHW, seeds, "kept noise") * deviation_B[:, None, None, None, None]
+    return torch.where(pixels_BFCHW == -1, pixels_BFCHW, pixels_BFCHW + noise)
+
+
+def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
+    exactly = torch.full_like(mask_BCThw, -torch.inf)
+    return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
+
+
+# ---- denoise and decode
+
+
+def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The network's answer; conditioning channels in the released order: control, camera or inpainting, reference."""
+    channels = [cond[name] for name in ("control", "camera", "inpaint") if name in cond]
+    if "ref" in cond:
+        channels.append(F.pad(cond["ref"], (0, 0, 0, 0, 0, x_BCThw.shape[2] - 1)))
+    return net(
+        hidden_states=x_BCThw,
+        timestep=timestep_B,
+        encoder_hidden_states=cond["text"].to(x_BCThw),
+        encoder_hidden_states_t5=cond["text_t5"].to(x_BCThw) if "text_t5" in cond else None,
+        control_latents=torch.cat(channels, 1).to(x_BCThw) if channels else None,
+        return_dict=False,
+    )[0]
+
+
+def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
+    """pixels_BFCHW float32 in [-1, 1]."""
+    with parts.borrow("vae") as vae:
+        return latents.decode_clip(vae, x0_BCThw)
+
+
+# ---- files: those of both layouts differ in a few tensors' names alone
+
+
+def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
+    """config is written back as it was read, but for what the other layout's class does not know or asks for."""
+    if diffusers:
+        own = {name: value for name, value in config.items() if name.startswith("_")}
+        weights.write_component(folder, state, own | weights.arguments_of(EasyAnimateTransformer3DModel, config))
+    else:
+        with_ref = "ref" in variant(config, str(folder)).drop
+        asked = {"add_ref_latent_in_control_model": True} if with_ref else {}
+        weights.write_component(folder, to_released(state, config), config | asked)
+
+
+# ---- the family and its variants
+
+CONTROL_REF = Family(
+    name="easyanimate/v5.1_control_ref",
+    source="https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh-Control",
+    geometry=Geometry(time_stride=4, space_stride=8, patch=2, channels=16),
+    objective=Flow(shift=1.0, steps=1000),
+    modes=("control_ref",),
+    needs={"control_ref": ("control", "ref")},
+    drop={"control": 0.2, "ref": 0.2},  # measured on the reference, 2026-11
+    blocks=("EasyAnimateTransformerBlock",),
+    size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
+    load=load,
+    encode=encode,
+    denoise=denoise,
+    decode=decode,
+    to_released=to_released,
+    from_released=from_released,
+    save=save,
+)
+CONTROL = replace(
+    CONTROL_REF,
+    name="easyanimate/v5.1_control",
+    modes=("control",),
+    needs={"control": ("control",)},
+    drop={"control": 0.2},
+)
+CAMERA = replace(
+    CONTROL_REF,
+    name="easyanimate/v5.1_control_camera",
+    source="https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh-Control-Camera",
+    modes=("control_ref_camera",),
+    needs={"control_ref_camera": ("camera", "ref")},
+    drop={"ref": 0.2},
+)
+INP = replace(
+    CONTROL_REF,
+    name="easyanimate/v5.1_inp",
+    source="https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh-InP",
+    modes=("inpaint",),
+    needs={"inpaint": ("mask",)},
+    drop={"inpaint": 0.9},  # of samples where everything is to be generated
+)
+T2V = replace(
+    CONTROL_REF,
+    name="easyanimate/v5.1_t2v",
+    source="https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh",
+    modes=("normal",),
+    needs={"normal": ()},
+    drop={},
+)
+
+
+def variant(config: dict[str, Any], where: str) -> Family:
+    """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
+    fixed = {  # what the network is not written for: the only value of it
+        "time_position_encoding_type": "3d_rope",
+        "resize_inpaint_mask_directly": True,
+        "enable_clip_in_inpaint": False,
+        "clip_channels": None,
+        "ref_channels": None,
+        "swa_layers": None,
+    }
+    refuse(
+        where,
+        [
+            f"{name} is {config[name]!r}; only {value!r} is supported"
+            for name, value in fixed.items()
+            if config.get(name, value) != value
+        ],
+    )
+    channels = config.get("out_channels", 16)
+    extra = config["in_channels"] - channels
+    supported = {
+        2 * channels: CONTROL_REF,
+        channels: CONTROL,
+        CAMERA_CHANNELS + channels: CAMERA,
+        1 + channels: INP,
+        0: T2V,
+    }
+    if extra not in supported:
+        raise UserError(
+            where,
+            f"an EasyAnimate network with {extra} conditioning channels; supported are "
+            + ", ".join(f"{count} ({family.name})" for count, family in supported.items()),
+        )
+    family = supported[extra]
+    if config.get("text_embed_dim_t5") is None:
+        return family
+    return replace(
+        family,
+        name=family.name.replace("v5.1", "v5"),
+        source=family.source.replace("V5.1", "V5"),
+        caption=("text", "text_t5"),
+    )
+
+
+def find(folder: Path, settings: dict[str, Any]) -> Family | None:
+    """The variant in a checkpoint folder, from its JSON files alone; None if its transformer is no EasyAnimate.
+
+    Raises UserError for one that is not supported, or lacks files.
+    """
+    config = weights.read_config(folder / "transformer")
+    vae = weights.read_config(folder / "vae")
+    refuse_older(str(folder), config, vae | (settings.get("vae_kwargs") or {}))
+    if config.get("_class_name") != "EasyAnimateTransformer3DModel":
+        return None
+    family = variant(config, str(folder / "transformer"))
+    two = ("text_encoder_2", "tokenizer_2") if "text_t5" in family.caption else ()
+    paths = weights.components(folder, ("transformer", "vae", "text_encoder", "tokenizer", *two, "scheduler"))
+    scales = len(vae.get("block_out_channels", (128, 256, 512, 512)))
+    geometry = Geometry(
+        time_stride=2 ** (scales - 2),
+        space_stride=2 ** (scales - 1),
+        patch=config.get("patch_size", 2),
+        channels=config.get("out_channels", 16),
+    )
+    return replace(family, geometry=geometry, objective=schedule(paths["scheduler"]))
+
+
+def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> None:
+    """Raises UserError for EasyAnimate V1 to V4, told apart by their classes and kinds of VAE."""
+    found = {"HunyuanTransformer3DModel": "V4", "Transformer3DModel": "V2"}.get(config.get("_class_name", ""))
+    if found == "V2" and "AutoencoderKL" in (vae.get("_class_name"), vae.get("vae_type")):
+        found = "V1"
+    elif found == "V2" and vae.get("slice_compression_vae"):
+        found = "V3"
+    if found:
+        raise UserError(where, f"an EasyAnimate {found} checkpoint; supported are EasyAnimate V5.1 and V5")
+
+
+def schedule(folder: Path) -> Objective:
+    """The noise schedule of a checkpoint's own scheduler_config.json.
+
+    A shift that depends on the size is not applied in training (measured on the reference, 2026-11).
+    """
+    said = weights.read_config(folder, "scheduler_config.json")
+    steps = int(said.get("num_train_timesteps", 1000))
+    if said.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        return Flow(shift=1.0 if said.get("use_dynamic_shifting") else float(said.get("shift", 1.0)), steps=steps)
+    raise UserError(str(folder), f"no schedule is known for {said.get('_class_name')!r}")

@@ -1,0 +1,37 @@
+"""Clips to latents and back, as families share it whose VAE scales its latents as a whole."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reeltune.types import Posterior
+
+
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
+    """The distribution times the VAE's scaling factor. mini_batch: clips at a time; 0 is all."""
+    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
+    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
+    scale = vae.config.scaling_factor
+    return Posterior(
+        torch.cat([piece.mean for piece in pieces]).float() * scale,
+        torch.cat([piece.logvar for piece in pieces]).float() + 2 * math.log(scale),
+    )
+
+
+@torch.no_grad()
+def decode_clip(vae: nn.Module, x0_BCThw: Tensor) -> Tensor:
+    """pixels_BFCHW float32 in [-1, 1]."""
+    z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
+    return vae.decode(z).sample.float().transpose(1, 2)
+
+
+def to_cells(x_BCFHW: Tensor, cells: tuple[int, int, int]) -> Tensor:
+    """Trilinear to (T, h, w), the first frame apart, since it has a latent frame of its own."""
+    frames, *cell = cells
+    pieces = [(x_BCFHW[:, :, :1], 1), (x_BCFHW[:, :, 1:], frames - 1)]
+    sized = [F.interpolate(piece, (count, *cell), mode="trilinear") for piece, count in pieces if count]
+    return torch.cat(sized, 2)
