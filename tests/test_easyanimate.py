@@ -11,7 +11,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from reeltune import families
 from reeltune.diffusion.loss import settle
 from reeltune.errors import UserError
-from reeltune.families import latents, weights
+from reeltune.families import inpaint, latents, weights
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.easyanimate.net import from_released, to_released
 from reeltune.train import train
@@ -202,10 +202,10 @@ def test_a_mask_in_latent_cells(loaded):
 def test_noise_on_what_is_kept_alone():
     pixels = torch.rand(2, 5, 3, 16, 16) * 0.5
     pixels[:, 1:] = -1
-    noisy = easyanimate.noisy(pixels, [3, 4])
-    assert torch.equal(noisy[:, 1:], pixels[:, 1:]) and torch.equal(noisy, easyanimate.noisy(pixels, [3, 4]))
+    noisy = inpaint.noisy(pixels, [3, 4])
+    assert torch.equal(noisy[:, 1:], pixels[:, 1:]) and torch.equal(noisy, inpaint.noisy(pixels, [3, 4]))
     assert 0.005 < (noisy - pixels)[:, 0].std() < 0.5
-    assert torch.equal(easyanimate.noisy(pixels[1:], [4]), noisy[1:])
+    assert torch.equal(inpaint.noisy(pixels[1:], [4]), noisy[1:])
 
 
 def test_the_first_frame_has_cells_of_its_own():

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
-from reeltune.diffusion.loss import gaussian
 from reeltune.diffusion.objective import Flow, Objective
 from reeltune.errors import UserError, refuse
 from reeltune.families import latents, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
+from reeltune.families.inpaint import join_mask, kept_pixels, kept_unless_all_masked, noisy
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
@@ -109,29 +109,11 @@ def encode(
                 seen = noisy(seen, batch.seeds)
             mask = latents.to_cells((~batch.mask_BFHW[:, None]).float(), x0.mean.shape[2:]) * vae.config.scaling_factor
             cond["inpaint"] = join_mask(mask, encoded(seen))
-            fully_B = batch.mask_BFHW.flatten(1).all(1)
-            keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
+            keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
     if mode == "control_ref_camera":
         rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
     return Encoded(x0, cond, keep)
-
-
-def kept_pixels(pixels_BFCHW: Tensor, mask_BFHW: Tensor) -> Tensor:
-    """The clip, black (-1) where the mask says that it is to be generated."""
-    return torch.where(mask_BFHW[:, :, None], -1, pixels_BFCHW)
-
-
-def noisy(pixels_BFCHW: Tensor, seeds: list[int]) -> Tensor:
-    """Noise of deviation exp(N(-3, 0.5)) on all that is not exactly -1 (measured on the reference, 2026-11)."""
-    deviation_B = (gaussian(pixels_BFCHW[:, 0, 0, 0, 0], seeds, "kept noise deviation") * 0.5 - 3).exp()
-    noise = gaussian(pixels_BFCHW, seeds, "kept noise") * deviation_B[:, None, None, None, None]
-    return torch.where(pixels_BFCHW == -1, pixels_BFCHW, pixels_BFCHW + noise)
-
-
-def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
-    exactly = torch.full_like(mask_BCThw, -torch.inf)
-    return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
 
 
 # ---- denoise and decode

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
 from reeltune.families import text
+from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
@@ -105,8 +106,7 @@ def encode(
         if mode in ("inpaint", "i2v"):
             kept = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
             cond["inpaint"] = join_mask(pack_mask(batch.mask_BFHW, kept.mean.shape[-2:]), kept)
-            fully_B = batch.mask_BFHW.flatten(1).all(1)
-            keep["inpaint"] = keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
+            keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
     if mode == "control_ref_camera":
         cond["camera"] = pack_frames(batch.camera_BFCHW)
     if mode != "control":
@@ -178,11 +178,6 @@ def pack_mask(mask_BFHW: Tensor, cells: tuple[int, int]) -> Tensor:
     """float B 4 T h w, 1 = keep, of a mask where True is to be generated; bilinear to latent cells."""
     packed = pack_frames(~mask_BFHW[:, :, None]).float()
     return F.interpolate(packed, (packed.shape[2], *cells), mode="trilinear", align_corners=False)
-
-
-def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
-    exactly = torch.full_like(mask_BCThw, -torch.inf)
-    return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
 
 
 # ---- denoise and decode

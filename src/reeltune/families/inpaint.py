@@ -1,0 +1,33 @@
+"""Inpainting conditions, as families share them: a mask of what is known, then the clip where it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reeltune.diffusion.loss import gaussian
+from reeltune.types import Posterior
+
+
+def kept_pixels(pixels_BFCHW: Tensor, mask_BFHW: Tensor) -> Tensor:
+    """The clip, black (-1) where the mask says that it is to be generated."""
+    return torch.where(mask_BFHW[:, :, None], -1, pixels_BFCHW)
+
+
+def noisy(pixels_BFCHW: Tensor, seeds: list[int]) -> Tensor:
+    """Noise of deviation exp(N(-3, 0.5)) on all that is not exactly -1 (measured on the reference, 2026-11)."""
+    deviation_B = (gaussian(pixels_BFCHW[:, 0, 0, 0, 0], seeds, "kept noise deviation") * 0.5 - 3).exp()
+    noise = gaussian(pixels_BFCHW, seeds, "kept noise") * deviation_B[:, None, None, None, None]
+    return torch.where(pixels_BFCHW == -1, pixels_BFCHW, pixels_BFCHW + noise)
+
+
+def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
+    """The mask's channels, then the clip's. The mask is known exactly: its variance is 0."""
+    exactly = torch.full_like(mask_BCThw, -torch.inf)
+    return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
+
+
+def kept_unless_all_masked(keep: dict[str, Tensor], mask_BFHW: Tensor) -> Tensor:
+    """keep_B of "inpaint": only samples of which everything is to be generated lose it, by their draw."""
+    fully_B = mask_BFHW.flatten(1).all(1)
+    return keep.get("inpaint", torch.ones_like(fully_B)) | ~fully_B
