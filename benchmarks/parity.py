@@ -34,7 +34,10 @@ from reeltune.types import Batch, Encoded, Posterior, Shape
 
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings
-OTHERS = ("benchmarks.parity_hunyuan",)  # each with golden_files(goldens) and measure(path); Wan2.1-Fun's are here
+OTHERS = (
+    "benchmarks.parity_hunyuan",
+    "benchmarks.parity_easyanimate",
+)  # each with golden_files(goldens) and measure(path); Wan2.1-Fun's are here
 MODES = {"control_camera_ref": "control_ref_camera"}  # the reference's name: ours
 
 

@@ -13,7 +13,7 @@ from benchmarks.parity_hunyuan import MSL, loaded, settings_of, to_u8
 from torch import Tensor, nn
 
 from reeltune.diffusion import loss as losses
-from reeltune.diffusion.objective import Flow
+from reeltune.diffusion.objective import Flow, Objective
 from reeltune.families import latents
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.easyanimate import prompts
@@ -38,9 +38,15 @@ def measure(path: Path) -> list[Row]:
 
 
 def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
-    objective = family.objective
+    compare_schedule(golden, family.objective)
+
+
+def compare_schedule(golden: Golden, objective: Objective) -> None:
     if isinstance(objective, Flow):
         golden.compare("sigmas", objective.levels, SCHEDULE)
+    else:
+        golden.compare("alphas_cumprod", objective.signal, SCHEDULE)
+    if "timesteps" in golden:
         golden.compare("timesteps", objective.timestep(objective.levels), LOSS, "relative")
 
 
@@ -163,8 +169,9 @@ def prediction_bound(golden: Golden) -> tuple[float, str]:
     return (NORM, "relative" if "proj_out_multiplier" in golden else "absolute")
 
 
-def levels_at(objective, indices: Tensor) -> Tensor:
-    return objective.levels[indices]
+def levels_at(objective: Objective, indices: Tensor) -> Tensor:
+    """The reference counts flow's from the noise, the others' from the picture."""
+    return objective.levels[indices] if isinstance(objective, Flow) else objective.levels.flip(0)[indices]
 
 
 def kept(golden: Golden, family: Family, count: int) -> dict[str, Tensor]:

@@ -2,14 +2,14 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from reeltune.diffusion.denoise import euler, sample, schedule
+from reeltune.diffusion.denoise import sample, sampler, schedule
 from reeltune.diffusion.loss import gaussian
-from reeltune.diffusion.objective import Flow, column
+from reeltune.diffusion.objective import Ddpm, Flow, Sigma, column
 from reeltune.families.toy.family import FAMILY, embed
 
 FLOW = Flow(shift=3.0)
 SCHEDULERS = {
-    "euler": lambda: euler(FLOW),
+    "euler": lambda: sampler(FLOW),
     "unipc": lambda: UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW.shift
     ),
@@ -39,13 +39,34 @@ def test_a_network_that_knows_the_picture_gives_it_back(name, steps):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("steps", [1, 4, 30])
+@pytest.mark.parametrize("objective", [Ddpm("epsilon"), Ddpm("v_prediction", rescale_betas_zero_snr=True), Sigma(250)])
+def test_so_it_is_with_betas(objective, steps):
+    x0 = randn(2, 3, 2, 4, 4)
+
+    def oracle(net, x, timestep_B, cond):
+        index_B = objective.kept.tolist().index(timestep_B[0]) if isinstance(objective, Sigma) else timestep_B
+        level_B = torch.as_tensor(index_B).expand(2) / objective.steps
+        kept, noise = (
+            objective.at(objective.signal**0.5, level_B, x),
+            objective.at((1 - objective.signal) ** 0.5, level_B, x),
+        )
+        answer = objective.target(x0, (x - kept * x0) / noise, level_B)
+        return torch.cat([answer, torch.full_like(answer, torch.nan)], 1) if isinstance(objective, Sigma) else answer
+
+    got = sample(oracle, None, objective, {}, {}, x0.shape, scheduler=sampler(objective), seeds=[1, 2], steps=steps)
+    torch.testing.assert_close(got, x0, rtol=0, atol=1e-3)
+    first = schedule(sampler(objective), objective, steps, torch.device("cpu"))[0]
+    assert first == objective.quantile(0.0)  # where training's noise ends
+
+
 def test_levels_are_evenly_spaced_then_shifted_once():
     even = torch.tensor([1.0, 0.75, 0.5, 0.25])
     expected = 3 * even / (1 + 2 * even)
     for name in ("euler", "unipc"):
-        levels = schedule(SCHEDULERS[name](), 4, torch.device("cpu"))
+        levels = schedule(SCHEDULERS[name](), FLOW, 4, torch.device("cpu"))
         torch.testing.assert_close(torch.tensor(levels), expected, rtol=0, atol=2e-6)
-    levels = schedule(SCHEDULERS["dpm++"](), 4, torch.device("cpu"))
+    levels = schedule(SCHEDULERS["dpm++"](), FLOW, 4, torch.device("cpu"))
     torch.testing.assert_close(torch.tensor(levels), expected, rtol=0, atol=1e-3)
 
 
@@ -61,13 +82,15 @@ def test_guidance_blanks_the_text_alone():
 
     cond = {"text": text, "control": control}
     got = sample(
-        answer, None, FLOW, cond, {"text": null}, shape, scheduler=euler(FLOW), seeds=[5, 6], steps=3, guidance=6.0
+        answer, None, FLOW, cond, {"text": null}, shape, scheduler=sampler(FLOW), seeds=[5, 6], steps=3, guidance=6.0
     )
     noise = gaussian(torch.empty(shape), [5, 6], "noise")
     torch.testing.assert_close(got, noise - (1 + 6 * (3 - 1)))  # a constant velocity, from level 1 to 0
     assert len(seen) == 6
     seen.clear()
-    sample(answer, None, FLOW, cond, {"text": null}, shape, scheduler=euler(FLOW), seeds=[5, 6], steps=3, guidance=1.0)
+    sample(
+        answer, None, FLOW, cond, {"text": null}, shape, scheduler=sampler(FLOW), seeds=[5, 6], steps=3, guidance=1.0
+    )
     assert len(seen) == 3 and all(torch.equal(t, text) for t in seen)
 
 
@@ -84,7 +107,7 @@ def test_a_clip_depends_on_its_own_seed_and_not_on_its_neighbours():
             chosen,
             parts.null,
             chosen["control"].shape,
-            scheduler=euler(FLOW),
+            scheduler=sampler(FLOW),
             seeds=seeds,
             steps=4,
             guidance=2.0,

@@ -143,6 +143,6 @@ def test_an_oracle_is_sampled_back(family_and_parts):
         level = (timestep_B / 1000)[:, None, None, None, None]
         return (x - x0) / level
 
-    settings = {"scheduler": denoise.euler(objective), "seeds": [0, 1], "steps": 4}
+    settings = {"scheduler": denoise.sampler(objective), "seeds": [0, 1], "steps": 4}
     found = denoise.sample(oracle, None, objective, cond, parts.null, x0.shape, **settings)
     torch.testing.assert_close(found, x0, atol=2e-5, rtol=2e-5)

@@ -98,7 +98,9 @@ def test_schedule_is_the_checkpoints_own(checkpoints, tmp_path):
     file.write_text(json.dumps(said | {"shift": 3.0}))
     assert families.find(folder).objective.shift == 3.0
     file.write_text(json.dumps(said | {"use_dynamic_shifting": True}))
-    with pytest.raises(UserError, match="use_dynamic_shifting"):
+    assert families.find(folder).objective.shift == 1.0  # that of sampling; training's levels are not shifted by size
+    file.write_text(json.dumps(said | {"_class_name": "EulerDiscreteScheduler"}))
+    with pytest.raises(UserError, match="EulerDiscreteScheduler"):
         families.find(folder)
 
 

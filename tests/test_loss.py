@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from reeltune.diffusion import loss as loss_module
 from reeltune.diffusion.loss import blank, diffusion_loss, gaussian, settle
-from reeltune.diffusion.objective import Flow
+from reeltune.diffusion.objective import Flow, Objective
 from reeltune.families.toy.family import FAMILY, embed
 from reeltune.types import Encoded, Posterior
 
@@ -121,12 +121,12 @@ def test_loss_is_that_of_the_formula_and_leaves_the_global_generator_alone(net):
     assert result.value.requires_grad and not result.per_sample_B.requires_grad
 
 
-class Replay:
+class Replay(Objective):
     """An objective and a network that say what a file says, to check the arithmetic between them."""
 
     def __init__(self, x0, target, answer, levels=(0.3, 0.6)):
         self.flow, self.wanted, self.answer, self.levels = Flow(), target, answer, list(levels)
-        self.weight, self.timestep, self.corrupt = self.flow.weight, self.flow.timestep, self.flow.corrupt
+        self.timestep, self.corrupt = self.flow.timestep, self.flow.corrupt
 
     def draw(self, generator, stratum):
         return self.levels.pop(0)

@@ -1,14 +1,19 @@
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
-from reeltune.diffusion.objective import Flow
+from reeltune.diffusion.loss import diffusion_loss, gaussian
+from reeltune.diffusion.objective import Ddpm, Flow, Sigma
+from reeltune.families.schedule import read
+from reeltune.types import Encoded
 
 SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 
@@ -17,13 +22,26 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("objective", [Flow(), Flow(shift=1.0), Flow(shift=3.0, steps=50)])
+OBJECTIVES = [
+    Flow(),
+    Flow(shift=1.0),
+    Flow(shift=3.0, steps=50),
+    Ddpm("epsilon", beta_schedule="linear"),
+    Ddpm("epsilon", beta_start=1e-4, beta_end=0.02, steps=100),
+    Ddpm("v_prediction", rescale_betas_zero_snr=True),
+    Sigma(),
+    Sigma(steps=250, snr_loss=True),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_round_trip_gives_the_picture_back(objective):
     x0, noise = torch.randn(2, 7, 3, 2, 4, 4, dtype=torch.float64, generator=generator())
     level_B = torch.tensor([objective.quantile(u / 7) for u in range(7)])
     answer = objective.target(x0, noise, level_B)
     x = objective.corrupt(x0, noise, level_B)
-    torch.testing.assert_close(objective.to_x0(x, answer, level_B), x0, rtol=0, atol=1e-12)
+    bound = 1e-12 if isinstance(objective, Flow) else 1e-4  # signal is kept in float32, and Sigma's ends at 0.006
+    torch.testing.assert_close(objective.to_x0(x, answer, level_B), x0, rtol=0, atol=bound)
     assert not torch.allclose(x, x0, atol=0.01)
 
 
@@ -37,6 +55,78 @@ def test_schedule_equals_the_released_one_bit_for_bit(goldens):
     assert torch.equal(objective.timestep(sigmas), timesteps)
     last = objective.steps - 1
     assert objective.quantile(last / objective.steps) == sigmas[last].item() and objective.quantile(0.0) == sigmas[0]
+
+
+def ddpm_checkpoints(goldens):
+    """(schedule folder, recorded tensors) of every case whose schedule is one of betas."""
+    for recorded in sorted(goldens.glob("multi/golden/*/scheduler.safetensors")):
+        with safe_open(recorded, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        named = re.search(r"from (?:the checkpoint folder )?(\S+?)[ ,]", (recorded.parent / "README.md").read_text())
+        if "alphas_cumprod" in tensors:
+            yield (recorded.parent / named.group(1)).resolve() / "scheduler", tensors
+
+
+@pytest.mark.golden
+def test_signal_is_the_released_one(goldens):
+    found = list(ddpm_checkpoints(goldens))
+    for folder, recorded in found:
+        objective = read(folder)
+        assert torch.equal(objective.signal, DDPMScheduler.from_pretrained(folder).alphas_cumprod)
+        worst = (objective.signal - recorded["alphas_cumprod"]).abs().max()  # roots differ between processors
+        assert worst < 1e-6, folder
+        assert torch.equal(objective.timestep(objective.levels), torch.arange(objective.steps - 1, -1, -1))
+    assert found
+
+
+def test_zero_snr_ends_in_nothing_but_noise():
+    plain, shifted = Ddpm(), Ddpm(rescale_betas_zero_snr=True)
+    assert plain.signal[-1] > 0.004 and shifted.signal[-1] == 0 and shifted.signal[0] == plain.signal[0]
+    noise = torch.randn(1, 4, generator=generator())
+    assert torch.equal(shifted.corrupt(torch.full((1, 4), 9.0), noise, shifted.levels[:1]), noise)
+
+
+@pytest.mark.golden
+def test_loss_with_learned_variance_is_the_original_one(goldens):
+    with safe_open(goldens / "multi/golden/easyanimate_sigma_loss/sigma_loss.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    cases = sorted({name.split(".")[0] for name in tensors})
+    for case in cases:
+        said = {name.split(".")[1]: value for name, value in tensors.items() if name.startswith(case + ".")}
+        objective = Sigma(steps=len(said["alphas_cumprod"]), snr_loss=case.endswith("snr"))
+        assert torch.equal(objective.kept, said["timestep_map"])
+        assert torch.equal(objective.signal.float(), said["alphas_cumprod"])
+        x0, noise, level_B = said["x_start"], said["noise"], said["t"] / objective.steps
+        assert torch.equal(objective.timestep(level_B), said["model_t"])
+        torch.testing.assert_close(objective.corrupt(x0, noise, level_B), said["x_t"], rtol=0, atol=1e-6)
+        answer = said["model_output"].requires_grad_()
+        mse_B = objective.error(answer, x0, noise, level_B).square().flatten(1).mean(1)
+        bound_B = objective.surcharge(answer, x0, noise, level_B)
+        torch.testing.assert_close(mse_B, said["mse"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(bound_B, said["vb"], rtol=1e-5, atol=0)
+        (mse_B + bound_B).mean().backward()
+        torch.testing.assert_close((mse_B + bound_B).mean(), said["loss"], rtol=1e-5, atol=0)
+        worst = (answer.grad - said["grad_model_output"]).norm() / said["grad_model_output"].norm()
+        assert worst < 5e-5
+    assert len(cases) > 1
+
+
+def test_training_adds_the_bound_of_the_variance():
+    x0 = torch.randn(2, 3, 2, 4, 4, generator=generator()).clamp(-1, 1)
+
+    def answering(channels, objective):
+        def zeros(net, x, timestep_B, cond):
+            return torch.zeros(len(x), channels, *x.shape[2:])
+
+        return diffusion_loss(zeros, None, objective, Encoded(x0, {}, {}), {}, [1, 2], [(0, 2), (1, 2)])
+
+    objective = Sigma(uniform_sampling=True)
+    learned, plain = answering(6, objective), answering(3, Ddpm("epsilon", uniform_sampling=True))
+    assert learned.level_B[0] > 0.5 > learned.level_B[1] and torch.equal(learned.level_B, plain.level_B)
+    noise = gaussian(x0, [1, 2], "noise")
+    bound_B = objective.surcharge(torch.zeros(2, 6, *x0.shape[2:]), x0, noise, learned.level_B)
+    assert (bound_B > 0).all()
+    torch.testing.assert_close(learned.per_sample_B - plain.per_sample_B, bound_B)
 
 
 def index_of(objective: Flow, level: float) -> int:

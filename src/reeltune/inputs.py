@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
 from reeltune.data.shapes import SizeRules, clip_length
 from reeltune.diffusion.objective import Objective
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.ledger import Ledger
-from reeltune.recipe import Recipe
+from reeltune.recipe import Loss, Recipe
 
 FILE_INPUTS = frozenset({"control", "camera"})  # what a mode may need that comes from a file of its own
+LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -58,15 +59,23 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
             f"loss_type is {loss.loss_type!r}, but a checkpoint of {family.name} was trained with {trained_with}; "
             "leave loss_type out",
         )
-    objective = replace(
-        family.objective,
-        uniform_sampling=loss.uniform_sampling,
-        weighting_scheme=loss.weighting_scheme,
-        logit_mean=loss.logit_mean,
-        logit_std=loss.logit_std,
-        mode_scale=loss.mode_scale,
+    return family, mode, with_levels(family.objective, loss)
+
+
+def with_levels(objective: Objective, loss: Loss) -> Objective:
+    """The objective with the recipe's choice of noise levels. Raises UserError for a choice that it has not."""
+    known = {field.name for field in fields(objective)}
+    asked = {name: getattr(loss, name) for name in LEVEL_CHOICES}
+    refuse(
+        "recipe",
+        [
+            f"{name} is {value!r}, which is for flow alone; this checkpoint was trained with "
+            f"{type(objective).__name__.lower()}; leave {name} out"
+            for name, value in asked.items()
+            if name not in known and value != getattr(Loss, name)
+        ],
     )
-    return family, mode, objective
+    return replace(objective, **{name: value for name, value in asked.items() if name in known})
 
 
 def gather(

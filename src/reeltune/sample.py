@@ -84,7 +84,7 @@ def make_clip(
     setup: Setup, net: nn.Module, request: Request, batch: Batch, path: Path, *, steps: int, guidance_scale: float
 ) -> None:
     """Writes one clip, and its prompt, seed and settings into a .json of the same name."""
-    scheduler = denoise.euler(setup.objective)
+    scheduler = denoise.sampler(setup.objective)
     with at_rest(net):
         encoded = setup.encode(batch)
         x0, cond = settle(encoded, [request.seed], setup.parts.null)

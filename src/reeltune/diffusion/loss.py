@@ -61,12 +61,18 @@ def settle(encoded: Encoded, seeds: Sequence[int], null: dict[str, Tensor]) -> t
     return drawn("x0", encoded.x0), blank(cond, encoded.keep, null | encoded.null)
 
 
+def answer_at(
+    denoise: Denoise, net: nn.Module, objective: Objective, x0: Tensor, cond: Cond, noise: Tensor, level_B: Tensor
+) -> Tensor:
+    """What the network says of a clip with noise at these levels, B C T h w."""
+    return denoise(net, objective.corrupt(x0, noise, level_B), objective.timestep(level_B), cond)
+
+
 def error_at(
     denoise: Denoise, net: nn.Module, objective: Objective, x0: Tensor, cond: Cond, noise: Tensor, level_B: Tensor
 ) -> Tensor:
-    """What the network's answer at these levels lacks of the target, in float32, B C T h w."""
-    answer = denoise(net, objective.corrupt(x0, noise, level_B), objective.timestep(level_B), cond)
-    return answer.float() - objective.target(x0, noise, level_B).float()
+    """By how much that is wrong, in float32."""
+    return objective.error(answer_at(denoise, net, objective, x0, cond, noise, level_B), x0, noise, level_B)
 
 
 def mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -89,7 +95,7 @@ def diffusion_loss(
     motion_sub_loss_ratio: float | None = None,
     loss_outlier_threshold: float | None = None,
 ) -> Loss:
-    """Mean over the batch of each sample's weighted mean square error.
+    """Mean over the batch of each sample's weighted mean square error, and of what its objective adds.
 
     motion_sub_loss_ratio r: (1 - r) loss + r MSE of differences between neighbouring latent frames, unweighted and
     unmasked, for clips of 3 latent frames or more. loss_outlier_threshold: elements with a larger absolute error
@@ -101,11 +107,15 @@ def diffusion_loss(
     levels = [objective.draw(*pair) for pair in zip(generators, strata, strict=True)]
     level_B = torch.tensor(levels, dtype=torch.float32).to(x0.device, non_blocking=True)
 
-    error = error_at(denoise, net, objective, x0, cond, noise, level_B)
+    answer = answer_at(denoise, net, objective, x0, cond, noise, level_B)
+    error = objective.error(answer, x0, noise, level_B)
     counted = error
     if loss_outlier_threshold is not None:
         counted = torch.where(error.abs() > loss_outlier_threshold, 0, error)
     loss_B = mean_square(counted, encoded.loss_mask) * objective.weight(level_B)
     if motion_sub_loss_ratio is not None and error.shape[2] > 2:
         loss_B = loss_B * (1 - motion_sub_loss_ratio) + mean_square(error.diff(dim=2)) * motion_sub_loss_ratio
+    surcharge_B = objective.surcharge(answer, x0, noise, level_B)
+    if surcharge_B is not None:
+        loss_B = loss_B + surcharge_B
     return Loss(loss_B.mean(), level_B, loss_B.detach())

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
-from reeltune.diffusion.objective import Flow, Objective
+from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError, refuse
-from reeltune.families import latents, weights
+from reeltune.families import latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.inpaint import join_mask, kept_pixels, kept_unless_all_masked, noisy
@@ -271,7 +271,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch=config.get("patch_size", 2),
         channels=config.get("out_channels", 16),
     )
-    return replace(family, geometry=geometry, objective=schedule(paths["scheduler"]))
+    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"]))
 
 
 def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -283,15 +283,3 @@ def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> Non
         found = "V3"
     if found:
         raise UserError(where, f"an EasyAnimate {found} checkpoint; supported are EasyAnimate V5.1 and V5")
-
-
-def schedule(folder: Path) -> Objective:
-    """The noise schedule of a checkpoint's own scheduler_config.json.
-
-    A shift that depends on the size is not applied in training (measured on the reference, 2026-11).
-    """
-    said = weights.read_config(folder, "scheduler_config.json")
-    steps = int(said.get("num_train_timesteps", 1000))
-    if said.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        return Flow(shift=1.0 if said.get("use_dynamic_shifting") else float(said.get("shift", 1.0)), steps=steps)
-    raise UserError(str(folder), f"no schedule is known for {said.get('_class_name')!r}")

@@ -30,7 +30,7 @@ from transformers import (
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
-from reeltune.families import weights
+from reeltune.families import schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Parts
@@ -254,8 +254,4 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch_time=config.get("patch_size_t", 1),
         channels=config.get("out_channels") or 16,
     )
-    said = weights.read_config(paths["scheduler"], "scheduler_config.json")
-    if said.get("use_dynamic_shifting"):
-        raise UserError(str(paths["scheduler"]), "use_dynamic_shifting is true; only a fixed shift is supported")
-    objective = Flow(shift=float(said.get("shift", 7.0)), steps=int(said.get("num_train_timesteps", 1000)))
-    return replace(family, geometry=geometry, objective=objective)
+    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"], shift=7.0))
