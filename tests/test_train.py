@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 import reeltune.train as module
 from reeltune.checkpoint import complete
+from reeltune.diffusion.objective import Ddpm, Flow
 from reeltune.engine import Stopwatch
 from reeltune.errors import UserError
+from reeltune.inputs import with_levels
 from reeltune.interrupt import Interrupt
+from reeltune.recipe import Loss
 from reeltune.settings import dump
 from reeltune.train import train
 from small_run import data_set, recipe
@@ -230,6 +233,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(toy, data, tmp_path, monkey
 def test_a_loss_type_that_the_checkpoint_was_not_trained_with_is_refused(toy, data, tmp_path):
     with pytest.raises(UserError, match="trained with flow"):
         train(recipe(toy, data, tmp_path / "run", loss_type="ddpm"))
+
+
+def test_noise_levels_that_are_for_flow_alone_are_refused_elsewhere():
+    asked = Loss(uniform_sampling=True, weighting_scheme="logit_normal", logit_mean=1.0)
+    with pytest.raises(
+        UserError, match=r"weighting_scheme is 'logit_normal', which is for flow(.|\n)*logit_mean is 1.0"
+    ):
+        with_levels(Ddpm(), asked)
+    assert with_levels(Ddpm(), Loss(uniform_sampling=True)) == Ddpm(uniform_sampling=True)
+    assert with_levels(Flow(shift=2.0), asked) == Flow(2.0, 1000, True, "logit_normal", 1.0)
 
 
 def test_a_mode_that_the_checkpoint_cannot_do_is_refused(wan, data, tmp_path):
