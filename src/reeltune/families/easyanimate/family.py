@@ -24,10 +24,9 @@ from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGenerati
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError, refuse
-from reeltune.families import latents, schedule, weights
+from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
-from reeltune.families.inpaint import join_mask, kept_pixels, kept_unless_all_masked, noisy
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
@@ -104,12 +103,15 @@ def encode(
             shown = torch.arange(len(pixels), device=pixels.device), batch.ref_frame_B
             cond["ref"] = encoded(pixels[shown][:, None])
         if mode == "inpaint":
-            seen = kept_pixels(pixels, batch.mask_BFHW)
-            if parts.net.config.add_noise_in_inpaint_model:
-                seen = noisy(seen, batch.seeds)
-            mask = latents.to_cells((~batch.mask_BFHW[:, None]).float(), x0.mean.shape[2:]) * vae.config.scaling_factor
-            cond["inpaint"] = join_mask(mask, encoded(seen))
-            keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
+            cond["inpaint"] = inpaint.condition(
+                encoded,
+                pixels,
+                batch.mask_BFHW,
+                x0.mean.shape[2:],
+                scale=vae.config.scaling_factor,
+                seeds=batch.seeds if parts.net.config.add_noise_in_inpaint_model else None,
+            )
+            keep["inpaint"] = inpaint.kept_unless_all_masked(keep, batch.mask_BFHW)
     if mode == "control_ref_camera":
         rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
