@@ -239,3 +239,11 @@ def test_what_is_dropped_is_blank_and_nothing_else_is(runs, inputs, setup):
             blank = null[cond].to(whole[cond]) if cond in null else torch.zeros_like(whole[cond])
             assert torch.equal(lacking[cond], blank.expand_as(whole[cond])), (name, cond)
             assert not torch.equal(lacking[cond], whole[cond]) or not whole[cond].any(), (name, cond)
+
+
+def test_the_caption_makes_what_is_dropped_with_it(runs, inputs, setup):
+    batch = inputs.reader[0, 0, 0, 1]
+    one, _ = settled(setup, batch)
+    batch.text = [f"{text} and another beside it" for text in batch.text]
+    other, _ = settled(setup, batch)
+    assert {cond for cond in one if not torch.equal(one[cond], other[cond])} == set(runs.family.caption)
