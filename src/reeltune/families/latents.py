@@ -24,7 +24,7 @@ def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Po
 
 @torch.no_grad()
 def decode_clip(vae: nn.Module, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
+    """pixels_BFCHW float32, about [-1, 1]."""
     z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
     return vae.decode(z).sample.float().transpose(1, 2)
 

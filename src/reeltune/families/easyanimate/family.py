@@ -137,7 +137,7 @@ def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str,
 
 
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
+    """pixels_BFCHW float32, about [-1, 1]."""
     with parts.borrow("vae") as vae:
         return latents.decode_clip(vae, x0_BCThw)
 

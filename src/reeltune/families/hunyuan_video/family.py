@@ -163,7 +163,7 @@ def finish(x0_BCThw: Tensor, cond: dict[str, Tensor]) -> Tensor:
 
 
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
+    """pixels_BFCHW float32, about [-1, 1]."""
     with parts.borrow("vae") as vae:
         return decode_clip(vae, x0_BCThw)
 

@@ -67,7 +67,8 @@ def load(
         for weight in net.parameters():
             weight.normal_(0, 0.1, generator=generator)
     if transformer_path is not None:
-        weights.fit(net, from_released(weights.read(Path(transformer_path)), {}), str(transformer_path))
+        source = weights.saved_transformer(transformer_path)
+        weights.fit(net, from_released(weights.read(source), {}), str(source))
     null = {"text": embed([""])[0]}
     return Parts(net.to(device, dtype), null=null, device=torch.device(device), low_vram=low_vram)
 
@@ -131,7 +132,7 @@ FAMILY = Family(
     geometry=GEOMETRY,
     objective=Flow(shift=3.0),
     modes=("control", "normal"),
-    needs={"control": ("control",)},
+    needs={"control": ("control",), "normal": ()},
     drop={"control": 0.1},
     blocks=("ToyBlock",),
     size_law=SizeLaw(),
