@@ -185,6 +185,9 @@ def test_older_easyanimate_is_refused_by_name(version, command, start, tmp_path,
     for name, said in zip(("transformer", "vae"), OLDER[version], strict=True):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(said))
-    assert start(ours, f"--pretrained_model_name_or_path={tmp_path}", "--loss_type=sigma") == 2
+    yaml = tmp_path / "v5.yaml"  # what the checkpoint says of itself counts before this
+    yaml.write_text("vae_kwargs: {vae_type: AutoencoderKLMagvit, slice_compression_vae: false}\n")
+    asked = {"pretrained_model_name_or_path": tmp_path, "config_path": yaml, "loss_type": "sigma"}
+    assert start(ours, *(f"--{name}={value}" for name, value in asked.items())) == 2
     assert f"an EasyAnimate {version} checkpoint; supported are EasyAnimate V5.1 and V5" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
