@@ -51,6 +51,7 @@ RUNS = {
     "EasyAnimate V5": Run("002_*", 2, "multi/EasyAnimateV5-Control", "metadata_control.json", "control"),
     "HunyuanVideo": Run("003_*", 0, "multi/HunyuanVideo", "metadata.json", "normal"),
     "HunyuanVideo more": Run("003_*", 0, "multi/HunyuanVideo", "metadata.json", "normal", MORE),
+    "HunyuanVideo, flags of FSDP's": Run("003_*", 2, "multi/HunyuanVideo", "metadata.json", "normal"),
     "HunyuanVideo-I2V": Run("003_*", 3, "multi/HunyuanVideo-I2V", "metadata.json", "i2v"),
     "CogVideoX-Fun 2b": Run("004_*", 0, "multi/CogVideoX-Fun-2b-InP", "metadata.json", "inpaint"),
     "CogVideoX-Fun 5b": Run("004_*", 0, "multi/CogVideoX-Fun-V1.1-5b-InP", "metadata.json", "inpaint"),

@@ -88,7 +88,7 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
 def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     """The flags of one of SCRIPTS. Raises UserError with everything that is wrong with them."""
     own = SCRIPTS[script]
-    refused = REFUSED | own.refused
+    refused = {**REFUSED, **own.refused}
     words, given, problems = flags(argv)
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
     for name in [name for name in given if name in ACCEPTED]:
