@@ -30,6 +30,7 @@ from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
 
+CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
 CAMERA_CHANNELS = 6
 
@@ -260,10 +261,11 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     """
     config = weights.read_config(folder / "transformer")
     vae = weights.read_config(folder / "vae")
-    refuse_older(str(folder), config, vae | (settings.get("vae_kwargs") or {}))
-    if config.get("_class_name") != "EasyAnimateTransformer3DModel":
+    refuse_older(str(folder), config, (settings.get("vae_kwargs") or {}) | vae)
+    if config.get("_class_name") != CLASS:
         return None
     family = variant(config, str(folder / "transformer"))
+    refuse_other_yaml(settings, family, folder)
     two = ("text_encoder_2", "tokenizer_2") if "text_t5" in family.caption else ()
     paths = weights.components(folder, ("transformer", "vae", "text_encoder", "tokenizer", *two, "scheduler"))
     scales = len(vae.get("block_out_channels", (128, 256, 512, 512)))
@@ -285,3 +287,18 @@ def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> Non
         found = "V3"
     if found:
         raise UserError(where, f"an EasyAnimate {found} checkpoint; supported are EasyAnimate V5.1 and V5")
+
+
+def refuse_other_yaml(settings: dict[str, Any], family: Family, folder: Path) -> None:
+    """Raises UserError for the yaml of another version than the checkpoint."""
+    own = {"transformer_type": CLASS, "enable_multi_text_encoder": "text_t5" in family.caption}
+    said = (settings.get("transformer_additional_kwargs") or {}) | (settings.get("text_encoder_kwargs") or {})
+    refuse(
+        "config_path",
+        [
+            f"{name} is {said[name]}, but {folder} is {family.name}, where it is {value}; leave config_path out, or "
+            "give that version's yaml"
+            for name, value in own.items()
+            if said.get(name, value) != value
+        ],
+    )
