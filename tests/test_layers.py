@@ -12,14 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "reeltune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 REPORTING = ("log", "ledger", "report", "charts", "agreement")
+ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state")
 LAYERS = (  # from the bottom; a name covers what is below it too
     ("types", "errors", "dice"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights"),
     ("families",),
-    ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
-    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement"),
+    (*ENGINES, "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement", "parallel"),
     ("cli", "compat", "demo", "__main__"),
 )
 NEVER = (  # (these, must not import those), beside what layers say; a report compares with a Recipe's defaults
@@ -32,6 +33,7 @@ NEVER = (  # (these, must not import those), beside what layers say; a report co
 )
 LIBRARIES = {  # library -> who may import it
     "accelerate": ("engine",),
+    "deepspeed": ("zero",),
     "diffusers": ("families", "diffusion.denoise", "optim", "demo"),
     "transformers": ("families", "demo"),
 }

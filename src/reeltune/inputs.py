@@ -193,17 +193,27 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
     )
 
 
-def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer: Path | None = None) -> Parts:
+def load_parts(
+    recipe: Recipe,
+    family: Family,
+    device: torch.device,
+    transformer: Path | None = None,
+    *,
+    start_on: torch.device | None = None,
+) -> Parts:
     """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
 
-    transformer: the folder to take the trained network from when a run is resumed.
+    transformer: the folder to take the trained network from when a run is resumed. start_on: where all networks are
+    to be at first, if not on the device.
     """
-    return family.load(
+    parts = family.load(
         recipe.model.pretrained_model_name_or_path,
         family,
         dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
-        device=device,
+        device=device if start_on is None else start_on,
         low_vram=recipe.training.low_vram,
         transformer_path=transformer or recipe.model.transformer_path,
     )
+    parts.device = device
+    return parts

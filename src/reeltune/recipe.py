@@ -113,6 +113,18 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    engine: Literal["ddp", "zero2", "zero3", "fsdp"] | None = None
+    """How several processes share the work: all hold everything, or what of it is dealt out. Left out: as launched."""
+    keep_gathered: bool = False
+    """With fsdp: keep weights gathered between forward and backward pass; faster, and as much memory as with ddp."""
+    offload: bool = False
+    """With zero2, zero3 and fsdp: what is dealt out lives in the CPU's memory."""
+    rank_timeout_seconds: float = 1800.0
+    """Seconds that processes wait for one that is late before all stop; a validation counts as waiting."""
+
+
+@dataclass(frozen=True)
 class Loss:
     loss_type: Literal["flow", "ddpm", "sigma"] | None = None
     """The objective; left out: what the checkpoint was trained with. Another value than that is an error."""
@@ -222,6 +234,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)
+    parallel: Parallel = field(default_factory=Parallel)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)
     output: Output = field(default_factory=Output)

@@ -20,6 +20,7 @@ from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
+from reeltune.parallel import engine_of
 from reeltune.recipe import Recipe
 from reeltune.run_folder import changes_since, describe, refuse_overwriting
 from reeltune.sample import Setup
@@ -39,12 +40,20 @@ def train(recipe: Recipe) -> int:
     refuse_overwriting(out, found)
     checkpoint.sweep(out)
 
-    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    wish = engine_of(recipe)
+    engine = Engine(
+        recipe.training.mixed_precision,
+        allow_tf32=recipe.training.allow_tf32,
+        wish=wish,
+        rank_timeout_seconds=recipe.parallel.rank_timeout_seconds,
+    )
     progress = Progress(group=recipe.training.train_batch_size * engine.world)
     changes = [] if found is None else changes_since(found, recipe, progress.group)
     family, mode, objective = choose_family(recipe)
     inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
-    parts = load_parts(recipe, family, engine.device, found and found / "transformer")
+    whole = found is not None and not checkpoint.is_shared(found)
+    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
+    parts = load_parts(recipe, family, engine.device, found / "transformer" if whole else None, start_on=start_on)
     setup = Setup(
         family,
         mode,
@@ -63,6 +72,9 @@ def train(recipe: Recipe) -> int:
         recipe.optimization,
         seed=recipe.training.seed,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
+        batch=recipe.training.train_batch_size,
+        accumulate=recipe.training.gradient_accumulation_steps,
+        found=found,
     )
     ledger = ledger_of(recipe, inputs)
     if found is not None:
@@ -94,7 +106,7 @@ def train(recipe: Recipe) -> int:
     )
     with Interrupt() as interrupt, log, duties:
         duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
-        duties.tell_start(found, [*inputs.scan.notices, *changes])
+        duties.tell_start(found, [*wish.notices, *inputs.scan.notices, *changes])
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
             duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
         while progress.step < total_steps and not engine.any(interrupt.code > 0):
@@ -120,7 +132,7 @@ def train(recipe: Recipe) -> int:
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                engine.backward(loss.value / accumulate, learner.net, last=micro == accumulate - 1)
+                learner.trainer.backward(loss.value / accumulate, last=micro == accumulate - 1)
                 watch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
                 tokens += family.geometry.tokens(shape) * len(batch.draws) * engine.world
@@ -253,15 +265,27 @@ class Duties:
         self.check_finite(None)
         self.log.flush()
         shares = self.engine.gather(self.ledger.share())
-        if self.engine.main:
-            folder, seconds, size_bytes = checkpoint.save(
+        keep = self.recipe.output.checkpoints_total_limit
+        told = None
+        if self.engine.sharded:
+
+            def write_more(folder: Path) -> None:
+                self.learner.write_outline(folder)
+                self.write_more(shares, folder)
+
+            pieces, group = self.learner.pieces(), self.engine.cpu_group
+            told = checkpoint.save_shares(self.out, progress, pieces, group, write_more=write_more, keep=keep)
+        elif self.engine.main:
+            told = checkpoint.save(
                 self.out,
                 progress,
                 write_weights=self.learner.write_weights,
                 optimizer_state=self.learner.state(),
                 write_more=partial(self.write_more, shares),
-                keep=self.recipe.output.checkpoints_total_limit,
+                keep=keep,
             )
+        if self.engine.main:
+            folder, seconds, size_bytes = told
             self.log.save({"path": str(folder), "seconds": seconds, "bytes": size_bytes})
         self.saved_step = progress.step
         self.engine.wait()
@@ -271,12 +295,13 @@ class Duties:
         (folder / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
 
     def validate(self, progress: Progress) -> None:
-        """Held-out loss and previews, by the main process; training goes on as if there had been none."""
+        """Held-out loss and previews, by the main process, or by all alike where the network answers only to all;
+        training goes on as if there had been none."""
         if self.validated_step == progress.step:
             return
         self.validated_step = progress.step
-        if self.engine.main:
-            row = self.validation.run(self.learner.plain, progress.step)
+        if self.engine.main or self.engine.runs_together:
+            row = self.validation.run(self.learner.plain, progress.step, write=self.engine.main)
             if row is not None:
                 self.log.validation(row)
         self.engine.wait()

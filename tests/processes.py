@@ -1,0 +1,58 @@
+"""Runs in several processes on one machine, over gloo, each within a time limit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from reeltune.recipe import Recipe
+from reeltune.settings import dump
+
+LIMIT_SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Without what a launcher around the tests may have left."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def start(command: list[str], **more) -> subprocess.Popen:
+    """In a process group of its own, so that a kill takes all of it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **{**pipes, "env": environment(), **more})
+
+
+def end(process: subprocess.Popen, limit_seconds: float = LIMIT_SECONDS) -> tuple[int, str]:
+    """(exit code, what it printed)."""
+    try:
+        told, _ = process.communicate(timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        told, _ = process.communicate()
+        raise AssertionError(f"not done after {limit_seconds} s:\n{told}") from None
+    return process.returncode, told
+
+
+def torchrun(count: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    return [*launcher, "--master_port", str(free_port()), *words]
+
+
+def train(recipe: Recipe, count: int, folder: Path) -> tuple[int, str]:
+    """`reeltune train` in so many processes."""
+    file = folder / f"{Path(recipe.output.output_dir).name}.yaml"
+    file.write_text(dump(recipe))
+    if count == 1:
+        return end(start([sys.executable, "-m", "reeltune", "train", str(file)]))
+    return end(start(torchrun(count, "-m", "reeltune", "train", str(file))))
