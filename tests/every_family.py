@@ -46,7 +46,9 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
         try:
             family = families.find(folder)
         except UserError as unknown:
-            found.append([pytest.param(None, id=folder.name, marks=pytest.mark.skip(reason="; ".join(unknown.problems)))])
+            found.append(
+                [pytest.param(None, id=folder.name, marks=pytest.mark.skip(reason="; ".join(unknown.problems)))]
+            )
             continue
         found.append(_pairs(folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
