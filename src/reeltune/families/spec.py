@@ -73,6 +73,8 @@ class Family:
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
+    most_frames: int | None = None
+    """Pixel frames for which the network has positions; recipes that ask for more are refused. None: for any number."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     save: Callable[..., None] | None = None
