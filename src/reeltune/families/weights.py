@@ -256,7 +256,7 @@ def load_component(
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net
+    return net.to(device)  # the buffers too
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
