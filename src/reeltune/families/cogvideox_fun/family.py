@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from reeltune.diffusion.objective import Ddpm
-from reeltune.errors import UserError, refuse
+from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
 from reeltune.families.spec import Family, Parts
@@ -154,14 +154,7 @@ INP = Family(
 def variant(config: dict[str, Any], where: str) -> Family:
     """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
     fixed = {"use_learned_positional_embeddings": False, "ofs_embed_dim": None}  # those of the I2V networks of others
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config.get("in_channels", 16) - channels
     if extra not in (0, channels + 1):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
 from reeltune.diffusion.objective import Flow
-from reeltune.errors import UserError, refuse
+from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
@@ -221,14 +221,7 @@ def variant(config: dict[str, Any], where: str) -> Family:
         "ref_channels": None,
         "swa_layers": None,
     }
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config["in_channels"] - channels
     supported = {
