@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
 from reeltune.diffusion.objective import Flow
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
