@@ -20,7 +20,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
-from reeltune.data.shapes import SizeRules, clip_length
+from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts, check_mode
@@ -132,7 +132,8 @@ def gather(
         video_repeat=data.video_repeat,
         largest_first=True,
     )
-    reader = partial(Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]))
+    needed = frozenset(family.needs[mode])
+    reader = partial(Reader, plan=plan, group=group, needs=needed, mask_law=family.masks.get(mode))
     return Inputs(
         scan=found,
         unsuited=unsuited,
@@ -148,8 +149,15 @@ def gather(
 def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Records, list[LeftOut]]:
     """(records of clips of `least_frames` frames or more, the others). Clips too short for any plan are the plan's.
 
-    Raises UserError if nothing would be left.
+    Raises UserError if nothing would be left, or clips would be cut to fewer.
     """
+    longest = budget_frames(rules, rules.ladder[-1]) if rules.by_budget else rules.video_sample_n_frames
+    if longest < least_frames:
+        raise UserError(
+            "recipe",
+            f"the largest clips would be cut to {longest} frames, and this model learns nothing from fewer than "
+            f"{least_frames}; raise video_sample_n_frames or token_sample_size, or lower image_sample_size",
+        )
     lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
     short = (lengths < least_frames) & (lengths > 0)
     if not short.any():
@@ -167,6 +175,14 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
+    """Raises UserError for clips longer than the network has positions for."""
+    frames, most = recipe.sizes.video_sample_n_frames, family.most_frames
+    if most is not None and family.geometry.legal_frames(frames) > most:
+        raise UserError(
+            "recipe",
+            f"video_sample_n_frames is {frames}, but {family.name} has positions for {most} frames; "
+            f"set video_sample_n_frames to {most} or less",
+        )
     sizes = asdict(recipe.sizes)
     del sizes["keep_all_node_same_token_length"]  # always on
     return SizeRules(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError
-from reeltune.types import Encoded, Geometry, SizeLaw
+from reeltune.types import Encoded, Geometry, MaskLaw, SizeLaw
 
 
 @dataclass
@@ -71,8 +71,12 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
     caption: tuple[str, ...] = ("text",)
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
+    masks: dict[str, MaskLaw] = field(default_factory=dict)
+    """Mode that needs a mask -> which masks it is trained with, where MaskLaw() is not."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
+    most_frames: int | None = None
+    """Pixel frames for which the network has positions; recipes that ask for more are refused. None: for any number."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     save: Callable[..., None] | None = None

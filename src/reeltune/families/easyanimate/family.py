@@ -28,7 +28,7 @@ from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
@@ -199,6 +199,7 @@ INP = replace(
     modes=("inpaint",),
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated
+    masks={"inpaint": MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True)},  # in its own training
 )
 T2V = replace(
     CONTROL_REF,
@@ -220,14 +221,7 @@ def variant(config: dict[str, Any], where: str) -> Family:
         "ref_channels": None,
         "swa_layers": None,
     }
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config["in_channels"] - channels
     supported = {
