@@ -49,10 +49,16 @@ def torchrun(count: int, *words: str) -> list[str]:
     return [*launcher, "--master_port", str(free_port()), *words]
 
 
-def train(recipe: Recipe, count: int, folder: Path) -> tuple[int, str]:
-    """`reeltune train` in so many processes."""
-    file = folder / f"{Path(recipe.output.output_dir).name}.yaml"
-    file.write_text(dump(recipe))
-    if count == 1:
-        return end(start([sys.executable, "-m", "reeltune", "train", str(file)]))
-    return end(start(torchrun(count, "-m", "reeltune", "train", str(file))))
+def train(recipes: list[Recipe], count: int, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> tuple[int, str]:
+    """Trains by one recipe after another in the same `count` processes. Returns (exit code, what was printed)."""
+    script = str(Path(__file__).with_name("several_runs.py"))
+    return end(start(torchrun(count, script, *written(recipes, folder))), limit_seconds)
+
+
+def written(recipes: list[Recipe], folder: Path) -> list[str]:
+    """A file for each."""
+    files = []
+    for recipe in recipes:
+        files.append(str(folder / f"{Path(recipe.output.output_dir).name}.yaml"))
+        Path(files[-1]).write_text(dump(recipe))
+    return files

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "reeltune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 REPORTING = ("log", "ledger", "report", "charts", "agreement")
-ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state")
+ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state", "watch")
 LAYERS = (  # from the bottom; a name covers what is below it too
     ("types", "errors", "dice"),
     ("recipe", "rules", "settings"),

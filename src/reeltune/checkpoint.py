@@ -167,9 +167,9 @@ def progress_of(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
 
-def load(checkpoint: Path) -> tuple[Progress, dict]:
-    """Progress and optimizer state (on the CPU) of a checkpoint that one process wrote."""
-    return progress_of(checkpoint), torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+def load(checkpoint: Path) -> dict:
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
+    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 def is_shared(checkpoint: Path) -> bool:

@@ -139,6 +139,10 @@ class Engine:
         """The thing of each rank, on every rank; any picklable value."""
         return [thing] if self.world == 1 else gather_object([thing])
 
+    def first(self, thing: Any) -> Any:
+        """That of rank 0, on every rank."""
+        return self.gather(thing)[0]
+
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""
         if self.world == 1:
@@ -147,6 +151,10 @@ class Engine:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def main_first(self) -> contextlib.AbstractContextManager:
+        """What is inside is done by rank 0, then by the others."""
+        return self.accelerator.main_process_first()
 
     def scaler_state(self) -> dict | None:
         """fp16's loss scale, part of an exact resume."""

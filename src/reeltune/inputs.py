@@ -83,10 +83,13 @@ def gather(
     family: Family,
     mode: str,
     *,
-    world: int = 1,
+    group: int | None = None,
     show_progress: bool = True,
 ) -> Inputs:
-    """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data."""
+    """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data.
+
+    group: samples of a micro-step over all processes; those of one process, if not given.
+    """
     data = recipe.data
     root = Path(data.train_data_dir)
     needs = FILE_INPUTS & set(family.needs[mode])
@@ -121,14 +124,14 @@ def gather(
     else:
         rows = split(usable, data.held_out_share, str(root))
         train, held_out = (usable.take(part) for part in rows)
-    group = recipe.training.train_batch_size * world
+    group = group or recipe.training.train_batch_size
     plan = partial(
         Plan,
         train,
         rules,
         group=group,
         seed=recipe.training.seed,
-        strata=strata_over(world) if recipe.loss.uniform_sampling else 1,
+        strata=strata_over(group) if recipe.loss.uniform_sampling else 1,
         video_repeat=data.video_repeat,
         largest_first=True,
     )

@@ -28,7 +28,6 @@ from reeltune.optim import (
 from reeltune.recipe import Model, Optimization
 from reeltune.shards import Piece, whole
 from reeltune.trainable import released_names, select
-from reeltune.types import Progress
 
 
 class Learner:
@@ -149,7 +148,7 @@ class Learner:
             "average": None if self.average is None else self.average.weights,
         }
 
-    def load_state(self, found: Path) -> Progress:
+    def load_state(self, found: Path) -> None:
         """Of the checkpoint whose weights are in the network already."""
         is_shared = checkpoint.is_shared(found)
         if is_shared != self.engine.sharded and self.optimization.use_came:
@@ -163,16 +162,15 @@ class Learner:
             self.trainer.make_state(self.names, held.keys, held.scalars)
             # ZeRO has a state also for what never had a gradient, and there it stays zero.
             held.fill(piece for piece in self.pieces() if piece.name in held or "optimizer/" not in piece.name)
-            return checkpoint.progress_of(found)
-        progress, state = checkpoint.load(found)
+            return
+        state = checkpoint.load(found)
         self.optimizer.load_state_dict(state["optimizer"])
         self.engine.load_scaler_state(state["scaler"])
         if self.average is not None and state["average"] is not None:
             for name, weight in self.average.weights.items():
                 weight.copy_(state["average"][name])
-        return progress
 
     def _whole(self, found: Path) -> Whole:
         of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
-        _, state = checkpoint.load(found)
+        state = checkpoint.load(found)
         return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
