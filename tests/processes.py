@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from reeltune.recipe import Recipe
@@ -44,15 +45,29 @@ def end(process: subprocess.Popen, limit_seconds: float = LIMIT_SECONDS) -> tupl
     return process.returncode, told
 
 
-def torchrun(count: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    return [*launcher, "--master_port", str(free_port()), *words]
+def ranks(count: int, *words: str) -> list[subprocess.Popen]:
+    """`python words` in so many processes that know of each other, as launchers start them."""
+    port = str(free_port())
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+
+    def one(rank: int) -> subprocess.Popen:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        return start([sys.executable, *words], env=environment(**meeting, **place))
+
+    return [one(rank) for rank in range(count)]
 
 
-def train(recipes: list[Recipe], count: int, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> tuple[int, str]:
-    """Trains by one recipe after another in the same `count` processes. Returns (exit code, what was printed)."""
+def ends(processes: list[subprocess.Popen], limit_seconds: float = LIMIT_SECONDS) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of each; all are ended if one is not done in time."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(lambda process: end(process, limit_seconds), processes))
+
+
+def train(recipes: list[Recipe], count: int, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> None:
+    """Trains by one recipe after another in the same `count` processes."""
     script = str(Path(__file__).with_name("several_runs.py"))
-    return end(start(torchrun(count, script, *written(recipes, folder))), limit_seconds)
+    for code, told in ends(ranks(count, script, *written(recipes, folder)), limit_seconds):
+        assert code == 0, told
 
 
 def written(recipes: list[Recipe], folder: Path) -> list[str]:
