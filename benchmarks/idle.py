@@ -1,8 +1,8 @@
 """How long ranks wait for the slowest: a simulation over real plans, ours beside each rank drawing its own size.
 
 The cost of a sample is what Wan2.1-14B computes for its tokens (all matrices of a block that every token passes) and
-for its attention (every token with every other and with the caption's); times of all ranks are summed up per micro-step, in which all wait for
-the costliest. Reading and encoding are left out: they run beside, or are alike for one size.
+for its attention (every token with every other and with the caption's); of all ranks' times of a micro-step the
+longest is the one that all wait for. Reading and encoding are left out: they run beside, or are alike for one size.
 
 The rule beside ours is that of the original scripts, in which every process draws from its own part of the data and
 its own generator: a rank's next micro-step is then the next of a plan for one process.

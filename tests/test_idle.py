@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from benchmarks import idle
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import idle
 from reeltune.data.plan import Plan
 
 

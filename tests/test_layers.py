@@ -17,10 +17,10 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("types", "errors", "dice"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
-    ("families.spec", "families.text", "families.weights"),
+    ("families.spec", "families.text", "families.weights", "families.streamed"),
     ("families",),
     (*ENGINES, "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
-    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement", "parallel"),
+    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "trial", "parallel"),
     ("cli", "compat", "demo", "__main__"),
 )
 NEVER = (  # (these, must not import those), beside what layers say; a report compares with a Recipe's defaults
