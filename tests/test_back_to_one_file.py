@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 
 from processes import ends, environment, ranks, written
-from reeltune import compat, families
-from reeltune.checkpoint import is_shared
+from reeltune import compat, families, shards
+from reeltune.checkpoint import SHARES, is_shared
 from reeltune.errors import UserError
 from reeltune.export import export
 from reeltune.families import weights
+from reeltune.held_state import Shared
 from small_run import data_set, recipe
 from test_compat import ROOT
 from tiny_wan import tiny_checkpoint
@@ -119,3 +120,31 @@ def test_shares_are_not_taken_for_weights(runs):
     checkpoint, _ = made(runs, "fsdp")
     with pytest.raises(UserError, match=r"shares of several processes; `reeltune export \S+checkpoint-2 FOLDER`"):
         weights.saved_transformer(checkpoint)
+
+
+def of_squares(checkpoint: Path, *, shared: bool, count: int, side: int) -> Path:
+    """A checkpoint of `count` square matrices in fp32, each of one number."""
+    state = {f"blocks.{i}.weight": torch.full((side, side), float(i)) for i in range(count)}
+    outline = {name: tensor.to("meta") for name, tensor in state.items()}
+    weights.write_component(checkpoint / "transformer", outline if shared else state, {})
+    if shared:
+        shards.write(checkpoint / SHARES, [shards.whole(f"weights/{name}", w) for name, w in state.items()], None)
+        Shared.write_outline(checkpoint, {name: list(tensor.shape) for name, tensor in state.items()}, {})
+    (checkpoint / "progress.json").write_text("{}")
+    return checkpoint
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shares"])
+def test_memory_holds_a_shard_and_a_tensor_at_most(shared, tmp_path):
+    """A checkpoint of 192 MiB to shards of 32 MB; a tensor has 8 MiB as stored, and is held three times at most."""
+    tensor_bytes, shard_bytes = 2**23, 32 * 10**6
+    small = of_squares(tmp_path / "checkpoint-1", shared=shared, count=2, side=2)
+    large = of_squares(tmp_path / "checkpoint-2", shared=shared, count=24, side=1448)
+    words = [small, large, tmp_path / "out", "32MB"]
+    command = [sys.executable, "-m", "benchmarks.export_peak", *map(str, words)]
+    exact = environment(MALLOC_MMAP_THRESHOLD_="1000000")  # what is let go is given back, as it is for real sizes
+    done = subprocess.run(command, cwd=ROOT, env=exact, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    files = weights.files_of(tmp_path / "out")
+    assert len(files) == 4 and all(file.stat().st_size < shard_bytes for file in files)
+    assert tensor_bytes / 2 < told["peak_bytes"] < 3.5 * tensor_bytes < shard_bytes + tensor_bytes
