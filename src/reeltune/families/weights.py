@@ -214,6 +214,18 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
         raise UserError(str(file), f"is not JSON ({broken})") from broken
 
 
+def require(config: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming everything in a config.json that is not the one value supported."""
+    refuse(
+        where,
+        [
+            f"{name} is {config[name]!r}; only {value!r} is supported"
+            for name, value in values.items()
+            if config.get(name, value) != value
+        ],
+    )
+
+
 def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The folder of each component. Raises UserError that names every one missing."""
     found = {name: folder / name for name in names}
@@ -256,7 +268,7 @@ def load_component(
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net
+    return net.to(device)  # the buffers too
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
