@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reeltune.diffusion.loss import gaussian
-from reeltune.types import Posterior
+from reeltune.types import Batch, Posterior
 
 
 def kept_pixels(pixels_BFCHW: Tensor, mask_BFHW: Tensor) -> Tensor:
@@ -25,6 +25,12 @@ def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
     """The mask's channels, then the clip's. The mask is known exactly: its variance is 0."""
     exactly = torch.full_like(mask_BCThw, -torch.inf)
     return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
+
+
+def kept_of_inpainting(batch: Batch, mode: str) -> dict[str, Tensor]:
+    """What the draw keeps; inpainting is dropped only where everything is to be generated."""
+    inpaint = {"inpaint": kept_unless_all_masked(batch.keep, batch.mask_BFHW)} if mode == "inpaint" else {}
+    return batch.keep | inpaint
 
 
 def kept_unless_all_masked(keep: dict[str, Tensor], mask_BFHW: Tensor) -> Tensor:
