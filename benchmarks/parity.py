@@ -37,6 +37,7 @@ SCHEDULE = 1e-6  # absolute: a few float32 roundings
 OTHERS = (
     "benchmarks.parity_hunyuan",
     "benchmarks.parity_easyanimate",
+    "benchmarks.parity_cogvideox",
 )  # each with golden_files(goldens) and measure(path); Wan2.1-Fun's are here
 MODES = {"control_camera_ref": "control_ref_camera"}  # the reference's name: ours
 

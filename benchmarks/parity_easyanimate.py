@@ -65,7 +65,7 @@ def captions_in(case: Path) -> tuple[list[str], int]:
     """The prompts that a case's README tells of, and their length in tokens."""
     readme = (case / "README.md").read_text()
     said = re.search(r"Prompts: \[(.*?)\]", readme)
-    length = re.search(r"tokenizer_max_length=(\d+)", readme)
+    length = re.search(r"max_length=(\d+)", readme)
     assert said is not None and length is not None
     return re.findall(r'"([^"]*)"', said.group(1)), int(length.group(1))
 

@@ -17,6 +17,16 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
+def pytest_generate_tests(metafunc):
+    """Tests that take a `pair` or a `checkpoint` run over every family."""
+    for name, modes in (("pair", True), ("checkpoint", False)):
+        if name in metafunc.fixturenames:
+            from every_family import pairs  # here, so that tests without networks need not wait for their libraries
+
+            goldens = Path(metafunc.config.getoption("--goldens")).resolve()
+            metafunc.parametrize(name, pairs(goldens, modes=modes), scope="module")
+
+
 @pytest.fixture(scope="session")
 def goldens(request) -> Path:
     return _folder(Path(request.config.getoption("--goldens")).resolve(), "golden files")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts.recipe_page import page
 
-from reeltune import cli
+from reeltune import cli, compat
 from reeltune.settings import settings
 from small_run import data_set
 from tiny_wan import tiny_checkpoint
@@ -58,19 +58,24 @@ def place(tmp_path, monkeypatch):
     """A folder in which the paths that the documents name are there."""
     tiny_checkpoint(tmp_path / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
     data_set(tmp_path / "datasets" / "mine")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
 def test_commands_run(page, place):
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
     for command in commands_of(page):
-        argv = reeltune_words(command)
+        script = re.search(r" scripts/(\S+\.py) (.*)", command)
+        argv = reeltune_words(command) if script is None else shlex.split(script[2])
         if argv is None:
             assert_known(command)
+        elif script is not None:
+            assert compat.train(script[1], [*argv, *small]) == 0, command
         elif argv[0] in cli.RUN:
-            assert cli.main([*argv, *(f"--{name}={value}" for name, value in SMALL.items())]) == 0, command
+            assert cli.main([*argv, *small]) == 0, command
         else:
             assert cli.main(argv) == 0, command
 
@@ -102,3 +107,13 @@ def test_settings_named_in_the_documents_exist():
 
 def test_the_page_of_settings_is_up_to_date():
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == page(), "run make docs"
+
+
+def test_the_page_of_original_commands_has_every_script_and_flag():
+    page = (ROOT / "docs" / "original_commands.md").read_text(encoding="utf-8")
+    for script, own in compat.SCRIPTS.items():
+        assert f"`scripts/{script}`" in page
+        for name, what in own.refused.items():
+            assert f"| `--{name}`, of `scripts/{script}` | {what} |" in page
+    for name, what in (compat.ACCEPTED | compat.REFUSED).items():
+        assert f"| `--{name}` | {what} |" in page

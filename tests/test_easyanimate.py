@@ -8,15 +8,14 @@ import pytest
 import torch
 from diffusers import EasyAnimateTransformer3DModel
 
+from every_family import derive, others
 from reeltune import families
 from reeltune.diffusion.loss import settle
 from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, weights
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.easyanimate.net import from_released, to_released
-from reeltune.train import train
 from reeltune.types import Batch, Draw, Shape
-from small_run import data_set, recipe
 
 CAPTIONS = ["a red fox runs", "two children fly a blue kite"]
 EXTRA = {"control_ref": 32, "control": 16, "control_ref_camera": 22, "inpaint": 17, "normal": 0}
@@ -34,16 +33,10 @@ def released(goldens):
 @pytest.fixture(scope="module")
 def checkpoints(released, tmp_path_factory):
     """mode -> folder: the tiny one, and untrained networks with other channels in diffusers' layout."""
-    config = json.loads((released / "transformer/config.json").read_text())
-    found = {}
-    for mode, extra in EXTRA.items():
-        folder = tmp_path_factory.mktemp(mode) / "model"
-        shutil.copytree(released, folder, ignore=shutil.ignore_patterns("transformer"))
-        torch.manual_seed(0)
-        sized = weights.arguments_of(EasyAnimateTransformer3DModel, config | {"in_channels": 16 + extra})
-        EasyAnimateTransformer3DModel(**sized).save_pretrained(folder / "transformer")
-        found[mode] = folder
-    return found
+    family, config = families.find(released), weights.read_config(released / "transformer")
+    changed = others(family, config)
+    made = {mode: derive(released, tmp_path_factory.mktemp(mode), changes=changes) for mode, changes in changed}
+    return made | dict.fromkeys(family.modes, released)
 
 
 @pytest.fixture(scope="module")
@@ -214,25 +207,3 @@ def test_the_first_frame_has_cells_of_its_own():
     cells = latents.to_cells(x, (2, 2, 2))
     assert torch.equal(cells[0, 0, :, 0, 0], torch.tensor([1.0, 0.0]))
     assert latents.to_cells(x[:, :, :1], (1, 2, 2)).shape == (1, 1, 1, 2, 2)
-
-
-# ---- runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"), clips=5)
-
-
-@pytest.mark.parametrize("mode", ["control_ref", "control", "inpaint", "normal"])
-def test_a_run_and_its_exact_resume(checkpoints, data, tmp_path, mode):
-    torch.set_num_threads(1)
-    settings = {"train_mode": None, "max_train_steps": 2, "text_drop_ratio": 0.5, "checkpointing_steps": 1}
-    train(recipe(checkpoints[mode], data, tmp_path / "whole", preview_count=1, preview_steps=1, **settings))
-    assert (tmp_path / "whole/previews/step-2/0.mp4").is_file()
-    train(recipe(checkpoints[mode], data, tmp_path / "halves", **settings | {"max_train_steps": 1}))
-    train(recipe(checkpoints[mode], data, tmp_path / "halves", resume_from_checkpoint="latest", **settings))
-    whole, halves = (weights.read(tmp_path / name / "checkpoint-2" / "transformer") for name in ("whole", "halves"))
-    start = to_released(weights.read(checkpoints[mode] / "transformer"), {})
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    assert any(not torch.equal(whole[name], start[name].float()) for name in whole)

@@ -207,7 +207,9 @@ def test_shipped_recipes_build_and_name_themselves(file):
     said = file.read_text()
     assert f"reeltune train recipes/{file.name}" in said
     assert recipe.model.train_mode is not None and 0 < recipe.data.held_out_share < 0.5
-    assert recipe.model.add_full_ref_image_in_self_attention == ("v1.1" in file.name and "camera" not in file.name)
+    assert recipe.model.add_full_ref_image_in_self_attention == (
+        file.name.startswith("wan2.1_fun_v1.1") and "camera" not in file.name
+    )
     assert (recipe.training.gradient_checkpointing, recipe.optimization.max_grad_norm) == (True, 0.05)
 
 

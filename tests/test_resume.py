@@ -1,22 +1,19 @@
 """A killed run, resumed, ends in the same bits as an unbroken one."""
 
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from reeltune.checkpoint import complete
 from reeltune.dice import dice
 from reeltune.errors import UserError
-from reeltune.log import DETERMINISTIC
 from reeltune.train import train
+from same_run import StopAfter, assert_same_end
 from small_run import data_set, recipe
 from tiny_wan import tiny_checkpoint
 
@@ -78,43 +75,6 @@ def run_and_kill(when, settings, *where):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return killed
-
-
-def rows(out, kinds=tuple(DETERMINISTIC)):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row.get(name) for name in DETERMINISTIC[row["kind"]]} for row in lines if row["kind"] in kinds]
-
-
-def assert_same_end(ours: Path, theirs: Path, step: int = 6):
-    a, b = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
-    for name in ("transformer", "transformer_ema"):
-        assert (a / name).is_dir() == (b / name).is_dir()
-        for path in (a / name).glob("*.safetensors"):
-            ours_w, theirs_w = load_file(path), load_file(b / name / path.name)
-            assert ours_w.keys() == theirs_w.keys()
-            assert all(torch.equal(ours_w[key], theirs_w[key]) for key in ours_w)
-    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)]
-    assert_equal(*states)
-    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
-    assert rows(ours) == rows(theirs)
-    assert (ours / "ledger.json").read_text() == (theirs / "ledger.json").read_text()
-    assert (ours / "ledger.csv").read_text() == (theirs / "ledger.csv").read_text()
-
-
-def assert_equal(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 def after_a_step(out):
@@ -200,44 +160,6 @@ def test_a_run_in_two_parts_is_the_run(changes, data, checkpoints, unbroken, tmp
     assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
     assert run(settings_of("toy", checkpointing_steps=100, resume_from_checkpoint="latest", **changes), *where) == 0
     assert_same_end(tmp_path / "run", unbroken("toy", checkpointing_steps=100, **changes))
-
-
-class StopAfter:
-    """Sends this process SIGTERM in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __enter__(self):
-        import reeltune.train as module
-
-        self.module = module
-
-        def step(learner, step, rate, real=module.Learner.step):
-            if step == self.step - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(learner, step, rate)
-
-        self.real_step = module.Learner.step
-        module.Learner.step = step
-
-    def __exit__(self, *_):
-        self.module.Learner.step = self.real_step
-
-
-def test_looking_changes_nothing(data, checkpoints, unbroken, tmp_path):
-    """A run with previews and held-out losses along the way ends in the bits of a run without."""
-    mode = "control_ref"
-    out = tmp_path / "run"
-    more = {"validation_steps": 2, "preview_count": 1, "preview_steps": 2}
-    assert run(settings_of(mode, **more), checkpoints / MODES[mode][0], data, out) == 0
-    quiet = unbroken(mode)
-    assert rows(out, ("step",)) == rows(quiet, ("step",))
-    weights = [
-        load_file(next((folder / "checkpoint-6" / "transformer").glob("*.safetensors"))) for folder in (out, quiet)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert sorted(path.name for path in (out / "previews").glob("step-*/*.mp4")) == ["0.mp4"] * 4
 
 
 def test_a_second_run_in_the_same_folder_is_refused(data, checkpoints, unbroken):

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from reeltune.cli import REQUIRED, flags, guarded
-from reeltune.recipe import Recipe
+from reeltune.recipe import Recipe, TrainMode
 from reeltune.settings import build
 
 notices = logging.getLogger(__name__)
 
-DEFAULTS = {"train_mode": "control_ref"}  # of the control scripts, where the flags name none
+
+@dataclass(frozen=True)
+class Script:
+    """What one original script has of its own."""
+
+    train_mode: TrainMode  # where its flags name none
+    refused: Mapping[str, str] = field(default_factory=dict)  # flags that mean another thing there -> what to do
+
+
+NORMAL = Script("normal")
+SCRIPTS = {  # by their paths under scripts/
+    "wan2.1_fun/train_control.py": Script("control_ref"),  # its own default, control, ends in a NameError
+    "train_control.py": Script("control"),  # EasyAnimate
+    "train.py": NORMAL,  # EasyAnimate, and CogVideoX-Fun before it moved
+    "cogvideox_fun/train.py": NORMAL,
+    "hunyuanvideo/train.py": Script(
+        "normal", {"guidance_scale": "there it is what the network is told in training; here that is 6; leave it out"}
+    ),
+}
 LAUNCHER = "accelerate launch decides how processes share the work"
 NEVER_READ = "the original script takes it and never reads it"
+FOLDER = "the checkpoint is a folder, taken as it is"
 ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -> what is said
     "use_deepspeed": LAUNCHER,
     "use_fsdp": LAUNCHER,
     "local_rank": "accelerate launch gives it to each process",
+    "enable_xformers_memory_efficient_attention": "attention is torch's own, which needs no more memory",
     "enable_text_encoder_in_dataloader": "captions are encoded in the training process",
     "multi_stream": "frozen networks run on the stream that trains",
     "report_model_info": "metrics.jsonl has the gradient norm of every step",
@@ -33,25 +54,29 @@ ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -
     "prediction_type": NEVER_READ,
     "push_to_hub": NEVER_READ,
     "random_flip": NEVER_READ,
-    "revision": NEVER_READ,
-    "snr_loss": NEVER_READ,
-    "variant": NEVER_READ,
+    "revision": FOLDER,
+    "snr_loss": "only the sigma loss, of EasyAnimate V3 to V1, has it",
+    "variant": FOLDER,
 }
 REFUSED = {  # flags that would change a run in a way that ours has not -> what to do
     "auto_tile_batch_size": "a clip is not repeated within a step; leave it out, or set gradient_accumulation_steps",
+    "image_embed_interleave": "the picture is read as the checkpoint was trained to; leave it out",
+    "noise_share_in_frames": "every frame has noise of its own; leave it out",
+    "noise_share_in_frames_ratio": "every frame has noise of its own; leave it out",
+    "num_hidden_layers_to_skip": "captions are read as the checkpoint was trained to; leave it out",
     "scale_lr": "the rate is used as it is written; give learning_rate times processes, batch and accumulation",
     "tokenizer_max_length": "captions are cut at the length that the checkpoint was trained with; leave it out",
-    "train_sampling_steps": "the schedule is the checkpoint's; set num_train_timesteps in the yaml of config_path",
-    "vae_path": "the VAE is the checkpoint's; name another file as vae_subpath in the yaml of config_path",
+    "train_sampling_steps": "the schedule is the checkpoint's; for Wan, give num_train_timesteps in config_path's yaml",
+    "vae_path": "the VAE is the checkpoint's; put another in its place there; for Wan, name it in config_path's yaml",
     "validation_epochs": "previews are made by steps; give validation_steps",
 }
 
 
-def train_control(argv: Sequence[str] | None = None) -> int:
-    """scripts/wan2.1_fun/train_control.py"""
+def train(script: str, argv: Sequence[str] | None = None) -> int:
+    """scripts/<script>, one of SCRIPTS. Returns the exit code."""
 
     def act() -> int:
-        recipe = control_recipe(sys.argv[1:] if argv is None else argv)
+        recipe = recipe_of(script, sys.argv[1:] if argv is None else argv)
 
         from reeltune.train import train
 
@@ -60,13 +85,16 @@ def train_control(argv: Sequence[str] | None = None) -> int:
     return guarded(act)
 
 
-def control_recipe(argv: Sequence[str]) -> Recipe:
-    """The flags of a control training script. Raises UserError with everything that is wrong with them."""
+def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
+    """The flags of one of SCRIPTS. Raises UserError with everything that is wrong with them."""
+    own = SCRIPTS[script]
+    refused = {**REFUSED, **own.refused}
     words, given, problems = flags(argv)
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
     for name in [name for name in given if name in ACCEPTED]:
         del given[name]
         notices.warning("--%s changes nothing here: %s", name, ACCEPTED[name])
-    for name in [name for name in given if name in REFUSED]:
-        problems.append(f"{name} is {given.pop(name)}; {REFUSED[name]}")
-    return build(DEFAULTS, given, where="command line", required=REQUIRED["train"], found=problems)
+    for name in [name for name in given if name in refused]:
+        problems.append(f"{name} is {given.pop(name)}; {refused[name]}")
+    tree = {"train_mode": own.train_mode}
+    return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)

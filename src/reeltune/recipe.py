@@ -17,7 +17,7 @@ class Model:
     pretrained_model_name_or_path: str = ""
     """Folder of the downloaded checkpoint, in the released or the diffusers layout."""
     config_path: str | None = None
-    """The guides' model yaml (config/wan2.1/wan_civitai.yaml): file names inside the checkpoint and the schedule."""
+    """The guides' model yaml, in config/: for Wan, file names inside the checkpoint and the schedule."""
     transformer_path: str | None = None
     """Other transformer weights to start from (a .safetensors file or a checkpoint-N folder)."""
     train_mode: TrainMode | None = None

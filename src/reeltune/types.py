@@ -62,7 +62,7 @@ class Geometry:
     def tokens(self, shape: Shape) -> int:
         """Tokens of the clip itself in the transformer (references and text not counted)."""
         T, h, w = self.latent(shape)
-        return T * (h // self.patch) * (w // self.patch)
+        return -(-T // self.patch_time) * (h // self.patch) * (w // self.patch)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from reeltune.families.spec import Family
 MODULES = {  # each has find(folder, settings) -> Family | None
     "wan_fun": "reeltune.families.wan_fun.family",
     "easyanimate": "reeltune.families.easyanimate.family",
+    "cogvideox_fun": "reeltune.families.cogvideox_fun.family",
     "hunyuan_video": "reeltune.families.hunyuan_video.family",
     "toy": "reeltune.families.toy.family",
 }

@@ -87,7 +87,7 @@ class Family:
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
     """(net, x_BCThw, timestep_B, cond) -> answer_BCThw"""
     decode: Callable[[Parts, Tensor], Tensor]
-    """(parts, x0_BCThw) -> pixels_BFCHW in [-1, 1]"""
+    """(parts, x0_BCThw) -> pixels_BFCHW; [-1, 1] is what can be shown, and a VAE may leave it"""
     to_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     """(state_dict of net, config) -> the same tensors under the released names"""
     from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]

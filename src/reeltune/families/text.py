@@ -23,3 +23,14 @@ def embed(tokenizer: Any, encoder: nn.Module, text: Sequence[str], length: int) 
         hidden_LD = encoder(input_ids=ids).last_hidden_state[0].float()
         rows.append(F.pad(hidden_LD, (0, 0, 0, length - len(hidden_LD))))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def embed_padded(tokenizer: Any, encoder: nn.Module, text: Sequence[str], length: int) -> Tensor:
+    """text_BLD in float32, L = length: captions cut or padded to it, the padding read as text and its features kept.
+
+    Captions are encoded one by one, so that none depends on its neighbours.
+    """
+    device = next(encoder.parameters()).device
+    tokens = tokenizer(list(text), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return torch.cat([encoder(input_ids=ids[None].to(device)).last_hidden_state.float() for ids in tokens.input_ids])

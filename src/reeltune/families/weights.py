@@ -246,15 +246,17 @@ def load_component(
     *,
     replacement: str | Path | None = None,
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    correct: Callable[[Any], Any] = lambda net: net,
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
     On the meta device their names and shapes alone are read. Of config.json what the class takes is read.
-    names: renames the file's tensors to the class's. Raises UserError as `fit` does. The class must keep nothing in
-    buffers that its files lack.
+    names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
+    UserError as `fit` does. The class must keep nothing in buffers that its files lack.
     """
     with torch.device("meta"):
         net = cls(**arguments_of(cls, read_config(folder)))
+    net = correct(net)
     source = folder if replacement is None else saved_transformer(replacement)
     on_meta = torch.device(device).type == "meta"
     fit(net, names(peek(source) if on_meta else read(source)), str(source), dtype, device)

@@ -24,13 +24,13 @@ from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGenerati
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError, refuse
-from reeltune.families import latents, schedule, weights
+from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
-from reeltune.families.inpaint import join_mask, kept_of_inpainting, kept_pixels, noisy
 from reeltune.families.spec import Family, Parts
 from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
+CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
 CAMERA_CHANNELS = 6
 
@@ -98,18 +98,14 @@ def encode(
     batch: Batch,
     mode: str,
     *,
-    vae_mini_batch: int = 0,
     options: dict[str, Any] | None = None,
     described: Described | None = None,
 ) -> Encoded:
-    """What the frozen networks make of a batch, in float32.
-
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all.
-    """
+    """What the frozen networks make of a batch, in float32."""
     pixels = batch.pixels_BFCHW
     cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     with parts.borrow("vae") as vae:
-        encoded = partial(latents.encode_clip, vae, mini_batch=vae_mini_batch)
+        encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
         if mode in ("control", "control_ref"):
             cond["control"] = encoded(batch.control_BFCHW)
@@ -117,15 +113,18 @@ def encode(
             shown = torch.arange(len(pixels), device=pixels.device), batch.ref_frame_B
             cond["ref"] = encoded(pixels[shown][:, None])
         if mode == "inpaint":
-            seen = kept_pixels(pixels, batch.mask_BFHW)
-            if parts.net.config.add_noise_in_inpaint_model:
-                seen = noisy(seen, batch.seen_seeds)
-            mask = latents.to_cells((~batch.mask_BFHW[:, None]).float(), x0.mean.shape[2:]) * vae.config.scaling_factor
-            cond["inpaint"] = join_mask(mask, encoded(seen))
+            cond["inpaint"] = inpaint.condition(
+                encoded,
+                pixels,
+                batch.mask_BFHW,
+                x0.mean.shape[2:],
+                scale=vae.config.scaling_factor,
+                seeds=batch.seen_seeds if parts.net.config.add_noise_in_inpaint_model else None,
+            )
     if mode == "control_ref_camera":
         rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
-    return Encoded(x0, cond, kept_of_inpainting(batch, mode))
+    return Encoded(x0, cond, inpaint.kept(batch, mode))
 
 
 def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
@@ -151,7 +150,7 @@ def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str,
 
 
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
+    """pixels_BFCHW float32, about [-1, 1]."""
     with parts.borrow("vae") as vae:
         return latents.decode_clip(vae, x0_BCThw)
 
@@ -185,7 +184,7 @@ CONTROL_REF = Family(
     load=load,
     encode=encode,
     describe=describe,
-    keep=kept_of_inpainting,
+    keep=inpaint.kept,
     denoise=denoise,
     decode=decode,
     to_released=to_released,
@@ -276,10 +275,11 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     """
     config = weights.read_config(folder / "transformer")
     vae = weights.read_config(folder / "vae")
-    refuse_older(str(folder), config, vae | (settings.get("vae_kwargs") or {}))
-    if config.get("_class_name") != "EasyAnimateTransformer3DModel":
+    refuse_older(str(folder), config, (settings.get("vae_kwargs") or {}) | vae)
+    if config.get("_class_name") != CLASS:
         return None
     family = variant(config, str(folder / "transformer"))
+    refuse_other_yaml(settings, family, folder)
     two = ("text_encoder_2", "tokenizer_2") if "text_t5" in family.caption else ()
     paths = weights.components(folder, ("transformer", "vae", "text_encoder", "tokenizer", *two, "scheduler"))
     scales = len(vae.get("block_out_channels", (128, 256, 512, 512)))
@@ -306,3 +306,18 @@ def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> Non
         found = "V3"
     if found:
         raise UserError(where, f"an EasyAnimate {found} checkpoint; supported are EasyAnimate V5.1 and V5")
+
+
+def refuse_other_yaml(settings: dict[str, Any], family: Family, folder: Path) -> None:
+    """Raises UserError for the yaml of another version than the checkpoint."""
+    own = {"transformer_type": CLASS, "enable_multi_text_encoder": "text_t5" in family.caption}
+    said = (settings.get("transformer_additional_kwargs") or {}) | (settings.get("text_encoder_kwargs") or {})
+    refuse(
+        "config_path",
+        [
+            f"{name} is {said[name]}, but {folder} is {family.name}, where it is {value}; leave config_path out, or "
+            "give that version's yaml"
+            for name, value in own.items()
+            if said.get(name, value) != value
+        ],
+    )

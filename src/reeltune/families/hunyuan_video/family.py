@@ -103,18 +103,16 @@ def encode(
     batch: Batch,
     mode: str,
     *,
-    vae_mini_batch: int = 0,
     options: dict[str, Any] | None = None,
     described: Described | None = None,
 ) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. The first latent frame is left out of the loss
-    (measured on the reference, 2026-11, in both modes).
+    The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
     """
     pixels, config = batch.pixels_BFCHW, parts.net.config
     with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         cond: dict[str, Tensor | Posterior] = {}
         if mode == "i2v":
@@ -183,7 +181,7 @@ def finish(x0_BCThw: Tensor, cond: dict[str, Tensor]) -> Tensor:
 
 
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
+    """pixels_BFCHW float32, about [-1, 1]."""
     with parts.borrow("vae") as vae:
         return decode_clip(vae, x0_BCThw)
 

@@ -68,7 +68,8 @@ def load(
         for weight in net.parameters():
             weight.normal_(0, 0.1, generator=generator)
     if transformer_path is not None:
-        weights.fit(net, from_released(weights.read(Path(transformer_path)), {}), str(transformer_path))
+        source = weights.saved_transformer(transformer_path)
+        weights.fit(net, from_released(weights.read(source), {}), str(source))
     null = {"text": embed([""])[0]}
     net = net.to(device if network else "meta", dtype)
     return Parts(net, null=null, device=torch.device(device), low_vram=low_vram)
@@ -100,7 +101,6 @@ def encode(
     batch: Batch,
     mode: str,
     *,
-    vae_mini_batch: int = 0,
     options: dict | None = None,
     described: Described | None = None,
 ) -> Encoded:

@@ -85,18 +85,17 @@ def encode(
     batch: Batch,
     mode: str,
     *,
-    vae_mini_batch: int = 0,
     options: dict[str, Any] | None = None,
     described: Described | None = None,
 ) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. options: add_full_ref_image_in_self_attention.
+    options: add_full_ref_image_in_self_attention.
     """
     pixels = batch.pixels_BFCHW
     cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         if mode in ("control", "control_ref"):
             cond["control"] = latents(batch.control_BFCHW)
@@ -161,15 +160,11 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
     return (square * 0.5 + 0.5 - mean) / std
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:
     """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
-    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
-    mean, std = _statistics(vae, pixels.device)
-    return Posterior(
-        (torch.cat([piece.mean for piece in pieces]).float() - mean) / std,
-        torch.cat([piece.logvar for piece in pieces]).float(),
-    )
+    found = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    mean, std = _statistics(vae, pixels_BFCHW.device)
+    return Posterior((found.mean.float() - mean) / std, found.logvar.float())
 
 
 def _statistics(vae: nn.Module, device: torch.device) -> list[Tensor]:

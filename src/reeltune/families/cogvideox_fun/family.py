@@ -1,0 +1,246 @@
+"""CogVideoX-Fun 2b and 5b, V1.0 to V1.5: inpainting and text to video (https://huggingface.co/alibaba-pai).
+
+Conditions by name, as `encode` gives them and `denoise` takes them:
+    text      float B L D, states of T5
+    inpaint   Posterior B 1+C T h w: the mask (1 = keep; known exactly, so its variance is 0), then the kept clip
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, T5EncoderModel
+
+from reeltune.diffusion.objective import Ddpm
+from reeltune.errors import UserError, refuse
+from reeltune.families import inpaint, latents, schedule, weights
+from reeltune.families.cogvideox_fun.net import corrected, decode_in_pairs, rotary, table_frames
+from reeltune.families.spec import Family, Parts
+from reeltune.families.text import embed_padded
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
+
+CLASS = "CogVideoXTransformer3DModel"
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+# ---- load
+
+
+def load(
+    path: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    low_vram: bool = False,
+    encoders: bool = True,
+    network: bool = True,
+    transformer_path: str | Path | None = None,
+) -> Parts:
+    """The network in `dtype` on the device; VAE and encoder in `frozen_dtype`, or as stored.
+
+    Without `encoders` VAE and text encoder are read when they are first borrowed, and no null text is made; without
+    `network` its weights are not read. transformer_path: other weights for the same network.
+    Raises UserError listing every missing, unexpected and misshapen key.
+    """
+    folder = Path(path)
+    place = folder / "transformer"
+    net = weights.load_component(
+        CogVideoXTransformer3DModel,
+        place,
+        dtype,
+        device if network else "meta",
+        replacement=transformer_path,
+        correct=corrected,
+    )
+    parts = Parts(net, config=weights.read_config(place), device=torch.device(device), low_vram=low_vram)
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", frozen_dtype)
+    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    if encoders:
+        parts.read_frozen()
+        parts.null["text"] = encode_text(parts, [""])[0]
+    return parts
+
+
+# ---- encode
+
+
+def encode_text(parts: Parts, captions: list[str]) -> Tensor:
+    """float32 B L D, L = the network's text length (226)."""
+    with parts.borrow("text") as encoder:
+        return embed_padded(parts.extras["tokenizer"], encoder, captions, parts.net.config.max_text_seq_length)
+
+
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described({"text": encode_text(parts, captions)})
+
+
+@torch.no_grad()
+def encode(
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict[str, Any] | None = None,
+    described: Described | None = None,
+) -> Encoded:
+    """What the frozen networks make of a batch, in float32.
+
+    Raises UserError for clips longer than the network has positions for.
+    """
+    pixels = batch.pixels_BFCHW
+    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
+    with parts.borrow("vae") as vae:
+        encoded = partial(latents.encode_clip, vae)
+        x0 = encoded(pixels)
+        check_length(parts.net, x0.mean.shape[2])
+        if mode == "inpaint":
+            cond["inpaint"] = inpaint.condition(
+                encoded,
+                pixels,
+                batch.mask_BFHW,
+                x0.mean.shape[2:],
+                scale=vae.config.scaling_factor,
+                seeds=batch.seen_seeds if parts.config.get("add_noise_in_inpaint_model") else None,
+            )
+    return Encoded(x0, cond, inpaint.kept(batch, mode))
+
+
+def check_length(net: nn.Module, frames: int) -> None:
+    most = table_frames(net.patch_embed)
+    if frames > most and not net.config.use_rotary_positional_embeddings:
+        raise UserError(
+            "video_sample_n_frames",
+            f"a clip of {frames} latent frames, but this network has positions for {most}; "
+            f"set video_sample_n_frames to {net.config.sample_frames} or less",
+        )
+
+
+# ---- denoise and decode
+
+
+def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """The network's answer; mask and kept clip follow the noisy clip. A time patch is filled up with zero frames."""
+    x = torch.cat([x_BCThw, cond["inpaint"].to(x_BCThw)], 1) if "inpaint" in cond else x_BCThw
+    x_BTChw = x.transpose(1, 2)
+    frames, (height, width) = x_BTChw.shape[1], x_BTChw.shape[3:]
+    x_BTChw = F.pad(x_BTChw, (0, 0, 0, 0, 0, 0, 0, -frames % (net.config.patch_size_t or 1)))
+    answer_BTChw = net(
+        hidden_states=x_BTChw,
+        encoder_hidden_states=cond["text"].to(x),
+        timestep=timestep_B,
+        image_rotary_emb=rotary(net.config, frames, height, width, x.device),
+        return_dict=False,
+    )[0]
+    return answer_BTChw[:, :frames].transpose(1, 2)
+
+
+@torch.no_grad()
+def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
+    """pixels_BFCHW float32 in [-1, 1]."""
+    with parts.borrow("vae") as vae:
+        z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
+        return decode_in_pairs(vae, z).float().transpose(1, 2)
+
+
+# ---- files: both layouts name their tensors alike
+
+
+def same(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    return dict(state)
+
+
+def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
+    """config is written back as it was read; for diffusers without what its class does not know."""
+    if diffusers:
+        own = {name: value for name, value in config.items() if name.startswith("_")}
+        config = own | weights.arguments_of(CogVideoXTransformer3DModel, config)
+    weights.write_component(folder, state, config)
+
+
+# ---- the family and its variants
+
+INP = Family(
+    name="cogvideox_fun/v1.1_5b_inp",
+    source="https://huggingface.co/alibaba-pai/CogVideoX-Fun-V1.1-5b-InP",
+    geometry=Geometry(time_stride=4, space_stride=8, patch=2, channels=16),
+    objective=Ddpm("v_prediction", rescale_betas_zero_snr=True),
+    modes=("inpaint",),
+    needs={"inpaint": ("mask",)},
+    drop={"inpaint": 0.9},  # of samples where everything is to be generated (measured on the reference, 2026-11)
+    blocks=("CogVideoXBlock",),
+    size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
+    load=load,
+    encode=encode,
+    describe=describe,
+    keep=inpaint.kept,
+    denoise=denoise,
+    decode=decode,
+    to_released=same,
+    from_released=same,
+    save=save,
+)
+
+
+def variant(config: dict[str, Any], where: str) -> Family:
+    """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
+    fixed = {"use_learned_positional_embeddings": False, "ofs_embed_dim": None}  # those of the I2V networks of others
+    refuse(
+        where,
+        [
+            f"{name} is {config[name]!r}; only {value!r} is supported"
+            for name, value in fixed.items()
+            if config.get(name, value) != value
+        ],
+    )
+    channels = config.get("out_channels", 16)
+    extra = config.get("in_channels", 16) - channels
+    if extra not in (0, channels + 1):
+        raise UserError(
+            where,
+            f"a CogVideoX network with {extra} conditioning channels; supported are {channels + 1} (inpainting) and "
+            "0 (text to video)",
+        )
+    version = "V1.5-" if config.get("patch_size_t") else "V1.1-" if config.get("add_noise_in_inpaint_model") else ""
+    size = "5b" if config.get("use_rotary_positional_embeddings") else "2b"
+    family = replace(
+        INP,
+        name=f"cogvideox_fun/{(version or 'V1.0-').lower().replace('-', '_')}{size}_{'inp' if extra else 't2v'}",
+        source=f"https://huggingface.co/alibaba-pai/CogVideoX-Fun-{version}{size}-InP",
+    )
+    return family if extra else replace(family, modes=("normal",), needs={"normal": ()}, drop={})
+
+
+def find(folder: Path, settings: dict[str, Any]) -> Family | None:
+    """The variant in a checkpoint folder, from its JSON files alone; None if its transformer is no CogVideoX.
+
+    Raises UserError for one that is not supported, or lacks files.
+    """
+    config = weights.read_config(folder / "transformer")
+    if config.get("_class_name") != CLASS:
+        return None
+    family = variant(config, str(folder / "transformer"))
+    paths = weights.components(folder, COMPONENTS)
+    vae = weights.read_config(paths["vae"])
+    geometry = Geometry(
+        time_stride=int(vae.get("temporal_compression_ratio", 4)),
+        space_stride=2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1),
+        patch=config.get("patch_size", 2),
+        patch_time=config.get("patch_size_t") or 1,
+        channels=config.get("out_channels", 16),
+    )
+    return replace(
+        family,
+        geometry=geometry,
+        objective=schedule.read(paths["scheduler"]),
+        frozen_files=weights.encoding_files(paths),
+    )

@@ -1,0 +1,94 @@
+"""The CogVideoX transformer and the decoder of its VAE: diffusers' classes, with what differs put right.
+
+diffusers 0.42 (https://github.com/huggingface/diffusers: embeddings.py, autoencoder_kl_cogvideox.py) differs from the
+released code in three things (measured on the reference, 2026-11):
+    the 2b network's table of positions is made anew for each size; released networks resize the one they learnt with
+    the rotary grid of positions is stretched wherever it does not start at 0
+    the VAE decodes an odd latent frame together with the first two; released ones decode the first frame alone
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_rotary_pos_embed
+from diffusers.models.upsampling import CogVideoXUpsample3D
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK = 2  # latent frames that the decoder takes at a time, after the first
+
+
+class ResizedTable(CogVideoXPatchEmbed):
+    """Positions of a clip: the table for the size in config.json, resized to the clip's and cut to its frames."""
+
+    def _get_positional_embeddings(self, sample_height, sample_width, sample_frames, device=None):
+        frames, height, width = table_frames(self), self.sample_height, self.sample_width
+        patch = self.patch_size
+        table_DTHW = self.pos_embedding[0, self.max_text_seq_length :].T.unflatten(
+            1, (frames, height // patch, width // patch)
+        )
+        size = frames, sample_height // patch, sample_width // patch
+        resized_DTHW = F.interpolate(table_DTHW[None], size, mode="trilinear")[0]
+        used = (sample_frames - 1) // self.temporal_compression_ratio + 1
+        clip_LD = resized_DTHW[:, :used].flatten(1).T
+        return torch.cat([self.pos_embedding[:, : self.max_text_seq_length], clip_LD[None]], 1)
+
+
+def table_frames(patch_embed: CogVideoXPatchEmbed) -> int:
+    """Latent frames for which a network without rotary positions has any."""
+    return (patch_embed.sample_frames - 1) // patch_embed.temporal_compression_ratio + 1
+
+
+def corrected(net: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
+    """The same network, on whatever device, its table of positions that of the released code."""
+    patch = net.patch_embed
+    if patch.use_positional_embeddings:
+        size = patch.sample_height, patch.sample_width, patch.sample_frames
+        patch.register_buffer("pos_embedding", patch._get_positional_embeddings(*size, device="cpu"), persistent=False)
+        patch.__class__ = ResizedTable  # of the same parameters; made anew it would lose their place in the network
+    return net
+
+
+def rotary(config: Any, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) of latent cells' positions, L D; None for a network with a table of positions.
+
+    Without time patches n positions go from start to stop, stop left out, in equal steps; diffusers takes n from start
+    to stop (n - 1) / n instead, which is the same given stop + start / (n - 1).
+    """
+    if not config.use_rotary_positional_embeddings:
+        return None
+    patch = config.patch_size
+    grid, base = (height // patch, width // patch), (config.sample_height // patch, config.sample_width // patch)
+    if config.patch_size_t is not None:
+        steps = -(-frames // config.patch_size_t)
+        slices = {"grid_type": "slice", "max_size": base}
+        return get_3d_rotary_pos_embed(config.attention_head_dim, None, grid, steps, device=device, **slices)
+    start, stop = get_resize_crop_region_for_grid(grid, base[1], base[0])
+    stop = tuple(b + a / max(n - 1, 1) for a, b, n in zip(start, stop, grid, strict=True))
+    return get_3d_rotary_pos_embed(config.attention_head_dim, (start, stop), grid, frames, device=device)
+
+
+def decode_in_pairs(vae: AutoencoderKLCogVideoX, z_BCThw: Tensor) -> Tensor:
+    """pixels_BCFHW: the first latent frame alone, then two at a time, each chunk with the last one's end in view."""
+    cache, pieces = None, []
+    for chunk in (z_BCThw[:, :, :1], *z_BCThw[:, :, 1:].split(CHUNK, dim=2)):
+        if chunk.shape[2]:
+            with ExitStack() as hooks:
+                if pieces:
+                    for module in vae.decoder.modules():
+                        if isinstance(module, CogVideoXUpsample3D) and module.compress_time:
+                            handle = module.register_forward_hook(double_alone)
+                            hooks.callback(handle.remove)
+                piece, cache = vae.decoder(chunk, conv_cache=cache)
+            pieces.append(piece)
+    return torch.cat(pieces, 2)
+
+
+def double_alone(module: nn.Module, inputs: tuple[Tensor], output_BCTHW: Tensor) -> Tensor:
+    """One frame stands for two everywhere but at the start of a clip; diffusers leaves it one."""
+    return output_BCTHW.repeat_interleave(2, 2) if inputs[0].shape[2] == 1 else output_BCTHW

@@ -1,0 +1,102 @@
+"""Every family and mode as a tiny checkpoint, for the tests from which none is excused.
+
+The checkpoints are those of the goldens, told apart by `families.find`, and untrained networks of other channels put
+in their place; without goldens they are our own. The toy needs no files.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from reeltune import families
+from reeltune.errors import UserError
+from reeltune.families import weights
+from reeltune.families.spec import Family
+from reeltune.families.toy.family import FAMILY as TOY
+from reeltune.families.wan_fun import family as wan
+from tiny_wan import tiny_checkpoint
+
+OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint and one of its modes."""
+
+    checkpoint: str
+    mode: str
+    lay_out: Callable[[Path], Path]
+    """An empty folder -> the checkpoint's: the same one, filled, or where the files lie already."""
+
+
+@cache  # the same objects for all tests, so that pytest keeps those of a Pair together
+def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
+    """Parameters for pytest: every Pair, or without `modes` one a checkpoint; what is not there is a skipped one."""
+    found: list[Any] = [_pairs("toy", TOY.modes, toy)]
+    folders = [path.parent for path in goldens.glob("multi/*/model_index.json")]
+    folders += goldens.glob("wan_fun/checkpoints/*/")
+    for folder in sorted(folders):
+        try:
+            family = families.find(folder)
+        except UserError as unknown:
+            found.append(
+                [pytest.param(None, id=folder.name, marks=pytest.mark.skip(reason="; ".join(unknown.problems)))]
+            )
+            continue
+        found.append(_pairs(folder.name, family.modes, partial(_there, folder)))
+        for mode, changes in others(family, weights.read_config(folder / "transformer")):
+            found.append(_pairs(f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
+    if not folders:
+        for family in OWN_WAN:
+            variant = family.name.removeprefix("wan_fun/")
+            found.append(_pairs(variant, family.modes, partial(tiny_checkpoint, variant=variant)))
+        missing = pytest.mark.skip(reason=f"no golden files at {goldens}; give --goldens DIR")
+        found.append([pytest.param(None, id="the other families", marks=missing)])
+    return [pair for one in found for pair in (one if modes else one[:1])]
+
+
+def _pairs(checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path]) -> list[Any]:
+    return [pytest.param(Pair(checkpoint, mode, lay_out), id=f"{checkpoint}-{mode}") for mode in modes]
+
+
+def toy(folder: Path) -> Path:
+    (folder / "toy.json").write_text("{}")
+    return folder
+
+
+def _there(source: Path, folder: Path) -> Path:
+    return source
+
+
+def derive(source: Path, folder: Path, *, changes: dict[str, Any]) -> Path:
+    """The checkpoint `source` with an untrained transformer whose config.json differs by `changes`."""
+    for part in source.iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    config = json.loads((source / "transformer/config.json").read_text()) | changes
+    kind = getattr(diffusers, config["_class_name"])
+    torch.manual_seed(0)
+    net = kind(**weights.arguments_of(kind, config))
+    families.find(source).save(folder / "transformer", net.state_dict(), config)
+    return folder
+
+
+def others(family: Family, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(mode, changes) of the networks that were released beside this one."""
+    C = config.get("out_channels", 16)
+    if family.name.startswith("easyanimate"):
+        extra = {"control_ref": 2 * C, "control": C, "control_ref_camera": 6 + C, "inpaint": 1 + C, "normal": 0}
+        of_v5 = "control", "inpaint", "normal"
+        released = of_v5 if "text_t5" in family.caption else extra
+        yield from ((mode, {"in_channels": C + extra[mode]}) for mode in released if mode not in family.modes)
+    elif family.name == "hunyuan_video/i2v":
+        yield "i2v", {"image_condition_type": "latent_concat", "in_channels": 2 * C + 1, "guidance_embeds": False}
+    elif family.name.startswith("cogvideox_fun") and "normal" not in family.modes:
+        yield "normal", {"in_channels": C}
