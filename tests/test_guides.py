@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from reeltune import families
 from reeltune.families import weights
 from test_compat import ROOT, Command, commands_in
 
@@ -68,8 +67,6 @@ def command(goldens, media, seeds, tmp_path):
 
     def get(name: str) -> tuple[Command, Path]:
         run = RUNS[name]
-        if "CogVideoX" in name and "cogvideox_fun" not in families.MODULES:
-            pytest.skip("CogVideoX-Fun is not supported yet")
         checkpoint = goldens / run.checkpoint
         if not checkpoint.is_dir():
             pytest.skip(f"no {checkpoint.name} at {checkpoint.parent}")
