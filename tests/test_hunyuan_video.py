@@ -376,3 +376,6 @@ def test_images_and_single_frames_are_left_out_with_a_line(checkpoints, data, tm
     stride = recipe(checkpoints["normal"], data, tmp_path, train_mode="normal", video_sample_stride=6)
     with pytest.raises(UserError, match="only images and clips of fewer than 5 sampled frames"):
         gather(stride, family, "normal", show_progress=False)
+    budget = {"random_hw_adapt": True, "training_with_video_token_length": True, "image_sample_size": 64}
+    with pytest.raises(UserError, match="cut to 1 frames, and this model learns nothing from fewer than 5"):
+        gather(recipe(checkpoints["normal"], data, tmp_path, **budget), family, "normal", show_progress=False)

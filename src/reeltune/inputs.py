@@ -21,7 +21,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
-from reeltune.data.shapes import SizeRules, clip_length
+from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts, check_mode
@@ -134,7 +134,8 @@ def gather(
         largest_first=True,
         variants=recipe.cache.cache_variants,
     )
-    reader = partial(Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]))
+    needed = frozenset(family.needs[mode])
+    reader = partial(Reader, plan=plan, group=group, needs=needed, mask_law=family.masks.get(mode))
     return Inputs(
         scan=found,
         unsuited=unsuited,
@@ -150,8 +151,15 @@ def gather(
 def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Records, list[LeftOut]]:
     """(records of clips of `least_frames` frames or more, the others). Clips too short for any plan are the plan's.
 
-    Raises UserError if nothing would be left.
+    Raises UserError if nothing would be left, or clips would be cut to fewer.
     """
+    longest = budget_frames(rules, rules.ladder[-1]) if rules.by_budget else rules.video_sample_n_frames
+    if longest < least_frames:
+        raise UserError(
+            "recipe",
+            f"the largest clips would be cut to {longest} frames, and this model learns nothing from fewer than "
+            f"{least_frames}; raise video_sample_n_frames or token_sample_size, or lower image_sample_size",
+        )
     lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
     short = (lengths < least_frames) & (lengths > 0)
     if not short.any():

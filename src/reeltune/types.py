@@ -73,6 +73,31 @@ class SizeLaw:
     nearest_rung: float | None = 0.5  # probability of the rung nearest token_sample_size; None: all rungs equal
 
 
+@dataclass(frozen=True)
+class MaskLaw:
+    """How likely each kind of inpainting mask is; the kinds are the names of `data.masks.KINDS`.
+
+    As they stand, those of VideoX-Fun's training (https://github.com/aigc-apps/VideoX-Fun).
+    """
+
+    clip: dict[str, float] = field(
+        default_factory=lambda: {
+            "block": 0.05,
+            "all": 0.2,
+            "after_start": 0.2,
+            "between_ends": 0.2,
+            "block_in_time": 0.05,
+            "coin": 0.05,
+            "boxes": 0.05,
+            "ellipse": 0.1,
+            "disc": 0.05,
+            "frames": 0.05,
+        }
+    )
+    picture: dict[str, float] = field(default_factory=lambda: {"block": 0.2, "all": 0.7, "ellipse": 0.05, "disc": 0.05})
+    spots_on_all_frames: bool = False  # ellipses and discs: on every frame, else on the first alone
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One row of the metadata file, checked and measured.

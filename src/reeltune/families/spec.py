@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError
-from reeltune.types import Batch, Described, Encoded, Geometry, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 
 
 @dataclass
@@ -103,6 +103,8 @@ class Family:
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
     encode_version: int = 1
     """Raise it when `encode` or `describe` makes something else of the same input: caches are then filled anew."""
+    masks: dict[str, MaskLaw] = field(default_factory=dict)
+    """Mode that needs a mask -> which masks it is trained with, where MaskLaw() is not."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None

@@ -28,7 +28,7 @@ from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
@@ -213,6 +213,7 @@ INP = replace(
     modes=("inpaint",),
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated
+    masks={"inpaint": MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True)},  # in its own training
 )
 T2V = replace(
     CONTROL_REF,

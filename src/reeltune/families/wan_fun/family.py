@@ -29,7 +29,7 @@ from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
-from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches
@@ -217,6 +217,7 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
 # ---- the family and its variants
 
 DROP = {"control": 0.1, "ref": 0.1, "image": 0.1}  # measured on the reference, 2026-11
+FIRST_FRAME_GIVEN = MaskLaw(clip={"after_first": 1.0}, picture={"all": 1.0})  # as Wan2.1 is trained image to video
 BASE = Family(
     name="wan_fun/control_v1.0",
     source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-Control",
@@ -258,6 +259,7 @@ INP = replace(
     modes=("inpaint", "i2v"),
     needs={"inpaint": ("mask",), "i2v": ("mask",)},
     drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
+    masks={"i2v": FIRST_FRAME_GIVEN},
     size_law=SizeLaw(nearest_rung=None),
 )
 CONTROL_T2V = replace(
