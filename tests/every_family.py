@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tests.tiny_wan import tiny_checkpoint
 
 from reeltune import families
 from reeltune.errors import UserError
@@ -21,7 +22,6 @@ from reeltune.families import weights
 from reeltune.families.spec import Family
 from reeltune.families.toy.family import FAMILY as TOY
 from reeltune.families.wan_fun import family as wan
-from tiny_wan import tiny_checkpoint
 
 OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)
 

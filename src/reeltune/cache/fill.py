@@ -123,9 +123,9 @@ class Encoder:
         if work.items:
             opened = read_ahead(Opened(self.inputs), work.items, self.recipe.data.dataloader_num_workers)
             for item, batch in opened:
-                yield from self._of_clip(item, batch)
+                yield from self.of_clip(item, batch)
 
-    def _of_clip(self, item: Item, batch: Batch | str) -> Iterator[Entry]:
+    def of_clip(self, item: Item, batch: Batch | str) -> Iterator[Entry]:
         if isinstance(batch, str):
             yield from ((key, item.split, batch) for key in (item.clip, item.text) if key)
             return

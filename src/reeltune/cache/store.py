@@ -265,13 +265,12 @@ class Store:
 
 def set_aside_damaged(folder: Path) -> list[str]:
     """Reads every byte. Shards that are not as they were written are renamed, so that their entries count as not
-    there; returns what is wrong with each.
+    there, as those of shards that are gone do; returns what is wrong with each.
     """
     found = []
     for shard in read_manifest(folder).shards.values():
         path = folder / "shards" / shard.name
         if size_of(path) < 0:
-            found.append(f"{path} is gone")
             continue
         with path.open("rb") as file:
             hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
