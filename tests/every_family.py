@@ -17,7 +17,6 @@ import torch
 from tests.tiny_wan import tiny_checkpoint
 
 from reeltune import families
-from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.spec import Family
 from reeltune.families.toy.family import FAMILY as TOY
@@ -38,18 +37,12 @@ class Pair:
 
 @cache  # the same objects for all tests, so that pytest keeps those of a Pair together
 def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
-    """Parameters for pytest: every Pair, or without `modes` one a checkpoint; what is not there is a skipped one."""
+    """Parameters for pytest: every Pair, or without `modes` one a checkpoint."""
     found: list[Any] = [_pairs("toy", TOY.modes, toy)]
     folders = [path.parent for path in goldens.glob("multi/*/model_index.json")]
     folders += goldens.glob("wan_fun/checkpoints/*/")
     for folder in sorted(folders):
-        try:
-            family = families.find(folder)
-        except UserError as unknown:
-            found.append(
-                [pytest.param(None, id=folder.name, marks=pytest.mark.skip(reason="; ".join(unknown.problems)))]
-            )
-            continue
+        family = families.find(folder)
         found.append(_pairs(folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
             found.append(_pairs(f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))

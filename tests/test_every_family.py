@@ -264,6 +264,26 @@ def test_what_is_dropped_is_blank_and_nothing_else_is(runs, inputs, setup):
         assert torch.equal(settled(setup, batch, "inpaint")[0]["inpaint"], settled(setup, batch)[0]["inpaint"])
 
 
+def test_a_network_wrapped_for_several_processes_answers_alike(inputs, setup):
+    """DistributedDataParallel passes on the call, and none of the network's attributes."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.module = net
+
+        def forward(self, *given, **named):
+            return self.module(*given, **named)
+
+    batch = inputs.reader[0, 0, 0, 1]
+    encoded, net = setup.encode(batch), setup.parts.net
+    x0, cond = settle(encoded, batch.seeds, setup.parts.null)
+    level_B = torch.full((len(x0),), 0.5)
+    with torch.no_grad():
+        answers = [setup.denoise(one, x0, setup.objective.timestep(level_B), cond) for one in (net, Wrapped(net))]
+    assert torch.equal(*answers)
+
+
 def test_the_caption_makes_what_is_dropped_with_it(runs, inputs, setup):
     batch = inputs.reader[0, 0, 0, 1]
     one, _ = settled(setup, batch)

@@ -177,6 +177,14 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
+    """Raises UserError for clips longer than the network has positions for."""
+    frames, most = recipe.sizes.video_sample_n_frames, family.most_frames
+    if most is not None and family.geometry.legal_frames(frames) > most:
+        raise UserError(
+            "recipe",
+            f"video_sample_n_frames is {frames}, but {family.name} has positions for {most} frames; "
+            f"set video_sample_n_frames to {most} or less",
+        )
     sizes = asdict(recipe.sizes)
     del sizes["keep_all_node_same_token_length"]  # always on
     return SizeRules(

@@ -107,6 +107,8 @@ class Family:
     """Mode that needs a mask -> which masks it is trained with, where MaskLaw() is not."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
+    most_frames: int | None = None
+    """Pixel frames for which the network has positions; recipes that ask for more are refused. None: for any number."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     save: Callable[..., None] | None = None

@@ -220,6 +220,18 @@ def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
     return {"config": parts["transformer"] / "config.json", **others}
 
 
+def require(config: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming everything in a config.json that is not the one value supported."""
+    refuse(
+        where,
+        [
+            f"{name} is {config[name]!r}; only {value!r} is supported"
+            for name, value in values.items()
+            if config.get(name, value) != value
+        ],
+    )
+
+
 def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The folder of each component. Raises UserError that names every one missing."""
     found = {name: folder / name for name in names}
@@ -263,7 +275,7 @@ def load_component(
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net
+    return net.to(device)  # the buffers too
 
 
 def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:

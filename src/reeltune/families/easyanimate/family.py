@@ -235,14 +235,7 @@ def variant(config: dict[str, Any], where: str) -> Family:
         "ref_channels": None,
         "swa_layers": None,
     }
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config["in_channels"] - channels
     supported = {

@@ -154,12 +154,14 @@ def first_latent(found: Posterior) -> Posterior:
 # ---- denoise and decode
 
 
-def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+def denoise(
+    net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor], *, concat: bool = False
+) -> Tensor:
     """The network's answer. A known first frame is in its place, or with a mask (1 = known) in channels of its own."""
     x = x_BCThw
     if "ref" in cond:
         ref = cond["ref"].to(x)
-        if net.config.image_condition_type == "latent_concat":
+        if concat:
             known = torch.cat([ref, torch.ones_like(ref[:, :1])], 1)
             x = torch.cat([x, F.pad(known, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
         else:
@@ -236,6 +238,7 @@ I2V_CONCAT = replace(
     name="hunyuan_video/i2v_concat",
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V-33ch",
     blocks=T2V.blocks,
+    denoise=partial(denoise, concat=True),
     finish=None,
 )
 
