@@ -214,8 +214,8 @@ def unpack(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def _mapped(path: str) -> tuple[Any, dict[str, list[str]]]:
-    """(the file, names of tensors by key)"""
+def _mapped(path: str, blake2b: str) -> tuple[Any, dict[str, list[str]]]:
+    """(the file, names of tensors by key); blake2b, that another file of that name is not taken for it."""
     held, names = safe_open(path, "pt", device="cpu"), {}
     for name in held.keys():  # noqa: SIM118
         key, _, own = name.partition("/")
@@ -235,10 +235,11 @@ class Store:
     """Entries by key, from mapped files. Shards that are gone or of another size count as not there."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.absolute()
         manifest = read_manifest(folder)
         there = [shard for shard in manifest.shards.values() if size_of(folder / "shards" / shard.name) == shard.bytes]
         self.facts = manifest.facts
+        self.hashes = {shard.name: shard.blake2b for shard in there}
         self.entries = {key: (shard.name, split) for shard in there for key, split in shard.entries.items()}
         self.failed = {key: reason for key, reason in manifest.failed.items() if key not in self.entries}
 
@@ -252,7 +253,7 @@ class Store:
             raise UserError("cache_folder", f"{key} in {shard} was written for {written_for} and is asked for {split}")
         path = self.folder / "shards" / shard
         try:
-            held, names = _mapped(str(path))
+            held, names = _mapped(str(path), self.hashes[shard])
             return {name: unpack(held.get_tensor(f"{key}/{name}")) for name in names.get(key, ())}
         except (OSError, SafetensorError) as broken:
             raise UserError(
