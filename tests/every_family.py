@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tests.tiny_wan import tiny_checkpoint
 
 from reeltune import families
 from reeltune.demo.main import FAMILIES as SHOWN
@@ -24,7 +25,6 @@ from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.spec import Family
 from reeltune.families.toy.family import FAMILY as TOY
 from reeltune.families.wan_fun import family as wan
-from tiny_wan import tiny_checkpoint
 
 OWN = {"easyanimate": easyanimate.CONTROL_REF, "hunyuan_video": hunyuan.T2V, "cogvideox_fun": cogvideox.INP}
 OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)

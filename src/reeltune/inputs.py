@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ def gather(
         strata=strata_over(world) if recipe.loss.uniform_sampling else 1,
         video_repeat=data.video_repeat,
         largest_first=True,
+        variants=recipe.cache.cache_variants,
     )
     needed = frozenset(family.needs[mode])
     reader = partial(Reader, plan=plan, group=group, needs=needed, mask_law=family.masks.get(mode))
@@ -209,10 +211,24 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
     )
 
 
-def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer: Path | None = None) -> Parts:
+def encode_options(recipe: Recipe) -> dict[str, Any]:
+    """Choices of the recipe that `encode` follows."""
+    return {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
+
+
+def load_parts(
+    recipe: Recipe,
+    family: Family,
+    device: torch.device,
+    transformer: Path | None = None,
+    *,
+    encoders: bool = True,
+    network: bool = True,
+) -> Parts:
     """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
 
-    transformer: the folder to take the trained network from when a run is resumed.
+    transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
+    are read when they are needed; without `network` the trained one's weights are not read.
     """
     return family.load(
         recipe.model.pretrained_model_name_or_path,
@@ -221,5 +237,7 @@ def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
         device=device,
         low_vram=recipe.training.low_vram,
+        encoders=encoders,
+        network=network,
         transformer_path=transformer or recipe.model.transformer_path,
     )
