@@ -2,12 +2,12 @@
 
 import gzip
 import json
-import shutil
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from every_family import derive, others
 from reeltune import families
 from reeltune.diffusion.loss import settle
 from reeltune.errors import UserError
@@ -30,16 +30,11 @@ def released(goldens):
 
 @pytest.fixture(scope="module")
 def text_to_video(released, tmp_path_factory):
-    """The same checkpoints without conditioning channels, untrained, in diffusers' layout."""
+    """The same checkpoints without conditioning channels, untrained."""
     made = {}
     for name, path in released.items():
-        folder = tmp_path_factory.mktemp("t2v") / name
-        shutil.copytree(path, folder, ignore=shutil.ignore_patterns("transformer"))
-        config = json.loads((path / "transformer/config.json").read_text())
-        torch.manual_seed(0)
-        sized = weights.arguments_of(CogVideoXTransformer3DModel, config | {"in_channels": config["out_channels"]})
-        CogVideoXTransformer3DModel(**sized).save_pretrained(folder / "transformer")
-        made[name] = folder
+        ((_, changes),) = others(families.find(path), weights.read_config(path / "transformer"))
+        made[name] = derive(path, tmp_path_factory.mktemp("t2v"), changes=changes)
     return made
 
 

@@ -260,14 +260,20 @@ def _size(text: str) -> str:
     return text
 
 
+DEMOS = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun", "toy")
+
+
 def _demo(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune demo", description="A small real run, on the CPU, in a few minutes.")
+    about = "A small real run, on the CPU, in a few minutes."
+    parser = argparse.ArgumentParser("reeltune demo", description=about)
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
+    start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
+    parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
     wanted = parser.parse_args(argv)
 
     from reeltune.demo.main import run
 
-    return run(wanted.out)
+    return run(wanted.out, family=wanted.family)
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
