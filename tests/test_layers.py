@@ -142,6 +142,19 @@ def test_nothing_is_caught_unnamed(file):
             assert not {"Exception", "BaseException"} & set(ast.unparse(node.type).strip("()").split(", ")), node.lineno
 
 
+def test_no_run_of_more_than_eight_lines_stands_in_two_families():
+    """Blank lines and imports aside: what families share lives beside them."""
+    where = {}
+    for file in FILES:
+        if family := family_of(module_of(file)):
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line for line in lines if line and not line.startswith(("import ", "from "))]
+            for start in range(len(lines) - 8):
+                where.setdefault(tuple(lines[start : start + 9]), set()).add(family)
+    assert len(where) > 1000
+    assert not [(families, run[0]) for run, families in where.items() if len(families) > 1]
+
+
 def test_modules_that_say_no_torch_have_none():
     torch_free = [module_of(file) for file in FILES if "(no torch)" in (ast.get_docstring(tree_of(file)) or "")]
     assert {"errors", "dice", "settings", "rules", "data.plan", "data.shapes"} <= set(torch_free)

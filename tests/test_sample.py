@@ -44,7 +44,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def setup():
-    return Setup(FAMILY, "control", FAMILY.load("toy", FAMILY), FAMILY.objective)
+    return Setup(FAMILY, "control", FAMILY.load("toy"), FAMILY.objective)
 
 
 def reader_of(folder, *, needs=("control",)) -> Reader:

@@ -250,6 +250,11 @@ def test_a_mode_that_the_checkpoint_cannot_do_is_refused(wan, data, tmp_path):
         train(recipe(wan, data, tmp_path / "run", train_mode="inpaint"))
 
 
+def test_clips_that_would_be_cut_to_one_frame_are_refused(toy, data, tmp_path):
+    with pytest.raises(UserError, match=r"n_frames is 4, of which toy could use 1; set it to 5 or more, or to 1"):
+        train(recipe(toy, data, tmp_path / "run", video_sample_n_frames=4))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_is_remembered(number, code):
     before = signal.getsignal(number)

@@ -177,8 +177,15 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
-    """Raises UserError for clips longer than the network has positions for."""
+    """Raises UserError for clips longer than the network has positions for, or so short that they would be pictures."""
     frames, most = recipe.sizes.video_sample_n_frames, family.most_frames
+    if frames > 1 and family.geometry.legal_frames(frames) == 1:
+        least = next(n for n in range(2, 1000) if family.geometry.legal_frames(n) > 1)
+        raise UserError(
+            "recipe",
+            f"video_sample_n_frames is {frames}, of which {family.name} could use 1; set it to {least} or more, "
+            "or to 1 to train on pictures",
+        )
     if most is not None and family.geometry.legal_frames(frames) > most:
         raise UserError(
             "recipe",
@@ -232,7 +239,6 @@ def load_parts(
     """
     return family.load(
         recipe.model.pretrained_model_name_or_path,
-        family,
         dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
         device=device,

@@ -22,7 +22,7 @@ from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
 from reeltune.recipe import Recipe
-from reeltune.run_folder import changes_since, describe, refuse_overwriting
+from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
 from reeltune.types import Batch, Progress
@@ -42,8 +42,12 @@ def train(recipe: Recipe) -> int:
 
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     progress = Progress(group=recipe.training.train_batch_size * engine.world)
-    changes = [] if found is None else changes_since(found, recipe, progress.group)
     family, mode, objective = choose_family(recipe)
+    told = {"family": family.name, "mode": mode}
+    changes = []
+    if found is not None:
+        refuse_other_model(found, told)
+        changes = changes_since(found, recipe, progress.group)
     inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
     cache = open_cache(recipe, family, mode, inputs)
     parts = load_parts(recipe, family, engine.device, found and found / "transformer", encoders=cache is None)
@@ -92,7 +96,7 @@ def train(recipe: Recipe) -> int:
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {"family": family.name, "mode": mode, **learner.counts})
+        describe(out, recipe, {**told, **learner.counts})
     duties = Duties(out, recipe, engine, learner, validation, ledger, log)
     batches = stream(
         inputs.reader, progress, workers=recipe.data.dataloader_num_workers, rank=engine.rank, world=engine.world

@@ -305,6 +305,17 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     return net.requires_grad_(False).eval()
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Of the class that its files name. Raises UserError if they are not whole."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        reason = str(broken).strip().splitlines()[0]
+        raise UserError(str(folder), f"is no tokenizer ({reason}); download it again") from broken
+
+
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """config.json and diffusion_pytorch_model.safetensors, as diffusers reads them."""
     write(state, folder / "diffusion_pytorch_model.safetensors")
