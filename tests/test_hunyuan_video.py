@@ -19,7 +19,8 @@ from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.inputs import gather, ledger_of
-from reeltune.sample import Request, Setup, make_clip
+from reeltune.prompts import Request
+from reeltune.sample import Setup, make_clip
 from reeltune.types import Batch, Draw, Shape
 from small_run import data_set, recipe
 

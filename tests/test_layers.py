@@ -19,7 +19,19 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("families.spec", "families.text", "families.weights"),
     ("families",),
     ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
-    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement", "cache"),
+    (
+        "train",
+        "learner",
+        "validate",
+        "sample",
+        "prompts",
+        "inputs",
+        "run_folder",
+        "check",
+        "export",
+        "agreement",
+        "cache",
+    ),
     ("cli", "compat", "demo", "__main__"),
 )
 NEVER = (  # (these, must not import those), beside what layers say; a report compares with a Recipe's defaults

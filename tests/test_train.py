@@ -60,7 +60,7 @@ def test_a_run_leaves_what_it_promises(wan, data, tmp_path):
         "previews", "validation", "checkpoint-2", "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
     assert {path.name for path in (out / "first_batch").iterdir()} == {
-        f"{i}_{part}" for i in range(2) for part in ("pixels.mp4", "control.mp4", "reference.png", "text.txt")
+        f"{i}_{part}" for i in range(2) for part in ("pixels.mp4", "control.mp4", "text.txt")
     }
     rows = steps(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -113,7 +113,7 @@ def train(recipe: Recipe) -> int:
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
                     seen = pixels[progress.epoch, progress.cursor - 1, engine.rank, engine.world] if cache else batch
-                    write_first_batch(seen, out / "first_batch")
+                    write_first_batch(seen, out / "first_batch", reference="ref" in family.needs[mode])
                 duties.count(batch)
                 watch.mark("data_s")
                 encoded = setup.encode(batch)

@@ -105,6 +105,8 @@ class Family:
     """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
     frozen_files: dict[str, Path] = field(default_factory=dict)
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
+    native_fps: float = 16.0
+    """Frames per second of the clips it was made for, at which clips without another rate are played."""
     encode_version: int = 1
     """Raise it when `encode` or `describe` makes something else of the same input: caches are then filled anew."""
     masks: dict[str, MaskLaw] = field(default_factory=dict)

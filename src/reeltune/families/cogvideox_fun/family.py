@@ -118,6 +118,7 @@ INP = Family(
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated (measured on the reference, 2026-11)
     blocks=("CogVideoXBlock",),
+    native_fps=8.0,  # https://github.com/aigc-apps/CogVideoX-Fun
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     read=read,
     encode_clips=encode_clips,

@@ -179,6 +179,7 @@ T2V = Family(
     needs={"normal": ()},
     drop={},
     blocks=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    native_fps=24.0,  # sample_video.py in https://github.com/Tencent-Hunyuan/HunyuanVideo
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     read=read,
     encode_clips=encode_clips,

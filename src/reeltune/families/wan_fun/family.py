@@ -195,6 +195,7 @@ BASE = Family(
     needs={"control_ref": ("control", "ref"), "control": ("control",)},
     drop=DROP,
     blocks=("WanTransformerBlock",),
+    native_fps=16.0,  # sample_fps in https://github.com/Wan-Video/Wan2.1/blob/main/wan/configs
     size_law=SizeLaw(),
     read=read,
     encode_clips=encode_clips,
@@ -225,7 +226,7 @@ INP = replace(
     name="wan_fun/inp",
     source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-InP",
     modes=("inpaint", "i2v"),
-    needs={"inpaint": ("mask",), "i2v": ("mask",)},
+    needs={"inpaint": ("mask",), "i2v": ("mask", "ref")},
     drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
     masks={"i2v": FIRST_FRAME_GIVEN},
     size_law=SizeLaw(nearest_rung=None),
