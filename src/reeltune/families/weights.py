@@ -188,7 +188,11 @@ def fit(
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
     Raises UserError with every name that is missing, unexpected or of another shape.
     """
-    refuse(where, differences(net.state_dict(), state))
+    wanted = net.state_dict()
+    problems = differences(wanted, state)
+    if 2 * len(problems) > len(wanted):
+        problems.insert(0, "most of it does not fit: it is of another model or size; compare config.json and weights")
+    refuse(where, problems)
     placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
