@@ -2,12 +2,12 @@
 
 import gzip
 import json
-import shutil
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from every_family import derive, others
 from reeltune import families
 from reeltune.diffusion.loss import settle
 from reeltune.errors import UserError
@@ -30,22 +30,17 @@ def released(goldens):
 
 @pytest.fixture(scope="module")
 def text_to_video(released, tmp_path_factory):
-    """The same checkpoints without conditioning channels, untrained, in diffusers' layout."""
+    """The same checkpoints without conditioning channels, untrained."""
     made = {}
     for name, path in released.items():
-        folder = tmp_path_factory.mktemp("t2v") / name
-        shutil.copytree(path, folder, ignore=shutil.ignore_patterns("transformer"))
-        config = json.loads((path / "transformer/config.json").read_text())
-        torch.manual_seed(0)
-        sized = weights.arguments_of(CogVideoXTransformer3DModel, config | {"in_channels": config["out_channels"]})
-        CogVideoXTransformer3DModel(**sized).save_pretrained(folder / "transformer")
-        made[name] = folder
+        ((_, changes),) = others(families.find(path), weights.read_config(path / "transformer"))
+        made[name] = derive(path, tmp_path_factory.mktemp("t2v"), changes=changes)
     return made
 
 
 def loaded(path):
     family = families.find(path)
-    return family, family.load(path, family, frozen_dtype=torch.float32)
+    return family, family.load(path, frozen_dtype=torch.float32)
 
 
 def batch_of(frames, mask=None, size=(32, 48)):
@@ -115,7 +110,7 @@ def test_released_names_are_the_networks_own(goldens):
 def test_saved_as_released_and_for_diffusers(released, tmp_path):
     for name, path in released.items():
         family = families.find(path)
-        parts = family.load(path, family, encoders=False)
+        parts = family.load(path, encoders=False)
         stored, state = weights.read(path / "transformer"), parts.net.state_dict()
         family.save(tmp_path / name, state, parts.config)
         family.save(tmp_path / f"{name}-d", state, parts.config, diffusers=True)
@@ -188,5 +183,5 @@ def test_clips_longer_than_the_table_of_positions_are_refused(released, tmp_path
 def test_the_table_of_positions_goes_where_the_weights_go(released):
     for path in released.values():
         family = families.find(path)
-        net = family.load(path, family, encoders=False, device="meta").net
+        net = family.load(path, encoders=False, device="meta").net
         assert all(tensor.is_meta for tensor in (*net.parameters(), *net.buffers()))

@@ -7,15 +7,14 @@ import shutil
 import pytest
 import torch
 
-from every_family import toy
 from processes import train
 from reeltune import train as module
 from reeltune.checkpoint import is_shared
 from same_run import assert_same_end
 from small_run import data_set, recipe
-from tiny_wan import tiny_checkpoint
 
-STEPS, HALF = 20, 10
+STEPS = {"toy": 20}  # of the others FEW; half of them before a stop
+FEW = 6
 GROUP = 4  # samples of a micro-step over all processes
 TOLERANCE = 1e-5  # relative, in fp32
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
@@ -32,17 +31,16 @@ class Runs:
     """Of one family: `engine`, `engine-half` (its first half), `engine-again` (the second, from there), and
     `engine-from-other`, the second half of what another engine began; in two processes, `alone` in one."""
 
-    def __init__(self, checkpoint, data, folder, **changes):
-        self.checkpoint, self.data, self.folder, self.changes = checkpoint, data, folder, changes
+    def __init__(self, checkpoint, data, folder, steps):
+        self.checkpoint, self.data, self.folder, self.steps, self.half = checkpoint, data, folder, steps, steps // 2
 
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
             "engine": None if engine == "alone" else engine,
             "train_batch_size": GROUP // processes,
-            "max_train_steps": STEPS,
+            "max_train_steps": self.steps,
             "checkpointing_steps": 100,
-            **self.changes,
         }
         out = self.folder / name
         if (self.folder / "alone/index").is_dir():  # one scan for all
@@ -50,16 +48,16 @@ class Runs:
         return recipe(self.checkpoint, self.data, out, **{**settings, **changes})
 
     def half_of(self, name):
-        return str(self.folder / f"{name}-half" / f"checkpoint-{HALF}")
+        return str(self.folder / f"{name}-half" / f"checkpoint-{self.half}")
 
     def make(self):
         torch.set_num_threads(1)
         assert module.train(self.recipe("alone", processes=1)) == 0
-        assert module.train(self.recipe("alone-half", processes=1, max_train_steps=HALF)) == 0
+        assert module.train(self.recipe("alone-half", processes=1, max_train_steps=self.half)) == 0
         recipes = []
         for engine in ENGINES:
             recipes.append(self.recipe(engine))
-            recipes.append(self.recipe(f"{engine}-half", max_train_steps=HALF))
+            recipes.append(self.recipe(f"{engine}-half", max_train_steps=self.half))
             recipes.append(self.recipe(f"{engine}-again", resume_from_checkpoint=self.half_of(engine)))
         for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
             recipes.append(self.recipe(f"{engine}-from-{other}", resume_from_checkpoint=self.half_of(other)))
@@ -76,13 +74,12 @@ class Runs:
         return {row["step"]: row["loss"] for row in self.rows(name)}
 
 
-@pytest.fixture(scope="module", params=["toy", pytest.param("wan", marks=pytest.mark.slow)])
-def runs(request, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    source = folder / "checkpoint"
-    source.mkdir()
-    _ = toy(source) if request.param == "toy" else tiny_checkpoint(source, "control_v1.1")
-    made = Runs(source, data, folder)
+@pytest.fixture(scope="module")
+def runs(one_of_a_family, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "checkpoint").mkdir()
+    steps = STEPS.get(one_of_a_family.family, FEW)
+    made = Runs(one_of_a_family.lay_out(folder / "checkpoint"), data, folder, steps)
     made.make()
     return made
 
@@ -96,7 +93,7 @@ def made_by(engine):
 def test_losses_are_those_of_one_process(engine, runs):
     made_by(engine)
     ours, alone = runs.losses(engine), runs.losses("alone")
-    assert list(ours) == list(range(1, STEPS + 1))
+    assert list(ours) == list(range(1, runs.steps + 1))
     assert ours == pytest.approx(alone, rel=TOLERANCE)
     norms = [[row["grad_norm"] for row in runs.rows(name)] for name in (engine, "alone")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -110,11 +107,11 @@ def test_a_resumed_run_is_the_run(engine, runs):
     for name in ("ledger.json", "ledger.csv"):
         assert (runs.folder / f"{engine}-again" / name).read_text() == (runs.folder / engine / name).read_text()
     ours, unbroken = runs.losses(f"{engine}-again"), runs.losses(engine)
-    assert ours == {step: unbroken[step] for step in range(HALF + 1, STEPS + 1)}
+    assert ours == {step: unbroken[step] for step in range(runs.half + 1, runs.steps + 1)}
     again = shutil.copytree(runs.folder / f"{engine}-again", runs.folder / f"{engine}-whole")
     first = (runs.folder / f"{engine}-half" / "metrics.jsonl").read_text()
     (again / "metrics.jsonl").write_text(first + (again / "metrics.jsonl").read_text())
-    assert_same_end(again, runs.folder / engine, STEPS, kinds=("step",))
+    assert_same_end(again, runs.folder / engine, runs.steps, kinds=("step",))
 
 
 @of_engines
@@ -123,14 +120,16 @@ def test_another_engine_goes_on_with_the_same_samples(engine, runs):
     other = ["alone", *ENGINES][ENGINES.index(engine)]
     for name in (f"{engine}-from-{other}", f"alone-from-{engine}"):
         ours, alone = runs.losses(name), runs.losses("alone")
-        assert ours == pytest.approx({step: alone[step] for step in range(HALF + 1, STEPS + 1)}, rel=TOLERANCE)
+        assert ours == pytest.approx(
+            {step: alone[step] for step in range(runs.half + 1, runs.steps + 1)}, rel=TOLERANCE
+        )
         assert (runs.folder / name / "ledger.csv").read_text() == (runs.folder / "alone" / "ledger.csv").read_text()
 
 
 @of_engines
 def test_who_shares_writes_shares(engine, runs):
     made_by(engine)
-    folder = runs.folder / engine / f"checkpoint-{STEPS}"
+    folder = runs.folder / engine / f"checkpoint-{runs.steps}"
     assert is_shared(folder) == (engine != "ddp")
     assert (folder / "transformer" / "config.json").is_file()
     assert (folder / "optimizer.pt").is_file() == (engine == "ddp")

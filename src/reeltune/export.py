@@ -73,7 +73,7 @@ def export(
         out.rmdir()  # empty, or it would have been refused
     partial.rename(out)
     for file in files:
-        yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e9:.3f} GB"
+        yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e6:,.1f} MB"
     names = "released" if family is None else "diffusers'"
     yield f"{proof}, {dtype}, {names} names: all read back equal"
     yield tried

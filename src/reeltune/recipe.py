@@ -107,7 +107,7 @@ class Training:
     low_vram: bool = False
     """Frozen networks leave the device between uses."""
     vae_mini_batch: int = 0
-    """Clips the VAE encodes at a time; 0 is all at once."""
+    """Accepted; clips are encoded one at a time, so that none depends on its neighbours."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products on NVIDIA GPUs."""
 
@@ -122,6 +122,14 @@ class Parallel:
     """With zero2, zero3 and fsdp: what is dealt out lives in the CPU's memory."""
     rank_timeout_seconds: float = 1800.0
     """Seconds that processes wait for one that is late before all stop; a validation counts as waiting."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    cache_folder: str | None = None
+    """Folder of what `reeltune cache` has encoded, to train from without VAE and encoders."""
+    cache_variants: int = 0
+    """Ways of reading each clip (window, size, reference, mask) that are drawn from; 0 is ever new ones."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ class Validation:
     validation_prompts: tuple[str, ...] = ()
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
-    """One control clip (or pose file) for each prompt."""
+    """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30
@@ -235,6 +243,7 @@ class Recipe:
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)
     parallel: Parallel = field(default_factory=Parallel)
+    cache: Cache = field(default_factory=Cache)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)
     output: Output = field(default_factory=Output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +13,20 @@ from pathlib import Path
 import torch
 
 from reeltune import checkpoint
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
 from reeltune.recipe import Recipe
 from reeltune.settings import build, dump, flat, read
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
-ORDERING = ("seed", "video_repeat", "held_out_share", "control_ref_image", "text_drop_ratio", "uniform_sampling")
+ORDERING = (
+    "seed",
+    "video_repeat",
+    "held_out_share",
+    "control_ref_image",
+    "text_drop_ratio",
+    "uniform_sampling",
+    "cache_variants",
+)
 LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 
 
@@ -30,6 +39,16 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
             "latest, or give another output_dir",
         )
+
+
+def refuse_other_model(found: Path, facts: dict[str, str]) -> None:
+    """Raises UserError if checkpoint `found` is of a run of another family or mode than `facts` say."""
+    about = found.parent / "run.json"
+    before = json.loads(about.read_text()) if about.is_file() else {}
+    refuse(
+        f"resume from {found}: the run is another model's; give another output_dir",
+        [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
+    )
 
 
 def changes_since(found: Path, recipe: Recipe) -> list[str]:
@@ -48,9 +67,10 @@ def changes_since(found: Path, recipe: Recipe) -> list[str]:
 
 
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
-    """Writes recipe.yaml (every field) and run.json (versions, machine and `facts`)."""
+    """Writes recipe.yaml (every field but where it went on from) and run.json (versions, machine and `facts`)."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    anew = replace(recipe, output=replace(recipe.output, resume_from_checkpoint=None))
+    (output_dir / "recipe.yaml").write_text(dump(anew), encoding="utf-8")
     on_gpu = torch.cuda.is_available()
     about = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from reeltune import checkpoint, report
+from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
 from reeltune.engine import Engine, FlopCount, Stopwatch, peak_flops
 from reeltune.errors import UserError
 from reeltune.first_batch import write_first_batch
-from reeltune.inputs import DTYPES, choose_family, gather, ledger_of, load_parts
+from reeltune.inputs import DTYPES, choose_family, encode_options, gather, ledger_of, load_parts
 from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
 from reeltune.parallel import engine_of, rhythm
 from reeltune.recipe import Recipe
-from reeltune.run_folder import changes_since, describe, refuse_overwriting
+from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
 from reeltune.types import Batch, Progress
@@ -58,23 +59,31 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     progress = Progress() if found is None else checkpoint.progress_of(found)
     pace = rhythm(recipe.training.train_batch_size, engine.world, progress.group or None)
     progress.group = pace.group
-    changes = [] if found is None else changes_since(found, recipe)
+    family, mode, objective = choose_family(recipe)
+    told = {"family": family.name, "mode": mode}
+    changes = []
+    if found is not None:
+        refuse_other_model(found, told)
+        changes = changes_since(found, recipe)
     if engine.main:
         checkpoint.sweep(out)
-    family, mode, objective = choose_family(recipe)
     with engine.main_first():  # which scans; the others find what it found
         inputs = gather(recipe, family, mode, group=pace.group, show_progress=engine.main)
-    whole = found is not None and not checkpoint.is_shared(found)
+    cache = open_cache(recipe, family, mode, inputs)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    parts = load_parts(recipe, family, engine.device, found / "transformer" if whole else None, start_on=start_on)
+    transformer = None if found is None or checkpoint.is_shared(found) else found / "transformer"
+    parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
+    pixels = inputs.reader
+    if cache is not None:
+        parts.null |= cache.null(engine.device)
+        inputs = cache.feed(inputs)
     setup = Setup(
         family,
         mode,
         parts,
         objective,
         autocast=engine.autocast,
-        vae_mini_batch=recipe.training.vae_mini_batch,
-        options={"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention},
+        options=encode_options(recipe),
     )
     validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
     learner = Learner(
@@ -112,10 +121,10 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {"family": family.name, "mode": mode, **learner.counts})
+        describe(out, recipe, {**told, **learner.counts})
     duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
-    workers, place = recipe.data.dataloader_num_workers, {"rank": engine.rank, "world": engine.world}
-    batches = stream(inputs.reader, progress, workers=workers, **place, parts=pace.parts)
+    workers = recipe.data.dataloader_num_workers
+    batches = stream(inputs.reader, progress, workers=workers, rank=engine.rank, world=engine.world, parts=pace.parts)
     with Interrupt() as interrupt, log, duties:
         duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
@@ -128,7 +137,9 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                 batch, progress.epoch, progress.cursor = next(batches)
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
-                    write_first_batch(batch, out / "first_batch")
+                    place = engine.rank * pace.parts, engine.world * pace.parts
+                    seen = pixels[progress.epoch, progress.cursor - 1, *place] if cache else batch
+                    write_first_batch(seen, out / "first_batch", reference="ref" in family.needs[mode])
                 duties.count(batch)
                 stopwatch.mark("data_s")
                 watch.doing("encode", progress.step)

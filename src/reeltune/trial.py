@@ -39,7 +39,7 @@ def forward(model: Path, family: Family, mode: str, transformer: Path, dtype: to
 
     Raises UserError for weights that do not fit, and RuntimeError where the answer is not finite.
     """
-    parts = family.load(str(model), family, dtype=dtype, frozen_dtype=None, transformer_path=str(transformer))
+    parts = family.load(model, dtype=dtype, transformer_path=transformer)
     parts.net.eval()
     batch = black_clip(family, mode)
     setup = Setup(family, mode, parts, family.objective, lambda: torch.autocast("cpu", dtype, dtype != torch.float32))

@@ -188,7 +188,11 @@ def fit(
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
     Raises UserError with every name that is missing, unexpected or of another shape.
     """
-    refuse(where, differences(net.state_dict(), state))
+    wanted = net.state_dict()
+    problems = differences(wanted, state)
+    if 2 * len(problems) > len(wanted):
+        problems.insert(0, "most of it does not fit: it is of another model or size; compare config.json and weights")
+    refuse(where, problems)
     placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
@@ -212,6 +216,12 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
         return json.loads(file.read_text())
     except ValueError as broken:
         raise UserError(str(file), f"is not JSON ({broken})") from broken
+
+
+def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
+    """Of a checkpoint's components those that encoding reads: of the trained network its config alone."""
+    others = {name: path for name, path in parts.items() if name not in ("transformer", "scheduler")}
+    return {"config": parts["transformer"] / "config.json", **others}
 
 
 def require(config: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
@@ -264,19 +274,25 @@ def load_component(
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
-    Of config.json what the class takes is read. names: renames the file's tensors to the class's. correct: changes the
-    network before its weights go in. Raises UserError as `fit` does. It must keep nothing in buffers that its files
-    lack.
+    On the meta device their names and shapes alone are read. Of config.json what the class takes is read.
+    names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
+    UserError as `fit` does. The class must keep nothing in buffers that its files lack.
     """
     with torch.device("meta"):
         net = cls(**arguments_of(cls, read_config(folder)))
     net = correct(net)
     source = folder if replacement is None else saved_transformer(replacement)
-    fit(net, names(read(source)), str(source), dtype, device)
-    lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    on_meta = torch.device(device).type == "meta"
+    fit(net, names(peek(source) if on_meta else read(source)), str(source), dtype, device)
+    lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
     return net.to(device)  # the buffers too
+
+
+def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A frozen network of a diffusers class, as `load_component` reads it."""
+    return load_component(cls, folder, dtype).requires_grad_(False).eval()
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -299,6 +315,17 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     problems += [f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])]
     refuse(str(folder), problems)
     return net.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Of the class that its files name. Raises UserError if they are not whole."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        reason = str(broken).strip().splitlines()[0]
+        raise UserError(str(folder), f"is no tokenizer ({reason}); download it again") from broken
 
 
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -15,49 +15,32 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
 from reeltune.diffusion.objective import Ddpm
 from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.text import embed_padded
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "CogVideoXTransformer3DModel"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoder in `frozen_dtype`, or as stored.
-
-    Without `encoders` the text encoder is left out, and with it the null text. transformer_path: other weights for the
-    same network. Raises UserError listing every missing, unexpected and misshapen key.
-    """
-    folder = Path(path)
+def read(folder: Path, family: Family, how: Loading) -> Parts:
     place = folder / "transformer"
-    net = weights.load_component(CogVideoXFun, place, dtype, device, replacement=transformer_path, correct=corrected)
-    parts = Parts(net, config=weights.read_config(place), device=torch.device(device), low_vram=low_vram)
-    vae = weights.load_component(AutoencoderKLCogVideoX, folder / "vae", frozen_dtype)
-    parts.frozen["vae"] = vae.requires_grad_(False).eval()
-    if encoders:
-        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        parts.frozen["text"] = weights.load_encoder(T5EncoderModel, folder / "text_encoder", frozen_dtype)
-        parts.null["text"] = encode_text(parts, [""])[0]
+    net = weights.load_component(
+        CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected
+    )
+    parts = Parts(net, config=weights.read_config(place))
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", how.frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", how.frozen_dtype)
+    parts.extras["tokenizer"] = weights.load_tokenizer(folder / "tokenizer")
     return parts
 
 
@@ -70,19 +53,15 @@ def encode_text(parts: Parts, captions: list[str]) -> Tensor:
         return embed_padded(parts.extras["tokenizer"], encoder, captions, parts.net.config.max_text_seq_length)
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
-) -> Encoded:
-    """What the frozen networks make of a batch, in float32.
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described({"text": encode_text(parts, captions)})
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. Inpainting is dropped only where everything is to
-    be generated.
-    """
-    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
-    cond: dict[str, Tensor | Posterior] = {"text": encode_text(parts, batch.text)}
+
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
+    pixels = batch.pixels_BFCHW
+    cond: dict[str, Tensor | Posterior] = {}
     with parts.borrow("vae") as vae:
-        encoded = partial(latents.encode_clip, vae, mini_batch=vae_mini_batch)
+        encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
         if mode == "inpaint":
             cond["inpaint"] = inpaint.condition(
@@ -91,10 +70,9 @@ def encode(
                 batch.mask_BFHW,
                 x0.mean.shape[2:],
                 scale=vae.config.scaling_factor,
-                seeds=batch.seeds if parts.config.get("add_noise_in_inpaint_model") else None,
+                seeds=batch.seen_seeds if parts.config.get("add_noise_in_inpaint_model") else None,
             )
-            keep["inpaint"] = inpaint.kept_unless_all_masked(keep, batch.mask_BFHW)
-    return Encoded(x0, cond, keep)
+    return Encoded(x0, cond)
 
 
 # ---- denoise and decode
@@ -140,9 +118,12 @@ INP = Family(
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated (measured on the reference, 2026-11)
     blocks=("CogVideoXBlock",),
+    native_fps=8.0,  # https://github.com/aigc-apps/CogVideoX-Fun
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
+    describe=describe,
+    keep=inpaint.kept,
     denoise=denoise,
     decode=decode,
     to_released=same,
@@ -196,5 +177,6 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         family,
         geometry=geometry,
         objective=schedule.read(paths["scheduler"]),
+        frozen_files=weights.encoding_files(paths),
         most_frames=geometry.legal_frames(config.get("sample_frames", 49)) if table else None,
     )

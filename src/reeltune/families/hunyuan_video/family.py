@@ -21,7 +21,6 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPTextModel,
     LlamaModel,
@@ -33,8 +32,8 @@ from reeltune.errors import UserError
 from reeltune.families import schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
-from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.families.spec import Family, Loading, Parts
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
@@ -42,81 +41,68 @@ INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every n-th state of the
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
-
-    Without `encoders` the text encoders are left out, and with them the null text. transformer_path: other weights for
-    the same network. Raises UserError listing every missing, unexpected and misshapen key.
-    """
-    folder, with_picture = Path(path), "i2v" in family.modes
+def read(folder: Path, family: Family, how: Loading) -> Parts:
+    with_picture = family.caption_sees_picture
     net = weights.load_component(
-        HunyuanVideoTransformer3DModel, folder / "transformer", dtype, device, replacement=transformer_path
+        HunyuanVideoTransformer3DModel,
+        folder / "transformer",
+        how.dtype,
+        how.device,
+        replacement=how.transformer_path,
     )
     config = weights.read_config(folder / "transformer")
-    parts = Parts(net, config=config, device=torch.device(device), low_vram=low_vram)
-    vae = weights.load_component(AutoencoderKLHunyuanVideo, folder / "vae", frozen_dtype)
-    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
-    parts.frozen["vae"] = vae.requires_grad_(False).eval()
-    if encoders:
-        model = LlavaForConditionalGeneration if with_picture else LlamaModel
-        parts.frozen["text"] = weights.load_encoder(model, folder / "text_encoder", frozen_dtype)
-        parts.frozen["text_2"] = weights.load_encoder(CLIPTextModel, folder / "text_encoder_2", frozen_dtype)
-        for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
-            parts.extras[name] = AutoTokenizer.from_pretrained(folder / name)
-        if with_picture:
-            parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-        else:
-            parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
+    parts = Parts(net, config=config)
+    parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype)
+    model = LlavaForConditionalGeneration if with_picture else LlamaModel
+    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", how.frozen_dtype)
+    parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype)
+    for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
+        parts.extras[name] = weights.load_tokenizer(folder / name)
+    if with_picture:
+        parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
     return parts
+
+
+def _load_vae(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    vae = weights.load_frozen(AutoencoderKLHunyuanVideo, folder, dtype)
+    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
+    return vae
 
 
 # ---- encode
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
-) -> Encoded:
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. The first latent frame is left out of the loss
-    (measured on the reference, 2026-11, in both modes). A dropped caption keeps its picture, so that the null text of
-    i2v depends on the sample.
+    The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
     """
     pixels, config = batch.pixels_BFCHW, parts.net.config
     with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         cond: dict[str, Tensor | Posterior] = {}
         if mode == "i2v":
             concat = config.image_condition_type == "latent_concat"
             cond["ref"] = latents(pixels[:, :1]) if concat else first_latent(latents(first_alone(vae, pixels)))
-    null: dict[str, Tensor] = {}
-    if mode == "i2v":
-        picture_u8 = ((pixels[:, 0] * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
-        describe = partial(encode_text_and_picture, parts, interleave=INTERLEAVE[config.image_condition_type])
-        cond |= describe(batch.text, picture_u8)
-        null = describe([""] * len(batch.text), picture_u8)
-    else:
-        cond |= encode_text(parts, batch.text)
     if config.guidance_embeds:
         cond["guidance"] = torch.full((len(pixels),), GUIDANCE, device=pixels.device)
     loss_mask = torch.ones_like(x0.mean[:, :1, :, :1, :1])
     loss_mask[:, :, 0] = 0
-    return Encoded(x0, cond, dict(batch.keep), loss_mask, null)
+    return Encoded(x0, cond, loss_mask=loss_mask)
+
+
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    """A dropped caption keeps its picture, so that the null text of i2v depends on the sample."""
+    if picture_BCHW is None:
+        return Described(encode_text(parts, captions))
+    picture_u8 = ((picture_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
+    interleave = INTERLEAVE[parts.net.config.image_condition_type]
+    with_picture = partial(encode_text_and_picture, parts, interleave=interleave)
+    return Described(with_picture(captions, picture_u8), with_picture([""] * len(captions), picture_u8))
 
 
 def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
@@ -193,9 +179,11 @@ T2V = Family(
     needs={"normal": ()},
     drop={},
     blocks=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    native_fps=24.0,  # sample_video.py in https://github.com/Tencent-Hunyuan/HunyuanVideo
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
+    describe=describe,
     denoise=denoise,
     decode=decode,
     to_released=same,
@@ -210,6 +198,7 @@ I2V = replace(
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V",
     modes=("i2v",),
     needs={"i2v": ("ref",)},
+    caption_sees_picture=True,
     blocks=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
     finish=finish,
 )
@@ -257,4 +246,9 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch_time=config.get("patch_size_t", 1),
         channels=config.get("out_channels") or 16,
     )
-    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"], shift=7.0))
+    return replace(
+        family,
+        geometry=geometry,
+        objective=schedule.read(paths["scheduler"], shift=7.0),
+        frozen_files=weights.encoding_files(paths),
+    )
