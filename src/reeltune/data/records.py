@@ -63,7 +63,7 @@ class Records(Sequence[Record]):
         """The same for the same records."""
         told = hashlib.blake2b(digest_size=16)
         for column in self.arrays().values():
-            told.update(np.ascontiguousarray(column))
+            told.update(np.ascontiguousarray(column).data)
         return told.hexdigest()
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Records:
