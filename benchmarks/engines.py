@@ -77,7 +77,7 @@ def disk_mb_s(folder: Path, size_bytes: int) -> float:
 
 
 def consolidated(warm: Path, checkpoint: Path, out: Path) -> tuple[float, float]:
-    """(megabytes of the checkpoint's weights per second, peak memory over the largest tensor), read back and compared."""
+    """(megabytes of the checkpoint's weights per second, peak memory over the largest tensor); read back, compared."""
     words = [sys.executable, "-m", "benchmarks.export_peak", str(warm), str(checkpoint), str(out), "80GB"]
     exact = processes.environment(MALLOC_MMAP_THRESHOLD_="1000000")
     done = subprocess.run(words, env=exact, capture_output=True, text=True, check=True)

@@ -2,7 +2,8 @@
 
 In a process of its own, which must not have held tensors before: what small ones leave free is not given back to the
 system, unless MALLOC_MMAP_THRESHOLD_ says so (tensors above 32 MiB always are). WARM is a small checkpoint that is
-exported first, for what is loaded at first use is not the export's. The forward pass is left out, which holds all of the network.
+exported first, for what is loaded at first use is not the export's. The forward pass, which holds the whole network, is
+left out.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,16 +63,9 @@ class Zero:
     `net` is what to call in training.
     """
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], blocks: Sequence[str]):
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]):
         deepspeed = _deepspeed()
         self.plain, self.stage = net, config["zero_optimization"]["stage"]
-        if self.stage == 3:  # a block is gathered at once, also where its forward pass is computed again
-            whole = [module for module in net.modules() if type(module).__name__ in blocks]
-            for module in whole:
-                if any(parameter.requires_grad for parameter in module.parameters()):
-                    module.register_forward_pre_hook(_with_gradient, with_kwargs=True)
-            classes = {type(module) for module in whole}
-            deepspeed.utils.set_z3_leaf_modules(net, sorted(classes, key=lambda kind: kind.__name__))
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -165,14 +158,6 @@ class Zero:
         held_N, total = parameter.ds_tensor.view(-1), parameter.ds_numel
         start = min(self.engine.global_rank * held_N.numel(), total)
         return Piece(name, held_N[: total - start], start, total)
-
-
-def _with_gradient(module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-    """A block of which no input has a gradient, as nothing before it learns, would lose its weights in the backward
-    pass too early: DeepSpeed drops them when torch says that all inputs have theirs (0.19; measured, 2026-11)."""
-    inputs = [x for x in (*arguments, *named.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-    if torch.is_grad_enabled() and not any(x.requires_grad for x in inputs):
-        inputs[0].requires_grad_()
 
 
 def _deepspeed() -> Any:
