@@ -32,14 +32,17 @@ class Runs:
     """Of one family: `engine`, `engine-again` (its second half, from the checkpoint there), and `engine-from-other`,
     the second half of what another engine began; in two processes, `alone` in one."""
 
-    def __init__(self, checkpoint, data, folder, family):
-        self.checkpoint, self.data, self.folder, self.is_toy = checkpoint, data, folder, family == "toy"
-        self.steps = STEPS.get(family, FEW)
+    def __init__(self, pair, data, folder):
+        (folder / "checkpoint").mkdir()
+        self.checkpoint, self.mode = pair.lay_out(folder / "checkpoint"), pair.mode
+        self.data, self.folder, self.is_toy = data, folder, pair.family == "toy"
+        self.steps = STEPS.get(pair.family, FEW)
         self.half = self.steps // 2
 
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
+            "train_mode": None if self.is_toy else self.mode,
             "engine": None if engine == "alone" else engine,
             "train_batch_size": GROUP // processes,
             "max_train_steps": self.steps,
@@ -84,9 +87,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(one_of_a_family, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engines")
-    (folder / "checkpoint").mkdir()
-    made = Runs(one_of_a_family.lay_out(folder / "checkpoint"), data, folder, one_of_a_family.family)
+    made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("engines"))
     made.make()
     return made
 
