@@ -48,7 +48,7 @@ def reeltune_words(command: str) -> list[str] | None:
     words = shlex.split(re.sub(r"(\S+)/checkpoint-\d+", newest, command))
     if words[0] == "reeltune":
         return words[1:]
-    if words[:2] == ["accelerate", "launch"]:
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
         return words[words.index("reeltune") + 1 :]
     return None
 

@@ -93,10 +93,12 @@ def gather(
     *,
     group: int | None = None,
     show_progress: bool = True,
+    just_scanned: bool = False,
 ) -> Inputs:
     """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data.
 
     group: samples of a micro-step over all processes; those of one process, if not given.
+    just_scanned: another process of this run has; what it found is taken, and no file is looked at.
     """
     data = recipe.data
     root = Path(data.train_data_dir)
@@ -122,6 +124,7 @@ def gather(
             stride=recipe.sizes.video_sample_stride,
             wanted_frames=recipe.sizes.video_sample_n_frames,
             progress=progress,
+            just_scanned=just_scanned,
         )
 
     found = measured(data.train_data_meta)

@@ -68,7 +68,9 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     if engine.main:
         checkpoint.sweep(out)
     with engine.main_first():  # which scans; the others find what it found
-        inputs = gather(recipe, family, mode, group=pace.group, show_progress=engine.main)
+        own = {"show_progress": engine.main, "just_scanned": not engine.main}
+        inputs = gather(recipe, family, mode, group=pace.group, **own)
+    refuse_apart(engine.gather(inputs.train.digest()))
     cache = open_cache(recipe, family, mode, inputs)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
     transformer = None if found is None or checkpoint.is_shared(found) else found / "transformer"
@@ -191,6 +193,17 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             duties.validate(progress)
         watch.doing("end", progress.step)
     return code
+
+
+def refuse_apart(digests: Sequence[str]) -> None:
+    """Raises UserError where the records of a process, one digest each, are not those of the first."""
+    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise UserError(
+            "train_data_meta",
+            f"rank {', '.join(map(str, other[:8]))} found other records than rank 0, so they would train apart; give "
+            "all machines the same train_data_dir and train_data_meta, and an output_dir that all of them share",
+        )
 
 
 def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:
