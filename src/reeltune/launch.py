@@ -27,6 +27,7 @@ class Wish:
     keep_gathered: bool = False  # fsdp: weights stay gathered between forward and backward pass
     offload: bool = False  # what is sharded lives in the CPU's memory
     deepspeed: Mapping[str, Any] | None = None  # zero: settings of DeepSpeed beside ours
+    context: int = 1  # processes that share each clip's tokens
     notices: tuple[str, ...] = ()
 
 

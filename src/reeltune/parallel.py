@@ -16,7 +16,7 @@ def engine_of(recipe: Recipe) -> Wish:
     wish = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
     asked = replace(recipe, parallel=replace(parallel, engine=wish.engine))
     refuse("launch", [line for _, line in broken_rules(asked)])
-    return wish
+    return replace(wish, context=parallel.context_parallel)
 
 
 @dataclass(frozen=True)
