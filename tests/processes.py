@@ -1,15 +1,25 @@
 """Runs in several processes on one machine, over gloo, each within a time limit."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from reeltune import cli
 from reeltune.recipe import Recipe
 from reeltune.settings import dump
+from reeltune.train import train as one_run
 
 LIMIT_SECONDS = 240
 
@@ -63,11 +73,79 @@ def ends(processes: list[subprocess.Popen], limit_seconds: float = LIMIT_SECONDS
         return list(pool.map(lambda process: end(process, limit_seconds), processes))
 
 
+# ---- forked from a process that has read the libraries, which takes longest
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["reeltune.train", "reeltune.families.wan_fun.family", *(["deepspeed"] if find_spec("deepspeed") else [])]
+)
+
+
+@dataclass
+class Run:
+    """One run in several processes."""
+
+    forks: list
+    told: list[Path]  # what each prints
+
+    def kill(self, *ranks: int) -> None:
+        """All, if none is named."""
+        for rank in ranks or range(len(self.forks)):
+            self.forks[rank].kill()
+
+    def until(self, true: Callable[[], object], limit_seconds: float = LIMIT_SECONDS) -> None:
+        deadline = time.monotonic() + limit_seconds
+        while not true():
+            assert time.monotonic() < deadline and self.forks[0].is_alive(), self.print()
+            time.sleep(0.0005)
+
+    def end(self, limit_seconds: float = LIMIT_SECONDS) -> list[int]:
+        """Exit codes; all are ended if one is not done in time."""
+        deadline = time.monotonic() + limit_seconds
+        for fork in self.forks:
+            fork.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, fork in enumerate(self.forks) if fork.is_alive()]
+        self.kill()
+        assert not late, f"ranks {late} were not done after {limit_seconds} s\n{self.print()}"
+        return [fork.exitcode for fork in self.forks]
+
+    def print(self) -> str:
+        return "\n".join(f"---- rank {rank}\n{path.read_text()}" for rank, path in enumerate(self.told))
+
+
+def forked(recipes: list[Recipe], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:
+    """Trains by one recipe after another in the same `count` processes, which print into files in `folder`.
+
+    before: is called in each, with its rank; a function of a module's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    told = [folder / f"{port}-rank-{rank}.txt" for rank in range(count)]
+    forks = [FORKS.Process(target=_one, args=(rank, count, port, recipes, told[rank], before)) for rank in range(count)]
+    for fork in forks:
+        fork.start()
+    return Run(forks, told)
+
+
+def _one(rank: int, count: int, port: int, recipes: list[Recipe], told: Path, before: Callable | None) -> None:
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    if before is not None:
+        before(rank)
+    for recipe in recipes:
+        code = cli.guarded(partial(one_run, recipe))
+        if code:
+            raise SystemExit(code)
+
+
 def train(recipes: list[Recipe], count: int, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> None:
-    """Trains by one recipe after another in the same `count` processes."""
-    script = str(Path(__file__).with_name("several_runs.py"))
-    for code, told in ends(ranks(count, script, *written(recipes, folder)), limit_seconds):
-        assert code == 0, told
+    """As `forked`, to the end."""
+    run = forked(recipes, count, folder)
+    assert run.end(limit_seconds) == [0] * count, run.print()
 
 
 def written(recipes: list[Recipe], folder: Path) -> list[str]:

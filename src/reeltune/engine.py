@@ -133,9 +133,7 @@ class Engine:
             )
         return net
 
-    def prepare(
-        self, net: nn.Module, optimizer: Any, blocks: tuple[str, ...], *, batch: int, accumulate: int, max_norm: float
-    ) -> Direct | Zero:
+    def prepare(self, net: nn.Module, optimizer: Any, *, batch: int, accumulate: int, max_norm: float) -> Direct | Zero:
         """What steps the network. batch: samples of this process in a micro-step, of which a step has `accumulate`."""
         if self.name not in ("zero2", "zero3"):
             return Direct(self.accelerator, net, optimizer, ddp=self.name == "ddp" and self.world > 1)
@@ -148,7 +146,7 @@ class Engine:
             accumulate=accumulate,
             max_norm=max_norm,
         )
-        return Zero(net, optimizer, config, blocks)
+        return Zero(net, optimizer, config)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()

@@ -77,7 +77,6 @@ class Learner:
         self.trainer = engine.prepare(
             self.plain,
             optimizer,
-            family.blocks,
             batch=batch,
             accumulate=accumulate,
             max_norm=optimization.max_grad_norm,

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -63,7 +64,8 @@ class Watch:
             self._announce(lost)
             raise UserError("processes", lost) from error
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._announce(f"rank {self.rank} stopped at step {step}, {what}: {first}")
+        with suppress(dist.DistError):  # rank 0 may have stopped already, by the same error
+            self._announce(f"rank {self.rank} stopped at step {step}, {what}: {first}")
 
     # ---- the thread
 
@@ -131,6 +133,8 @@ class Watch:
         sys.stderr.flush()
         if f"rank {self.rank} " in verdict:
             faulthandler.dump_traceback(all_threads=True)
+        if self.rank == 0:
+            time.sleep(2 * BEAT_SECONDS)  # the others hear why from here
         os._exit(EXIT_CODE)
 
     def _lost_after_a_break(self) -> str | None:

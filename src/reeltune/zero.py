@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,12 +63,9 @@ class Zero:
     `net` is what to call in training.
     """
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], blocks: Sequence[str]):
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]):
         deepspeed = _deepspeed()
         self.plain, self.stage = net, config["zero_optimization"]["stage"]
-        if self.stage == 3:  # a block is gathered at once, also where its forward pass is computed again
-            classes = {type(module) for module in net.modules() if type(module).__name__ in blocks}
-            deepspeed.utils.set_z3_leaf_modules(net, sorted(classes, key=lambda kind: kind.__name__))
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, config=config, dist_init_required=False
         )
