@@ -29,7 +29,7 @@ def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
             "recipe", f"context_parallel is {count}, but the network has {heads} attention heads; use one of {fits}"
         )
     config = ContextParallelConfig(ulysses_degree=count, mesh=mesh)
-    # As net.enable_parallelism does, which divides by the number of GPUs (diffusers 0.42).
+    # As net.enable_parallelism does, which takes a place modulo the number of GPUs and fails where that is 0 (0.42).
     config.setup(dist.get_rank(), dist.get_world_size(), next(net.parameters()).device, mesh)
     whole = ParallelConfig(context_parallel_config=config)
     for module in net.modules():
