@@ -29,8 +29,8 @@ class Engine:
     accelerate does not see (they would each train alone).
     """
 
-    def __init__(self, mixed_precision: str = "no", *, allow_tf32: bool = False):
-        on_cpu = not torch.cuda.is_available()
+    def __init__(self, mixed_precision: str = "no", *, allow_tf32: bool = False, on_cpu: bool = False):
+        on_cpu = on_cpu or not torch.cuda.is_available()
         if on_cpu and mixed_precision == "fp16":
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
@@ -66,7 +66,7 @@ class Engine:
 
     def prepare(self, net: nn.Module, optimizer):
         """The network and optimizer to train with; the network autocasts in its own forward."""
-        net = self.accelerator.prepare_model(net)
+        net = self.accelerator.prepare_model(net, device_placement=False)  # it is there
         if isinstance(optimizer, torch.optim.Optimizer):
             optimizer = self.accelerator.prepare_optimizer(optimizer)
         return net, optimizer

@@ -33,7 +33,9 @@ class Parts:
     @contextmanager
     def borrow(self, name: str) -> Iterator[nn.Module]:
         """The frozen network on the device; afterwards back on the CPU if `low_vram`."""
-        module = self.frozen[name].to(self.device)
+        module = self.frozen[name]
+        if next(module.parameters()).device.type != self.device.type:
+            module.to(self.device)
         try:
             yield module
         finally:

@@ -1,0 +1,235 @@
+"""One training step, run by the very code that trains, on tensors that have sizes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from reeltune.diffusion.loss import diffusion_loss, settle
+from reeltune.engine import Engine
+from reeltune.families import weights
+from reeltune.families.spec import Family, Parts
+from reeltune.forecast.tracker import ELSEWHERE, Tracker
+from reeltune.inputs import choose_family, load_parts
+from reeltune.learner import Learner
+from reeltune.recipe import Recipe
+from reeltune.sample import Setup, at_rest
+from reeltune.types import Batch, Draw, Encoded, Posterior
+
+PARTS = {  # part -> what it is, in the order in which it is told
+    "weights": "trained weights",
+    "still": "weights of the network that do not learn",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "average": "moving average",
+    "frozen": "frozen networks",
+    "batch": "batch and conditions",
+    "activations": "activations kept for the backward pass",
+    "encode": "encoding",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "step": "optimizer's step",
+    "preview": "preview",
+}
+PHASES = ("encode", "forward", "backward", "step", "preview")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one step of one process on one device takes, at the shape it was given."""
+
+    peaks: dict[str, dict[str, int]]
+    """phase -> part -> bytes at the fullest moment of the phase."""
+    flops: dict[str, int]
+    """phase -> FLOPs of a micro-step; a preview's are of one denoising pass and decoding."""
+    saved_bytes: int
+    """Activations kept for the backward pass, when it begins."""
+    parameters: int
+    trainable: int
+    weight_bytes: dict[str, int]
+    """name -> bytes of the trained network ("network") and of each frozen one."""
+    block_parameters: int
+    """Of the largest block, which an engine that shards gathers whole."""
+    encoded_bytes: int
+    """Of what encoding makes of one sample, in float32."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(sum(parts.values()) for parts in self.peaks.values())
+
+
+def rehearse(
+    recipe: Recipe, draws: Sequence[Draw], captions: Sequence[str], *, preview: bool, real: bool = False
+) -> Rehearsal:
+    """A micro-step of these draws, and the optimizer's step after it; then a preview of the first draw's shape.
+
+    real: with the checkpoint's weights and empty pixels, as a check on the count. Raises UserError as loading does.
+    """
+    family, mode, objective = choose_family(recipe)
+    training = recipe.training
+    precision = "bf16" if training.mixed_precision == "fp16" else training.mixed_precision  # the CPU has no fp16
+    engine = Engine(precision, on_cpu=True)
+    with nullcontext() if real else weights.unread() as stand_ins:
+        recipe = replace(recipe, training=replace(training, mixed_precision=precision, low_vram=False))
+        parts = load_parts(recipe, family, engine.device)
+        batch = empty_batch(family, mode, draws, captions, stand_ins or nullcontext())
+    options = {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
+    setup = Setup(family, mode, parts, objective, engine.autocast, training.vae_mini_batch, options)
+    learner = Learner(
+        family,
+        parts,
+        engine,
+        recipe.model,
+        recipe.optimization,
+        seed=training.seed,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    tracker = Tracker()
+    own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram)
+    with tracker:
+        with tracker.phase("encode"):
+            encoded = setup.encode(batch)
+        tracker.rename("encode", "batch")
+        with tracker.phase("forward"):
+            loss = diffusion_loss(
+                family.denoise,
+                learner.net,
+                objective,
+                encoded,
+                parts.null,
+                batch.seeds,
+                [draw.stratum for draw in draws],
+                motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
+                loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
+            )
+        saved_bytes = tracker.live["forward"]
+        tracker.rename("forward", "activations")
+        with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
+            engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
+        gradient_bytes = tracker.live["gradients"]
+        del loss, batch
+        with tracker.phase("step"):
+            learner.step(0, recipe.optimization.learning_rate)
+        tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
+        state_bytes = tracker.live["optimizer"]
+        if preview:
+            with tracker.phase("preview"):
+                one_pass(setup, learner.plain, encoded)
+    peaks = tracker.peaks
+    peaks["step"]["step"] -= state_bytes  # made there, at the first step alone
+    peaks["step"]["optimizer"] = state_bytes
+    for phase in ("encode", "forward", "backward"):  # later steps find it there
+        peaks[phase]["optimizer"] = state_bytes
+        if training.gradient_accumulation_steps > 1:  # and later micro-steps the gradients of those before
+            peaks[phase]["gradients"] = gradient_bytes
+    sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
+    return Rehearsal(
+        peaks=peaks,
+        flops=dict(tracker.flops),
+        saved_bytes=saved_bytes,
+        parameters=learner.counts["parameters"],
+        trainable=learner.counts["trainable"],
+        weight_bytes={"network": size_bytes(learner.plain.state_dict().values()), **sizes},
+        block_parameters=largest_block(learner.plain, family.blocks),
+        encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
+    )
+
+
+def empty_batch(
+    family: Family, mode: str, draws: Sequence[Draw], captions: Sequence[str], stand_ins: AbstractContextManager
+) -> Batch:
+    """Clips of zeros. Those that may be looked at by more than networks have values; the others need none."""
+    (frames, height, width), B, needs = draws[0].shape, len(draws), family.needs[mode]
+    pixels = torch.zeros(B, frames, 3, height, width, dtype=torch.uint8)
+    with stand_ins:
+        return Batch(
+            draws=list(draws),
+            text=list(captions),
+            pixels_BFCHW=pixels,
+            ref_frame_B=torch.zeros(B, dtype=torch.int64),
+            keep={name: torch.ones(B, dtype=torch.bool) for name in ("text", *family.drop)},
+            control_BFCHW=torch.zeros(pixels.shape, dtype=torch.uint8) if "control" in needs else None,
+            camera_BFCHW=torch.zeros(B, frames, 6, height, width) if "camera" in needs else None,
+            mask_BFHW=torch.ones(B, frames, height, width, dtype=torch.bool) if "mask" in needs else None,
+        )
+
+
+def own_what_is_there(tracker: Tracker, parts: Parts, learner: Learner, batch: Batch, *, visiting: bool) -> None:
+    """visiting: frozen networks are on the device only while they are borrowed."""
+    tensors = [*parts.net.parameters(), *parts.net.buffers()]
+    learning = {id(parameter) for parameter in learner.learning}
+    tracker.own((tensor for tensor in tensors if id(tensor) in learning), "weights")
+    tracker.own((tensor for tensor in tensors if id(tensor) not in learning), "still")
+    tracker.own(parts.null.values(), "batch")
+    tracker.own(tensors_in(vars(batch)), ELSEWHERE)  # in the host's memory until Batch.to
+    if learner.average is not None:
+        tracker.own(learner.average.weights.values(), "average")
+    for module in parts.frozen.values():
+        tracker.own([*module.parameters(), *module.buffers()], ELSEWHERE if visiting else "frozen")
+    if visiting:
+
+        @contextmanager
+        def borrow(name: str) -> Iterator[nn.Module]:
+            module = parts.frozen[name]
+            tensors = [*module.parameters(), *module.buffers()]
+            tracker.own(tensors, "frozen")
+            yield module
+            tracker.own(tensors, ELSEWHERE)
+
+        parts.borrow = borrow
+
+
+@contextmanager
+def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.own([p.grad], "gradients"))
+        for parameter in parameters
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:
+    """A preview's heaviest moments: one denoising pass of one clip, and decoding it."""
+    one = first_of(encoded)
+    with at_rest(net):
+        x0, cond = settle(one, [0], setup.parts.null)
+        x0 = setup.denoise(net, x0, torch.ones(1, device=x0.device), cond)
+        del cond
+        setup.family.decode(setup.parts, x0)
+
+
+def first_of(encoded: Encoded) -> Encoded:
+    def first(value: Tensor | Posterior) -> Any:
+        return Posterior(value.mean[:1], value.logvar[:1]) if isinstance(value, Posterior) else value[:1]
+
+    cond = {name: first(value) for name, value in encoded.cond.items()}
+    null = {name: value[:1] for name, value in encoded.null.items()}
+    return Encoded(first(encoded.x0), cond, {name: keep_B[:1] for name, keep_B in encoded.keep.items()}, null=null)
+
+
+def tensors_of(encoded: Encoded) -> list[Tensor]:
+    values = [encoded.x0, *encoded.cond.values()]
+    return [
+        one for value in values for one in ((value.mean, value.logvar) if isinstance(value, Posterior) else (value,))
+    ]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def largest_block(net: nn.Module, blocks: tuple[str, ...]) -> int:
+    found = (module for module in net.modules() if type(module).__name__ in blocks)
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in found)

@@ -1,0 +1,120 @@
+"""Bytes and FLOPs of what runs, op by op: an allocator's count for tensors that need not have values."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+ROUND_BYTES = 512  # CUDA's allocator gives whole blocks of it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+ELSEWHERE = "elsewhere"  # the part of what is not on the device
+aten = torch.ops.aten
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+FLOPS = {  # torch's own table leaves the CPU's kernel out
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Counts every storage that an op makes, from then until it is freed, under the phase it was made in.
+
+    `live` has the bytes now, by part; `peaks` those at the fullest moment of each phase; `flops` those of each phase.
+    Works alike on real tensors and on those of FakeTensorMode. What was there before is told to `own`; what a kernel
+    allocates and frees within itself is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.flops: Counter[str] = Counter()
+        self._phase = ""
+        self._known: dict[int, _Block] = {}  # by the storage's id
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is made within belongs to `name`."""
+        before, self._phase = self._phase, name
+        self.peaks.setdefault(name, {})
+        self._look()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def own(self, tensors: Iterable[Tensor], part: str) -> None:
+        """These are `part` from now on, whoever made them. ELSEWHERE: they are not on the device."""
+        for tensor in tensors:
+            block = self._block(tensor)
+            self.live[block.part] -= block.size_bytes
+            block.part = part
+            self.live[part] += block.size_bytes
+        self._look()
+
+    def rename(self, old: str, new: str) -> None:
+        """All that is still there of one part belongs to the other."""
+        for block in self._known.values():
+            if block.part == old:
+                block.part = new
+        self.live[new] += self.live.pop(old, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._block(tensor)
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[self._phase] += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+    def _block(self, tensor: Tensor) -> _Block:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._known:
+            size_bytes = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
+            self._known[key] = _Block(weakref.ref(storage, lambda _: self._gone(key)), self._phase, size_bytes)
+            self.live[self._phase] += size_bytes
+            self._look()
+        return self._known[key]
+
+    def _gone(self, key: int) -> None:
+        block = self._known.pop(key)
+        self.live[block.part] -= block.size_bytes
+
+    def _look(self) -> None:
+        """Keeps this moment if it is the fullest of its phase."""
+        if self._phase:
+            now = {part: size_bytes for part, size_bytes in self.live.items() if size_bytes and part != ELSEWHERE}
+            if sum(now.values()) > sum(self.peaks[self._phase].values()):
+                self.peaks[self._phase] = now
+
+
+@dataclass
+class _Block:
+    """One storage."""
+
+    reference: weakref.ref
+    part: str
+    size_bytes: int
