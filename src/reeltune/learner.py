@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from reeltune import checkpoint
 from reeltune.engine import Engine, recompute_blocks
@@ -67,6 +68,20 @@ class Learner:
         return {
             "parameters": sum(parameter.numel() for parameter in self.plain.parameters()),
             "trainable": sum(parameter.numel() for parameter in self.learning),
+        }
+
+    def held_bytes(self) -> dict[str, int]:
+        """part -> bytes of it that there are now."""
+        gradients = [parameter.grad for parameter in self.learning if parameter.grad is not None]
+        parts = {
+            "weights": self.plain.state_dict(),
+            "gradients": gradients,
+            "optimizer state": self.optimizer.state_dict(),
+            "the moving average": {} if self.average is None else self.average.weights,
+        }
+        return {
+            part: sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+            for part, tree in parts.items()
         }
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:

@@ -20,11 +20,12 @@ from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
+from reeltune.out_of_memory import explained
 from reeltune.recipe import Recipe
 from reeltune.run_folder import changes_since, describe, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
-from reeltune.types import Batch, Progress
+from reeltune.types import Batch, Progress, Shape
 from reeltune.validate import Validation
 
 
@@ -87,7 +88,8 @@ def train(recipe: Recipe) -> int:
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {"family": family.name, "mode": mode, **learner.counts})
+        facts = {"family": family.name, "mode": mode, "processes": engine.world, **learner.counts}
+        describe(out, recipe, facts)
     duties = Duties(out, recipe, engine, learner, validation, ledger, log)
     batches = stream(
         inputs.reader, progress, workers=recipe.data.dataloader_num_workers, rank=engine.rank, world=engine.world
@@ -98,7 +100,7 @@ def train(recipe: Recipe) -> int:
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
             duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
         while progress.step < total_steps and not engine.any(interrupt.code > 0):
-            watch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
+            watch, losses, tokens, step_flops = duties.begin(progress.step), [], 0, 0
             for micro in range(accumulate):
                 batch, progress.epoch, progress.cursor = next(batches)
                 shape = batch.draws[0].shape
@@ -188,12 +190,14 @@ class Duties:
         self.out, self.recipe, self.engine, self.learner = out, recipe, engine, learner
         self.validation, self.ledger, self.log = validation, ledger, log
         self.unseen: Step | None = None
+        self.begin(0)
+        self.validating = False
         self.saved_step = self.validated_step = -1
 
     def __enter__(self) -> Duties:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.log.flush()
         shares = self.engine.gather(self.ledger.share())
         if self.engine.main:
@@ -205,6 +209,15 @@ class Duties:
             )
             self.log.flush()
             self.log.notice(f"report: {report.write(self.out)}")
+        if isinstance(error, torch.OutOfMemoryError):
+            done = "optimizer_s" if self.validating else self.watch.marks[-1][0]
+            raise explained(error, done, self.step, self.shape, self.learner.held_bytes(), self.recipe) from error
+
+    def begin(self, step: int) -> Stopwatch:
+        """A step's stopwatch, by whose marks it is known what was being done when memory runs out."""
+        self.step, self.watch = step, Stopwatch(self.engine.device)
+        self.shape: Shape | None = None
+        return self.watch
 
     def tell_start(self, found: Path | None, notices: list[str]) -> None:
         for notice in notices:
@@ -216,6 +229,7 @@ class Duties:
 
     def count(self, batch: Batch) -> None:
         """Into the ledger. Raises UserError if too many files broke since the scan."""
+        self.shape = batch.draws[0].shape
         self.ledger.count(batch.draws, batch.failures)
         for record, reason in batch.failures:
             path = self.ledger.train[record].path
@@ -274,9 +288,10 @@ class Duties:
         """Held-out loss and previews, by the main process; training goes on as if there had been none."""
         if self.validated_step == progress.step:
             return
-        self.validated_step = progress.step
+        self.validated_step, self.validating = progress.step, True
         if self.engine.main:
             row = self.validation.run(self.learner.plain, progress.step)
             if row is not None:
                 self.log.validation(row)
+        self.validating = False
         self.engine.wait()

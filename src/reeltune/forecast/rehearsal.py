@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from reeltune.diffusion.loss import diffusion_loss, settle
 from reeltune.engine import Engine
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
+from reeltune.forecast.parts import Rehearsal
 from reeltune.forecast.tracker import ELSEWHERE, Tracker
 from reeltune.inputs import choose_family, load_parts
 from reeltune.learner import Learner
@@ -22,53 +24,21 @@ from reeltune.recipe import Recipe
 from reeltune.sample import Setup, at_rest
 from reeltune.types import Batch, Draw, Encoded, Posterior
 
-PARTS = {  # part -> what it is, in the order in which it is told
-    "weights": "trained weights",
-    "still": "weights of the network that do not learn",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "average": "moving average",
-    "frozen": "frozen networks",
-    "batch": "batch and conditions",
-    "activations": "activations kept for the backward pass",
-    "encode": "encoding",
-    "forward": "forward pass",
-    "backward": "backward pass",
-    "step": "optimizer's step",
-    "preview": "preview",
-}
-PHASES = ("encode", "forward", "backward", "step", "preview")
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one step of one process on one device takes, at the shape it was given."""
-
-    peaks: dict[str, dict[str, int]]
-    """phase -> part -> bytes at the fullest moment of the phase."""
-    flops: dict[str, int]
-    """phase -> FLOPs of a micro-step; a preview's are of one denoising pass and decoding."""
-    saved_bytes: int
-    """Activations kept for the backward pass, when it begins."""
-    parameters: int
-    trainable: int
-    weight_bytes: dict[str, int]
-    """name -> bytes of the trained network ("network") and of each frozen one."""
-    block_parameters: int
-    """Of the largest block, which an engine that shards gathers whole."""
-    encoded_bytes: int
-    """Of what encoding makes of one sample, in float32."""
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(sum(parts.values()) for parts in self.peaks.values())
+RESIDENT = ("weights", "still", "optimizer", "average")  # parts that are there in every phase
 
 
 def rehearse(
-    recipe: Recipe, draws: Sequence[Draw], captions: Sequence[str], *, preview: bool, real: bool = False
+    recipe: Recipe,
+    draws: Sequence[Draw],
+    captions: Sequence[str],
+    *,
+    preview: bool,
+    like: Rehearsal | None = None,
+    real: bool = False,
 ) -> Rehearsal:
     """A micro-step of these draws, and the optimizer's step after it; then a preview of the first draw's shape.
 
+    like: of the same draws, from which encoding and preview differ in what is learned alone; they are not run again.
     real: with the checkpoint's weights and empty pixels, as a check on the count. Raises UserError as loading does.
     """
     family, mode, objective = choose_family(recipe)
@@ -93,9 +63,13 @@ def rehearse(
     tracker = Tracker()
     own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram)
     with tracker:
-        with tracker.phase("encode"):
-            encoded = setup.encode(batch)
-        tracker.rename("encode", "batch")
+        if like is None:
+            with tracker.phase("encode"):
+                encoded = setup.encode(batch)
+            tracker.rename("encode", "batch")
+        else:
+            encoded = renewed(like.encoded, stand_ins)
+            tracker.own(tensors_of(encoded), "batch")
         with tracker.phase("forward"):
             loss = diffusion_loss(
                 family.denoise,
@@ -108,7 +82,7 @@ def rehearse(
                 motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
                 loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
             )
-        saved_bytes = tracker.live["forward"]
+        saved_bytes = tracker.live["forward"] + tracker.live["casts"]
         tracker.rename("forward", "activations")
         with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
             engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
@@ -118,26 +92,32 @@ def rehearse(
             learner.step(0, recipe.optimization.learning_rate)
         tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
         state_bytes = tracker.live["optimizer"]
-        if preview:
+        if preview and like is None:
             with tracker.phase("preview"):
                 one_pass(setup, learner.plain, encoded)
     peaks = tracker.peaks
+    if like is not None:
+        resident = {part: peaks["forward"].get(part, 0) for part in RESIDENT}
+        peaks |= {phase: like.peaks[phase] | resident for phase in ("encode", "preview") if phase in like.peaks}
     peaks["step"]["step"] -= state_bytes  # made there, at the first step alone
     peaks["step"]["optimizer"] = state_bytes
-    for phase in ("encode", "forward", "backward"):  # later steps find it there
+    for phase in peaks.keys() - {"step"}:  # later steps find it there
         peaks[phase]["optimizer"] = state_bytes
-        if training.gradient_accumulation_steps > 1:  # and later micro-steps the gradients of those before
+        if training.gradient_accumulation_steps > 1 and phase != "preview":  # and later micro-steps the gradients of those before
             peaks[phase]["gradients"] = gradient_bytes
     sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
     return Rehearsal(
         peaks=peaks,
-        flops=dict(tracker.flops),
+        flops={**(like.flops if like is not None else {}), **tracker.flops},
         saved_bytes=saved_bytes,
+        gradient_bytes=gradient_bytes,
+        state_bytes=state_bytes,
         parameters=learner.counts["parameters"],
         trainable=learner.counts["trainable"],
         weight_bytes={"network": size_bytes(learner.plain.state_dict().values()), **sizes},
         block_parameters=largest_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
+        encoded=encoded,
     )
 
 
@@ -213,6 +193,24 @@ def first_of(encoded: Encoded) -> Encoded:
     cond = {name: first(value) for name, value in encoded.cond.items()}
     null = {name: value[:1] for name, value in encoded.null.items()}
     return Encoded(first(encoded.x0), cond, {name: keep_B[:1] for name, keep_B in encoded.keep.items()}, null=null)
+
+
+def renewed(encoded: Encoded, stand_ins: FakeTensorMode) -> Encoded:
+    """The same, its tensors without values made anew, since each loading has its own kind of them."""
+
+    def new(value: Any) -> Any:
+        if isinstance(value, Posterior):
+            return Posterior(new(value.mean), new(value.logvar))
+        if not isinstance(value, FakeTensor):
+            return value
+        with stand_ins:
+            return torch.empty(value.shape, dtype=value.dtype)
+
+    def all_new(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: new(value) for name, value in values.items()}
+
+    keep, null = all_new(encoded.keep), all_new(encoded.null)
+    return Encoded(new(encoded.x0), all_new(encoded.cond), keep, new(encoded.loss_mask), null)
 
 
 def tensors_of(encoded: Encoded) -> list[Tensor]:

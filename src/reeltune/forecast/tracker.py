@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 ROUND_BYTES = 512  # CUDA's allocator gives whole blocks of it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 ELSEWHERE = "elsewhere"  # the part of what is not on the device
+WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is told apart, as "casts"
 aten = torch.ops.aten
 
 
@@ -84,6 +85,8 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._block(tensor)
+        if func is aten._to_copy.default and self._block(args[0]).part in WEIGHTS:
+            self.own([out], "casts")
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops[self._phase] += int(formula(*args, **kwargs, out_val=out))
