@@ -92,9 +92,7 @@ def picture_lost(
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
-def footage_s(
-    records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray
-) -> float:
+def footage_s(records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray) -> float:
     """Seconds from the first frame taken to the end of the last, over all samples; stills have none."""
     frames = np.array([shape.frames for shape in shapes])[which][:, None]
     fps = np.asarray(records.fps, dtype=np.float64)[record]

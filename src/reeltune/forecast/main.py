@@ -138,7 +138,11 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    offers = [] if verdict.safe else search([*changes(recipe, machines.engine, world)], partial(attempt, base=base), (verdict, base))
+    offers = (
+        []
+        if verdict.safe
+        else search([*changes(recipe, machines.engine, world)], partial(attempt, base=base), (verdict, base))
+    )
     return Forecast(
         model=family.name,
         mode=mode,
@@ -210,7 +214,9 @@ def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
     return rows + [(inputs.train[record].path, reason) for record, reason in plan.left_out]
 
 
-def host_bytes(recipe: Recipe, found: Rehearsal, draws: list[Draw], needs: tuple[str, ...], gpus: int) -> dict[str, int]:
+def host_bytes(
+    recipe: Recipe, found: Rehearsal, draws: list[Draw], needs: tuple[str, ...], gpus: int
+) -> dict[str, int]:
     """Of the machine's own memory, in the largest step, for all processes of one machine."""
     frames, height, width = draws[0].shape
     per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays are fp32

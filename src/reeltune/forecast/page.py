@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from reeltune import charts, report
 from reeltune.forecast import pace
 from reeltune.forecast.engines import ENGINES
-from reeltune.forecast.main import Forecast
+from reeltune.forecast.main import Forecast, Machines, forecast
 from reeltune.forecast.parts import PARTS, PHASES
 from reeltune.forecast.verdict import MARGIN
+from reeltune.recipe import Recipe
 
 LISTED = 12  # rows of a table of clips or sizes; what is more is counted
 
@@ -30,7 +34,14 @@ class Table:
 
 
 def tables(found: Forecast) -> list[Table]:
-    return [data_table(found), size_table(found), *left_out_tables(found), memory_table(found), other_memory(found), time_table(found)]
+    return [
+        data_table(found),
+        size_table(found),
+        *left_out_tables(found),
+        memory_table(found),
+        other_memory(found),
+        time_table(found),
+    ]
 
 
 def verdict_lines(found: Forecast) -> tuple[str, str]:
@@ -65,7 +76,10 @@ def data_table(found: Forecast) -> Table:
     data, scan = found.data, found.inputs.scan
     mean, high, most = data.step_tokens
     rows = [
-        ("entries", f"{scan.entries:,}: {len(found.inputs.train):,} to train on, {len(found.inputs.held_out):,} held out"),
+        (
+            "entries",
+            f"{scan.entries:,}: {len(found.inputs.train):,} to train on, {len(found.inputs.held_out):,} held out",
+        ),
         ("left out", f"{len(found.left_out):,}"),
         ("samples in an epoch", f"{data.samples:,}, of which {data.repeated:.1%} repeated to fill groups"),
         ("tokens per optimizer step", f"{mean:,.0f} on average, 95 % up to {high:,.0f}, {most:,.0f} at most"),
@@ -92,7 +106,9 @@ def size_table(found: Forecast) -> Table:
     ]
     rest = buckets[LISTED:]
     note = f"and {len(rest)} smaller sizes with {sum(b.samples for b in rest):,} samples" if rest else ""
-    return Table("Sizes, largest first", ("aspect", "side", "frames", "pixels", "tokens", "samples", "share"), rows, 1, note)
+    return Table(
+        "Sizes, largest first", ("aspect", "side", "frames", "pixels", "tokens", "samples", "share"), rows, 1, note
+    )
 
 
 def left_out_tables(found: Forecast) -> list[Table]:
@@ -111,7 +127,9 @@ def memory_table(found: Forecast) -> Table:
         if any(found.peaks[phase].get(part) for phase in phases)
     ]
     rows.append(("together", *(size(sum(found.peaks[phase].values())) for phase in phases)))
-    kept = [f"{size(found.kept_bytes[on])} {'with' if on else 'without'} gradient_checkpointing" for on in (True, False)]
+    kept = [
+        f"{size(found.kept_bytes[on])} {'with' if on else 'without'} gradient_checkpointing" for on in (True, False)
+    ]
     engine = ENGINES[found.machines.engine].words
     how = "" if found.machines.engine in ("one", "ddp") else ", shared out by arithmetic"
     note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]}, {kept[1]}."
@@ -173,9 +191,79 @@ def show(found: Forecast, console: Console) -> None:
 
 
 def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title or None, title_justify="left", show_header=any(table.heads), box=None, pad_edge=False)
+    drawn = RichTable(
+        title=table.title or None, title_justify="left", show_header=any(table.heads), box=None, pad_edge=False
+    )
     for i, head in enumerate(table.heads):
         drawn.add_column(head, justify="left" if i < table.words else "right", overflow="fold")
     for row in table.rows:
         drawn.add_row(*row)
     return drawn
+
+
+# ---- as a page
+
+COLOURS = {  # colour -> (what it stands for, its parts)
+    "now": ("weights", ("weights", "masters", "still", "gathered", "casts")),
+    "start": ("gradients", ("gradients", "buckets")),
+    "optimizer": ("optimizer state and average", ("optimizer", "average")),
+    "encode": ("frozen networks", ("frozen",)),
+    "data": ("activations, and what is at work", ("activations", "encode", "forward", "backward", "step", "preview")),
+    "muted": ("batch and conditions", ("batch",)),
+}
+
+
+def write_page(found: Forecast, path: Path) -> Path:
+    """The tables, and pictures of memory and sizes, in one file that needs no other."""
+    answer, reason = verdict_lines(found)
+    page = (
+        report.environment()
+        .get_template("forecast/plan.html")
+        .render(
+            name=found.model,
+            mode=found.mode,
+            machines=found.machines,
+            engine=ENGINES[found.machines.engine].words,
+            tone="good" if found.verdict.safe else "open" if found.verdict.fits else "bad",
+            answer=answer,
+            reason=reason,
+            offers=offer_rows(found),
+            memory=Markup(memory_chart(found)),
+            legend=[(colour, words) for colour, (words, _) in COLOURS.items()],
+            sizes=Markup(size_chart(found)),
+            tables=tables(found),
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return report.write_whole(path, page)
+
+
+def memory_chart(found: Forecast) -> str:
+    rows = [
+        (
+            PHASES[phase],
+            [(colour, sum(parts.get(part, 0) for part in named) / 1e9) for colour, (_, named) in COLOURS.items()],
+        )
+        for phase, parts in found.peaks.items()
+    ]
+    return charts.stacked(rows, found.verdict.have_bytes / 1e9, "memory of each device by phase", "GB")
+
+
+def size_chart(found: Forecast) -> str:
+    by_tokens: Counter[int] = Counter()
+    for bucket in found.data.buckets:
+        by_tokens[bucket.tokens] += bucket.samples
+    tokens = sorted(by_tokens)
+    names = [f"{count:,}" for count in tokens]
+    return charts.counts(names, [by_tokens[count] for count in tokens], "samples by tokens", "tokens of a sample")
+
+
+def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
+    """`reeltune plan`: prints the forecast; with `html` also writes it there."""
+    waiting = Console(stderr=True)
+    with waiting.status("reading measurements") as status:
+        found = forecast(recipe, machines, told=lambda words: status.update(f"rehearsing: {words}"))
+    console = Console()
+    show(found, console)
+    if html is not None:
+        console.print(f"page: {write_page(found, html)}", highlight=False, soft_wrap=True)

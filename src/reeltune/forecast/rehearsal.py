@@ -103,7 +103,9 @@ def rehearse(
     peaks["step"]["optimizer"] = state_bytes
     for phase in peaks.keys() - {"step"}:  # later steps find it there
         peaks[phase]["optimizer"] = state_bytes
-        if training.gradient_accumulation_steps > 1 and phase != "preview":  # and later micro-steps the gradients of those before
+        if (
+            training.gradient_accumulation_steps > 1 and phase != "preview"
+        ):  # and later micro-steps the gradients of those before
             peaks[phase]["gradients"] = gradient_bytes
     sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
     return Rehearsal(
