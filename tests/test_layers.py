@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("families",),
     ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
     ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement"),
+    ("forecast",),
     ("cli", "compat", "demo", "__main__"),
 )
 NEVER = (  # (these, must not import those), beside what layers say; a report compares with a Recipe's defaults

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from reeltune.data.plan import Plan
 from reeltune.engine import PEAK_FLOPS
 from reeltune.errors import UserError
@@ -138,11 +136,8 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    offers = (
-        []
-        if verdict.safe
-        else search([*changes(recipe, machines.engine, world)], partial(attempt, base=base), (verdict, base))
-    )
+    candidates = [*changes(recipe, machines.engine, world)]
+    offers = [] if verdict.safe else search(candidates, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
         mode=mode,

@@ -73,12 +73,12 @@ def offer_rows(found: Forecast) -> list[tuple[str, str, str]]:
 
 
 def data_table(found: Forecast) -> Table:
-    data, scan = found.data, found.inputs.scan
+    data, inputs = found.data, found.inputs
     mean, high, most = data.step_tokens
     rows = [
         (
             "entries",
-            f"{scan.entries:,}: {len(found.inputs.train):,} to train on, {len(found.inputs.held_out):,} held out",
+            f"{inputs.scan.entries:,}: {len(inputs.train):,} to train on, {len(inputs.held_out):,} held out",
         ),
         ("left out", f"{len(found.left_out):,}"),
         ("samples in an epoch", f"{data.samples:,}, of which {data.repeated:.1%} repeated to fill groups"),
@@ -127,12 +127,10 @@ def memory_table(found: Forecast) -> Table:
         if any(found.peaks[phase].get(part) for phase in phases)
     ]
     rows.append(("together", *(size(sum(found.peaks[phase].values())) for phase in phases)))
-    kept = [
-        f"{size(found.kept_bytes[on])} {'with' if on else 'without'} gradient_checkpointing" for on in (True, False)
-    ]
+    kept = [f"{size(found.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
     engine = ENGINES[found.machines.engine].words
     how = "" if found.machines.engine in ("one", "ddp") else ", shared out by arithmetic"
-    note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]}, {kept[1]}."
+    note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]} gradient_checkpointing, {kept[1]}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
 
@@ -191,9 +189,7 @@ def show(found: Forecast, console: Console) -> None:
 
 
 def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(
-        title=table.title or None, title_justify="left", show_header=any(table.heads), box=None, pad_edge=False
-    )
+    drawn = RichTable(title=table.title or None, show_header=any(table.heads), box=None, pad_edge=False)
     for i, head in enumerate(table.heads):
         drawn.add_column(head, justify="left" if i < table.words else "right", overflow="fold")
     for row in table.rows:

@@ -103,9 +103,8 @@ def rehearse(
     peaks["step"]["optimizer"] = state_bytes
     for phase in peaks.keys() - {"step"}:  # later steps find it there
         peaks[phase]["optimizer"] = state_bytes
-        if (
-            training.gradient_accumulation_steps > 1 and phase != "preview"
-        ):  # and later micro-steps the gradients of those before
+    if training.gradient_accumulation_steps > 1:  # later micro-steps find the gradients of those before
+        for phase in ("encode", "forward", "backward"):
             peaks[phase]["gradients"] = gradient_bytes
     sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
     return Rehearsal(

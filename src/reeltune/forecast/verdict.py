@@ -165,8 +165,7 @@ def search(
     def cost(chosen: Iterable[int]) -> float:
         return sum(candidates[i].cost for i in chosen)
 
-    for i in range(len(candidates)):
-        alone.append(consider((i,)))
+    alone.extend(consider((i,)) for i in range(len(candidates)))
     for size in range(2, len(candidates) + 1):
         if len(found) >= TOLD:
             break
