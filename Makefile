@@ -16,8 +16,9 @@ setup: .venv/ready
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# Another family: make demo FAMILY=easyanimate (or hunyuan_video, cogvideox_fun, toy)
 demo: setup
-	$(BIN)/reeltune demo
+	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY))
 
 test: setup
 	$(BIN)/python -m pytest

@@ -27,7 +27,8 @@ class Goal(NamedTuple):
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
-MODULES = ("data_read", "loop", "start_up")  # each has main() -> {name: number}
+FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
+MODULES = ("data_read", "loop", "start_up", "cache")  # each has main() -> {name: number}
 MEANING = {  # name: (what it is, goal)
     "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
     "read_512_ratio": ("clips read to 512 px, over bare decode and resize", Goal(least=0.85)),
@@ -42,6 +43,14 @@ MEANING = {  # name: (what it is, goal)
     "scan_warm_s": ("seconds to scan them again", Goal(most=1.0)),
     "scan_two_changed_s": ("seconds to scan them after two files changed", None),
     "first_step_s": ("seconds from the command to the first step, 100,000 rows scanned before", None),
+    **{
+        f"cache_step_{family}_{side}": (f"cached step over live step, tiny {family}, {side} px", Goal(most=1.0))
+        for family in FAMILIES
+        for side in (64, 128)
+    },
+    "cache_write_ratio": ("encoding alone over filling a cache, in seconds", None),
+    "cache_read_ratio": ("reading a cache at random over the plain disk", None),
+    "cache_read_gb_s": ("gigabytes per second read from a cache", None),
 }
 
 

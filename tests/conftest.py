@@ -18,8 +18,8 @@ def _folder(path: Path, what: str) -> Path:
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take a `pair` or a `checkpoint` run over every family."""
-    for name, modes in (("pair", True), ("checkpoint", False)):
+    """Tests that take a `pair` or `any_checkpoint` run over every family."""
+    for name, modes in (("pair", True), ("any_checkpoint", False)):
         if name in metafunc.fixturenames:
             from every_family import pairs  # here, so that tests without networks need not wait for their libraries
 

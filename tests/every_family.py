@@ -14,15 +14,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tests.tiny_wan import tiny_checkpoint
 
 from reeltune import families
-from reeltune.errors import UserError
+from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.families import weights
+from reeltune.families.cogvideox_fun import family as cogvideox
+from reeltune.families.easyanimate import family as easyanimate
+from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.spec import Family
 from reeltune.families.toy.family import FAMILY as TOY
 from reeltune.families.wan_fun import family as wan
-from tiny_wan import tiny_checkpoint
 
+OWN = {"easyanimate": easyanimate.CONTROL_REF, "hunyuan_video": hunyuan.T2V, "cogvideox_fun": cogvideox.INP}
 OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)
 
 
@@ -38,18 +42,12 @@ class Pair:
 
 @cache  # the same objects for all tests, so that pytest keeps those of a Pair together
 def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
-    """Parameters for pytest: every Pair, or without `modes` one a checkpoint; what is not there is a skipped one."""
-    found: list[Any] = [_pairs("toy", TOY.modes, toy)]
+    """Parameters for pytest: every Pair, or without `modes` one a checkpoint."""
+    found: list[Any] = [_pairs("toy", TOY.modes, SHOWN["toy"].write)]
     folders = [path.parent for path in goldens.glob("multi/*/model_index.json")]
     folders += goldens.glob("wan_fun/checkpoints/*/")
     for folder in sorted(folders):
-        try:
-            family = families.find(folder)
-        except UserError as unknown:
-            found.append(
-                [pytest.param(None, id=folder.name, marks=pytest.mark.skip(reason="; ".join(unknown.problems)))]
-            )
-            continue
+        family = families.find(folder)
         found.append(_pairs(folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
             found.append(_pairs(f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
@@ -57,8 +55,10 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
         for family in OWN_WAN:
             variant = family.name.removeprefix("wan_fun/")
             found.append(_pairs(variant, family.modes, partial(tiny_checkpoint, variant=variant)))
-        missing = pytest.mark.skip(reason=f"no golden files at {goldens}; give --goldens DIR")
-        found.append([pytest.param(None, id="the other families", marks=missing)])
+        for name, family in OWN.items():
+            found.append(_pairs(name, family.modes, SHOWN[name].write))
+            for mode, changes in others(family, {}):
+                found.append(_pairs(f"{name}-other", (mode,), partial(_derive_own, name, changes)))
     return [pair for one in found for pair in (one if modes else one[:1])]
 
 
@@ -66,13 +66,14 @@ def _pairs(checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Pa
     return [pytest.param(Pair(checkpoint, mode, lay_out), id=f"{checkpoint}-{mode}") for mode in modes]
 
 
-def toy(folder: Path) -> Path:
-    (folder / "toy.json").write_text("{}")
-    return folder
-
-
 def _there(source: Path, folder: Path) -> Path:
     return source
+
+
+def _derive_own(name: str, changes: dict[str, Any], folder: Path) -> Path:
+    (folder / "own").mkdir()
+    (folder / "other").mkdir()
+    return derive(SHOWN[name].write(folder / "own"), folder / "other", changes=changes)
 
 
 def derive(source: Path, folder: Path, *, changes: dict[str, Any]) -> Path:

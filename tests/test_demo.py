@@ -1,20 +1,23 @@
 """The demo: scenes, data set, checkpoint, the number for following, a small run from end to end."""
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from reeltune import families
+from reeltune import cli, families
 from reeltune.agreement import agreement, write_agreement
 from reeltune.data.media import write_clip
 from reeltune.demo import clips
 from reeltune.demo.checkpoint import WEIGHTS, shipped, tokenizer, transformer, vae, write_checkpoint
 from reeltune.demo.clips import HELD_OUT_SEED, SIDE, draw_scene, scene, write_data_set
-from reeltune.demo.main import clear, run
+from reeltune.demo.main import FAMILIES, clear, run
+from reeltune.demo.tiny import easyanimate, hunyuan_video
 from reeltune.errors import UserError
+from reeltune.families.hunyuan_video import prompts
 from reeltune.families.wan_fun.family import decode, encode_clip
 from reeltune.types import Batch, Crop, Draw, Posterior, Shape
 
@@ -175,3 +178,46 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
     told = capsys.readouterr().out.strip().splitlines()[-1]
     assert "reeltune train recipes/wan2.1_fun_v1.1_1.3b_control.yaml" in told
     assert (tmp_path / "demo/run/checkpoint-2/progress.json").exists()
+
+
+def test_captions_are_cut_where_their_families_cut_them():
+    caption = scene(5).caption
+    words = hunyuan_video.tokenizer()
+    ids, _ = prompts.tokens_of(words, prompts.TEMPLATE, [caption], prompts.TEXT_LENGTH + prompts.CROP)
+    assert words.decode(ids[0, prompts.CROP :]).startswith(caption.split()[0])
+    assert words.decode(ids[0, prompts.CROP - 1]) == "\n\n"
+    chat = easyanimate.tokenizer()
+    turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}]]
+    (said,) = chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said.endswith(f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n")
+    for made in (words, chat, hunyuan_video.tokenizer_2()):
+        assert made.unk_token_id not in made(caption).input_ids
+
+
+def test_every_family_can_be_shown():
+    assert set(cli.DEMOS) == set(FAMILIES) == set(families.MODULES)
+    recipes = Path(__file__).parents[1] / "recipes"
+    for name, shown in FAMILIES.items():
+        assert name == "toy" or f"huggingface.co/{shown.model}" in (recipes / shown.recipe).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(cli.DEMOS) - {"wan_fun"}))
+def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys):
+    clips, last = (24, 60) if family == "toy" else (4, 8)
+    assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
+    out = tmp_path / "demo/run"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps, held_out = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
+    assert sum(row["loss"] for row in steps[-3:]) < sum(row["loss"] for row in steps[:3])
+    assert held_out[-1]["band95"][1] < 0
+    assert families.find(tmp_path / "demo/model").name in (out / "report.html").read_text()
+    assert {path.name for path in (out / "previews" / f"step-{last}").iterdir()} == {
+        "0.mp4",
+        "0.json",
+        "1.mp4",
+        "1.json",
+    }
+    said = capsys.readouterr().out
+    assert f"held-out loss {held_out[0]['loss']:.4f} before, {held_out[-1]['loss']:.4f} after training" in said
+    assert ("random" in said and "not to be recognised" in said) == (family != "toy")

@@ -18,7 +18,18 @@ from reeltune.families.easyanimate.net import from_released, to_released
 from reeltune.types import Batch, Draw, Shape
 
 CAPTIONS = ["a red fox runs", "two children fly a blue kite"]
-EXTRA = {"control_ref": 32, "control": 16, "control_ref_camera": 22, "inpaint": 17, "normal": 0}
+EXTRA = {  # conditioning channels for C latent channels: (how many times C, and how many beside)
+    "control_ref": (2, 0),
+    "control": (1, 0),
+    "control_ref_camera": (1, 6),
+    "inpaint": (1, 1),
+    "normal": (0, 0),
+}
+
+
+def extra(mode, channels):
+    times, beside = EXTRA[mode]
+    return times * channels + beside
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +181,8 @@ def test_conditions_fill_the_channels(loaded, mode):
     x0, cond = settle(encoded, [1, 2], parts.null)
     seen = []
     family.denoise(lambda **asked: seen.append(asked) or (x0,), x0, torch.ones(2), cond)
-    extra = seen[0]["control_latents"]
-    assert (0 if extra is None else extra.shape[1]) == EXTRA[mode]
+    joined = seen[0]["control_latents"]
+    assert (0 if joined is None else joined.shape[1]) == extra(mode, family.geometry.channels)
     answer = family.denoise(parts.net, x0, torch.tensor([500.0, 20.0]), cond)
     assert answer.shape == x0.shape and answer.isfinite().all()
     assert family.decode(parts, x0).shape == (2, 5, 3, 32, 48)

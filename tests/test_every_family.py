@@ -13,6 +13,7 @@ import torch
 
 from every_family import Pair
 from reeltune import families
+from reeltune.data.masks import draw_mask
 from reeltune.data.media import measure, read_frames
 from reeltune.dice import dice
 from reeltune.diffusion.loss import settle
@@ -22,7 +23,7 @@ from reeltune.inputs import choose_family, gather
 from reeltune.recipe import Recipe
 from reeltune.sample import Setup
 from reeltune.train import train
-from reeltune.types import Batch, Crop, Shape
+from reeltune.types import Batch, Crop, MaskLaw, Shape
 from same_run import StopAfter, assert_same_end, rows
 from small_run import data_set, recipe
 
@@ -35,6 +36,12 @@ RATES = {  # condition -> share of samples it is dropped in; inpaint: of those o
     "easyanimate": {"control": 0.2, "ref": 0.2, "inpaint": 0.9},
     "hunyuan_video": {},
     "cogvideox_fun": {"inpaint": 0.9},
+}
+MASKS = {  # family and mode -> how likely each kind is
+    ("wan_fun", "inpaint"): MaskLaw(),
+    ("wan_fun", "i2v"): MaskLaw({"after_first": 1.0}, {"all": 1.0}),
+    ("easyanimate", "inpaint"): MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True),
+    ("cogvideox_fun", "inpaint"): MaskLaw(),
 }
 
 
@@ -211,6 +218,19 @@ def test_the_coins_are_the_familys(runs, inputs, monkeypatch):
         assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / len(kept))
 
 
+def test_masks_come_from_the_draws_own_seeds(runs, inputs):
+    needed, reader = runs.family.needs[runs.pair.mode], inputs.reader
+    batches = [reader[0, k, 0, 1] for k in range(len(reader.plan(0)))]
+    if "mask" not in needed:
+        assert all(batch.mask_BFHW is None for batch in batches)
+        return
+    law = MASKS[runs.family.name.partition("/")[0], runs.pair.mode]
+    assert reader.mask_law == inputs.held_out_reader.mask_law == law
+    for batch in batches:
+        masks = [draw_mask(draw.seed, draw.shape, law) for draw in batch.draws]
+        assert all((mask == found.numpy()).all() for mask, found in zip(masks, batch.mask_BFHW, strict=True))
+
+
 def settled(setup: Setup, batch: Batch, dropped: str | None = None):
     """(conditions, null values) of the batch with everything kept, or all but one."""
     names = ("text", *setup.family.drop)
@@ -239,6 +259,29 @@ def test_what_is_dropped_is_blank_and_nothing_else_is(runs, inputs, setup):
             blank = null[cond].to(whole[cond]) if cond in null else torch.zeros_like(whole[cond])
             assert torch.equal(lacking[cond], blank.expand_as(whole[cond])), (name, cond)
             assert not torch.equal(lacking[cond], whole[cond]) or not whole[cond].any(), (name, cond)
+    if "inpaint" in family.drop:  # the coin counts only where everything is to be made
+        batch.mask_BFHW[:, 0, 0, 0] = False
+        assert torch.equal(settled(setup, batch, "inpaint")[0]["inpaint"], settled(setup, batch)[0]["inpaint"])
+
+
+def test_a_network_wrapped_for_several_processes_answers_alike(inputs, setup):
+    """DistributedDataParallel passes on the call, and none of the network's attributes."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.module = net
+
+        def forward(self, *given, **named):
+            return self.module(*given, **named)
+
+    batch = inputs.reader[0, 0, 0, 1]
+    encoded, net = setup.encode(batch), setup.parts.net
+    x0, cond = settle(encoded, batch.seeds, setup.parts.null)
+    level_B = torch.full((len(x0),), 0.5)
+    with torch.no_grad():
+        answers = [setup.denoise(one, x0, setup.objective.timestep(level_B), cond) for one in (net, Wrapped(net))]
+    assert torch.equal(*answers)
 
 
 def test_the_caption_makes_what_is_dropped_with_it(runs, inputs, setup):

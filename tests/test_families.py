@@ -16,8 +16,8 @@ SHAPE = Shape(5, 32, 48)
 
 
 @pytest.fixture(scope="module")
-def family_and_parts(checkpoint, tmp_path_factory):
-    folder = checkpoint.lay_out(tmp_path_factory.mktemp("checkpoint"))
+def family_and_parts(any_checkpoint, tmp_path_factory):
+    folder = any_checkpoint.lay_out(tmp_path_factory.mktemp("checkpoint"))
     family = families.find(folder)
     return family, family.load(folder, family, frozen_dtype=torch.float32)
 

@@ -166,7 +166,7 @@ def test_saved_and_read_again(checkpoints, loaded, tmp_path, mode):
     assert said == json.loads((checkpoints[mode] / "transformer/config.json").read_text())
     theirs = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "transformer").state_dict()
     again = family.load(checkpoints[mode], family, encoders=False, transformer_path=tmp_path)
-    assert not again.null and set(again.frozen) == {"vae"}
+    assert not again.null and not again.frozen
     for name, tensor in again.net.state_dict().items():
         assert torch.equal(tensor, changed[name]) and torch.equal(theirs[name], changed[name])
 
@@ -260,13 +260,6 @@ def test_large_pictures_are_encoded_in_tiles(loaded):
     with torch.no_grad():
         tiled = vae.tiled_encode(pixels.transpose(1, 2)).chunk(2, 1)[0] * vae.config.scaling_factor
     torch.testing.assert_close(hunyuan.encode_clip(vae, pixels).mean, tiled)
-
-
-def test_a_clip_encodes_alike_in_any_mini_batch(loaded):
-    family, parts = loaded["normal"]
-    whole = family.encode(parts, batch_of(), "normal")
-    halves = family.encode(parts, batch_of(), "normal", vae_mini_batch=1)
-    torch.testing.assert_close(whole.x0.mean, halves.x0.mean)
 
 
 # ---- denoise and sample
@@ -383,3 +376,6 @@ def test_images_and_single_frames_are_left_out_with_a_line(checkpoints, data, tm
     stride = recipe(checkpoints["normal"], data, tmp_path, train_mode="normal", video_sample_stride=6)
     with pytest.raises(UserError, match="only images and clips of fewer than 5 sampled frames"):
         gather(stride, family, "normal", show_progress=False)
+    budget = {"random_hw_adapt": True, "training_with_video_token_length": True, "image_sample_size": 64}
+    with pytest.raises(UserError, match="cut to 1 frames, and this model learns nothing from fewer than 5"):
+        gather(recipe(checkpoints["normal"], data, tmp_path, **budget), family, "normal", show_progress=False)

@@ -16,13 +16,13 @@ from PIL import Image
 
 from reeltune.data.camera import rays, read_poses, resample
 from reeltune.data.loader import ATTEMPTS, Reader, stream
-from reeltune.data.masks import FIRST_FRAME_GIVEN, MaskLaw, draw_mask
+from reeltune.data.masks import draw_mask
 from reeltune.data.media import read_frames, write_clip
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
 from reeltune.errors import UserError
-from reeltune.types import Batch, Progress, Record
+from reeltune.types import Batch, MaskLaw, Progress, Record
 
 RULES = SizeRules(
     video_sample_n_frames=5,
@@ -131,7 +131,8 @@ def test_camera_and_mask(folder):
         np.testing.assert_array_equal(batch.camera_BFCHW[0], window.transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(batch.mask_BFHW[0], draw_mask(draw.seed, shape, MaskLaw()))
         assert batch.control_BFCHW is None
-    batch = reader(records, group=1, needs=frozenset({"mask"}), mask_law=FIRST_FRAME_GIVEN)[0, 0, 0, 1]
+    first_given = MaskLaw({"after_first": 1.0}, {"all": 1.0})
+    batch = reader(records, group=1, needs=frozenset({"mask"}), mask_law=first_given)[0, 0, 0, 1]
     assert not batch.mask_BFHW[0, 0].any()
     assert batch.mask_BFHW[0, 1:].all()
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from reeltune.data.masks import ALL_FRAMES, FIRST_FRAME_GIVEN, KINDS, MaskLaw, draw_mask
-from reeltune.types import Shape
+from reeltune.data.masks import KINDS, draw_mask
+from reeltune.types import MaskLaw, Shape
 
 TOLERANCE = 0.03  # of mean coverage, over 300 draws
 REFERENCE_KINDS = list(MaskLaw().clip)  # in the order of the reference's numbers
@@ -34,7 +34,7 @@ def test_probabilities_of_the_reference(goldens):
 def test_frame_patterns_of_the_reference(goldens):
     for case in json.loads((goldens / "data/masks.json").read_text())["deterministic"]:
         frames = case["frames"]
-        mask = draw_mask(0, Shape(frames, 4, 4), FIRST_FRAME_GIVEN)
+        mask = draw_mask(0, Shape(frames, 4, 4), MaskLaw({"after_first": 1.0}, {"all": 1.0}))
         assert mask[:, 0, 0].astype(int).tolist() == case["image_start_only"]
         for kind, name in (("after_start", "type2"), ("between_ends", "type3")):
             if case[name] is not None:
@@ -92,11 +92,6 @@ def test_spots(frames):
         assert not first[1:].any()
         everywhere = draw_mask(3, shape, MaskLaw({kind: 1.0}, {kind: 1.0}, spots_on_all_frames=True))
         assert (everywhere == first[:1]).all()
-
-
-def test_easyanimate_pictures_have_no_spots():
-    assert ALL_FRAMES.picture == {"block": 0.2, "all": 0.8}
-    assert ALL_FRAMES.spots_on_all_frames
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -220,7 +220,9 @@ def test_every_variant_has_a_recipe():
     hunyuan = {f"hunyuan_video_{kind}" for kind in ("t2v", "i2v", "i2v_33ch")}
     easyanimate = {f"easyanimate_v5.1_12b_{kind}" for kind in ("control", "control_camera", "inp", "t2v")}
     easyanimate |= {"easyanimate_v5.1_7b_control", "easyanimate_v5_12b_control"}
-    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan | easyanimate
+    cogvideox = {f"cogvideox_fun_{variant}_inp" for variant in ("2b", "5b", "v1.1_2b", "v1.1_5b", "v1.5_5b")}
+    cogvideox |= {f"cogvideox_{size}_t2v" for size in ("2b", "5b")}
+    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan | easyanimate | cogvideox
 
 
 def test_literal_fields_list_their_choices():

@@ -28,6 +28,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   train    fine-tune a checkpoint as a recipe says
   check    scan the data and show what training would do with it; trains nothing
   plan     tell what a run will see, what memory it needs and how long it takes, before it
+  cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
   export   turn a checkpoint-N into a folder that the original tools, or diffusers, load
@@ -41,12 +42,16 @@ ABOUT = {
     "epoch. Trains nothing and loads no weights.",
     "plan": "Tells what a run will see, what it needs in memory by part, how long it takes, whether it fits and what "
     "would make it fit. Reads measurements of the data and headers of the checkpoint, no weights; needs no GPU.",
+    "cache": "Encodes what the recipe trains on into cache_folder, as far as it is not there. Any number of processes "
+    "share the work. With verify before the recipe: reads all of it and sets damaged files aside. With prune: deletes "
+    "what this recipe does not ask for.",
     "sample": "Makes a clip for each of validation_prompts into output_dir/samples.",
 }
 REQUIRED = {
     "train": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
     "check": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
     "plan": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
+    "cache": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "cache_folder"),
     "sample": ("pretrained_model_name_or_path", "validation_prompts"),
 }
 
@@ -172,6 +177,33 @@ def _check(recipe: Recipe) -> int:
     return 0
 
 
+def _cache(recipe: Recipe) -> int:
+    from reeltune.cache.fill import fill
+
+    return fill(recipe)
+
+
+def _verify(recipe: Recipe) -> int:
+    from reeltune.cache.care import verify
+
+    print(verify(recipe))
+    return 0
+
+
+def _prune(recipe: Recipe) -> int:
+    from reeltune.cache.care import prune
+
+    print(prune(recipe))
+    return 0
+
+
+def _cache_command(argv: Sequence[str]) -> int:
+    word = argv[0] if argv and argv[0] in CARE else None
+    if word is None or {"-h", "--help"} & set(argv):
+        return of_recipe("cache")(argv)
+    return CARE[word](recipe_of(argv[1:], "cache"))
+
+
 def _sample(recipe: Recipe) -> int:
     from reeltune.sample import sample_clips
 
@@ -206,7 +238,8 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
-RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "sample": _sample}
+CARE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
+RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache, "sample": _sample}
 
 
 # ---- the others
@@ -257,20 +290,27 @@ def _size(text: str) -> str:
     return text
 
 
+DEMOS = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun", "toy")
+
+
 def _demo(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune demo", description="A small real run, on the CPU, in a few minutes.")
+    about = "A small real run, on the CPU, in a few minutes."
+    parser = argparse.ArgumentParser("reeltune demo", description=about)
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
+    start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
+    parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
     wanted = parser.parse_args(argv)
 
     from reeltune.demo.main import run
 
-    return run(wanted.out)
+    return run(wanted.out, family=wanted.family)
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": of_recipe("train"),
     "check": of_recipe("check"),
     "plan": _plan,
+    "cache": _cache_command,
     "sample": of_recipe("sample"),
     "report": _report,
     "export": _export,

@@ -118,6 +118,14 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def place_in_launch() -> tuple[int, int, torch.device]:
+    """(process, processes, device) by what launchers set, without joining the others: they need not run together."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu")
+    return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+
+
 class Stopwatch:
     """Splits a step's time by kind of work without waiting for the device.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
-from reeltune.data.shapes import SizeRules, clip_length
+from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts, check_mode
@@ -131,8 +132,10 @@ def gather(
         strata=strata_over(world) if recipe.loss.uniform_sampling else 1,
         video_repeat=data.video_repeat,
         largest_first=True,
+        variants=recipe.cache.cache_variants,
     )
-    reader = partial(Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]))
+    needed = frozenset(family.needs[mode])
+    reader = partial(Reader, plan=plan, group=group, needs=needed, mask_law=family.masks.get(mode))
     return Inputs(
         scan=found,
         unsuited=unsuited,
@@ -148,8 +151,15 @@ def gather(
 def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Records, list[LeftOut]]:
     """(records of clips of `least_frames` frames or more, the others). Clips too short for any plan are the plan's.
 
-    Raises UserError if nothing would be left.
+    Raises UserError if nothing would be left, or clips would be cut to fewer.
     """
+    longest = budget_frames(rules, rules.ladder[-1]) if rules.by_budget else rules.video_sample_n_frames
+    if longest < least_frames:
+        raise UserError(
+            "recipe",
+            f"the largest clips would be cut to {longest} frames, and this model learns nothing from fewer than "
+            f"{least_frames}; raise video_sample_n_frames or token_sample_size, or lower image_sample_size",
+        )
     lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
     short = (lengths < least_frames) & (lengths > 0)
     if not short.any():
@@ -167,6 +177,14 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
+    """Raises UserError for clips longer than the network has positions for."""
+    frames, most = recipe.sizes.video_sample_n_frames, family.most_frames
+    if most is not None and family.geometry.legal_frames(frames) > most:
+        raise UserError(
+            "recipe",
+            f"video_sample_n_frames is {frames}, but {family.name} has positions for {most} frames; "
+            f"set video_sample_n_frames to {most} or less",
+        )
     sizes = asdict(recipe.sizes)
     del sizes["keep_all_node_same_token_length"]  # always on
     return SizeRules(
@@ -193,10 +211,24 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
     )
 
 
-def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer: Path | None = None) -> Parts:
+def encode_options(recipe: Recipe) -> dict[str, Any]:
+    """Choices of the recipe that `encode` follows."""
+    return {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
+
+
+def load_parts(
+    recipe: Recipe,
+    family: Family,
+    device: torch.device,
+    transformer: Path | None = None,
+    *,
+    encoders: bool = True,
+    network: bool = True,
+) -> Parts:
     """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
 
-    transformer: the folder to take the trained network from when a run is resumed.
+    transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
+    are read when they are needed; without `network` the trained one's weights are not read.
     """
     return family.load(
         recipe.model.pretrained_model_name_or_path,
@@ -205,5 +237,7 @@ def load_parts(recipe: Recipe, family: Family, device: torch.device, transformer
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
         device=device,
         low_vram=recipe.training.low_vram,
+        encoders=encoders,
+        network=network,
         transformer_path=transformer or recipe.model.transformer_path,
     )

@@ -107,9 +107,17 @@ class Training:
     low_vram: bool = False
     """Frozen networks leave the device between uses."""
     vae_mini_batch: int = 0
-    """Clips the VAE encodes at a time; 0 is all at once."""
+    """Accepted; clips are encoded one at a time, so that none depends on its neighbours."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products on NVIDIA GPUs."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    cache_folder: str | None = None
+    """Folder of what `reeltune cache` has encoded, to train from without VAE and encoders."""
+    cache_variants: int = 0
+    """Ways of reading each clip (window, size, reference, mask) that are drawn from; 0 is ever new ones."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)
+    cache: Cache = field(default_factory=Cache)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)
     output: Output = field(default_factory=Output)

@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "max_train_steps": (1, ANY),
     "seed": (0, ANY),
     "vae_mini_batch": (0, ANY),
+    "cache_variants": (0, ANY),
     "motion_sub_loss_ratio": (0, 1),
     "learning_rate": (0, ANY),
     "lr_warmup_steps": (0, ANY),
@@ -101,6 +102,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("trained_weights", "mixed_precision"),
             f"trained_weights is bf16_stochastic and mixed_precision is {recipe.training.mixed_precision}; weights in "
             "bf16 are computed with in bf16; set mixed_precision to bf16, or trained_weights to fp32",
+        )
+    if recipe.cache.cache_folder is not None and not recipe.cache.cache_variants:
+        yield (
+            ("cache_folder", "cache_variants"),
+            f"cache_folder is {recipe.cache.cache_folder} and cache_variants is 0; it keeps a fixed number of ways in "
+            "which a clip is read; set cache_variants, to 1 for pictures and clips of one window, to 4 for longer ones",
         )
     if data.validation_data_meta is not None and data.held_out_share:
         yield (

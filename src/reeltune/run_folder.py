@@ -17,7 +17,15 @@ from reeltune.recipe import Recipe
 from reeltune.settings import build, dump, flat, read
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
-ORDERING = ("seed", "video_repeat", "held_out_share", "control_ref_image", "text_drop_ratio", "uniform_sampling")
+ORDERING = (
+    "seed",
+    "video_repeat",
+    "held_out_share",
+    "control_ref_image",
+    "text_drop_ratio",
+    "uniform_sampling",
+    "cache_variants",
+)
 LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 
 

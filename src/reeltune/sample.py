@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
-from reeltune.data.loader import Reader, collate
+from reeltune.data.loader import Reader, collate, joined
 from reeltune.data.media import MediaError, measure, write_clip
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
@@ -25,9 +25,11 @@ from reeltune.diffusion.objective import Objective
 from reeltune.engine import Engine
 from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts
-from reeltune.inputs import choose_family, load_parts, size_rules
+from reeltune.inputs import choose_family, encode_options, load_parts, size_rules
 from reeltune.recipe import Recipe
-from reeltune.types import Batch, Draw, Encoded, Kind, Record, Sample
+from reeltune.types import Batch, Described, Draw, Encoded, Kind, Record, Sample
+
+CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,32 @@ class Setup:
     parts: Parts
     objective: Objective
     autocast: Callable[[], AbstractContextManager] = nullcontext
-    vae_mini_batch: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, batch: Batch) -> Encoded:
+        """Sample by sample, because networks give other last bits in other batches; or as it came from the cache."""
         batch = batch.to(self.parts.device)
-        settings = {"vae_mini_batch": self.vae_mini_batch, "options": self.options}
-        encoded = self.family.encode(self.parts, batch, self.mode, **settings)
+        encoded = batch.encoded or joined([self._encode_one(one) for one in batch.singles()])
         if "text" in encoded.keep:
             encoded.keep = encoded.keep | dict.fromkeys(self.family.caption, encoded.keep["text"])
         return encoded
+
+    def _encode_one(self, batch: Batch) -> Encoded:
+        described = None
+        if not self.family.caption_sees_picture:
+            known = self._describe(batch.text[0])
+            described = Described({name: value.to(self.parts.device) for name, value in known.items()})
+        return self.family.encode(self.parts, batch, self.mode, options=self.options, described=described)
+
+    @cached_property
+    def _describe(self) -> Callable[[str], dict[str, Tensor]]:
+        """Caption -> its conditions on the CPU, encoded once for as long as it is remembered."""
+
+        def describe(caption: str) -> dict[str, Tensor]:
+            cond = self.family.describe(self.parts, [caption], None).cond
+            return {name: value.cpu() for name, value in cond.items()}
+
+        return lru_cache(maxsize=CAPTIONS)(describe)
 
     def denoise(self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond) -> Tensor:
         with self.autocast():
@@ -213,8 +231,7 @@ def sample_clips(recipe: Recipe) -> list[Path]:
     requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     parts = load_parts(recipe, family, engine.device)
-    options = {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
-    setup = Setup(family, mode, parts, objective, engine.autocast, recipe.training.vae_mini_batch, options)
+    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
     made = [folder / f"{i}.mp4" for i in range(len(requests))]
     for path, request in zip(made, requests, strict=True):
         steps, guidance_scale = wanted.preview_steps, wanted.guidance_scale

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from reeltune import checkpoint, report
+from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
 from reeltune.engine import Engine, FlopCount, Stopwatch, peak_flops
 from reeltune.errors import UserError
 from reeltune.first_batch import write_first_batch
-from reeltune.inputs import DTYPES, choose_family, gather, ledger_of, load_parts
+from reeltune.inputs import DTYPES, choose_family, encode_options, gather, ledger_of, load_parts
 from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
@@ -45,15 +46,19 @@ def train(recipe: Recipe) -> int:
     changes = [] if found is None else changes_since(found, recipe, progress.group)
     family, mode, objective = choose_family(recipe)
     inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
-    parts = load_parts(recipe, family, engine.device, found and found / "transformer")
+    cache = open_cache(recipe, family, mode, inputs)
+    parts = load_parts(recipe, family, engine.device, found and found / "transformer", encoders=cache is None)
+    pixels = inputs.reader
+    if cache is not None:
+        parts.null |= cache.null(engine.device)
+        inputs = cache.feed(inputs)
     setup = Setup(
         family,
         mode,
         parts,
         objective,
         autocast=engine.autocast,
-        vae_mini_batch=recipe.training.vae_mini_batch,
-        options={"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention},
+        options=encode_options(recipe),
     )
     validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
     learner = Learner(
@@ -105,7 +110,8 @@ def train(recipe: Recipe) -> int:
                 batch, progress.epoch, progress.cursor = next(batches)
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
-                    write_first_batch(batch, out / "first_batch")
+                    seen = pixels[progress.epoch, progress.cursor - 1, engine.rank, engine.world] if cache else batch
+                    write_first_batch(seen, out / "first_batch")
                 duties.count(batch)
                 watch.mark("data_s")
                 encoded = setup.encode(batch)

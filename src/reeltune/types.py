@@ -11,6 +11,7 @@ Units:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -72,6 +73,31 @@ class SizeLaw:
     nearest_rung: float | None = 0.5  # probability of the rung nearest token_sample_size; None: all rungs equal
 
 
+@dataclass(frozen=True)
+class MaskLaw:
+    """How likely each kind of inpainting mask is; the kinds are the names of `data.masks.KINDS`.
+
+    As they stand, those of VideoX-Fun's training (https://github.com/aigc-apps/VideoX-Fun).
+    """
+
+    clip: dict[str, float] = field(
+        default_factory=lambda: {
+            "block": 0.05,
+            "all": 0.2,
+            "after_start": 0.2,
+            "between_ends": 0.2,
+            "block_in_time": 0.05,
+            "coin": 0.05,
+            "boxes": 0.05,
+            "ellipse": 0.1,
+            "disc": 0.05,
+            "frames": 0.05,
+        }
+    )
+    picture: dict[str, float] = field(default_factory=lambda: {"block": 0.2, "all": 0.7, "ellipse": 0.05, "disc": 0.05})
+    spots_on_all_frames: bool = False  # ellipses and discs: on every frame, else on the first alone
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One row of the metadata file, checked and measured.
@@ -110,9 +136,15 @@ class Draw:
     crop: Crop
     frames: tuple[int, ...]  # which frames of the file, in display order; len == shape.frames
     ref_frame: int  # which of those frames is the reference picture, 0 .. shape.frames - 1
-    seed: int  # private to this sample in this epoch: noise, drops and masks come from it
+    seed: int  # private to this sample in this epoch: noise and drops come from it
     stratum: tuple[int, int] = (0, 1)  # (i, n): draw the noise level from the i-th of n equal strata
     repeat: bool = False  # drawn only to fill a group
+    variant_seed: int | None = None  # of its variant, where a clip has a fixed number of them
+
+    @property
+    def seen_seed(self) -> int:
+        """From it comes all chance that the frozen networks see: masks, and noise on pixels."""
+        return self.seed if self.variant_seed is None else self.variant_seed
 
 
 @dataclass
@@ -121,12 +153,13 @@ class Sample:
 
     draw: Draw
     text: str
-    pixels_FCHW: Tensor  # uint8
+    pixels_FCHW: Tensor  # uint8; no frames where `encoded` stands for them
     control_FCHW: Tensor | None = None  # uint8
     camera_FCHW: Tensor | None = None  # float32, 6 channels of Pluecker rays
     mask_FHW: Tensor | None = None  # bool, True is to be generated
     keep: dict[str, bool] = field(default_factory=dict)  # condition name -> not dropped
     failures: tuple[tuple[int, str], ...] = ()  # (record, reason) of draws this one stands in for
+    encoded: Encoded | None = None  # from the cache, a batch of one
 
 
 @dataclass
@@ -142,10 +175,37 @@ class Batch:
     camera_BFCHW: Tensor | None = None
     mask_BFHW: Tensor | None = None
     failures: tuple[tuple[int, str], ...] = ()
+    encoded: Encoded | None = None  # from the cache; pixels then have no frames, unless they are to be shown
 
     @property
     def seeds(self) -> list[int]:
         return [draw.seed for draw in self.draws]
+
+    @property
+    def seen_seeds(self) -> list[int]:
+        """For `encode`, in modes that need a mask; elsewhere what it makes must not depend on chance."""
+        return [draw.seen_seed for draw in self.draws]
+
+    def singles(self) -> list[Batch]:
+        """Its samples, each a batch of one."""
+
+        def cut(tensor: Tensor | None, at: slice) -> Tensor | None:
+            return None if tensor is None else tensor[at]
+
+        return [
+            replace(
+                self,
+                draws=self.draws[at],
+                text=self.text[at],
+                pixels_BFCHW=self.pixels_BFCHW[at],
+                ref_frame_B=self.ref_frame_B[at],
+                keep={name: keep_B[at] for name, keep_B in self.keep.items()},
+                control_BFCHW=cut(self.control_BFCHW, at),
+                camera_BFCHW=cut(self.camera_BFCHW, at),
+                mask_BFHW=cut(self.mask_BFHW, at),
+            )
+            for at in (slice(i, i + 1) for i in range(len(self.text)))
+        ]
 
     def pin_memory(self) -> Batch:
         """Tensors in page-locked memory, from which a GPU copies while the CPU goes on (DataLoader calls this)."""
@@ -161,6 +221,7 @@ class Batch:
             mask_BFHW=pinned(self.mask_BFHW),
             ref_frame_B=pinned(self.ref_frame_B),
             keep={name: pinned(keep_B) for name, keep_B in self.keep.items()},
+            encoded=self.encoded and self.encoded.map(lambda tensor: tensor.pin_memory()),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -180,6 +241,7 @@ class Batch:
             mask_BFHW=plain(self.mask_BFHW),
             ref_frame_B=plain(self.ref_frame_B),
             keep={name: plain(keep_B) for name, keep_B in self.keep.items()},
+            encoded=self.encoded and self.encoded.map(lambda tensor: tensor.to(device, non_blocking=True)),
         )
 
 
@@ -196,6 +258,14 @@ class Posterior:
 
 
 @dataclass
+class Described:
+    """What the text encoders make of captions: the part of an Encoded that is the same however the clip is cut."""
+
+    cond: dict[str, Tensor]
+    null: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Encoded:
     """What the frozen networks make of a Batch; also the unit of the on-disk cache.
 
@@ -208,6 +278,34 @@ class Encoded:
     keep: dict[str, Tensor]  # condition name -> bool_B; False means blanked by the family's null value
     loss_mask: Tensor | None = None  # broadcasts against x0; 0 leaves a cell out of the loss
     null: dict[str, Tensor] = field(default_factory=dict)  # blank values that depend on the sample, before Parts.null
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it in one table: x0.mean, cond.text, cond.control.logvar, keep.ref, null.text, loss_mask."""
+        flat = {}
+        for name, value in [("x0", self.x0), *((f"cond.{name}", value) for name, value in self.cond.items())]:
+            parts = {".mean": value.mean, ".logvar": value.logvar} if isinstance(value, Posterior) else {"": value}
+            flat |= {name + part: tensor for part, tensor in parts.items()}
+        flat |= {f"keep.{name}": keep_B for name, keep_B in self.keep.items()}
+        flat |= {f"null.{name}": value for name, value in self.null.items()}
+        return flat if self.loss_mask is None else flat | {"loss_mask": self.loss_mask}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Encoded:
+        """From such a table."""
+
+        def under(part: str) -> dict[str, Tensor]:
+            return {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+
+        cond: dict[str, Tensor | Posterior] = {}
+        for name, value in under("cond.").items():
+            stem, _, part = name.partition(".")
+            if part != "logvar":
+                cond[stem] = Posterior(value, tensors[f"cond.{stem}.logvar"]) if part else value
+        x0 = Posterior(tensors["x0.mean"], tensors["x0.logvar"])
+        return cls(x0, cond, under("keep."), tensors.get("loss_mask"), under("null."))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        return Encoded.of({name: change(tensor) for name, tensor in self.tensors().items()})
 
 
 @dataclass

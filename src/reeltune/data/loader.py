@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,14 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reeltune.data.camera import CameraError, rays, read_poses, resample
-from reeltune.data.masks import MaskLaw, draw_mask
+from reeltune.data.masks import draw_mask
 from reeltune.data.media import MediaError, read_frames
 from reeltune.data.plan import Plan
 from reeltune.dice import dice
 from reeltune.errors import UserError
-from reeltune.types import Batch, Draw, Progress, Record, Sample
+from reeltune.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
+T = TypeVar("T")
 Place = tuple[int, int, int, int]  # epoch, micro-step, rank, world
 
 
@@ -49,6 +52,18 @@ class Reader(Dataset[Batch]):
         self.mask_law = mask_law or MaskLaw()
         self._make_plan = plan
         self._plan: tuple[int, Plan] | None = None
+        self._encoded: Callable[[Record, Draw, Mapping[str, bool]], Encoded] | None = None
+        self._with_pixels = True
+
+    def from_cache(
+        self, encoded: Callable[[Record, Draw, Mapping[str, bool]], Encoded], *, with_pixels: bool = False
+    ) -> Reader:
+        """The same reader, whose samples are encoded already: by (record, draw, what is kept), which may raise
+        MediaError. Files are opened only for pixels to look at.
+        """
+        reader = copy(self)
+        reader._encoded, reader._with_pixels = encoded, with_pixels
+        return reader
 
     def plan(self, epoch: int) -> Plan:
         if self._plan is None or self._plan[0] != epoch:
@@ -85,16 +100,21 @@ class Reader(Dataset[Batch]):
         sample = Sample(
             draw=draw,
             text=record.text,
-            pixels_FCHW=torch.from_numpy(read_frames(record.path, draw.frames, draw.crop, draw.shape)),
+            pixels_FCHW=torch.empty((0, 3, *draw.shape[1:]), dtype=torch.uint8),
             keep={name: dice(draw.seed, "keep", name).random() >= p for name, p in self.drop.items()},
             failures=failures,
         )
+        if self._encoded is not None:
+            sample.encoded = self._encoded(record, draw, sample.keep)
+        if not self._with_pixels:
+            return sample
+        sample.pixels_FCHW = torch.from_numpy(read_frames(record.path, draw.frames, draw.crop, draw.shape))
         if "control" in self.needs:
             sample.control_FCHW = torch.from_numpy(self._control(record, draw))
         if "camera" in self.needs:
             sample.camera_FCHW = torch.from_numpy(self._camera(record, draw))
         if "mask" in self.needs:
-            sample.mask_FHW = torch.from_numpy(draw_mask(draw.seed, draw.shape, self.mask_law))
+            sample.mask_FHW = torch.from_numpy(draw_mask(draw.seen_seed, draw.shape, self.mask_law))
         return sample
 
     def _control(self, record: Record, draw: Draw) -> np.ndarray:
@@ -126,6 +146,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
     pixels_BFCHW = stacked([sample.pixels_FCHW for sample in samples])
     assert pixels_BFCHW is not None
+    encoded = [sample.encoded for sample in samples if sample.encoded is not None]
     return Batch(
         draws=[sample.draw for sample in samples],
         text=[sample.text for sample in samples],
@@ -136,7 +157,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ref_frame_B=torch.tensor([sample.draw.ref_frame for sample in samples]),
         keep={name: torch.tensor([sample.keep[name] for sample in samples]) for name in samples[0].keep},
         failures=tuple(failure for sample in samples for failure in sample.failures),
+        encoded=joined(encoded) if encoded else None,
     )
+
+
+def joined(samples: Sequence[Encoded]) -> Encoded:
+    """One batch of several, copied even if there is one: a mapped file's tensors lie at odd addresses."""
+    tables = [sample.tensors() for sample in samples]
+    return Encoded.of({name: torch.cat([table[name] for table in tables]) for name in tables[0]})
 
 
 def stream(
@@ -150,8 +178,19 @@ def stream(
         reasons = [f"{reader.records[record].path}: {reason}" for record, reason in reader.plan(start.epoch).left_out]
         raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
     places = _Places(start, len(reader.plan(start.epoch)), rank, world)
+    for (epoch, k, _, _), batch in zip(places, read_ahead(_Handed(reader), places, workers), strict=False):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch, epoch, k + 1
+
+
+def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
+    """data[place] of each place, in order, read by so many processes; tensors in page-locked memory for a GPU.
+
+    Raises UserError where a process dies.
+    """
     loader = DataLoader(
-        _Handed(reader),
+        data,
         batch_size=None,
         sampler=places,
         num_workers=workers,
@@ -165,10 +204,8 @@ def stream(
         # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.
         signal.signal(signal.SIGCHLD, handler)
     try:
-        for (epoch, k, _, _), batch in zip(places, batches, strict=False):
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch, epoch, k + 1
+        yield from batches
+        return
     except (RuntimeError, EOFError, OSError) as error:
         if not workers or str(error).startswith("Caught "):  # raised by the reader itself
             raise

@@ -1,46 +1,19 @@
 """Which pixels of a clip an inpainting model has to make, and which it is given.  (no torch)
 
-The kinds and their probabilities are those of VideoX-Fun's training (https://github.com/aigc-apps/VideoX-Fun).
-True is to be made.
+The kinds are those of VideoX-Fun's training (https://github.com/aigc-apps/VideoX-Fun); a family's MaskLaw has their
+probabilities. True is to be made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from reeltune.dice import seed_of
-from reeltune.types import Shape
+from reeltune.types import MaskLaw, Shape
 
 MOST_GIVEN = 4  # frames given at an end of the clip
-
-
-@dataclass(frozen=True)
-class MaskLaw:
-    """A family's probabilities; the kinds are the names of `KINDS`."""
-
-    clip: dict[str, float] = field(
-        default_factory=lambda: {
-            "block": 0.05,
-            "all": 0.2,
-            "after_start": 0.2,
-            "between_ends": 0.2,
-            "block_in_time": 0.05,
-            "coin": 0.05,
-            "boxes": 0.05,
-            "ellipse": 0.1,
-            "disc": 0.05,
-            "frames": 0.05,
-        }
-    )
-    picture: dict[str, float] = field(default_factory=lambda: {"block": 0.2, "all": 0.7, "ellipse": 0.05, "disc": 0.05})
-    spots_on_all_frames: bool = False  # ellipses and discs: on every frame, else on the first alone
-
-
-FIRST_FRAME_GIVEN = MaskLaw(clip={"after_first": 1.0}, picture={"all": 1.0})  # image to video
-ALL_FRAMES = MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True)  # EasyAnimate
 
 
 def draw_mask(seed: int, shape: Shape, law: MaskLaw) -> np.ndarray:

@@ -7,7 +7,8 @@ Draws are made when asked for.  (no torch)
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +28,11 @@ from reeltune.data.shapes import (
     shapes_of,
 )
 from reeltune.dice import dice, permutation, seed_of, uniform
-from reeltune.types import Draw, Kind, Shape
+from reeltune.types import Draw, Kind, Record, Shape
+
+# Steps of two sequences over [0, 1) whose pairs fill the square evenly, however many are taken: the plastic number's
+# inverse and its square (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/).
+WINDOW_STEP, SHAPE_STEP = 0.7548776662466927, 0.5698402909980532
 
 
 class Measures(Protocol):
@@ -40,6 +45,7 @@ class Measures(Protocol):
     width: np.ndarray
 
     def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Record: ...  # asked for with variants alone
 
 
 def strata_over(ranks: int, steps: int = 1000) -> int:
@@ -55,6 +61,10 @@ class Plan:
 
     Records are grouped by kind, aspect bucket and legal length, so a short clip shortens no other. Every usable
     record is drawn (videos `video_repeat` times), and the last group of a bucket is filled up with repeats.
+
+    variants: into how many ways of reading it each record is drawn (window, shape, reference frame, mask); 0 is ever
+    new ones. They depend on the record's file name, bucket and measures alone, not on the seed, and more of them begin
+    with the same. All samples of a micro-step are of one variant, and so of one Shape.
     """
 
     left_out: list[tuple[int, str]]  # (record, reason)
@@ -71,8 +81,9 @@ class Plan:
         strata: int = 1,
         video_repeat: int = 0,
         largest_first: bool = False,
+        variants: int = 0,
     ):
-        self._records, self._rules = records, rules
+        self._records, self._rules, self._variants = records, rules, variants
         self._group, self._strata, self._seed, self._epoch = group, strata, seed, epoch
         video = np.asarray(records.kind_video)
         lengths = np.where(video, clip_length(rules, records.frames, records.fps), 1)
@@ -82,6 +93,7 @@ class Plan:
         items = items[permutation(len(items), seed, "order", epoch)]
 
         buckets_of_records = self._buckets(video, lengths)
+        self._bucket_of = np.where(lengths == 0, -1, buckets_of_records) if variants else None
         by_bucket = np.argsort(buckets_of_records[items], kind="stable")
         self._items = items[by_bucket]  # bucket after bucket, each in this epoch's order
         self._sizes = np.bincount(buckets_of_records[items], minlength=len(self._kinds))
@@ -104,7 +116,10 @@ class Plan:
         return f"its length is {frames} frames at {fps:g} per second, less than one at video_sample_fps"
 
     def _buckets(self, video: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The bucket of each record; what the buckets are goes into _kinds, _aspects and _lengths."""
+        """The bucket of each record; what the buckets are goes into _kinds, _aspects, _lengths and _open.
+
+        With variants the rungs open to a record are a part of it, or its shapes would hang on its neighbours.
+        """
         records, rules = self._records, self._rules
         if rules.enable_bucket and rules.fix_sample_size is None:
             aspects = bucket_of(*loaded_size(rules, video, records.height, records.width)).astype(np.int64)
@@ -113,36 +128,68 @@ class Plan:
         taken, which = np.unique(lengths, return_inverse=True)
         legal = np.array([rules.geometry.legal_frames(int(frames)) for frames in taken])[which]
         keys = (aspects * 2 + video) * (rules.video_sample_n_frames + 1) + legal
+        keys = keys * (len(rules.ladder) + 1) + (self._open_rungs(slice(None)) if self._variants else 0)
         unique, bucket = np.unique(keys, return_inverse=True)
+        unique, self._open = np.divmod(unique, len(rules.ladder) + 1)
         self._lengths = unique % (rules.video_sample_n_frames + 1)
         rest = unique // (rules.video_sample_n_frames + 1)
         self._aspects = rest // 2
         self._kinds: list[Kind] = ["video" if code else "image" for code in rest % 2]
         return bucket.astype(np.int32)
 
+    def _open_rungs(self, rows: slice | np.ndarray) -> np.ndarray:
+        """How many rungs of the ladder are open to these records, over the last axis to the smallest of them."""
+        records, rules = self._records, self._rules
+        if not rules.by_budget or not len(records):
+            return np.zeros(len(records) if isinstance(rows, slice) else len(rows), dtype=np.int64)
+        height, width = loaded_size(rules, records.kind_video, records.height, records.width)
+        mean = ((height + width).astype(np.float32) / 2)[rows]
+        return rungs_for(rules, mean if isinstance(rows, slice) else mean.min(axis=1))
+
     def _draw_shapes(self) -> None:
         """The shape of each group, drawn from the support for its bucket and the smallest clip in it."""
         rules = self._rules
-        rungs = np.zeros(len(self._bucket), dtype=np.int64)
-        if rules.by_budget and len(rungs):
-            records = self._records
-            height, width = loaded_size(rules, records.kind_video, records.height, records.width)
-            mean = (height + width).astype(np.float32) / 2
-            rungs = rungs_for(rules, mean[self._slots(np.arange(len(rungs)))].min(axis=1))
+        rungs = self._open_rungs(self._slots(np.arange(len(self._bucket))))
         chance = uniform(len(self._bucket), self._seed, "shape", self._epoch)
+        if self._variants:
+            self._variant = (chance * self._variants).astype(np.int32)  # of each group
+            chances = [[self._chance_of(b, v) for v in range(self._variants)] for b in range(len(self._kinds))]
+            chance = np.array(chances).reshape(-1, self._variants)[self._bucket, self._variant]
         table: dict[Shape, int] = {}
         self._shape = np.zeros(len(self._bucket), dtype=np.int32)
         keys, which = np.unique(self._bucket * np.int64(len(rules.ladder) + 1) + rungs, return_inverse=True)
         alike = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
         for key, groups in zip(keys.tolist(), alike, strict=False):
             bucket, open_rungs = divmod(key, len(rules.ladder) + 1)
-            support = shapes_of(
-                rules, self._kinds[bucket], int(self._aspects[bucket]), int(self._lengths[bucket]), open_rungs
-            )
-            codes = np.array([table.setdefault(shape, len(table)) for _, shape in support], dtype=np.int32)
-            edges = np.cumsum([p for p, _ in support])[:-1]
+            shapes, edges = self._support(bucket, open_rungs)
+            codes = np.array([table.setdefault(shape, len(table)) for shape in shapes], dtype=np.int32)
             self._shape[groups] = codes[np.searchsorted(edges, chance[groups], side="right")]
         self._shapes = list(table)
+
+    def _support(self, bucket: int, rungs: int) -> tuple[list[Shape], np.ndarray]:
+        """The shapes of a bucket, and where in [0, 1) the second and later ones begin."""
+        aspect, length = int(self._aspects[bucket]), int(self._lengths[bucket])
+        support = shapes_of(self._rules, self._kinds[bucket], aspect, length, rungs)
+        return [shape for _, shape in support], np.cumsum([p for p, _ in support])[:-1]
+
+    def _chance_of(self, bucket: int, variant: int) -> float:
+        """Where in [0, 1) a variant's shape is taken from the bucket's."""
+        known_by = self._kinds[bucket], *(int(of[bucket]) for of in (self._aspects, self._lengths, self._open))
+        return (dice(0, "shape", *known_by).random() + variant * SHAPE_STEP) % 1
+
+    def ways(self, record: int) -> list[Draw]:
+        """A Draw of each of its variants, none of a record that is left out; their `seed` means nothing."""
+        assert self._bucket_of is not None, "a plan without variants has no end of ways"
+        bucket = int(self._bucket_of[record])
+        if bucket < 0:
+            return []
+        shapes, edges = self._support(bucket, int(self._open[bucket]))
+        chances = [self._chance_of(bucket, variant) for variant in range(self._variants)]
+        places = np.searchsorted(edges, chances, side="right").tolist()
+        return [
+            Draw(record, shapes[place], seed=0, **self._seen(record, shapes[place], variant, ()))
+            for variant, place in enumerate(places)
+        ]
 
     def _largest_to_front(self) -> None:
         tokens = np.array([self._rules.geometry.tokens(shape) for shape in self._shapes])
@@ -207,26 +254,40 @@ class Plan:
         raise LookupError("no other record can take this shape")
 
     def _draw(self, record: int, shape: Shape, repeat: bool, k: int, position: int, attempt: int = 0) -> Draw:
-        records, rules = self._records, self._rules
         where = (self._epoch, k, position, attempt)
-        frames: tuple[int, ...] = (0,)
-        if records.kind_video[record]:
-            fps = float(records.fps[record])
-            _, latest = frame_window(rules, int(records.frames[record]), fps)
-            start = dice(self._seed, "start", *where).randint(0, latest)
-            frames = frame_indices(rules, fps, start, shape.frames)
-        height, width = loaded_size(rules, records.kind_video[record], records.height[record], records.width[record])
-        reference = dice(self._seed, "reference", *where)
+        variant = int(self._variant[self._order[k]]) if self._variants else None
         return Draw(
-            record=record,
-            shape=shape,
-            crop=centre_crop(cover(rules, int(height), int(width), shape), shape),
-            frames=frames,
-            ref_frame=reference.choices(range(shape.frames), reference_frame(rules, shape.frames))[0],
+            record,
+            shape,
+            **self._seen(record, shape, variant, where),
             seed=seed_of(self._seed, "sample", *where),
             stratum=(position * self._strata // self._group, self._strata),
             repeat=repeat,
         )
+
+    def _seen(self, record: int, shape: Shape, variant: int | None, where: tuple[int, ...]) -> dict[str, Any]:
+        """What the frozen networks see of the record: of its own in every place, or that of its variant."""
+        records, rules = self._records, self._rules
+        seed, at = self._seed, where
+        if variant is not None:
+            seed, at = 0, (os.path.basename(records[record].path), variant)
+        frames: tuple[int, ...] = (0,)
+        if records.kind_video[record]:
+            fps = float(records.fps[record])
+            _, latest = frame_window(rules, int(records.frames[record]), fps)
+            if variant is None:
+                start = dice(seed, "start", *at).randint(0, latest)
+            else:
+                start = int((dice(seed, "start", at[0]).random() + variant * WINDOW_STEP) % 1 * (latest + 1))
+            frames = frame_indices(rules, fps, start, shape.frames)
+        height, width = loaded_size(rules, records.kind_video[record], records.height[record], records.width[record])
+        reference = dice(seed, "reference", *at)
+        return {
+            "crop": centre_crop(cover(rules, int(height), int(width), shape), shape),
+            "frames": frames,
+            "ref_frame": reference.choices(range(shape.frames), reference_frame(rules, shape.frames))[0],
+            "variant_seed": None if variant is None else seed_of(seed, "variant", *at),
+        }
 
     def outline(self) -> tuple[list[Shape], np.ndarray, np.ndarray, np.ndarray]:
         """(shapes, which of them each micro-step has, the record of each of its samples, whether that is a repeat).
@@ -235,6 +296,7 @@ class Plan:
         """
         place, bucket = self._places(self._order)
         return self._shapes, self._shape[self._order], self._slots(self._order), place >= self._sizes[bucket]
+
 
     def used(self, upto: int) -> np.ndarray:
         """int32 per record: times drawn in its turn in micro-steps [0, upto)."""

@@ -6,17 +6,16 @@ enough to tell captions apart.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from reeltune.demo.clips import vocabulary
+from reeltune.demo.untrained import random_weights
 from reeltune.families.wan_fun.layout import write_released
 from reeltune.families.wan_fun.net import WanFunTransformer
 
@@ -84,7 +83,7 @@ def text_encoder() -> UMT5EncoderModel:
         num_heads=4,
         feed_forward_proj="gated-gelu",
     )
-    return _random(UMT5EncoderModel(config), seed=1)
+    return random_weights(UMT5EncoderModel(config), seed=1)
 
 
 def image_encoder() -> CLIPVisionModel:
@@ -96,19 +95,4 @@ def image_encoder() -> CLIPVisionModel:
         patch_size=14,
         image_size=224,
     )
-    return _random(CLIPVisionModel(config), seed=2)
-
-
-@torch.no_grad()
-def _random(net: nn.Module, seed: int) -> nn.Module:
-    """Matrices that keep the size of what passes through them."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in net.parameters():
-        if weight.ndim > 1:
-            weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
-        else:
-            weight.fill_(0)
-    for name, weight in net.named_parameters():
-        if weight.ndim == 1 and name.endswith("weight"):
-            weight.fill_(1)  # norms
-    return net.requires_grad_(False).eval()
+    return random_weights(CLIPVisionModel(config), seed=2)

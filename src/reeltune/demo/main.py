@@ -4,41 +4,77 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from reeltune import report
 from reeltune.agreement import write_agreement
-from reeltune.demo.checkpoint import write_checkpoint
+from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.errors import UserError
 from reeltune.recipe import Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
 from reeltune.train import train
 
 TRAINED_FRAMES = 13  # of the 17 that a clip has
+RANDOM = "its weights were random, the VAE's too, so that previews are not to be recognised; the losses are real"
 
 
-def run(out_dir: Path, *, clips: int = 48, stills: int = 48, held_out: int = 8, steps: int = 450) -> int:
+@dataclass(frozen=True)
+class Shown:
+    """What the demo shows of a family. Without `about` the start is trained, and previews are worth looking at."""
+
+    write: Callable[[Path], Path]  # lays out a tiny checkpoint in an empty folder
+    about: str = ""
+    recipe: str = ""  # with which to go on
+    model: str = ""  # on the Hugging Face Hub
+
+
+def run(
+    out_dir: Path,
+    *,
+    family: str = "wan_fun",
+    clips: int = 48,
+    stills: int = 48,
+    held_out: int = 8,
+    steps: int | None = None,
+) -> int:
     """Writes out_dir/data, out_dir/model and out_dir/run, with its report. Returns the exit code of the training."""
+    shown = FAMILIES[family]
     clear(out_dir)
-    data = out_dir / "data"
+    data, model = out_dir / "data", out_dir / "model"
     meta, held_out_meta = write_data_set(data, clips=clips, stills=stills, held_out=held_out)
-    model = write_checkpoint(out_dir / "model")
-    recipe = recipe_of(data, meta, held_out_meta, model, out_dir / "run", steps=steps)
-    code = train(recipe)
-    if code:
-        return code
-    found = write_agreement(out_dir / "run")
-    page = report.write(out_dir / "run")
-    before, after = (found[when] for when in ("before", "after"))
-    sys.stdout.write(
-        f"agreement of previews with their own control clip, less that with others': {before['margin']:.2f} before, "
-        f"{after['margin']:.2f} after training; own control is the best match of {before['first']:.0%} before, "
-        f"{after['first']:.0%} after\n"
-        f"open {page}; then, with a real model: reeltune train recipes/wan2.1_fun_v1.1_1.3b_control.yaml "
-        "--pretrained_model_name_or_path FOLDER_OF_Wan2.1-Fun-V1.1-1.3B-Control --train_data_dir YOUR_CLIPS "
-        "--train_data_meta YOUR_CLIPS/metadata_control.json\n"
-    )
-    return 0
+    model.mkdir()
+    recipe = recipe_of(data, meta, held_out_meta, shown.write(model), out_dir / "run", steps=steps or 450)
+    code = train(of_untrained(recipe, steps=steps or 60) if shown.about else recipe)
+    if code == 0:
+        sys.stdout.write("\n".join([*told(shown, out_dir / "run"), ""]))
+    return code
+
+
+def told(shown: Shown, run_dir: Path) -> list[str]:
+    """What the run has shown, and how to go on."""
+    if shown.about:
+        first, last = (report.read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
+        lines = [f"held-out loss {first['loss']:.4f} before, {last['loss']:.4f} after training; {shown.about}"]
+    else:
+        found = write_agreement(run_dir)
+        before, after = (found[when] for when in ("before", "after"))
+        lines = [
+            f"agreement of previews with their own control clip, less that with others': {before['margin']:.2f} "
+            f"before, {after['margin']:.2f} after training; own control is the best match of {before['first']:.0%} "
+            f"before, {after['first']:.0%} after"
+        ]
+    then = f"open {report.write(run_dir)}"
+    if shown.recipe:
+        then += (
+            f"; then, with a real model: reeltune train recipes/{shown.recipe} "
+            f"--pretrained_model_name_or_path FOLDER_OF_{shown.model.partition('/')[2]} --train_data_dir YOUR_CLIPS "
+            "--train_data_meta YOUR_CLIPS/metadata_control.json"
+        )
+    return [*lines, then]
 
 
 def clear(out_dir: Path) -> None:
@@ -77,3 +113,41 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
         output=Output(output_dir=str(run_dir), checkpointing_steps=steps, logging_steps=20, report_to=("none",)),
         validation=Validation(preview_count=6, preview_steps=20, guidance_scale=1.0),
     )
+
+
+def of_untrained(recipe: Recipe, *, steps: int) -> Recipe:
+    """Smaller and shorter, in the checkpoint's own mode."""
+    return replace(
+        recipe,
+        model=Model(pretrained_model_name_or_path=recipe.model.pretrained_model_name_or_path),
+        sizes=replace(recipe.sizes, video_sample_n_frames=9, video_sample_size=64, image_sample_size=64),
+        training=replace(recipe.training, max_train_steps=steps),
+        output=replace(recipe.output, checkpointing_steps=steps, logging_steps=5),
+        validation=replace(recipe.validation, preview_count=2, preview_steps=10),
+    )
+
+
+def _toy(folder: Path) -> Path:
+    (folder / "toy.json").write_text("{}\n")
+    return folder
+
+
+def _untrained(family: str, folder: Path) -> Path:
+    return untrained.write_checkpoint(folder, import_module(f"reeltune.demo.tiny.{family}").CHECKPOINT)
+
+
+def _of(family: str, recipe: str, model: str) -> Shown:
+    return Shown(partial(_untrained, family), RANDOM, recipe, model)
+
+
+FAMILIES = {
+    "wan_fun": Shown(
+        checkpoint.write_checkpoint,
+        recipe="wan2.1_fun_v1.1_1.3b_control.yaml",
+        model="alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
+    ),
+    "easyanimate": _of("easyanimate", "easyanimate_v5.1_7b_control.yaml", "alibaba-pai/EasyAnimateV5.1-7b-zh-Control"),
+    "hunyuan_video": _of("hunyuan_video", "hunyuan_video_t2v.yaml", "hunyuanvideo-community/HunyuanVideo"),
+    "cogvideox_fun": _of("cogvideox_fun", "cogvideox_fun_5b_inp.yaml", "alibaba-pai/CogVideoX-Fun-5b-InP"),
+    "toy": Shown(_toy, "the toy's VAE is made of averages, so that previews are coarse"),
+}

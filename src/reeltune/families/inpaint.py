@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reeltune.diffusion.loss import gaussian
 from reeltune.families.latents import to_cells
-from reeltune.types import Posterior
+from reeltune.types import Batch, Posterior
 
 
 def condition(
@@ -48,6 +48,12 @@ def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
     """The mask's channels, then the clip's. The mask is known exactly: its variance is 0."""
     exactly = torch.full_like(mask_BCThw, -torch.inf)
     return Posterior(torch.cat([mask_BCThw, kept.mean], 1), torch.cat([exactly, kept.logvar], 1))
+
+
+def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
+    """What the draw keeps; inpainting is dropped only where everything is to be generated."""
+    inpaint = {"inpaint": kept_unless_all_masked(batch.keep, batch.mask_BFHW)} if mode == "inpaint" else {}
+    return batch.keep | inpaint
 
 
 def kept_unless_all_masked(keep: dict[str, Tensor], mask_BFHW: Tensor) -> Tensor:

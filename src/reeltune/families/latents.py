@@ -11,15 +11,11 @@ from torch.nn import functional as F
 from reeltune.types import Posterior
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
-    """The distribution times the VAE's scaling factor. mini_batch: clips at a time; 0 is all."""
-    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
-    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:
+    """The distribution times the VAE's scaling factor."""
+    found = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
-    return Posterior(
-        torch.cat([piece.mean for piece in pieces]).float() * scale,
-        torch.cat([piece.logvar for piece in pieces]).float() + 2 * math.log(scale),
-    )
+    return Posterior(found.mean.float() * scale, found.logvar.float() + 2 * math.log(scale))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError
-from reeltune.types import Encoded, Geometry, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 
 
 @dataclass
@@ -29,10 +30,22 @@ class Parts:
     config: dict[str, Any] = field(default_factory=dict)  # the transformer's own config.json, as read
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     low_vram: bool = False
+    loaders: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)  # frozen networks that are not read yet
+
+    def read_frozen(self) -> None:
+        """Reads every frozen network now."""
+        for name in list(self.loaders):
+            self._read(name)
+
+    def _read(self, name: str) -> None:
+        self.frozen[name] = self.loaders[name]()
+        del self.loaders[name]
 
     @contextmanager
     def borrow(self, name: str) -> Iterator[nn.Module]:
-        """The frozen network on the device; afterwards back on the CPU if `low_vram`."""
+        """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
+        if name in self.loaders:
+            self._read(name)
         module = self.frozen[name]
         if next(module.parameters()).device.type != self.device.type:
             module.to(self.device)
@@ -41,6 +54,11 @@ class Parts:
         finally:
             if self.low_vram and self.device.type != "cpu":
                 module.to("cpu")
+
+
+def as_drawn(batch: Batch, mode: str) -> dict[str, Tensor]:
+    """keep_B of a family in which the draw alone decides what is dropped."""
+    return dict(batch.keep)
 
 
 @dataclass(frozen=True)
@@ -57,11 +75,17 @@ class Family:
     blocks: tuple[str, ...]  # class names to shard, recompute and compile
     size_law: SizeLaw
     load: Callable[..., Parts]
-    """(path, family, *, dtype, frozen_dtype, device, low_vram, encoders: bool, transformer_path) -> Parts.
+    """(path, family, *, dtype, frozen_dtype, device, low_vram, encoders, network, transformer_path) -> Parts.
 
-    frozen_dtype None: as stored. Raises UserError listing every bad key."""
+    frozen_dtype None: as stored. encoders False: frozen networks are read when first borrowed, and no null is made.
+    network False: the trained network stays on the meta device, its weights unread. Raises UserError listing every
+    bad key."""
     encode: Callable[..., Encoded]
-    """(parts, batch, mode, *, vae_mini_batch, options) -> Encoded; no grad; batch already on the device."""
+    """(parts, batch, mode, *, options, described) -> Encoded; no grad; batch already on the device.
+
+    described: what `describe` makes of the captions, if it is known already."""
+    describe: Callable[[Parts, list[str], Tensor | None], Described]
+    """(parts, captions, first frame of each clip as pixels_BCHW where caption_sees_picture) -> Described; no grad."""
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
     """(net, x_BCThw, timestep_B, cond) -> answer_BCThw"""
     decode: Callable[[Parts, Tensor], Tensor]
@@ -73,8 +97,20 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
     caption: tuple[str, ...] = ("text",)
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
+    caption_sees_picture: bool = False
+    """The text encoder is shown the clip's first frame beside the caption."""
+    keep: Callable[[Batch, str], dict[str, Tensor]] = as_drawn
+    """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
+    frozen_files: dict[str, Path] = field(default_factory=dict)
+    """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
+    encode_version: int = 1
+    """Raise it when `encode` or `describe` makes something else of the same input: caches are then filled anew."""
+    masks: dict[str, MaskLaw] = field(default_factory=dict)
+    """Mode that needs a mask -> which masks it is trained with, where MaskLaw() is not."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
+    most_frames: int | None = None
+    """Pixel frames for which the network has positions; recipes that ask for more are refused. None: for any number."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     save: Callable[..., None] | None = None

@@ -246,6 +246,24 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
         raise UserError(str(file), f"is not JSON ({broken})") from broken
 
 
+def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
+    """Of a checkpoint's components those that encoding reads: of the trained network its config alone."""
+    others = {name: path for name, path in parts.items() if name not in ("transformer", "scheduler")}
+    return {"config": parts["transformer"] / "config.json", **others}
+
+
+def require(config: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming everything in a config.json that is not the one value supported."""
+    refuse(
+        where,
+        [
+            f"{name} is {config[name]!r}; only {value!r} is supported"
+            for name, value in values.items()
+            if config.get(name, value) != value
+        ],
+    )
+
+
 def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The folder of each component. Raises UserError that names every one missing."""
     found = {name: folder / name for name in names}
@@ -276,19 +294,25 @@ def load_component(
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
-    Of config.json what the class takes is read. names: renames the file's tensors to the class's. correct: changes the
-    network before its weights go in. Raises UserError as `fit` does. It must keep nothing in buffers that its files
-    lack.
+    On the meta device their names and shapes alone are read. Of config.json what the class takes is read.
+    names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
+    UserError as `fit` does. The class must keep nothing in buffers that its files lack.
     """
     with torch.device("meta"):
         net = cls(**arguments_of(cls, read_config(folder)))
     net = correct(net)
     source = folder if replacement is None else saved_transformer(replacement)
-    fit(net, names(read(source)), str(source), dtype, device)
-    lost = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    on_meta = torch.device(device).type == "meta"
+    fit(net, names(peek(source) if on_meta else read(source)), str(source), dtype, device)
+    lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net
+    return net.to(device)  # the buffers too
+
+
+def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A frozen network of a diffusers class, as `load_component` reads it."""
+    return load_component(cls, folder, dtype).requires_grad_(False).eval()
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:

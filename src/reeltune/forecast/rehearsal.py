@@ -18,7 +18,7 @@ from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
 from reeltune.forecast.parts import Rehearsal
 from reeltune.forecast.tracker import ELSEWHERE, Tracker
-from reeltune.inputs import choose_family, load_parts
+from reeltune.inputs import choose_family, encode_options, load_parts
 from reeltune.learner import Learner
 from reeltune.recipe import Recipe
 from reeltune.sample import Setup, at_rest
@@ -49,8 +49,7 @@ def rehearse(
         recipe = replace(recipe, training=replace(training, mixed_precision=precision, low_vram=False))
         parts = load_parts(recipe, family, engine.device)
         batch = empty_batch(family, mode, draws, captions, stand_ins or nullcontext())
-    options = {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
-    setup = Setup(family, mode, parts, objective, engine.autocast, training.vae_mini_batch, options)
+    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
     learner = Learner(
         family,
         parts,
@@ -61,15 +60,17 @@ def rehearse(
         gradient_checkpointing=training.gradient_checkpointing,
     )
     tracker = Tracker()
-    own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram)
+    cached = recipe.cache.cache_folder is not None
+    own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram or cached)
+    if like is not None:
+        encoded = renewed(like.encoded, stand_ins)
+    elif cached:
+        encoded = setup.encode(batch)  # on another day
     with tracker:
-        if like is None:
+        if like is None and not cached:
             with tracker.phase("encode"):
                 encoded = setup.encode(batch)
-            tracker.rename("encode", "batch")
-        else:
-            encoded = renewed(like.encoded, stand_ins)
-            tracker.own(tensors_of(encoded), "batch")
+        tracker.own(tensors_of(encoded), "batch")
         with tracker.phase("forward"):
             loss = diffusion_loss(
                 family.denoise,

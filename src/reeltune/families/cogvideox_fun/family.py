@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer, T5EncoderModel
 
 from reeltune.diffusion.objective import Ddpm
-from reeltune.errors import UserError, refuse
+from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
-from reeltune.families.cogvideox_fun.net import corrected, decode_in_pairs, rotary, table_frames
+from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
 from reeltune.families.spec import Family, Parts
 from reeltune.families.text import embed_padded
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "CogVideoXTransformer3DModel"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -42,24 +41,25 @@ def load(
     device: torch.device | str = "cpu",
     low_vram: bool = False,
     encoders: bool = True,
+    network: bool = True,
     transformer_path: str | Path | None = None,
 ) -> Parts:
     """The network in `dtype` on the device; VAE and encoder in `frozen_dtype`, or as stored.
 
-    Without `encoders` the text encoder is left out, and with it the null text. transformer_path: other weights for the
-    same network. Raises UserError listing every missing, unexpected and misshapen key.
+    Without `encoders` VAE and text encoder are read when they are first borrowed, and no null text is made; without
+    `network` its weights are not read. transformer_path: other weights for the same network.
+    Raises UserError listing every missing, unexpected and misshapen key.
     """
     folder = Path(path)
     place = folder / "transformer"
-    net = weights.load_component(
-        CogVideoXTransformer3DModel, place, dtype, device, replacement=transformer_path, correct=corrected
-    )
+    on = device if network else "meta"
+    net = weights.load_component(CogVideoXFun, place, dtype, on, replacement=transformer_path, correct=corrected)
     parts = Parts(net, config=weights.read_config(place), device=torch.device(device), low_vram=low_vram)
-    vae = weights.load_component(AutoencoderKLCogVideoX, folder / "vae", frozen_dtype)
-    parts.frozen["vae"] = vae.requires_grad_(False).eval()
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", frozen_dtype)
+    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
     if encoders:
-        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        parts.frozen["text"] = weights.load_encoder(T5EncoderModel, folder / "text_encoder", frozen_dtype)
+        parts.read_frozen()
         parts.null["text"] = encode_text(parts, [""])[0]
     return parts
 
@@ -73,21 +73,25 @@ def encode_text(parts: Parts, captions: list[str]) -> Tensor:
         return embed_padded(parts.extras["tokenizer"], encoder, captions, parts.net.config.max_text_seq_length)
 
 
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described({"text": encode_text(parts, captions)})
+
+
 @torch.no_grad()
 def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict[str, Any] | None = None,
+    described: Described | None = None,
 ) -> Encoded:
-    """What the frozen networks make of a batch, in float32.
-
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. Inpainting is dropped only where everything is to
-    be generated. Raises UserError for clips longer than the network has positions for.
-    """
-    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
-    cond: dict[str, Tensor | Posterior] = {"text": encode_text(parts, batch.text)}
+    """What the frozen networks make of a batch, in float32."""
+    pixels = batch.pixels_BFCHW
+    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     with parts.borrow("vae") as vae:
-        encoded = partial(latents.encode_clip, vae, mini_batch=vae_mini_batch)
+        encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
-        check_length(parts.net, x0.mean.shape[2])
         if mode == "inpaint":
             cond["inpaint"] = inpaint.condition(
                 encoded,
@@ -95,39 +99,18 @@ def encode(
                 batch.mask_BFHW,
                 x0.mean.shape[2:],
                 scale=vae.config.scaling_factor,
-                seeds=batch.seeds if parts.config.get("add_noise_in_inpaint_model") else None,
+                seeds=batch.seen_seeds if parts.config.get("add_noise_in_inpaint_model") else None,
             )
-            keep["inpaint"] = inpaint.kept_unless_all_masked(keep, batch.mask_BFHW)
-    return Encoded(x0, cond, keep)
-
-
-def check_length(net: nn.Module, frames: int) -> None:
-    most = table_frames(net.patch_embed)
-    if frames > most and not net.config.use_rotary_positional_embeddings:
-        raise UserError(
-            "video_sample_n_frames",
-            f"a clip of {frames} latent frames, but this network has positions for {most}; "
-            f"set video_sample_n_frames to {net.config.sample_frames} or less",
-        )
+    return Encoded(x0, cond, inpaint.kept(batch, mode))
 
 
 # ---- denoise and decode
 
 
 def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """The network's answer; mask and kept clip follow the noisy clip. A time patch is filled up with zero frames."""
+    """The network's answer; mask and kept clip follow the noisy clip. The network has time before channels."""
     x = torch.cat([x_BCThw, cond["inpaint"].to(x_BCThw)], 1) if "inpaint" in cond else x_BCThw
-    x_BTChw = x.transpose(1, 2)
-    frames, (height, width) = x_BTChw.shape[1], x_BTChw.shape[3:]
-    x_BTChw = F.pad(x_BTChw, (0, 0, 0, 0, 0, 0, 0, -frames % (net.config.patch_size_t or 1)))
-    answer_BTChw = net(
-        hidden_states=x_BTChw,
-        encoder_hidden_states=cond["text"].to(x),
-        timestep=timestep_B,
-        image_rotary_emb=rotary(net.config, frames, height, width, x.device),
-        return_dict=False,
-    )[0]
-    return answer_BTChw[:, :frames].transpose(1, 2)
+    return net(x.transpose(1, 2), cond["text"].to(x), timestep_B).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -167,6 +150,8 @@ INP = Family(
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     load=load,
     encode=encode,
+    describe=describe,
+    keep=inpaint.kept,
     denoise=denoise,
     decode=decode,
     to_released=same,
@@ -178,14 +163,7 @@ INP = Family(
 def variant(config: dict[str, Any], where: str) -> Family:
     """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
     fixed = {"use_learned_positional_embeddings": False, "ofs_embed_dim": None}  # those of the I2V networks of others
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config.get("in_channels", 16) - channels
     if extra not in (0, channels + 1):
@@ -222,4 +200,11 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch_time=config.get("patch_size_t") or 1,
         channels=config.get("out_channels", 16),
     )
-    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"]))
+    table = not config.get("use_rotary_positional_embeddings")
+    return replace(
+        family,
+        geometry=geometry,
+        objective=schedule.read(paths["scheduler"]),
+        frozen_files=weights.encoding_files(paths),
+        most_frames=geometry.legal_frames(config.get("sample_frames", 49)) if table else None,
+    )

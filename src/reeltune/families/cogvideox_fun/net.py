@@ -3,7 +3,7 @@
 diffusers 0.42 (https://github.com/huggingface/diffusers: embeddings.py, autoencoder_kl_cogvideox.py) differs from the
 released code in three things (measured on the reference, 2026-11):
     the 2b network's table of positions is made anew for each size; released networks resize the one they learnt with
-    the rotary grid of positions is stretched wherever it does not start at 0
+    the rotary grid of positions is stretched wherever it does not start at 0 (families/rope.py)
     the VAE decodes an odd latent frame together with the first two; released ones decode the first frame alone
 """
 
@@ -20,6 +20,8 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reeltune.families.rope import open_grid
+
 CHUNK = 2  # latent frames that the decoder takes at a time, after the first
 
 
@@ -27,8 +29,8 @@ class ResizedTable(CogVideoXPatchEmbed):
     """Positions of a clip: the table for the size in config.json, resized to the clip's and cut to its frames."""
 
     def _get_positional_embeddings(self, sample_height, sample_width, sample_frames, device=None):
-        frames, height, width = table_frames(self), self.sample_height, self.sample_width
-        patch = self.patch_size
+        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        height, width, patch = self.sample_height, self.sample_width, self.patch_size
         table_DTHW = self.pos_embedding[0, self.max_text_seq_length :].T.unflatten(
             1, (frames, height // patch, width // patch)
         )
@@ -39,13 +41,27 @@ class ResizedTable(CogVideoXPatchEmbed):
         return torch.cat([self.pos_embedding[:, : self.max_text_seq_length], clip_LD[None]], 1)
 
 
-def table_frames(patch_embed: CogVideoXPatchEmbed) -> int:
-    """Latent frames for which a network without rotary positions has any."""
-    return (patch_embed.sample_frames - 1) // patch_embed.temporal_compression_ratio + 1
+class CogVideoXFun(CogVideoXTransformer3DModel):
+    """The network with its own rotary positions, a time patch filled up with zero frames."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        """hidden_states B T C h w, encoder_hidden_states B L D, timestep int B; the answer B T C h w."""
+        frames, (height, width) = hidden_states.shape[1], hidden_states.shape[3:]
+        filled = F.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, -frames % (self.config.patch_size_t or 1)))
+        answer = super().forward(
+            filled,
+            encoder_hidden_states,
+            timestep,
+            image_rotary_emb=rotary(self.config, frames, height, width, hidden_states.device),
+            return_dict=False,
+        )[0]
+        return answer[:, :frames]
 
 
-def corrected(net: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
-    """The same network, on whatever device, its table of positions that of the released code."""
+def corrected(net: CogVideoXFun) -> CogVideoXFun:
+    """The same network, whose weights may be on the meta device; its table of positions is that of the released code,
+    on the CPU.
+    """
     patch = net.patch_embed
     if patch.use_positional_embeddings:
         size = patch.sample_height, patch.sample_width, patch.sample_frames
@@ -55,11 +71,7 @@ def corrected(net: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
 
 
 def rotary(config: Any, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) of latent cells' positions, L D; None for a network with a table of positions.
-
-    Without time patches n positions go from start to stop, stop left out, in equal steps; diffusers takes n from start
-    to stop (n - 1) / n instead, which is the same given stop + start / (n - 1).
-    """
+    """(cos, sin) of latent cells' positions, L D; None for a network with a table of positions."""
     if not config.use_rotary_positional_embeddings:
         return None
     patch = config.patch_size
@@ -68,13 +80,14 @@ def rotary(config: Any, frames: int, height: int, width: int, device: torch.devi
         steps = -(-frames // config.patch_size_t)
         slices = {"grid_type": "slice", "max_size": base}
         return get_3d_rotary_pos_embed(config.attention_head_dim, None, grid, steps, device=device, **slices)
-    start, stop = get_resize_crop_region_for_grid(grid, base[1], base[0])
-    stop = tuple(b + a / max(n - 1, 1) for a, b, n in zip(start, stop, grid, strict=True))
-    return get_3d_rotary_pos_embed(config.attention_head_dim, (start, stop), grid, frames, device=device)
+    region = open_grid(*get_resize_crop_region_for_grid(grid, base[1], base[0]), grid)
+    return get_3d_rotary_pos_embed(config.attention_head_dim, region, grid, frames, device=device)
 
 
 def decode_in_pairs(vae: AutoencoderKLCogVideoX, z_BCThw: Tensor) -> Tensor:
     """pixels_BCFHW: the first latent frame alone, then two at a time, each chunk with the last one's end in view."""
+    if vae.post_quant_conv is not None:
+        z_BCThw = vae.post_quant_conv(z_BCThw)
     cache, pieces = None, []
     for chunk in (z_BCThw[:, :, :1], *z_BCThw[:, :, 1:].split(CHUNK, dim=2)):
         if chunk.shape[2]:

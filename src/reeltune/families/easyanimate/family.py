@@ -28,7 +28,7 @@ from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
@@ -47,12 +47,14 @@ def load(
     device: torch.device | str = "cpu",
     low_vram: bool = False,
     encoders: bool = True,
+    network: bool = True,
     transformer_path: str | Path | None = None,
 ) -> Parts:
     """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
-    Without `encoders` the text encoders are left out, and with them the null text. transformer_path: other weights for
-    the same network. Raises UserError listing every missing, unexpected and misshapen key.
+    Without `encoders` VAE and text encoders are read when they are first borrowed, and no null text is made; without
+    `network` its weights are not read. transformer_path: other weights for the same network.
+    Raises UserError listing every missing, unexpected and misshapen key.
     """
     folder = Path(path)
     config = weights.read_config(folder / "transformer")
@@ -60,25 +62,31 @@ def load(
         EasyAnimateTransformer3DModel,
         folder / "transformer",
         dtype,
-        device,
+        device if network else "meta",
         replacement=transformer_path,
         names=partial(from_released, config=config),
     )
     parts = Parts(corrected(net), config=config, device=torch.device(device), low_vram=low_vram)
-    vae = weights.load_component(AutoencoderKLMagvit, folder / "vae", frozen_dtype)
-    parts.frozen["vae"] = vae.requires_grad_(False).eval()
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", frozen_dtype)
+    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    if "text_t5" in family.caption:
+        for name, cls in (("", BertModel), ("_2", T5EncoderModel)):
+            parts.loaders[f"text{name}"] = partial(
+                weights.load_encoder, cls, folder / f"text_encoder{name}", frozen_dtype
+            )
+        parts.extras["tokenizer_2"] = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
+    else:
+        parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", frozen_dtype)
     if encoders:
-        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        if "text_t5" in family.caption:
-            parts.frozen["text"] = weights.load_encoder(BertModel, folder / "text_encoder", frozen_dtype)
-            parts.frozen["text_2"] = weights.load_encoder(T5EncoderModel, folder / "text_encoder_2", frozen_dtype)
-            parts.extras["tokenizer_2"] = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
-        else:
-            qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder / "text_encoder", frozen_dtype).model
-            qwen.visual = None  # only captions are read
-            parts.frozen["text"] = qwen
+        parts.read_frozen()
         parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
     return parts
+
+
+def _load_qwen(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder, dtype).model
+    qwen.visual = None  # only captions are read
+    return qwen
 
 
 # ---- encode
@@ -86,17 +94,18 @@ def load(
 
 @torch.no_grad()
 def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict[str, Any] | None = None,
+    described: Described | None = None,
 ) -> Encoded:
-    """What the frozen networks make of a batch, in float32.
-
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. Inpainting is dropped only where everything is to
-    be generated.
-    """
-    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
-    cond: dict[str, Tensor | Posterior] = dict(encode_text(parts, batch.text))
+    """What the frozen networks make of a batch, in float32."""
+    pixels = batch.pixels_BFCHW
+    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     with parts.borrow("vae") as vae:
-        encoded = partial(latents.encode_clip, vae, mini_batch=vae_mini_batch)
+        encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
         if mode in ("control", "control_ref"):
             cond["control"] = encoded(batch.control_BFCHW)
@@ -110,13 +119,16 @@ def encode(
                 batch.mask_BFHW,
                 x0.mean.shape[2:],
                 scale=vae.config.scaling_factor,
-                seeds=batch.seeds if parts.net.config.add_noise_in_inpaint_model else None,
+                seeds=batch.seen_seeds if parts.net.config.add_noise_in_inpaint_model else None,
             )
-            keep["inpaint"] = inpaint.kept_unless_all_masked(keep, batch.mask_BFHW)
     if mode == "control_ref_camera":
         rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
-    return Encoded(x0, cond, keep)
+    return Encoded(x0, cond, inpaint.kept(batch, mode))
+
+
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described(encode_text(parts, captions))
 
 
 # ---- denoise and decode
@@ -171,6 +183,8 @@ CONTROL_REF = Family(
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     load=load,
     encode=encode,
+    describe=describe,
+    keep=inpaint.kept,
     denoise=denoise,
     decode=decode,
     to_released=to_released,
@@ -199,6 +213,7 @@ INP = replace(
     modes=("inpaint",),
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated
+    masks={"inpaint": MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True)},  # in its own training
 )
 T2V = replace(
     CONTROL_REF,
@@ -220,14 +235,7 @@ def variant(config: dict[str, Any], where: str) -> Family:
         "ref_channels": None,
         "swa_layers": None,
     }
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in fixed.items()
-            if config.get(name, value) != value
-        ],
-    )
+    weights.require(config, fixed, where)
     channels = config.get("out_channels", 16)
     extra = config["in_channels"] - channels
     supported = {
@@ -275,7 +283,12 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch=config.get("patch_size", 2),
         channels=config.get("out_channels", 16),
     )
-    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"]))
+    return replace(
+        family,
+        geometry=geometry,
+        objective=schedule.read(paths["scheduler"]),
+        frozen_files=weights.encoding_files(paths),
+    )
 
 
 def refuse_older(where: str, config: dict[str, Any], vae: dict[str, Any]) -> None:

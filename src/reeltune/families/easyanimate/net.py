@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_easyanimate import (
 from torch import Tensor
 
 from reeltune.families import weights
+from reeltune.families.rope import open_grid
 
 ROWS: weights.Rows = (
     *((f"attn2.to_{x}", f"attn1.add_{x}_proj") for x in "qkv"),
@@ -45,14 +46,8 @@ class JointProjection(EasyAnimateAttnProcessor2_0):
 
 
 class OpenGrid(EasyAnimateRotaryPosEmbed):
-    """n positions from start to stop, stop left out, in equal steps.
-
-    diffusers takes n from start to stop (n - 1) / n instead; given stop + start / (n - 1) that is the same.
-    """
-
     def get_resize_crop_region_for_grid(self, src, tgt_width, tgt_height):
-        start, stop = super().get_resize_crop_region_for_grid(src, tgt_width, tgt_height)
-        return start, tuple(b + a / max(n - 1, 1) for a, b, n in zip(start, stop, src, strict=True))
+        return open_grid(*super().get_resize_crop_region_for_grid(src, tgt_width, tgt_height), src)
 
 
 def corrected(net: EasyAnimateTransformer3DModel) -> EasyAnimateTransformer3DModel:

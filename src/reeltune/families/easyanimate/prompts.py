@@ -18,7 +18,7 @@ def tokens_of(parts: Parts, name: str, captions: Sequence[str], length: int) -> 
     Of Qwen2-VL the caption is a user's turn in its chat template; a long one loses the template's end. BERT and T5
     see the caption alone, without their special tokens (measured on the reference, 2026-11).
     """
-    tokenizer, chat = parts.extras[f"tokenizer{name}"], "text_2" not in parts.frozen
+    tokenizer, chat = parts.extras[f"tokenizer{name}"], "tokenizer_2" not in parts.extras
     if chat:
         turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
         captions = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -40,7 +40,7 @@ def encode_text(parts: Parts, captions: Sequence[str], length: int = LENGTH) -> 
     Qwen2-VL: states before its last layer, its padding masked. BERT and T5: last states, no mask (measured on the
     reference, 2026-11). Captions are encoded one by one, so that none depends on its neighbours.
     """
-    if "text_2" not in parts.frozen:
+    if "tokenizer_2" not in parts.extras:
         return {"text": _states(parts, "text", tokens_of(parts, "", captions, length), masked=True)}
     found = {"text": "", "text_t5": "_2"}
     return {

@@ -34,7 +34,7 @@ from reeltune.families import schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
@@ -54,33 +54,44 @@ def load(
     device: torch.device | str = "cpu",
     low_vram: bool = False,
     encoders: bool = True,
+    network: bool = True,
     transformer_path: str | Path | None = None,
 ) -> Parts:
     """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
-    Without `encoders` the text encoders are left out, and with them the null text. transformer_path: other weights for
-    the same network. Raises UserError listing every missing, unexpected and misshapen key.
+    Without `encoders` VAE and text encoders are read when they are first borrowed, and no null text is made; without
+    `network` its weights are not read. transformer_path: other weights for the same network.
+    Raises UserError listing every missing, unexpected and misshapen key.
     """
-    folder, with_picture = Path(path), "i2v" in family.modes
+    folder, with_picture = Path(path), family.caption_sees_picture
     net = weights.load_component(
-        HunyuanVideoTransformer3DModel, folder / "transformer", dtype, device, replacement=transformer_path
+        HunyuanVideoTransformer3DModel,
+        folder / "transformer",
+        dtype,
+        device if network else "meta",
+        replacement=transformer_path,
     )
     config = weights.read_config(folder / "transformer")
     parts = Parts(net, config=config, device=torch.device(device), low_vram=low_vram)
-    vae = weights.load_component(AutoencoderKLHunyuanVideo, folder / "vae", frozen_dtype)
-    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
-    parts.frozen["vae"] = vae.requires_grad_(False).eval()
+    parts.loaders["vae"] = partial(_load_vae, folder / "vae", frozen_dtype)
+    model = LlavaForConditionalGeneration if with_picture else LlamaModel
+    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", frozen_dtype)
+    parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", frozen_dtype)
+    for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
+        parts.extras[name] = AutoTokenizer.from_pretrained(folder / name)
+    if with_picture:
+        parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
     if encoders:
-        model = LlavaForConditionalGeneration if with_picture else LlamaModel
-        parts.frozen["text"] = weights.load_encoder(model, folder / "text_encoder", frozen_dtype)
-        parts.frozen["text_2"] = weights.load_encoder(CLIPTextModel, folder / "text_encoder_2", frozen_dtype)
-        for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
-            parts.extras[name] = AutoTokenizer.from_pretrained(folder / name)
-        if with_picture:
-            parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-        else:
+        parts.read_frozen()
+        if not with_picture:
             parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
     return parts
+
+
+def _load_vae(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    vae = weights.load_frozen(AutoencoderKLHunyuanVideo, folder, dtype)
+    vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
+    return vae
 
 
 # ---- encode
@@ -88,35 +99,42 @@ def load(
 
 @torch.no_grad()
 def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict[str, Any] | None = None,
+    described: Described | None = None,
 ) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. The first latent frame is left out of the loss
-    (measured on the reference, 2026-11, in both modes). A dropped caption keeps its picture, so that the null text of
-    i2v depends on the sample.
+    The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
     """
     pixels, config = batch.pixels_BFCHW, parts.net.config
     with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         cond: dict[str, Tensor | Posterior] = {}
         if mode == "i2v":
             concat = config.image_condition_type == "latent_concat"
             cond["ref"] = latents(pixels[:, :1]) if concat else first_latent(latents(first_alone(vae, pixels)))
-    null: dict[str, Tensor] = {}
-    if mode == "i2v":
-        picture_u8 = ((pixels[:, 0] * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
-        describe = partial(encode_text_and_picture, parts, interleave=INTERLEAVE[config.image_condition_type])
-        cond |= describe(batch.text, picture_u8)
-        null = describe([""] * len(batch.text), picture_u8)
-    else:
-        cond |= encode_text(parts, batch.text)
+    described = described or describe(parts, batch.text, pixels[:, 0] if mode == "i2v" else None)
+    cond |= described.cond
     if config.guidance_embeds:
         cond["guidance"] = torch.full((len(pixels),), GUIDANCE, device=pixels.device)
     loss_mask = torch.ones_like(x0.mean[:, :1, :, :1, :1])
     loss_mask[:, :, 0] = 0
-    return Encoded(x0, cond, dict(batch.keep), loss_mask, null)
+    return Encoded(x0, cond, dict(batch.keep), loss_mask, described.null)
+
+
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    """A dropped caption keeps its picture, so that the null text of i2v depends on the sample."""
+    if picture_BCHW is None:
+        return Described(encode_text(parts, captions))
+    picture_u8 = ((picture_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
+    interleave = INTERLEAVE[parts.net.config.image_condition_type]
+    with_picture = partial(encode_text_and_picture, parts, interleave=interleave)
+    return Described(with_picture(captions, picture_u8), with_picture([""] * len(captions), picture_u8))
 
 
 def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
@@ -136,12 +154,14 @@ def first_latent(found: Posterior) -> Posterior:
 # ---- denoise and decode
 
 
-def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
+def denoise(
+    net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor], *, concat: bool = False
+) -> Tensor:
     """The network's answer. A known first frame is in its place, or with a mask (1 = known) in channels of its own."""
     x = x_BCThw
     if "ref" in cond:
         ref = cond["ref"].to(x)
-        if net.config.image_condition_type == "latent_concat":
+        if concat:
             known = torch.cat([ref, torch.ones_like(ref[:, :1])], 1)
             x = torch.cat([x, F.pad(known, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1)
         else:
@@ -194,6 +214,7 @@ T2V = Family(
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     load=load,
     encode=encode,
+    describe=describe,
     denoise=denoise,
     decode=decode,
     to_released=same,
@@ -208,6 +229,7 @@ I2V = replace(
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V",
     modes=("i2v",),
     needs={"i2v": ("ref",)},
+    caption_sees_picture=True,
     blocks=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
     finish=finish,
 )
@@ -216,6 +238,7 @@ I2V_CONCAT = replace(
     name="hunyuan_video/i2v_concat",
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V-33ch",
     blocks=T2V.blocks,
+    denoise=partial(denoise, concat=True),
     finish=None,
 )
 
@@ -254,4 +277,9 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         patch_time=config.get("patch_size_t", 1),
         channels=config.get("out_channels") or 16,
     )
-    return replace(family, geometry=geometry, objective=schedule.read(paths["scheduler"], shift=7.0))
+    return replace(
+        family,
+        geometry=geometry,
+        objective=schedule.read(paths["scheduler"], shift=7.0),
+        frozen_files=weights.encoding_files(paths),
+    )

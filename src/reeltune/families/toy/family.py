@@ -16,7 +16,7 @@ from reeltune.dice import seed_of
 from reeltune.diffusion.objective import Flow
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 GEOMETRY = Geometry(time_stride=4, space_stride=8, patch=2, channels=3)
 TEXT = 16  # width of a text vector
@@ -56,6 +56,7 @@ def load(
     device: torch.device | str = "cpu",
     low_vram: bool = False,
     encoders: bool = True,
+    network: bool = True,
     transformer_path: str | Path | None = None,
 ) -> Parts:
     """The same small random weights at every call, or those saved in transformer_path. `path` is not looked at."""
@@ -70,7 +71,8 @@ def load(
         source = weights.saved_transformer(transformer_path)
         weights.fit(net, from_released(weights.read(source), {}), str(source))
     null = {"text": embed([""])[0]}
-    return Parts(net.to(device, dtype), null=null, device=torch.device(device), low_vram=low_vram)
+    net = net.to(device if network else "meta", dtype)
+    return Parts(net, null=null, device=torch.device(device), low_vram=low_vram)
 
 
 def embed(text: list[str]) -> Tensor:
@@ -89,14 +91,25 @@ def shrink(pixels_BFCHW: Tensor) -> Tensor:
     return avg_pool3d(frames, (1, GEOMETRY.space_stride, GEOMETRY.space_stride))
 
 
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described({"text": embed(captions).to(parts.device)})
+
+
 @torch.no_grad()
-def encode(parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict | None = None) -> Encoded:
+def encode(
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict | None = None,
+    described: Described | None = None,
+) -> Encoded:
     def posterior(pixels_BFCHW: Tensor) -> Posterior:
         mean = shrink(pixels_BFCHW)
         return Posterior(mean, torch.full_like(mean, -6.0))
 
     x0 = posterior(batch.pixels_BFCHW)
-    cond: dict[str, Tensor | Posterior] = {"text": embed(batch.text).to(x0.mean)}
+    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     cond["control"] = posterior(batch.control_BFCHW) if mode == "control" else torch.zeros_like(x0.mean)
     return Encoded(x0, cond, batch.keep)
 
@@ -138,6 +151,7 @@ FAMILY = Family(
     size_law=SizeLaw(),
     load=load,
     encode=encode,
+    describe=describe,
     denoise=denoise,
     decode=decode,
     to_released=to_released,

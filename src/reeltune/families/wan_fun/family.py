@@ -29,7 +29,7 @@ from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
-from reeltune.types import Batch, Encoded, Geometry, Posterior, SizeLaw
+from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches
@@ -49,26 +49,29 @@ def load(
     device: torch.device | str = "cpu",
     low_vram: bool = False,
     encoders: bool = True,
+    network: bool = True,
     transformer_path: str | Path | None = None,
 ) -> Parts:
     """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
-    Without `encoders` text and picture encoders are left out, and with them null["text"]: a run from the cache has
-    both in it. transformer_path: other weights for the same network, a file or a saved folder.
+    Without `encoders` VAE and encoders are read when they are first borrowed, and null["text"] is not made; without
+    `network` its weights are not read. transformer_path: other weights for the same network, a file or a saved folder.
     Raises UserError listing every missing, unexpected and misshapen key.
     """
     files: layout.Files = family.options["files"]
     device = torch.device(device)
     replacement = None if transformer_path is None else Path(transformer_path)
-    net, config = layout.load_transformer(files.transformer, replacement, dtype, device)
+    place = device if network else torch.device("meta")
+    net, config = layout.load_transformer(files.transformer, replacement, dtype, place)
     parts = Parts(net, config=config, device=device, low_vram=low_vram)
     parts.extras["image_dim"] = net.config.image_dim
-    parts.frozen["vae"] = layout.load_vae(files.vae, frozen_dtype)
+    parts.loaders["vae"] = partial(layout.load_vae, files.vae, frozen_dtype)
+    parts.loaders["text"] = partial(layout.load_text, files.text, frozen_dtype)
+    if files.image is not None:
+        parts.loaders["image"] = partial(layout.load_image, files.image, frozen_dtype)
+    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(files.tokenizer)
     if encoders:
-        parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(files.tokenizer)
-        parts.frozen["text"] = layout.load_text(files.text, frozen_dtype)
-        if files.image is not None:
-            parts.frozen["image"] = layout.load_image(files.image, frozen_dtype)
+        parts.read_frozen()
         parts.null["text"] = encode_text(parts, [""])[0]
     return parts
 
@@ -78,35 +81,31 @@ def load(
 
 @torch.no_grad()
 def encode(
-    parts: Parts, batch: Batch, mode: str, *, vae_mini_batch: int = 0, options: dict[str, Any] | None = None
+    parts: Parts,
+    batch: Batch,
+    mode: str,
+    *,
+    options: dict[str, Any] | None = None,
+    described: Described | None = None,
 ) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
-    vae_mini_batch: clips that the VAE encodes at a time; 0 is all. options: add_full_ref_image_in_self_attention.
-    The reference picture's channels are kept only where it is the first frame, its tokens only where it is not
-    (measured on the reference, 2026-11); inpainting is dropped only where everything is to be generated.
+    options: add_full_ref_image_in_self_attention.
     """
-    pixels, keep = batch.pixels_BFCHW, dict(batch.keep)
-    cond: dict[str, Tensor | Posterior] = {"text": encode_text(parts, batch.text)}
-
-    def keep_only(name: str, where_B: Tensor) -> None:
-        keep[name] = keep.get(name, torch.ones_like(where_B)) & where_B
-
+    pixels = batch.pixels_BFCHW
+    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
     with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae, mini_batch=vae_mini_batch)
+        latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         if mode in ("control", "control_ref"):
             cond["control"] = latents(batch.control_BFCHW)
         if mode in ("control_ref", "control_ref_camera"):
             cond["ref"] = latents(frames_at(pixels, batch.ref_frame_B)[:, None])
-            keep_only("ref", batch.ref_frame_B == 0)
             if (options or {}).get("add_full_ref_image_in_self_attention"):
                 cond["full_ref"] = cond["ref"]
-                keep_only("full_ref", batch.ref_frame_B != 0)
         if mode in ("inpaint", "i2v"):
-            kept = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
-            cond["inpaint"] = join_mask(pack_mask(batch.mask_BFHW, kept.mean.shape[-2:]), kept)
-            keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
+            given = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
+            cond["inpaint"] = join_mask(pack_mask(batch.mask_BFHW, given.mean.shape[-2:]), given)
     if mode == "control_ref_camera":
         cond["camera"] = pack_frames(batch.camera_BFCHW)
     if mode != "control":
@@ -115,7 +114,24 @@ def encode(
     elif parts.extras["image_dim"] is not None:  # as the models are used without a picture
         cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
         cond["image"] = x0.mean.new_zeros(len(pixels), IMAGE_TOKENS, parts.extras["image_dim"])
-    return Encoded(x0, cond, keep)
+    return Encoded(x0, cond, kept(batch, mode))
+
+
+def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
+    """The reference picture's channels are kept only where it is the first frame, its tokens only where it is not
+    (measured on the reference, 2026-11); inpainting is dropped only where everything is to be generated.
+    """
+    keep, first_B = dict(batch.keep), batch.ref_frame_B == 0
+    if mode in ("control_ref", "control_ref_camera"):
+        for name, where_B in (("ref", first_B), ("full_ref", ~first_B)):
+            keep[name] = keep.get(name, torch.ones_like(where_B)) & where_B
+    if mode in ("inpaint", "i2v"):
+        keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
+    return keep
+
+
+def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
+    return Described({"text": encode_text(parts, captions)})
 
 
 def encode_text(parts: Parts, captions: list[str]) -> Tensor:
@@ -144,15 +160,11 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
     return (square * 0.5 + 0.5 - mean) / std
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor, mini_batch: int = 0) -> Posterior:
+def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:
     """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    pixels = pixels_BFCHW.transpose(1, 2).to(vae.dtype)
-    pieces = [vae.encode(clip).latent_dist for clip in pixels.split(mini_batch or len(pixels))]
-    mean, std = _statistics(vae, pixels.device)
-    return Posterior(
-        (torch.cat([piece.mean for piece in pieces]).float() - mean) / std,
-        torch.cat([piece.logvar for piece in pieces]).float(),
-    )
+    found = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    mean, std = _statistics(vae, pixels_BFCHW.device)
+    return Posterior((found.mean.float() - mean) / std, found.logvar.float())
 
 
 def _statistics(vae: nn.Module, device: torch.device) -> list[Tensor]:
@@ -205,6 +217,7 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
 # ---- the family and its variants
 
 DROP = {"control": 0.1, "ref": 0.1, "image": 0.1}  # measured on the reference, 2026-11
+FIRST_FRAME_GIVEN = MaskLaw(clip={"after_first": 1.0}, picture={"all": 1.0})  # as Wan2.1 is trained image to video
 BASE = Family(
     name="wan_fun/control_v1.0",
     source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-Control",
@@ -217,6 +230,8 @@ BASE = Family(
     size_law=SizeLaw(),
     load=load,
     encode=encode,
+    describe=describe,
+    keep=kept,
     denoise=denoise,
     decode=decode,
     to_released=keys.to_released,
@@ -244,6 +259,7 @@ INP = replace(
     modes=("inpaint", "i2v"),
     needs={"inpaint": ("mask",), "i2v": ("mask",)},
     drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
+    masks={"i2v": FIRST_FRAME_GIVEN},
     size_law=SizeLaw(nearest_rung=None),
 )
 CONTROL_T2V = replace(
@@ -305,6 +321,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=replace(BASE.geometry, patch=patch, channels=network["out_channels"]),
         objective=_schedule(settings.get("scheduler_kwargs") or {}),
         options={"files": files},
+        frozen_files=files.for_encoding(),
     )
 
 

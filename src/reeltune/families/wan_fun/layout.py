@@ -60,6 +60,11 @@ class Files:
     tokenizer: Path
     image: Path | None
 
+    def for_encoding(self) -> dict[str, Path]:
+        """All but the trained network."""
+        files = {"vae": self.vae, "text": self.text, "tokenizer": self.tokenizer}
+        return files if self.image is None else files | {"image": self.image}
+
 
 def transformer_in(folder: Path, settings: dict[str, Any]) -> Path | None:
     """The folder or file of the transformer's weights, if there is one. `settings` is the model yaml."""
@@ -103,7 +108,7 @@ def load_transformer(
     with torch.device("meta"):
         net = WanFunTransformer(**sizes.transformer(outlines, config, str(path)))
     source = path if replacement is None else weights.saved_transformer(replacement)
-    given = weights.read(source)
+    given = weights.peek(source) if device.type == "meta" else weights.read(source)
     state = keys.from_released(given)
     if given.keys() != state.keys():  # bad keys are told by the names that the file has
         refuse(str(source), weights.differences(keys.to_released(net.state_dict()), given))

@@ -1,0 +1,7 @@
+"""What the frozen networks make of the data, in files: Family.encode with a disk in between.
+
+keys      what an entry is known by: everything that it was made of
+store     the folder: shards, and the manifest that says what is in them
+wanted    the entries that a recipe asks for; reading them in training
+fill      `reeltune cache`: making those that are not there
+"""

@@ -1,0 +1,84 @@
+"""What an entry of the cache is known by: a hash of everything that it was made of, and of nothing else.  (no torch)
+
+A clip's latents do not depend on its caption, so that a changed caption is encoded alone. Files of the data are known
+by path below train_data_dir, size and time of change in whole seconds (which archives and copies keep); those of the
+checkpoint by their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from reeltune.data.measuring import write_whole
+from reeltune.types import Draw, Record
+
+READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
+Split = Literal["train", "held_out"]
+
+
+def digest(thing: Any) -> str:
+    return hashlib.blake2b(json.dumps(thing, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Hands out keys. facts: how everything is encoded; two caches of other facts share no entry.
+
+    seeds_count: the mode's input depends on the draw's seed, by its mask. text_of_clip: texts depend on their clip.
+    """
+
+    facts: Mapping[str, Any]
+    root: str  # train_data_dir, absolute
+    seeds_count: bool
+    text_of_clip: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_facts", digest(dict(self.facts)))
+
+    def clip(self, record: Record, draw: Draw, split: Split) -> str:
+        """Of all but the text. Raises OSError if a file is gone."""
+        files = [path and self._file(path) for path in (record.path, record.control_path, record.camera_path)]
+        seed = draw.seen_seed if self.seeds_count else None
+        return digest([self._facts, "clip", split, files, draw.shape, draw.crop, draw.frames, draw.ref_frame, seed])
+
+    def text(self, record: Record, clip: str) -> str:
+        """clip: the key of the clip that it belongs to."""
+        return digest([self._facts, "text", record.text, clip if self.text_of_clip else None])
+
+    @property
+    def null(self) -> str:
+        """Of what a dropped caption becomes."""
+        return digest([self._facts, "null"])
+
+    def _file(self, path: str) -> list[Any]:
+        status = os.stat(path)
+        return [os.path.relpath(path, self.root), status.st_size, int(status.st_mtime)]
+
+
+def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
+    """A hash of the bytes of each file or folder. `remembered`: a file that saves reading them again."""
+    known: dict[str, list[Any]] = json.loads(remembered.read_text()) if remembered.is_file() else {}
+    before = len(known)
+
+    def of_file(path: Path) -> str:
+        status = path.stat()
+        stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if stamp not in known:
+            with path.open("rb") as file:
+                known[stamp] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return known[stamp]
+
+    def of(path: Path) -> str:
+        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        return digest([[str(file.relative_to(path)), of_file(file)] for file in inside if file.is_file()])
+
+    found = {name: of(path) for name, path in files.items()}
+    if len(known) > before:
+        write_whole(remembered, lambda file: file.write(json.dumps(known, indent=1).encode()))
+    return found

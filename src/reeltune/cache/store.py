@@ -1,0 +1,320 @@
+"""The folder of a cache: shards of tensors, and a manifest that alone says what is in them.
+
+manifest/00003.jsonl     one for each process that wrote: a line for each shard, its bytes and hash, and its entries
+shards/00003-00012.safetensors     the twelfth shard of that process; tensors named KEY/NAME
+
+A shard is written beside, flushed, renamed; then its line is added to the manifest. Whatever moment a process is
+killed or the disk is full at, what the manifest names is whole, and what it does not name is never read. Processes
+share nothing but the folder: the number of a manifest is taken by whoever creates the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from reeltune.errors import UserError
+
+FORMAT = 1  # of the manifest
+SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
+OPEN_SHARDS = 64  # mapped at a time in one process
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A line of the manifest."""
+
+    name: str
+    bytes: int
+    blake2b: str
+    entries: Mapping[str, str]  # key -> "train", "held_out" or "text"
+
+
+@dataclass
+class Manifest:
+    """All lines of all processes."""
+
+    facts: list[dict[str, Any]] = field(default_factory=list)  # how each process encoded
+    shards: dict[str, Shard] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # key -> why the file could not be read
+
+
+def parts(folder: Path) -> list[Path]:
+    """The manifest's files, oldest first."""
+    return sorted(path for path in (folder / "manifest").glob("*.jsonl") if path.stem.isdigit())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Empty where there is none. A last line without its end was being written when the process was killed.
+
+    Raises UserError for a line that cannot be read, and for a manifest of another version.
+    """
+    found = Manifest()
+    for part in parts(folder):
+        for number, line in enumerate(part.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as broken:
+                raise UserError(str(part), f"line {number} is damaged ({broken}); remove the file") from broken
+            if "shard" in row:
+                found.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], row["entries"])
+            elif "failed" in row:
+                found.failed |= row["failed"]
+            elif row["format"] == FORMAT:
+                found.facts.append(row["facts"])
+            else:
+                raise UserError(str(part), f"is of format {row['format']}, and this version reads {FORMAT}")
+    return found
+
+
+# ---- writing
+
+
+class Writer:
+    """Entries gather in memory until they fill a shard. `close` writes what is left.
+
+    Raises UserError if the disk is full or refuses; what the manifest names stays.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
+        self.folder, self.facts, self.shard_bytes = folder, facts, shard_bytes
+        self.count = self.bytes = 0  # written
+        self._manifest: IO[str] | None = None
+        self._number = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tensors: Tensors = {}
+        self._entries: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
+        self._size = 0  # bytes
+
+    def add(self, key: str, split: str, tensors: Tensors) -> None:
+        """Kept as they are, in the smallest of their own type and half floats that holds them exactly."""
+        packed = {f"{key}/{name}": pack(tensor) for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in packed.values())
+        if self._size and self._size + size > self.shard_bytes:
+            self.flush()
+        self._tensors |= packed
+        self._entries[key] = split
+        self._size += size
+
+    def fail(self, key: str, reason: str) -> None:
+        """The file it would be made of cannot be read."""
+        self._failed[key] = reason
+
+    def flush(self) -> None:
+        """Everything added so far is on the disk, and in the manifest."""
+        if not self._entries and not self._failed:
+            return
+        try:
+            manifest = self._manifest or self._open()
+            if self._entries:
+                self._number += 1
+                name = f"{Path(manifest.name).stem}-{self._number:05}.safetensors"
+                data = save(self._tensors)
+                write_flushed(self.folder / "shards" / name, data)
+                hashed = hashlib.blake2b(data, digest_size=16).hexdigest()
+                _add_line(manifest, {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": self._entries})
+                self.count += len(self._entries)
+                self.bytes += len(data)
+            if self._failed:
+                _add_line(manifest, {"failed": self._failed})
+        except OSError as broken:
+            raise UserError(
+                "cache_folder",
+                f"{self.folder} cannot be written ({broken.strerror}); nothing in it is lost: make room and run the "
+                "same command again",
+            ) from broken
+        self._clear()
+
+    def _open(self) -> IO[str]:
+        """The manifest of this process, locked as long as it lives."""
+        for name in ("manifest", "shards"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        number = max((int(path.stem) for path in parts(self.folder)), default=0)
+        while True:
+            number += 1
+            try:
+                manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("x", encoding="utf-8")
+            except FileExistsError:  # another process was quicker
+                continue
+            fcntl.flock(manifest, fcntl.LOCK_EX)
+            _flush_folder(self.folder / "manifest")
+            self._manifest = manifest
+            _add_line(manifest, {"format": FORMAT, "facts": dict(self.facts)})
+            return manifest
+
+    def close(self) -> None:
+        self.flush()
+        if self._manifest is not None:
+            self._manifest.close()
+
+
+def _add_line(file: IO[str], row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """Whole and on the disk, or not there."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def pack(tensor: Tensor) -> Tensor:
+    """The same numbers on the CPU, in half the bytes if bfloat16 or float16 holds every one exactly."""
+    tensor = tensor.detach().to("cpu", copy=True).contiguous()  # a copy: two conditions may be one tensor
+    if tensor.dtype == torch.float32:
+        for half in (torch.bfloat16, torch.float16):
+            smaller = tensor.to(half)
+            if torch.equal(smaller.float().view(torch.int32), tensor.view(torch.int32)):
+                return smaller
+    return tensor
+
+
+def unpack(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+# ---- reading
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _mapped(path: str, blake2b: str) -> tuple[Any, dict[str, list[str]]]:
+    """(the file, names of tensors by key); blake2b, that another file of that name is not taken for it."""
+    held, names = safe_open(path, "pt", device="cpu"), {}
+    for name in held.keys():  # noqa: SIM118
+        key, _, own = name.partition("/")
+        names.setdefault(key, []).append(own)
+    return held, names
+
+
+def size_of(path: Path) -> int:
+    """-1 where there is no file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+class Store:
+    """Entries by key, from mapped files. Shards that are gone or of another size count as not there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        manifest = read_manifest(folder)
+        there = [shard for shard in manifest.shards.values() if size_of(folder / "shards" / shard.name) == shard.bytes]
+        self.facts = manifest.facts
+        self.hashes = {shard.name: shard.blake2b for shard in there}
+        self.entries = {key: (shard.name, split) for shard in there for key, split in shard.entries.items()}
+        self.failed = {key: reason for key, reason in manifest.failed.items() if key not in self.entries}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries or key in self.failed
+
+    def read(self, key: str, split: str) -> Tensors:
+        """Raises UserError if the shard is gone, damaged, or written for another split."""
+        shard, written_for = self.entries[key]
+        if written_for != split:
+            raise UserError("cache_folder", f"{key} in {shard} was written for {written_for} and is asked for {split}")
+        path = self.folder / "shards" / shard
+        try:
+            held, names = _mapped(str(path), self.hashes[shard])
+            return {name: unpack(held.get_tensor(f"{key}/{name}")) for name in names.get(key, ())}
+        except (OSError, SafetensorError) as broken:
+            raise UserError(
+                "cache_folder", f"{path} cannot be read ({broken}); reeltune cache verify tells what is damaged"
+            ) from broken
+
+
+# ---- care
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Reads every byte. Shards that are not as they were written are renamed, so that their entries count as not
+    there, as those of shards that are gone do; returns what is wrong with each.
+    """
+    found = []
+    for shard in read_manifest(folder).shards.values():
+        path = folder / "shards" / shard.name
+        if size_of(path) < 0:
+            continue
+        with path.open("rb") as file:
+            hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        if hashed != shard.blake2b:
+            found.append(f"{path} is not as it was written ({size_of(path)} bytes, then {shard.bytes})")
+            path.replace(path.with_suffix(".damaged"))
+    return found
+
+
+def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
+    """Deletes all but the wanted keys, and files that no manifest names. Returns the bytes freed.
+
+    Wanted entries of a shard with others are copied to a new shard first; a kill at any moment leaves a whole cache.
+    Raises UserError if a process is writing to it.
+    """
+    locked = [part.open("r+") for part in parts(folder)]
+    try:
+        for part in locked:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as broken:
+        if broken.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise UserError("cache_folder", f"a process is writing to {folder}; prune when it is done") from broken
+    before = sum(size_of(path) for path in (folder / "shards").glob("*"))
+    store, writer, stays = Store(folder), Writer(folder, facts), set()
+    for shard in read_manifest(folder).shards.values():
+        kept = [key for key in shard.entries if key in wanted and store.entries.get(key, ("",))[0] == shard.name]
+        if len(kept) == len(shard.entries):
+            stays.add(shard.name)
+            continue
+        for key in kept:
+            writer.add(key, shard.entries[key], store.read(key, shard.entries[key]))
+    writer.close()
+    for part in locked:
+        rows = [json.loads(line) for line in part.read().splitlines(keepends=True) if line.endswith("\n")]
+        rows = [row for row in rows if row.get("shard") in stays or "format" in row]
+        if len(rows) > 1:
+            write_flushed(Path(part.name), "".join(json.dumps(row) + "\n" for row in rows).encode())
+        else:
+            Path(part.name).unlink()
+        part.close()
+    named = read_manifest(folder).shards
+    for path in (folder / "shards").glob("*"):
+        if path.name not in named:
+            path.unlink()
+    return before - sum(size_of(path) for path in (folder / "shards").glob("*"))

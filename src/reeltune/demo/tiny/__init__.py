@@ -1,0 +1,1 @@
+"""A tiny checkpoint for each family that the demo shows untrained: its sizes, as values."""
