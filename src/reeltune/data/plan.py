@@ -297,7 +297,6 @@ class Plan:
         place, bucket = self._places(self._order)
         return self._shapes, self._shape[self._order], self._slots(self._order), place >= self._sizes[bucket]
 
-
     def used(self, upto: int) -> np.ndarray:
         """int32 per record: times drawn in its turn in micro-steps [0, upto)."""
         return self._count(upto, repeats=False)

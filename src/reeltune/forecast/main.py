@@ -21,7 +21,7 @@ from reeltune.inputs import Inputs, choose_family, gather, size_rules
 from reeltune.recipe import Recipe
 from reeltune.settings import build, flat
 from reeltune.train import steps_of
-from reeltune.types import Draw, Geometry, Shape
+from reeltune.types import Draw, Shape
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
@@ -35,7 +35,12 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
-ENCODED_OTHERWISE = {"train_batch_size", "low_vram", "video_sample_n_frames"}  # fields that change what encoding takes
+ENCODED_OTHERWISE = {
+    "train_batch_size",
+    "low_vram",
+    "cache_folder",
+    "video_sample_n_frames",
+}  # fields that change what encoding takes
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
 
@@ -128,10 +133,10 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     other = rehearsed(toggled, machines.engine, draws, like=base)
     sizes = sized(data, base, lambda shape: rehearsed(recipe, machines.engine, at(draws, shape)), told)
     curves = {
-        phase: pace.Curve([*sizes], [found.flops[phase] for found in sizes.values()])
+        phase: pace.Curve([*sizes], [found.flops.get(phase, 0) for found in sizes.values()])
         for phase in ("encode", "forward", "backward")
     }
-    whole = pace.Curve([*sizes], [sum(found.flops[phase] for phase in curves) for found in sizes.values()])
+    whole = pace.Curve([*sizes], [sum(found.flops.get(phase, 0) for phase in curves) for found in sizes.values()])
     mean = {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
@@ -152,7 +157,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         peaks=peaks,
         kept_bytes={checkpointing: base.saved_bytes, not checkpointing: other.saved_bytes},
         host_bytes=host_bytes(recipe, base, draws, family.needs[mode], world),
-        disk_bytes=disk_bytes(recipe, base, steps, data, family.geometry, sizes),
+        disk_bytes=disk_bytes(recipe, base, steps, data, len(inputs.train), sizes),
         step_flops=mean,
         run_flops=sum(mean.values()) * steps * accumulate * world,
         throughput=throughput(machines, whole, len(draws)),
@@ -226,20 +231,21 @@ def host_bytes(
 
 
 def disk_bytes(
-    recipe: Recipe, found: Rehearsal, steps: int, data: DataForecast, geometry: Geometry, sizes: dict[int, Rehearsal]
+    recipe: Recipe, found: Rehearsal, steps: int, data: DataForecast, clips: int, sizes: dict[int, Rehearsal]
 ) -> dict[str, int]:
-    """One checkpoint, all that are kept, and a cache of everything encoded once."""
+    """One checkpoint, all that are kept, and a cache of everything that is trained on."""
     average = 4 * found.trainable if recipe.optimization.use_ema else 0
     network = found.weight_bytes["network"]
     one = network + found.state_bytes + average + (network + average if average else 0)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
     encoded = pace.Curve([*sizes], [rehearsal.encoded_bytes for rehearsal in sizes.values()])
-    cached = sum(int(encoded(bucket.tokens)) * bucket.samples for bucket in data.buckets)
+    mean = sum(encoded(bucket.tokens) * bucket.samples for bucket in data.buckets) / data.samples
+    ways = max(recipe.cache.cache_variants, 1)
     return {
         "one checkpoint": one,
         f"the {kept} kept, and the next while it is written": one * (kept + 1),
-        "a cache of an epoch, in float32": cached,
+        f"a cache of {clips:,} clips, each in {ways} way{'s' if ways > 1 else ''}, at most": int(mean * clips * ways),
     }
 
 

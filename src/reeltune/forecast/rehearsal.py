@@ -66,11 +66,13 @@ def rehearse(
         encoded = renewed(like.encoded, stand_ins)
     elif cached:
         encoded = setup.encode(batch)  # on another day
+    if like is not None or cached:
+        tracker.own(tensors_of(encoded), "batch")
     with tracker:
         if like is None and not cached:
             with tracker.phase("encode"):
                 encoded = setup.encode(batch)
-        tracker.own(tensors_of(encoded), "batch")
+        tracker.rename("encode", "batch")
         with tracker.phase("forward"):
             loss = diffusion_loss(
                 family.denoise,

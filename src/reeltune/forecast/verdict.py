@@ -102,7 +102,11 @@ def changes(recipe: Recipe, engine: str, gpus: int) -> Iterator[Change]:
         times = training.gradient_accumulation_steps * training.train_batch_size // smaller
         settings = {"train_batch_size": smaller, "gradient_accumulation_steps": times}
         yield Change(settings, SAME + 0.02, says("as many samples a step, in smaller portions"))
-    if not training.low_vram:
+    if recipe.cache.cache_folder is None:
+        settings = {"cache_folder": f"{recipe.output.output_dir}/cache", "cache_variants": VARIANTS}
+        words = f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more"
+        yield Change(settings, SAME + 0.2, says(words))
+    if not training.low_vram and recipe.cache.cache_folder is None:
         yield Change({"low_vram": True}, SAME + 0.1, visits)
     if not training.gradient_checkpointing:
         yield Change({"gradient_checkpointing": True}, SAME + 0.3, more_flops)
@@ -126,6 +130,7 @@ def changes(recipe: Recipe, engine: str, gpus: int) -> Iterator[Change]:
             yield Change({"gpus": more, "engine": "fsdp"}, MACHINES * more, words)
 
 
+VARIANTS = 4  # as many as the recipe's rules advise for clips longer than their window
 SHORT = 9  # frames that are not halved
 
 

@@ -1,0 +1,85 @@
+"""What `reeltune plan` foretells, against what then happens."""
+
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from reeltune.diffusion.loss import diffusion_loss
+from reeltune.engine import Engine
+from reeltune.forecast import tracker
+from reeltune.forecast.rehearsal import empty_batch, rehearse
+from reeltune.inputs import choose_family, encode_options, load_parts
+from reeltune.learner import Learner
+from reeltune.sample import Setup
+from reeltune.types import Crop, Draw, Shape
+from small_run import recipe
+
+CAPTIONS = ["a red kite", "a dog on a beach"]
+NEAR = 0.05  # the count and the allocator's
+
+
+def draws(shape: Shape) -> list[Draw]:
+    crop = Crop(shape.height, shape.width, 0, 0)
+    return [Draw(0, shape, crop, tuple(range(shape.frames)), 0, seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, tmp_path_factory):
+    (folder := tmp_path_factory.mktemp("model")).mkdir(exist_ok=True)
+    return checkpoint.lay_out(folder)
+
+
+class Allocated:
+    """Bytes that the CPU's allocator gave within, less those it took back."""
+
+    def __enter__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        events = self.profile.profiler.kineto_results.events()
+        self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def real_step(run, shape: Shape) -> dict[str, int]:
+    """Bytes by part of a step with real weights, by the allocator's count."""
+    family, mode, objective = choose_family(run)
+    engine = Engine(run.training.mixed_precision)
+    parts = load_parts(run, family, engine.device)
+    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
+    checkpointing = run.training.gradient_checkpointing
+    learner = Learner(family, parts, engine, run.model, run.optimization, seed=0, gradient_checkpointing=checkpointing)
+    stand = draws(shape)
+    batch = empty_batch(family, mode, stand, CAPTIONS, torch.no_grad())
+    encoded = setup.encode(batch)
+    strata = [draw.stratum for draw in stand]
+    with Allocated() as forward:
+        loss = diffusion_loss(family.denoise, learner.net, objective, encoded, parts.null, batch.seeds, strata)
+    with Allocated() as backward:
+        engine.backward(loss.value, learner.net, last=True)
+    held = learner.held_bytes()
+    with Allocated() as step:
+        learner.step(0, 1e-3)
+    gradients = held["gradients"]
+    assert backward.bytes == pytest.approx(gradients - forward.bytes, abs=0.01 * forward.bytes)
+    return {
+        "weights": held["weights"],
+        "gradients": gradients,
+        "state": step.bytes + gradients,
+        "kept": forward.bytes,
+    }
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
+def test_a_rehearsal_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
+    monkeypatch.setattr(tracker, "ROUND_BYTES", 1)  # of this allocator
+    settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
+    run, shape = recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48)
+    found, real = rehearse(run, draws(shape), CAPTIONS, preview=False), real_step(run, shape)
+    assert found.peaks["step"]["weights"] == pytest.approx(real["weights"], rel=NEAR)
+    assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
+    assert found.state_bytes == pytest.approx(real["state"], rel=NEAR)
+    assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
