@@ -16,6 +16,7 @@ import torch
 import fill_slowly
 from reeltune import cli, families
 from reeltune.cache import care, fill, store, wanted
+from reeltune.cache.keys import Keys
 from reeltune.data import loader
 from reeltune.data.media import MediaError
 from reeltune.dice import dice
@@ -24,6 +25,7 @@ from reeltune.families.spec import Parts
 from reeltune.inputs import choose_family, gather
 from reeltune.settings import dump
 from reeltune.train import train
+from reeltune.types import Crop, Draw, Record, Shape
 from same_run import assert_same_end, rows
 from small_run import data_set, recipe
 from tiny_wan import tiny_checkpoint
@@ -219,6 +221,30 @@ def test_another_way_of_encoding_is_another_cache_and_told(run, tmp_path, capfd)
     with pytest.raises(UserError) as error:
         train(other)
     assert error.value.problems[1:] == ["it was made with mixed_precision no, which now is bf16"]
+
+
+def test_what_was_found_complete_is_not_looked_at_again_until_something_changes(run, own_data, tmp_path, monkeypatch):
+    given = cached(run("run", data=own_data, held_out_share=0, max_train_steps=1), tmp_path / "cache")
+    looked, real = [], wanted.wanted
+    fill.fill(given)
+    monkeypatch.setattr(wanted, "wanted", lambda *of: looked.append(of) or real(*of))
+
+    def again(given=given) -> int:
+        looked.clear()
+        family, mode, _ = choose_family(given)
+        wanted.open_cache(given, family, mode, gather(given, family, mode, show_progress=False))
+        return len(looked)
+
+    assert [again(), again()] == [1, 0]
+    assert again(replace(given, cache=replace(given.cache, cache_variants=1))) == 1
+    os.utime(own_data / "train/2.mp4", (1, 1))
+    with pytest.raises(UserError, match="lacks"):
+        again()
+    fill.fill(given)
+    assert [again(), again()] == [1, 0]
+    next((tmp_path / "cache/shards").glob("*")).unlink()
+    with pytest.raises(UserError, match="lacks"):
+        again()
 
 
 def test_other_weights_of_an_encoder_are_told(run, tmp_path):
@@ -450,6 +476,47 @@ def test_shards_are_bounded(tmp_path):
     assert [shard.bytes for shard in shards] == [(tmp_path / "shards" / shard.name).stat().st_size for shard in shards]
     held = store.Store(tmp_path)
     assert all(torch.equal(held.read(key, "train")["x0.mean"], entries[key]["x0.mean"]) for key in entries)
+
+
+def test_an_entry_is_known_by_all_that_it_is_made_of(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes(b"12")
+        os.utime(tmp_path / name, (9, 9))
+    paths = {name: str(tmp_path / f"{name}.mp4") for name in "abc"}
+    record = Record(0, paths["a"], "a", "video", 9, 8.0, 64, 64, control_path=paths["b"])
+    draw = Draw(0, Shape(5, 32, 32), Crop(32, 32, 0, 0), (0, 1, 2, 3, 4), ref_frame=0, seed=1, variant_seed=2)
+    of_masks, plain = (Keys({"how": 1}, str(tmp_path), seeds, text_of_clip=False) for seeds in (True, False))
+
+    def clip(keys=of_masks, of=record, split="train", **changes):
+        return keys.clip(of, replace(draw, **changes), split)
+
+    others = [
+        clip(of=replace(record, path=paths["c"])),
+        clip(of=replace(record, control_path=paths["c"])),
+        clip(of=replace(record, control_path=None, camera_path=paths["b"])),
+        clip(shape=Shape(5, 32, 48)),
+        clip(crop=Crop(32, 32, 0, 1)),
+        clip(frames=(1, 2, 3, 4, 5)),
+        clip(ref_frame=1),
+        clip(variant_seed=3),
+        clip(split="held_out"),
+        clip(replace(of_masks, facts={"how": 2})),
+        clip(plain),
+    ]
+    alike = [
+        clip(),
+        clip(seed=7, stratum=(1, 2), repeat=True),  # what is drawn at every use
+        clip(of=replace(record, text="b", entry=5)),
+    ]
+    assert len({*others, clip()}) == len(others) + 1 and set(alike) == {clip()}
+    assert clip(plain) == clip(plain, variant_seed=3)
+    before = clip(), clip(of=replace(record, control_path=None))
+    os.utime(tmp_path / "b.mp4", (10, 10))
+    assert clip() != before[0] and clip(of=replace(record, control_path=None)) == before[1]
+    texts = [plain.text(replace(record, text=text), key) for text, key in (("a", "k"), ("a", "l"), ("b", "k"))]
+    assert texts[0] == texts[1] != texts[2]
+    seeing = replace(plain, text_of_clip=True)
+    assert seeing.text(record, "k") != seeing.text(record, "l")
 
 
 # ---- the command

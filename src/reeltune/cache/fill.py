@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from reeltune.cache.keys import Keys, Split
 from reeltune.cache.pace import Pace
 from reeltune.cache.store import Store, Tensors, Writer
-from reeltune.cache.wanted import Item, keys_of, wanted, ways
+from reeltune.cache.wanted import Item, keys_of, splits, wanted, ways
 from reeltune.data.camera import CameraError
 from reeltune.data.loader import Reader, collate, read_ahead
 from reeltune.data.media import MediaError
@@ -89,7 +89,7 @@ class Work:
             clip, text = to_do(item.clip), to_do(item.text)
             if text and not keys.text_of_clip:
                 if mine(item.text):
-                    work.texts[item.text] = _record(inputs, item).text
+                    work.texts[item.text] = splits(inputs)[item.split][item.row].text
                 text = False
             if (clip or text) and mine(item.clip):
                 work.items.append(item._replace(clip=item.clip if clip else "", text=item.text if text else ""))
@@ -99,10 +99,6 @@ class Work:
     def count(self) -> int:
         """Entries to make."""
         return (self.null is not None) + len(self.texts) + sum(bool(i.clip) + bool(i.text) for i in self.items)
-
-
-def _record(inputs: Inputs, item: Item):
-    return (inputs.train if item.split == "train" else inputs.held_out)[item.row]
 
 
 class Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reeltune.cache.keys import READING_VERSION, Keys, Split, fingerprints
+from reeltune.cache.keys import READING_VERSION, Keys, Split, digest, fingerprints
 from reeltune.cache.store import Store
 from reeltune.data.held_out import fixed_draw
+from reeltune.data.measuring import stamps, write_whole
 from reeltune.data.media import MediaError
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
@@ -58,11 +60,14 @@ def ways(inputs: Inputs, plan: Plan, split: Split, row: int) -> list[Draw]:
     return plan.ways(row) if split == "train" else [fixed_draw(inputs.held_out[row], row, inputs.rules)]
 
 
+def splits(inputs: Inputs) -> dict[Split, Records]:
+    return {"train": inputs.train, "held_out": inputs.held_out}
+
+
 def wanted(keys: Keys, inputs: Inputs) -> Iterator[Item]:
     """Every way of every record. Raises UserError for a file that has gone since the scan."""
     plan = inputs.plan(0)
-    splits: list[tuple[Split, Records]] = [("train", inputs.train), ("held_out", inputs.held_out)]
-    for split, records in splits:
+    for split, records in splits(inputs).items():
         for row, record in enumerate(records):
             for variant, draw in enumerate(ways(inputs, plan, split, row)):
                 try:
@@ -124,24 +129,46 @@ class View:
 
 
 def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cache | None:
-    """None without cache_folder. Raises UserError that says what is missing, if anything is."""
+    """None without cache_folder. Raises UserError that says what is missing, if anything is.
+
+    What was found complete is remembered, because a look at every reading of 100,000 clips takes a minute.
+    """
     if recipe.cache.cache_folder is None:
         return None
-    keys, store = keys_of(recipe, family, mode), Store(Path(recipe.cache.cache_folder))
+    folder = Path(recipe.cache.cache_folder)
+    keys, store = keys_of(recipe, family, mode), Store(folder)
+    asked_for = [keys.facts, keys.root, repr(inputs.rules), recipe.cache.cache_variants]
+    asked = digest([*asked_for, *(_as_it_is(records) for records in splits(inputs).values())])
+    there = digest([sorted(store.hashes.items()), sorted(store.failed)])
+    found_complete = folder / "complete" / asked
+    if not found_complete.is_file() or found_complete.read_text() != there:
+        _refuse_missing(folder, keys, store, inputs)
+        write_whole(found_complete, lambda file: file.write(there.encode()))
+    return Cache(store, keys)
+
+
+def _as_it_is(records: Records) -> list[str]:
+    """Hashes of the records, and of the sizes and times of their files."""
+    paths = ([record.path, record.control_path or "", record.camera_path or ""] for record in records)
+    arrays = {**records.arrays(), "files": stamps(path for three in paths for path in three)}
+    return [hashlib.blake2b(array.tobytes()).hexdigest() for array in arrays.values()]
+
+
+def _refuse_missing(folder: Path, keys: Keys, store: Store, inputs: Inputs) -> None:
     count, missing, first = 0, 0, ""
     for item in wanted(keys, inputs):
         count += 1
         if item.clip not in store or item.text not in store:
             missing += 1
-            first = first or (inputs.train if item.split == "train" else inputs.held_out)[item.row].path
+            first = first or splits(inputs)[item.split][item.row].path
     if not missing and keys.null in store:
-        return Cache(store, keys)
+        return
     what = f"{missing} of {count} readings of clips, the first of {first}" if missing else "the empty caption"
     raise UserError(
         "cache_folder",
         [
-            f"{recipe.cache.cache_folder} lacks {what}; run reeltune cache with the same settings, which encodes what "
-            "is missing, or leave cache_folder out",
+            f"{folder} lacks {what}; run reeltune cache with the same settings, which encodes what is missing, or "
+            "leave cache_folder out",
             *differences(keys.facts, store.facts),
         ],
     )
