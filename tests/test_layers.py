@@ -19,6 +19,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("families.spec", "families.text", "families.weights"),
     ("families",),
     ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    ("out_of_memory",),
     ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement", "cache"),
     ("forecast",),
     ("cli", "compat", "demo", "__main__"),

@@ -307,7 +307,7 @@ def load_component(
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net.to(device)  # the buffers too
+    return net if _stand_ins.get() else net.to(device)  # the buffers too; stand-ins are there, and cannot be moved
 
 
 def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:

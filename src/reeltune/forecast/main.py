@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from reeltune.forecast import engines, pace
 from reeltune.forecast.data import DataForecast, forecast_data
 from reeltune.forecast.engines import ENGINES
 from reeltune.forecast.parts import Rehearsal
-from reeltune.forecast.rehearsal import rehearse
+from reeltune.forecast.rehearsal import ALL, CHANGES, TRAINED, rehearse
 from reeltune.forecast.verdict import Change, Offer, Verdict, changes, judge, search
 from reeltune.inputs import Inputs, choose_family, gather, size_rules
 from reeltune.recipe import Recipe
@@ -35,12 +35,6 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
-ENCODED_OTHERWISE = {
-    "train_batch_size",
-    "low_vram",
-    "cache_folder",
-    "video_sample_n_frames",
-}  # fields that change what encoding takes
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
 
@@ -100,12 +94,12 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     steps = steps_of(recipe, data.micro_steps)
 
     def rehearsed(
-        recipe: Recipe, engine: str, draws: list[Draw], *, preview: bool = False, like: Rehearsal | None = None
+        recipe: Recipe, engine: str, draws: list[Draw], phases: Set[str], like: Rehearsal | None
     ) -> Rehearsal:
         if ENGINES[engine].half_weights:
             recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
         captions = [inputs.train[draw.record].text for draw in draws]
-        return rehearse(recipe, draws, captions, preview=preview, like=like)
+        return rehearse(recipe, draws, captions, phases=phases, like=like)
 
     def first_draws(recipe: Recipe, world: int) -> list[Draw]:
         """Of the first rank in the first micro-step, which is the largest."""
@@ -119,19 +113,24 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         settings = {name: value for change in changed for name, value in change.settings.items()}
         engine, gpus = settings.pop("engine", machines.engine), settings.pop("gpus", machines.gpus)
         other = build({**flat(recipe), **settings})
-        like = base if settings.keys().isdisjoint(ENCODED_OTHERWISE) else None
-        preview = with_preview(recipe, inputs)
-        found = rehearsed(other, engine, first_draws(other, gpus), preview=preview, like=like)
+        draws, phases = first_draws(other, gpus), shown
+        if base is not None:
+            otherwise = [*settings, *(["trained_weights"] if engine != machines.engine else [])]
+            phases = shown & frozenset[str]().union(*(CHANGES.get(name, shown) for name in otherwise))
+        found = rehearsed(other, engine, draws, phases, base)
         return judge(engines.peaks(found, engine, gpus), machines.size_bytes), found
 
+    shown = ALL if with_preview(recipe, inputs) else ALL - {"preview"}
     verdict, base = attempt(())
     peaks = engines.peaks(base, machines.engine, machines.gpus)
     draws = first_draws(recipe, world)
     checkpointing = recipe.training.gradient_checkpointing
     told("activations without gradient_checkpointing" if checkpointing else "activations with gradient_checkpointing")
     toggled = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not checkpointing))
-    other = rehearsed(toggled, machines.engine, draws, like=base)
-    sizes = sized(data, base, lambda shape: rehearsed(recipe, machines.engine, at(draws, shape)), told)
+    other = rehearsed(toggled, machines.engine, draws, TRAINED, base)
+    sizes = sized(
+        data, base, lambda shape: rehearsed(recipe, machines.engine, at(draws, shape), TRAINED | {"encode"}, base), told
+    )
     curves = {
         phase: pace.Curve([*sizes], [found.flops.get(phase, 0) for found in sizes.values()])
         for phase in ("encode", "forward", "backward")

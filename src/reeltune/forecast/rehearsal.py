@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from reeltune.diffusion.loss import diffusion_loss, settle
 from reeltune.engine import Engine
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
-from reeltune.forecast.parts import Rehearsal
+from reeltune.forecast.parts import PHASES, Rehearsal
 from reeltune.forecast.tracker import ELSEWHERE, Tracker
 from reeltune.inputs import choose_family, encode_options, load_parts
 from reeltune.learner import Learner
@@ -24,7 +24,23 @@ from reeltune.recipe import Recipe
 from reeltune.sample import Setup, at_rest
 from reeltune.types import Batch, Draw, Encoded, Posterior
 
-RESIDENT = ("weights", "still", "optimizer", "average")  # parts that are there in every phase
+RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
+ALL = frozenset(PHASES)
+TRAINED = frozenset({"forward", "backward"})
+SEEN = frozenset({"encode", "preview"})
+CHANGES = {  # setting -> the phases in which it changes more than what is there all the time; others may change all
+    "train_batch_size": TRAINED | {"encode"},
+    "gradient_accumulation_steps": frozenset[str](),
+    "gradient_checkpointing": TRAINED,
+    "video_sample_n_frames": TRAINED | SEEN,
+    "low_vram": SEEN,
+    "cache_folder": SEEN,
+    "cache_variants": frozenset[str](),
+    "use_ema": frozenset({"step"}),
+    "use_8bit_adam": frozenset({"step"}),
+    "use_came": frozenset({"step"}),
+    "trained_weights": TRAINED | {"step"},
+}
 
 
 def rehearse(
@@ -32,14 +48,15 @@ def rehearse(
     draws: Sequence[Draw],
     captions: Sequence[str],
     *,
-    preview: bool,
+    phases: Set[str] = ALL,
     like: Rehearsal | None = None,
     real: bool = False,
 ) -> Rehearsal:
     """A micro-step of these draws, and the optimizer's step after it; then a preview of the first draw's shape.
 
-    like: of the same draws, from which encoding and preview differ in what is learned alone; they are not run again.
-    real: with the checkpoint's weights and empty pixels, as a check on the count. Raises UserError as loading does.
+    phases: those that are run; all others are as in `like`, a rehearsal of the same run, but for what is there all the
+    time. Without `like` only "preview" can be left out. real: with the checkpoint's weights and empty pixels, as a
+    check on the count. Raises UserError as loading does.
     """
     family, mode, objective = choose_family(recipe)
     training = recipe.training
@@ -59,56 +76,72 @@ def rehearse(
         seed=training.seed,
         gradient_checkpointing=training.gradient_checkpointing,
     )
-    tracker = Tracker()
+    tracker = Tracker(stand_ins)
     cached = recipe.cache.cache_folder is not None
     own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram or cached)
-    if like is not None:
+    if "encode" not in phases:
+        assert like is not None
         encoded = renewed(like.encoded, stand_ins)
     elif cached:
         encoded = setup.encode(batch)  # on another day
-    if like is not None or cached:
+    if "encode" not in phases or cached:
         tracker.own(tensors_of(encoded), "batch")
     with tracker:
-        if like is None and not cached:
+        if "encode" in phases and not cached:
             with tracker.phase("encode"):
                 encoded = setup.encode(batch)
         tracker.rename("encode", "batch")
-        with tracker.phase("forward"):
-            loss = diffusion_loss(
-                family.denoise,
-                learner.net,
-                objective,
-                encoded,
-                parts.null,
-                batch.seeds,
-                [draw.stratum for draw in draws],
-                motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
-                loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
-            )
-        saved_bytes = tracker.live["forward"] + tracker.live["casts"]
-        tracker.rename("forward", "activations")
-        with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
-            engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
-        gradient_bytes = tracker.live["gradients"]
-        del loss, batch
-        with tracker.phase("step"):
-            learner.step(0, recipe.optimization.learning_rate)
-        tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
-        state_bytes = tracker.live["optimizer"]
-        if preview and like is None:
+        resident = {part: tracker.live[part] for part in RESIDENT}
+        if "forward" in phases:
+            with tracker.phase("forward"):
+                loss = diffusion_loss(
+                    family.denoise,
+                    learner.net,
+                    objective,
+                    encoded,
+                    parts.null,
+                    batch.seeds,
+                    [draw.stratum for draw in draws],
+                    motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
+                    loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
+                )
+            tracker.own(tensors_in(dict(vars(objective))), ELSEWHERE)  # its tables, made once
+            saved_bytes = tracker.live["forward"] + tracker.live["casts"]
+            tracker.rename("forward", "activations")
+            with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
+                engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
+            gradient_bytes = tracker.live["gradients"]
+            del loss
+        else:
+            assert like is not None
+            saved_bytes, gradient_bytes = like.saved_bytes, like.gradient_bytes
+        del batch
+        if "step" in phases:
+            if "forward" not in phases:
+                give_gradients(learner.learning, tracker, stand_ins)
+            with tracker.phase("step"):
+                learner.step(0, recipe.optimization.learning_rate)
+            tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
+            state_bytes = tracker.live["optimizer"]
+        else:
+            assert like is not None
+            state_bytes = like.state_bytes
+        if "preview" in phases:
             with tracker.phase("preview"):
                 one_pass(setup, learner.plain, encoded)
+    if "step" in phases:
+        tracker.peaks["step"]["step"] -= state_bytes  # made there, at the first step alone
     peaks = tracker.peaks
     if like is not None:
-        resident = {part: peaks["forward"].get(part, 0) for part in RESIDENT}
-        peaks |= {phase: like.peaks[phase] | resident for phase in ("encode", "preview") if phase in like.peaks}
-    peaks["step"]["step"] -= state_bytes  # made there, at the first step alone
-    peaks["step"]["optimizer"] = state_bytes
-    for phase in peaks.keys() - {"step"}:  # later steps find it there
+        peaks |= {phase: like.peaks[phase] | resident for phase in like.peaks.keys() - phases - {"encode"}}
+        if "encode" in like.peaks.keys() - phases:
+            peaks["encode"] = like.peaks["encode"] | {**resident, "batch": like.peaks["encode"].get("batch", 0)}
+    for phase in peaks:  # later steps find it there
         peaks[phase]["optimizer"] = state_bytes
     if training.gradient_accumulation_steps > 1:  # later micro-steps find the gradients of those before
         for phase in ("encode", "forward", "backward"):
-            peaks[phase]["gradients"] = gradient_bytes
+            if phase in peaks:
+                peaks[phase]["gradients"] = gradient_bytes
     sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
     return Rehearsal(
         peaks=peaks,
@@ -178,6 +211,14 @@ def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> Ite
     yield
     for hook in hooks:
         hook.remove()
+
+
+def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, stand_ins: FakeTensorMode | None) -> None:
+    """As a backward pass would have left them."""
+    with stand_ins or nullcontext():
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+    tracker.own([parameter.grad for parameter in parameters if parameter.grad is not None], "gradients")
 
 
 def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:

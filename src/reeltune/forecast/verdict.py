@@ -162,7 +162,8 @@ def search(
     def hopeful(chosen: tuple[int, ...]) -> bool:
         names = [name for i in chosen for name in candidates[i].settings]
         least = {
-            phase: size - sum(size - alone[i].totals[phase] for i in chosen) for phase, size in before[0].totals.items()
+            phase: size - sum(size - alone[i].totals.get(phase, 0) for i in chosen)
+            for phase, size in before[0].totals.items()
         }
         known = any(offered <= set(chosen) for offered, _ in found)
         return len(set(names)) == len(names) and not known and max(least.values()) <= before[0].have_bytes
