@@ -103,7 +103,7 @@ class Checkpoints:
     def load(self, name: str) -> tuple[Family, Parts]:
         path = self.folder / "checkpoints" / name
         family = families.find(path, config_path=self.settings)
-        return family, family.load(path, family, frozen_dtype=torch.float32)
+        return family, family.load(path, frozen_dtype=torch.float32)
 
     def any(self, with_image: bool = False) -> tuple[Family, Parts]:
         """One checkpoint; the frozen networks are the same in all."""

@@ -33,7 +33,7 @@ def loaded(case: Path) -> tuple[Family, Parts]:
     assert named is not None
     path = (case / named.group(1)).resolve()
     family = families.find(path)
-    return family, family.load(path, family, frozen_dtype=torch.float32)
+    return family, family.load(path, frozen_dtype=torch.float32)
 
 
 def settings_of(path: Path) -> dict[str, str]:

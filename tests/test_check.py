@@ -30,7 +30,7 @@ def given(tmp_path_factory) -> Path:
     return folder
 
 
-def lines_of(given, tmp_path, **more) -> list[str]:
+def lines_of(given, tmp_path, *words, **more) -> list[str]:
     flags = {
         "pretrained_model_name_or_path": given / "model",
         "train_data_dir": given,
@@ -41,7 +41,8 @@ def lines_of(given, tmp_path, **more) -> list[str]:
         "video_sample_n_frames": 9,
         "max_bad_share": 0.2,
     }
-    return list(check(cli.recipe_of([f"--{name}={value}" for name, value in (flags | more).items()], "check")))
+    argv = [f"--{name}={value}" for name, value in (flags | more).items()]
+    return list(check(cli.recipe_of([*argv, *words], "check")))
 
 
 def test_counts_reasons_and_sizes(given, tmp_path):
@@ -70,3 +71,17 @@ def test_what_training_would_refuse(given, tmp_path):
         lines_of(given, tmp_path, max_bad_share=0.1)
     with pytest.raises(UserError, match="it can do inpaint and i2v; set train_mode to inpaint"):
         lines_of(given, tmp_path, train_mode="control_ref")
+
+
+def test_all_that_does_not_suit_the_model_is_told_at_once(given, tmp_path):
+    size = "--fix_sample_size", "50", "70"
+    with pytest.raises(UserError) as error:
+        lines_of(given, tmp_path, *size, train_mode="control_ref", loss_type="ddpm", video_sample_n_frames=4)
+    assert [problem.split(" is ")[0] for problem in error.value.problems] == [
+        "train_mode",
+        "loss_type",
+        "video_sample_n_frames",
+        "fix_sample_size",
+    ]
+    assert "takes multiples of 16; set it to 48 64" in error.value.problems[3]
+    assert lines_of(given, tmp_path, "--fix_sample_size", "48", "64")[-1].split()[2:4] == ["48", "64"]

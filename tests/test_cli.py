@@ -136,6 +136,18 @@ def test_commands_of_a_recipe_hand_it_on(monkeypatch, capsys, command, module, n
     assert capsys.readouterr().out.splitlines() == (given if isinstance(given, list) else [])
 
 
+def test_a_recipe_that_does_not_suit_is_named_by_its_file(monkeypatch, capsys, tmp_path):
+    def refuses(recipe):
+        raise UserError("recipe", "one")
+
+    stand_in = types.ModuleType("reeltune.train")
+    stand_in.train = refuses
+    monkeypatch.setitem(sys.modules, "reeltune.train", stand_in)
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    assert cli.main(["train", str(tmp_path / "mine.yaml"), *NEEDED]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'mine.yaml'}: 1 problem\n  - one\n"
+
+
 def failing(error):
     def act():
         raise error

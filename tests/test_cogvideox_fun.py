@@ -40,7 +40,7 @@ def text_to_video(released, tmp_path_factory):
 
 def loaded(path):
     family = families.find(path)
-    return family, family.load(path, family, frozen_dtype=torch.float32)
+    return family, family.load(path, frozen_dtype=torch.float32)
 
 
 def batch_of(frames, mask=None, size=(32, 48)):
@@ -110,7 +110,7 @@ def test_released_names_are_the_networks_own(goldens):
 def test_saved_as_released_and_for_diffusers(released, tmp_path):
     for name, path in released.items():
         family = families.find(path)
-        parts = family.load(path, family, encoders=False)
+        parts = family.load(path, encoders=False)
         stored, state = weights.read(path / "transformer"), parts.net.state_dict()
         family.save(tmp_path / name, state, parts.config)
         family.save(tmp_path / f"{name}-d", state, parts.config, diffusers=True)
@@ -183,5 +183,5 @@ def test_clips_longer_than_the_table_of_positions_are_refused(released, tmp_path
 def test_the_table_of_positions_goes_where_the_weights_go(released):
     for path in released.values():
         family = families.find(path)
-        net = family.load(path, family, encoders=False, device="meta").net
+        net = family.load(path, encoders=False, device="meta").net
         assert all(tensor.is_meta for tensor in (*net.parameters(), *net.buffers()))

@@ -142,7 +142,7 @@ def test_vae_shows_clips_and_controls_as_they_are(drawn):
 @torch.no_grad()
 def test_the_start_takes_no_notice_of_control_and_reference(checkpoint, drawn):
     family = families.find(str(checkpoint))
-    parts = family.load(str(checkpoint), family)
+    parts = family.load(str(checkpoint))
 
     def answer(control: np.ndarray) -> torch.Tensor:
         draw = Draw(0, Shape(9, SIDE, SIDE), Crop(SIDE, SIDE, 0, 0), tuple(range(9)), 0, 0)

@@ -95,7 +95,7 @@ def test_guidance_blanks_the_text_alone():
 
 
 def test_a_clip_depends_on_its_own_seed_and_not_on_its_neighbours():
-    parts = FAMILY.load("toy", FAMILY)
+    parts = FAMILY.load("toy")
     cond = {"text": embed(["a dog", "a cat"]), "control": randn(2, 3, 2, 4, 4)}
 
     def clip(rows: slice, seeds: list[int]) -> torch.Tensor:

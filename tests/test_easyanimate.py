@@ -54,7 +54,7 @@ def checkpoints(released, tmp_path_factory):
 def loaded(checkpoints):
     def one(path):
         family = families.find(path)
-        return family, family.load(path, family, frozen_dtype=torch.float32)
+        return family, family.load(path, frozen_dtype=torch.float32)
 
     return {mode: one(path) for mode, path in checkpoints.items()}
 
@@ -148,14 +148,14 @@ def test_keys_at_full_size(goldens):
 
 def test_a_network_in_either_layout_is_the_same(released, tmp_path):
     family = families.find(released)
-    parts = family.load(released, family, encoders=False)
+    parts = family.load(released, encoders=False)
     family.save(tmp_path / "hub", parts.net.state_dict(), parts.config)
     family.save(tmp_path / "own/transformer", parts.net.state_dict(), parts.config, diffusers=True)
     assert json.loads((tmp_path / "hub/config.json").read_text()) == parts.config
     stored = weights.read(released / "transformer")
     assert weights.read(tmp_path / "hub").keys() == stored.keys()
     theirs = EasyAnimateTransformer3DModel.from_pretrained(tmp_path / "own/transformer").state_dict()
-    again = family.load(released, family, encoders=False, transformer_path=tmp_path / "own")
+    again = family.load(released, encoders=False, transformer_path=tmp_path / "own")
     for name, tensor in parts.net.state_dict().items():
         assert torch.equal(theirs[name], tensor) and torch.equal(again.net.state_dict()[name], tensor)
 
@@ -167,7 +167,7 @@ def test_every_bad_key_is_listed(checkpoints, tmp_path):
     weights.write(state, folder / "transformer/diffusion_pytorch_model.safetensors")
     family = families.find(folder)
     with pytest.raises(UserError, match=r"missing: proj_out\.bias(.|\n)*unexpected: stray"):
-        family.load(folder, family, encoders=False)
+        family.load(folder, encoders=False)
 
 
 # ---- encode and denoise

@@ -172,10 +172,10 @@ def test_a_checkpoint_is_the_released_form_and_is_read_again(runs):
         assert {name: tensor.shape for name, tensor in saved.items()} == {name: w.shape for name, w in released.items()}
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}  # trained_weights
         assert weights.read_config(folder / "transformer") == weights.read_config(file)
-    again = family.load(runs.model, family, encoders=False, transformer_path=folder)
+    again = family.load(runs.model, encoders=False, transformer_path=folder)
     named = family.to_released(again.net.state_dict(), again.config)
     assert named.keys() == saved.keys() and all(torch.equal(named[name], saved[name]) for name in saved)
-    start = family.load(runs.model, family, encoders=False).net.state_dict()
+    start = family.load(runs.model, encoders=False).net.state_dict()
     moved = [name for name, weight in again.net.state_dict().items() if not torch.equal(weight, start[name])]
     assert len(moved) > len(start) / 2
 
@@ -192,7 +192,7 @@ def inputs(runs):
 @pytest.fixture(scope="module")
 def setup(runs):
     family, mode, objective = choose_family(runs.recipe)
-    parts = family.load(runs.model, family)
+    parts = family.load(runs.model)
     chosen = runs.recipe.model.add_full_ref_image_in_self_attention
     return Setup(family, mode, parts, objective, options={"add_full_ref_image_in_self_attention": chosen})
 

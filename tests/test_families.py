@@ -1,5 +1,6 @@
 """What every family and variant must do, whatever it is."""
 
+import re
 from functools import partial
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from reeltune import families
 from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import diffusion_loss, settle
+from reeltune.errors import UserError
+from reeltune.families import weights
 from reeltune.families.spec import check_mode
 from reeltune.trainable import released_names, select
 from reeltune.types import Batch, Crop, Draw, Shape
@@ -19,7 +22,7 @@ SHAPE = Shape(5, 32, 48)
 def family_and_parts(any_checkpoint, tmp_path_factory):
     folder = any_checkpoint.lay_out(tmp_path_factory.mktemp("checkpoint"))
     family = families.find(folder)
-    return family, family.load(folder, family, frozen_dtype=torch.float32)
+    return family, family.load(folder, frozen_dtype=torch.float32)
 
 
 def batch_for(family, ref_frame=0):
@@ -143,3 +146,11 @@ def test_an_oracle_is_sampled_back(family_and_parts):
     settings = {"scheduler": denoise.sampler(objective), "seeds": [0, 1], "steps": 4}
     found = denoise.sample(oracle, None, objective, cond, parts.null, x0.shape, **settings)
     torch.testing.assert_close(found, x0, atol=5e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}, {"tokenizer_config.json": "{}"}])
+def test_a_folder_that_is_no_tokenizer_is_refused_by_name(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}(.|\n)*is no tokenizer(.|\n)*download it again"):
+        weights.load_tokenizer(tmp_path)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.tiny_wan import tiny_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
 from reeltune.diffusion.loss import diffusion_loss
@@ -92,7 +93,9 @@ def test_a_rehearsal_counts_what_the_allocator_gives(model, tmp_path, precision,
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
-def test_phases_left_out_are_those_of_the_rehearsal_before(model, tmp_path):
+def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
     settings = {"mixed_precision": "bf16", "use_ema": True, "gradient_checkpointing": True}
 
     def make(**changed):

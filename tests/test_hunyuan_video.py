@@ -19,7 +19,8 @@ from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.inputs import gather, ledger_of
-from reeltune.sample import Request, Setup, make_clip
+from reeltune.prompts import Request
+from reeltune.sample import Setup, make_clip
 from reeltune.types import Batch, Draw, Shape
 from small_run import data_set, recipe
 
@@ -47,7 +48,7 @@ def checkpoints(goldens, tmp_path_factory):
 def loaded(checkpoints):
     def one(path):
         family = families.find(path)
-        return family, family.load(path, family, frozen_dtype=torch.float32)
+        return family, family.load(path, frozen_dtype=torch.float32)
 
     return {mode: one(path) for mode, path in checkpoints.items()}
 
@@ -138,7 +139,7 @@ def test_every_bad_key_of_all_shards_is_listed(checkpoints, tmp_path):
     config.write_text(json.dumps(said | {"num_layers": said["num_layers"] + 1, "mlp_ratio": 2.0}))
     family = families.find(folder)
     with pytest.raises(UserError) as told:
-        family.load(folder, family)
+        family.load(folder)
     assert f"missing: transformer_blocks.{said['num_layers']}.attn.to_q.weight" in str(told.value)
     assert "misshapen: transformer_blocks.0.ff.net.0.proj.weight" in str(told.value)
 
@@ -154,7 +155,7 @@ def test_a_bad_key_of_a_text_encoder(checkpoints, tmp_path):
     weights.write(state, file)
     family = families.find(folder)
     with pytest.raises(UserError, match=r"missing: layers\.1\.mlp\.up_proj\.weight(.|\n)*unexpected: stray"):
-        family.load(folder, family)
+        family.load(folder)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,7 +166,7 @@ def test_saved_and_read_again(checkpoints, loaded, tmp_path, mode):
     said = json.loads((tmp_path / "transformer/config.json").read_text())
     assert said == json.loads((checkpoints[mode] / "transformer/config.json").read_text())
     theirs = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "transformer").state_dict()
-    again = family.load(checkpoints[mode], family, encoders=False, transformer_path=tmp_path)
+    again = family.load(checkpoints[mode], encoders=False, transformer_path=tmp_path)
     assert not again.null and not again.frozen
     for name, tensor in again.net.state_dict().items():
         assert torch.equal(tensor, changed[name]) and torch.equal(theirs[name], changed[name])
@@ -323,7 +324,7 @@ def test_the_blind_pass_lacks_the_whole_caption(loaded, mode, tmp_path, monkeypa
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputed_blocks_give_the_same_gradients(checkpoints, loaded, mode):
     family, parts = loaded[mode]
-    again = family.load(checkpoints[mode], family, encoders=False).net
+    again = family.load(checkpoints[mode], encoders=False).net
     recompute_blocks(again, family.blocks)
     blocks = [*parts.net.transformer_blocks, *parts.net.single_transformer_blocks]
     assert {type(block).__name__ for block in blocks} == set(family.blocks)

@@ -20,7 +20,19 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("families",),
     ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
     ("out_of_memory",),
-    ("train", "learner", "validate", "sample", "inputs", "run_folder", "check", "export", "agreement", "cache"),
+    (
+        "train",
+        "learner",
+        "validate",
+        "sample",
+        "prompts",
+        "inputs",
+        "run_folder",
+        "check",
+        "export",
+        "agreement",
+        "cache",
+    ),
     ("forecast",),
     ("cli", "compat", "demo", "__main__"),
 )
@@ -142,6 +154,19 @@ def test_nothing_is_caught_unnamed(file):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None
             assert not {"Exception", "BaseException"} & set(ast.unparse(node.type).strip("()").split(", ")), node.lineno
+
+
+def test_no_run_of_more_than_eight_lines_stands_in_two_families():
+    """Blank lines and imports aside: what families share lives beside them."""
+    where = {}
+    for file in FILES:
+        if family := family_of(module_of(file)):
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line for line in lines if line and not line.startswith(("import ", "from "))]
+            for start in range(len(lines) - 8):
+                where.setdefault(tuple(lines[start : start + 9]), set()).add(family)
+    assert len(where) > 1000
+    assert not [(families, run[0]) for run, families in where.items() if len(families) > 1]
 
 
 def test_modules_that_say_no_torch_have_none():

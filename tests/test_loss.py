@@ -45,7 +45,7 @@ def measure(net, enc, seeds, strata, null=None, objective=FAMILY.objective, **se
 
 @pytest.fixture
 def net():
-    return FAMILY.load("toy", FAMILY).net
+    return FAMILY.load("toy").net
 
 
 def test_settle_draws_each_sample_from_its_own_seed():

@@ -112,6 +112,15 @@ def test_what_must_be_more_than_zero(name):
         ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "mixed_precision is no"),
         ({"fix_sample_size": [480, 8]}, "16 pixels"),
         ({"fix_sample_size": [480, 832], "random_ratio_crop": True}, "no ratio to draw"),
+        (
+            {
+                "video_sample_size": 640,
+                "image_sample_size": 512,
+                "random_hw_adapt": True,
+                "training_with_video_token_length": True,
+            },
+            "raise image_sample_size",
+        ),
         ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
         ({"uniform_sampling": True, "weighting_scheme": "mode"}, "each is a density"),
         ({"lr_step_rules": "1:10,0.1"}, "piecewise_constant"),
@@ -128,6 +137,7 @@ def test_rules_between_fields(tree, names):
 def test_rules_between_fields_allow_what_fits():
     build({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:20,.01:30,0.005"})
     build({"validation_prompts": ["a"], "validation_paths": ["a.mp4"]})
+    build({"video_sample_size": 640, "image_sample_size": 512})
     build({"fix_sample_size": [480, 832]})  # with or without buckets
     build({"trainable_modules": [], "trainable_modules_low_learning_rate": ["attn"]})
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})

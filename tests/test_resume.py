@@ -185,4 +185,11 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert sorted(line.split(" ")[0] for line in error.value.problems) == ["a", "seed", "video_sample_size"]
     assert "2 samples over all processes and is 1" in str(error.value)
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
+    assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()
+
+
+def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
+    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
+    with pytest.raises(UserError, match=r"mode was control and is normal"):
+        run(settings, checkpoints / "toy", data, unbroken("toy"))

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from reeltune.data.camera import rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
@@ -17,8 +18,9 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.errors import UserError
 from reeltune.families.toy.family import FAMILY
+from reeltune.prompts import played, prompt_requests
 from reeltune.recipe import Data, Model, Output, Recipe, Sizes, Training, Validation
-from reeltune.sample import Setup, make_clip, played, prompt_requests, sample_clips
+from reeltune.sample import Setup, make_clip, sample_clips
 from reeltune.types import Crop, Record, Shape
 from reeltune.validate import Previews, held_out_requests
 from reeltune.validate import Validation as Checks
@@ -44,7 +46,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def setup():
-    return Setup(FAMILY, "control", FAMILY.load("toy", FAMILY), FAMILY.objective)
+    return Setup(FAMILY, "control", FAMILY.load("toy"), FAMILY.objective)
 
 
 def reader_of(folder, *, needs=("control",)) -> Reader:
@@ -168,11 +170,30 @@ def test_prompts_alone_and_masks():
     assert request.fps == 16.0
 
 
+@pytest.mark.parametrize("needs", [("ref",), ("mask", "ref"), ("mask",)])
+def test_prompts_may_begin_with_a_picture(needs, tmp_path):
+    path = tmp_path / "first.png"
+    Image.fromarray(np.full((40, 80, 3), (200, 30, 60), np.uint8)).save(path)
+    family = replace(FAMILY, needs={"i2v": needs}, drop={"inpaint": 0.9, "image": 0.1}, native_fps=24.0)
+    rules = replace(RULES, enable_bucket=True)
+    (request,) = prompt_requests(family, "i2v", ["snow"], [str(path)], rules, seed=0)
+    batch = request.batch()
+    F, H, W = batch.draws[0].shape
+    assert F == 9 and W > 1.8 * H and request.fps == 24.0 and request.control == str(path)
+    assert (batch.pixels_BFCHW[0, 0].permute(1, 2, 0) == torch.tensor([200, 30, 60])).all()
+    assert not batch.pixels_BFCHW[0, 1:].any() and all(keep.item() for keep in batch.keep.values())
+    if "mask" in needs:
+        assert not batch.mask_BFHW[0, 0].any() and batch.mask_BFHW[0, 1:].all()
+    if "ref" in needs:
+        with pytest.raises(UserError, match=r"1 prompts and 0 paths; give a picture to begin with for each prompt$"):
+            prompt_requests(family, "i2v", ["snow"], [], rules, seed=0)
+
+
 def test_paths_that_do_not_fit_are_all_named(clips, tmp_path):
     control = str(clips / "0_control.mp4")
     with pytest.raises(UserError, match="2 prompts and 1 paths; give a control clip or picture for each prompt"):
         prompt_requests(FAMILY, "control", ["a", "b"], [control], RULES, seed=0)
-    with pytest.raises(UserError, match="this train_mode takes none"):
+    with pytest.raises(UserError, match="train_mode normal takes none"):
         prompt_requests(FAMILY, "normal", ["a"], [control], RULES, seed=0)
     (tmp_path / "pose.txt").write_text("no clip")
     absent = str(tmp_path / "absent.mp4")

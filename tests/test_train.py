@@ -60,7 +60,7 @@ def test_a_run_leaves_what_it_promises(wan, data, tmp_path):
         "previews", "validation", "checkpoint-2", "checkpoint-4", "checkpoint-6",
     }  # fmt: skip
     assert {path.name for path in (out / "first_batch").iterdir()} == {
-        f"{i}_{part}" for i in range(2) for part in ("pixels.mp4", "control.mp4", "reference.png", "text.txt")
+        f"{i}_{part}" for i in range(2) for part in ("pixels.mp4", "control.mp4", "text.txt")
     }
     rows = steps(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -248,6 +248,11 @@ def test_noise_levels_that_are_for_flow_alone_are_refused_elsewhere():
 def test_a_mode_that_the_checkpoint_cannot_do_is_refused(wan, data, tmp_path):
     with pytest.raises(UserError, match=r"cannot do.*control"):
         train(recipe(wan, data, tmp_path / "run", train_mode="inpaint"))
+
+
+def test_clips_that_would_be_cut_to_one_frame_are_refused(toy, data, tmp_path):
+    with pytest.raises(UserError, match=r"n_frames is 4, of which toy could use 1; set it to 5 or more, or to 1"):
+        train(recipe(toy, data, tmp_path / "run", video_sample_n_frames=4))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

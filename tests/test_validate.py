@@ -34,7 +34,7 @@ def read(draw: Draw) -> Batch:
 
 @pytest.fixture
 def setup():
-    return Setup(FAMILY, "control", FAMILY.load("toy", FAMILY), FAMILY.objective)
+    return Setup(FAMILY, "control", FAMILY.load("toy"), FAMILY.objective)
 
 
 def held_out(setup, tmp_path, shapes=SHAPES, levels=4):

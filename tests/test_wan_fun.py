@@ -46,7 +46,7 @@ def loaded(checkpoint):
     def get(variant):
         if variant not in made:
             family = families.find(checkpoint(variant))
-            made[variant] = family, family.load(checkpoint(variant), family)
+            made[variant] = family, family.load(checkpoint(variant))
         return made[variant]
 
     return get
@@ -113,7 +113,7 @@ def test_dialects_of_config_build_the_same_network(copy, loaded, dialect):
     folder = copy("control_v1.1")
     rewrite(folder / "config.json", DIALECTS[dialect])
     family = families.find(folder)
-    parts = family.load(folder, family, encoders=False)
+    parts = family.load(folder, encoders=False)
     assert family.name == "wan_fun/control_v1.1"
     assert dict(parts.net.config) == dict(loaded("control_v1.1")[1].net.config)
 
@@ -131,7 +131,7 @@ def test_shards(copy, loaded, with_index):
         table = {name: shard for shard, part in shards.items() for name in part}
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": table}))
     family = families.find(folder)
-    ours = family.load(folder, family, encoders=False).net.state_dict()
+    ours = family.load(folder, encoders=False).net.state_dict()
     theirs = loaded("control_t2v")[1].net.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     next(folder.glob("*-00002-of-*")).unlink()
@@ -151,7 +151,7 @@ def test_diffusers_layout(copy, loaded, tmp_path, variant):
     parts.extras["tokenizer"].save_pretrained(folder / "tokenizer")
     family = families.find(folder)
     assert family.name == f"wan_fun/{variant}"
-    again = family.load(folder, family)
+    again = family.load(folder)
     mode = family.modes[0]
     ours, theirs = (family.encode(p, batch(mode), mode) for p in (again, parts))
     assert torch.equal(ours.x0.mean, theirs.x0.mean)
@@ -170,7 +170,7 @@ def test_schedule_and_file_names_from_the_model_yaml(copy, tmp_path):
     yaml.write_text("vae_kwargs: {vae_subpath: other.pth}\nscheduler_kwargs: {shift: 3.0, num_train_timesteps: 500}")
     family = families.find(folder, config_path=yaml)
     assert (family.objective.shift, family.objective.steps) == (3.0, 500)
-    with family.load(folder, family, encoders=False).borrow("vae") as vae:
+    with family.load(folder, encoders=False).borrow("vae") as vae:
         assert vae.config.latents_mean
     yaml.write_text("scheduler_kwargs: {use_dynamic_shifting: true}\nvae_kwargs: {vae_subpath: other.pth}")
     with pytest.raises(UserError, match="use_dynamic_shifting"):
@@ -239,7 +239,7 @@ def test_every_bad_key_is_listed_at_once(copy):
     save_file(state, folder / WEIGHTS)
     family = families.find(folder)
     with pytest.raises(UserError) as error:
-        family.load(folder, family)
+        family.load(folder)
     assert error.value.problems == [
         "missing: blocks.1.ffn.0.bias (96,)",
         "missing: head.head.bias (64,)",
@@ -262,13 +262,13 @@ def test_files_that_hold_code_or_rubbish(copy):
     for content, says in ((Shell(), "loading it could run code"), ([1, 2], "not a plain table of tensors")):
         torch.save(content, vae)
         with pytest.raises(UserError, match=says):
-            family.load(folder, family)
+            family.load(folder)
     torch.save({"encoder.conv1.weight": torch.zeros(4, 3, 3, 3, 3)}, vae)
     with pytest.raises(UserError, match=r"is not a Wan2.1 VAE: it has no post_quant_conv.weight"):
-        family.load(folder, family)
+        family.load(folder)
     vae.write_bytes(vae.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        family.load(folder, family)
+        family.load(folder)
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-64])
     with pytest.raises(UserError, match="cannot be read"):
         families.find(folder)
@@ -280,7 +280,7 @@ def test_dtypes(copy):
     path = folder / layout.RELEASED["text"]
     torch.save({name: tensor.bfloat16() for name, tensor in torch.load(path).items()}, path)
     family = families.find(folder)
-    parts = family.load(folder, family)
+    parts = family.load(folder)
     kinds = {name: next(net.parameters()).dtype for name, net in parts.frozen.items()}
     assert kinds == {"vae": torch.float32, "text": torch.bfloat16, "image": torch.float32}
     stored = load_file(folder / WEIGHTS)
@@ -288,7 +288,7 @@ def test_dtypes(copy):
     assert all(torch.equal(ours[name], stored[name]) for name in stored)
     assert not any(p.requires_grad for net in parts.frozen.values() for p in net.parameters())
     assert all(p.requires_grad for p in parts.net.parameters())
-    half = family.load(folder, family, dtype=torch.bfloat16, frozen_dtype=torch.bfloat16)
+    half = family.load(folder, dtype=torch.bfloat16, frozen_dtype=torch.bfloat16)
     networks = [half.net, *half.frozen.values()]
     assert {p.dtype for net in networks for p in net.parameters()} == {torch.bfloat16}
     encoded = family.encode(half, batch("control_ref"), "control_ref")
@@ -302,12 +302,12 @@ def test_other_weights_for_the_same_network(checkpoint, tmp_path):
     layout.save_transformer(folder / "transformer", other.state_dict(), dict(other.config))
     family = families.find(checkpoint("control_t2v"))
     for path in (folder, folder / "transformer", folder / "transformer" / WEIGHTS):
-        parts = family.load(checkpoint("control_t2v"), family, encoders=False, transformer_path=path)
+        parts = family.load(checkpoint("control_t2v"), encoders=False, transformer_path=path)
         ours = parts.net.state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in other.state_dict().items())
     misfit = families.find(checkpoint("control_v1.0"))
     with pytest.raises(UserError, match=r"misshapen: patch_embedding.weight is \(48, 32, 1, 2, 2\)"):
-        misfit.load(checkpoint("control_v1.0"), misfit, transformer_path=folder)
+        misfit.load(checkpoint("control_v1.0"), transformer_path=folder)
 
 
 # ---- encoding
@@ -554,7 +554,7 @@ def test_saved_and_read_again(copy, loaded, variant, diffusers):
         )
     again = families.find(folder)
     assert again.name == family.name
-    net = again.load(folder, again, encoders=False).net
+    net = again.load(folder, encoders=False).net
     assert dict(net.config) == dict(parts.net.config)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 
@@ -574,6 +574,6 @@ def test_dialect_is_written_as_it_was_read(tmp_path):
 
 def test_fit_is_strict():
     net = torch.nn.Linear(2, 3)
-    with pytest.raises(UserError, match="2 problems"):
+    with pytest.raises(UserError, match=r"3 problems(.|\n)*most of it does not fit"):
         weights.fit(net, {"weight": torch.zeros(3, 3), "bias": torch.zeros(3), "more": torch.zeros(1)}, "here")
     assert F.linear(torch.zeros(2), net.weight).shape == (3,)

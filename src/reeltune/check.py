@@ -34,6 +34,8 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
     )
     yield f"left out {len(found.left_out)} ({len(found.left_out) / found.entries:.1%}; up to {data.max_bad_share:.1%})"
     yield from (f"         {row}" for row in found.left_out)
+    if plan.left_out:
+        yield f"short    {_count(len(plan.left_out), 'entry', 'entries')} of too few frames"
     for record, reason in plan.left_out:
         yield f"         entry {inputs.train[record].entry}, {inputs.train[record].path}: {reason}"
     if inputs.unsuited:

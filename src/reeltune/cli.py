@@ -95,7 +95,13 @@ def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
         if {"-h", "--help"} & set(argv):
             print(recipe_help(command), end="")
             return 0
-        return RUN[command](recipe_of(argv, command))
+        recipe = recipe_of(argv, command)
+        try:
+            return RUN[command](recipe)
+        except UserError as error:
+            if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
+                raise UserError(argv[0], error.problems) from error
+            raise
 
     return act
 

@@ -1,6 +1,8 @@
 """One exception for everything a user can mend. It says what is wrong, the rule, and the remedy.  (no torch)"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,3 +26,18 @@ def refuse(where: str, problems: Sequence[str]) -> None:
     """Raise UserError if there is any problem."""
     if problems:
         raise UserError(where, problems)
+
+
+@contextmanager
+def together(where: str) -> Iterator[Callable[..., Any]]:
+    """Gives `attempt(f, *args)`: f(*args), or None where it raised UserError. At the end all problems are raised."""
+    problems: list[str] = []
+
+    def attempt(act: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return act(*args)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    yield attempt
+    refuse(where, problems)

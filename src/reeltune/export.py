@@ -55,7 +55,7 @@ def export(
     save_torch_state_dict(state, out, filename_pattern=PATTERN, max_shard_size=max_shard_size)
     del state
     for file in weights.files_of(out):
-        yield f"{file}  {file.stat().st_size / 1e9:.3f} GB"
+        yield f"{file}  {file.stat().st_size / 1e6:,.1f} MB"
     yield _proof(source, out, dtype, family, config)
 
 

@@ -10,8 +10,8 @@ from reeltune.data.media import write_clip
 from reeltune.types import Batch
 
 
-def write_first_batch(batch: Batch, folder: Path, *, fps: float = 8.0) -> None:
-    """Per sample: pixels and control as mp4, reference frame as png, caption and what is dropped as txt.
+def write_first_batch(batch: Batch, folder: Path, *, reference: bool, fps: float = 8.0) -> None:
+    """Per sample: pixels and control as mp4, the `reference` frame as png, caption and what is dropped as txt.
 
     `batch` is still on the CPU, its pixels 8-bit.
     """
@@ -21,7 +21,8 @@ def write_first_batch(batch: Batch, folder: Path, *, fps: float = 8.0) -> None:
         write_clip(folder / f"{i}_pixels.mp4", pixels_FHWC, fps)
         if batch.control_BFCHW is not None:
             write_clip(folder / f"{i}_control.mp4", batch.control_BFCHW[i].permute(0, 2, 3, 1).numpy(), fps)
-        Image.fromarray(pixels_FHWC[draw.ref_frame]).save(folder / f"{i}_reference.png")
+        if reference:
+            Image.fromarray(pixels_FHWC[draw.ref_frame]).save(folder / f"{i}_reference.png")
         dropped = [name for name, keep_B in batch.keep.items() if not keep_B[i]]
         frames = f"{draw.frames[0]} to {draw.frames[-1]} ({len(draw.frames)})"
         lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
 from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
-from reeltune.errors import UserError, refuse
+from reeltune.errors import UserError, refuse, together
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.ledger import Ledger
 from reeltune.recipe import Loss, Recipe
@@ -48,11 +48,18 @@ class Inputs:
 def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
     """The family found in the checkpoint, the train mode, and the objective with the recipe's noise levels.
 
-    Raises UserError if the checkpoint is unknown, or cannot do the mode or the loss asked for.
+    Raises UserError if the checkpoint is unknown, or cannot do the mode, the loss and the sizes asked for.
     """
     family = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
-    mode = check_mode(family, recipe.model.train_mode)
-    loss = recipe.loss
+    with together("recipe") as attempt:
+        mode = attempt(check_mode, family, recipe.model.train_mode)
+        objective = attempt(chosen_objective, family, recipe.loss)
+        attempt(size_rules, recipe, family)
+    return family, mode, objective
+
+
+def chosen_objective(family: Family, loss: Loss) -> Objective:
+    """Raises UserError for a loss that the checkpoint was not trained with."""
     trained_with = type(family.objective).__name__.lower()
     if loss.loss_type not in (None, trained_with):
         raise UserError(
@@ -60,7 +67,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
             f"loss_type is {loss.loss_type!r}, but a checkpoint of {family.name} was trained with {trained_with}; "
             "leave loss_type out",
         )
-    return family, mode, with_levels(family.objective, loss)
+    return with_levels(family.objective, loss)
 
 
 def with_levels(objective: Objective, loss: Loss) -> Objective:
@@ -171,20 +178,15 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
             "this model; give longer clips",
         )
     reason = f"this model learns nothing from fewer than {least_frames} sampled frames"
-    remedy = "use a longer clip or a smaller stride"
-    left_out = [LeftOut(record.entry, record.path, reason, remedy) for record in records.take(np.flatnonzero(short))]
+    remedy = {"image": "leave pictures out", "video": "use a longer clip or a smaller stride"}
+    rows = records.take(np.flatnonzero(short))
+    left_out = [LeftOut(record.entry, record.path, reason, remedy[record.kind]) for record in rows]
     return records.take(np.flatnonzero(~short)), left_out
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
-    """Raises UserError for clips longer than the network has positions for."""
-    frames, most = recipe.sizes.video_sample_n_frames, family.most_frames
-    if most is not None and family.geometry.legal_frames(frames) > most:
-        raise UserError(
-            "recipe",
-            f"video_sample_n_frames is {frames}, but {family.name} has positions for {most} frames; "
-            f"set video_sample_n_frames to {most} or less",
-        )
+    """Raises UserError for sizes that the family's geometry has not."""
+    refuse("recipe", list(_misfits(recipe, family)))
     sizes = asdict(recipe.sizes)
     del sizes["keep_all_node_same_token_length"]  # always on
     return SizeRules(
@@ -193,6 +195,28 @@ def size_rules(recipe: Recipe, family: Family) -> SizeRules:
         geometry=family.geometry,
         law=family.size_law,
     )
+
+
+def _misfits(recipe: Recipe, family: Family) -> Iterator[str]:
+    frames, most, geometry = recipe.sizes.video_sample_n_frames, family.most_frames, family.geometry
+    if frames > 1 and geometry.legal_frames(frames) == 1:
+        least = next(n for n in range(2, 1000) if geometry.legal_frames(n) > 1)
+        yield (
+            f"video_sample_n_frames is {frames}, of which {family.name} could use 1; set it to {least} or more, "
+            "or to 1 to train on pictures"
+        )
+    if most is not None and geometry.legal_frames(frames) > most:
+        yield (
+            f"video_sample_n_frames is {frames}, but {family.name} has positions for {most} frames; "
+            f"set video_sample_n_frames to {most} or less"
+        )
+    fixed, multiple = recipe.sizes.fix_sample_size, geometry.multiple
+    if fixed is not None and any(side % multiple for side in fixed):
+        nearest = " ".join(str(max(round(side / multiple), 1) * multiple) for side in fixed)
+        yield (
+            f"fix_sample_size is {fixed[0]} {fixed[1]}, but {family.name} takes multiples of {multiple}; "
+            f"set it to {nearest}"
+        )
 
 
 def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
@@ -232,7 +256,6 @@ def load_parts(
     """
     return family.load(
         recipe.model.pretrained_model_name_or_path,
-        family,
         dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
         device=device,

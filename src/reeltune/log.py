@@ -36,7 +36,7 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 # (part of the step, share of it above which something should be done, what)
 REMEDIES = (
     ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers or store smaller clips"),
-    ("encode_s", 0.30, "to encode faster, use mixed_precision bf16, or smaller sizes"),
+    ("encode_s", 0.30, "to encode less, use reeltune cache; to encode faster, mixed_precision bf16 or smaller sizes"),
     ("optimizer_s", 0.30, "to step the optimizer less often, raise gradient_accumulation_steps"),
 )
 
@@ -111,10 +111,10 @@ class Log:
         self._track({"held_out/loss": row["loss"], "held_out/difference": row["difference"]})
         told = f"[bold]held-out loss {row['loss']:.4f}[/]"
         if self.step_now > row["start_step"]:
-            told += f", {row['difference']:+.4f} from the start"
+            told += f", {round(row['difference'], 4) + 0:+.4f} from the start"  # + 0: no minus before zero
             if row["band95"]:
                 told += f" (95 % band {row['band95'][0]:+.4f} to {row['band95'][1]:+.4f})"
-        self._say(f"{told}, {row['n']} clips", markup=True)
+        self._say(f"{told}, {row['n']} clip{'s' if row['n'] != 1 else ''}", markup=True)
 
     def save(self, row: dict[str, Any]) -> None:
         """A checkpoint written: seconds, bytes, and its path."""
@@ -200,7 +200,7 @@ class Log:
         F, H, W = last["shape"]
         told = [
             f"[bold]step {last['step']}{total}[/]",
-            f"loss {means['loss']:.4f}",
+            f"{'loss' if len(rows) == 1 else f'mean of {len(rows)}: loss'} {means['loss']:.4f}",
             f"grad {means['grad_norm']:.3g}",
             f"lr {last['lr']:.2e}",
             f"{F}x{H}x{W}",

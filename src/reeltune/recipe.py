@@ -213,7 +213,7 @@ class Validation:
     validation_prompts: tuple[str, ...] = ()
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
-    """One control clip (or pose file) for each prompt."""
+    """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30

@@ -110,9 +110,12 @@ def verdict(metrics: Metrics) -> dict[str, str]:
         tone, answer = "good", "It is learning."
     elif low > 0:
         tone, answer = "bad", "It got worse."
-    moved = "fell" if last["difference"] < 0 else "rose"
+    start, now = f"{last['loss_start']:.4f}", f"{last['loss']:.4f}"
+    moved = (
+        f"stayed at {now}" if start == now else f"{'fell' if last['difference'] < 0 else 'rose'} from {start} to {now}"
+    )
     reason = (
-        f"On clips it never trained on, the loss {moved} from {last['loss_start']:.4f} to {last['loss']:.4f} between "
+        f"On clips it never trained on, the loss {moved} between "
         f"step {last['start_step']} and step {last['step']}, with the same noise: "
     )
     if last["band95"] is None:
@@ -216,6 +219,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
         found.append(
             {
                 "prompt": settings.pop("prompt", ""),
+                "control": clips[0][1].exists(),
                 "settings": {name: _short(value) for name, value in settings.items() if value is not None},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
@@ -299,7 +303,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+    return f"{round(value, 4) + 0:+.4f}".replace("-", "−")  # + 0: no minus before zero
 
 
 def _took(steps: dict[str, list]) -> str:

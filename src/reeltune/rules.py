@@ -128,6 +128,13 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 "fix_sample_size and random_ratio_crop are both given; a fixed size leaves no ratio to draw; "
                 "leave one of the two out",
             )
+    by_budget = sizes.random_hw_adapt and sizes.training_with_video_token_length and sizes.fix_sample_size is None
+    if by_budget and sizes.video_sample_size > sizes.image_sample_size:
+        yield (
+            ("video_sample_size", "image_sample_size"),
+            f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
+            "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
+        )
     if optimization.use_8bit_adam and optimization.use_came:
         yield (
             ("use_8bit_adam", "use_came"),

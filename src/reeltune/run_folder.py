@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from reeltune import checkpoint
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
 from reeltune.recipe import Recipe
 from reeltune.settings import build, dump, flat, read
 
@@ -40,6 +41,16 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
         )
 
 
+def refuse_other_model(found: Path, facts: dict[str, str]) -> None:
+    """Raises UserError if checkpoint `found` is of a run of another family or mode than `facts` say."""
+    about = found.parent / "run.json"
+    before = json.loads(about.read_text()) if about.is_file() else {}
+    refuse(
+        f"resume from {found}: the run is another model's; give another output_dir",
+        [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
+    )
+
+
 def changes_since(found: Path, recipe: Recipe, group: int) -> list[str]:
     """Settings that differ from the checkpoint's, in words.
 
@@ -59,9 +70,10 @@ def changes_since(found: Path, recipe: Recipe, group: int) -> list[str]:
 
 
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
-    """Writes recipe.yaml (every field) and run.json (versions, machine and `facts`)."""
+    """Writes recipe.yaml (every field but where it went on from) and run.json (versions, machine and `facts`)."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    anew = replace(recipe, output=replace(recipe.output, resume_from_checkpoint=None))
+    (output_dir / "recipe.yaml").write_text(dump(anew), encoding="utf-8")
     on_gpu = torch.cuda.is_available()
     about = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -23,7 +23,7 @@ from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
 from reeltune.out_of_memory import explained
 from reeltune.recipe import Recipe
-from reeltune.run_folder import changes_since, describe, refuse_overwriting
+from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
 from reeltune.types import Batch, Progress, Shape
@@ -43,8 +43,12 @@ def train(recipe: Recipe) -> int:
 
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     progress = Progress(group=recipe.training.train_batch_size * engine.world)
-    changes = [] if found is None else changes_since(found, recipe, progress.group)
     family, mode, objective = choose_family(recipe)
+    told = {"family": family.name, "mode": mode}
+    changes = []
+    if found is not None:
+        refuse_other_model(found, told)
+        changes = changes_since(found, recipe, progress.group)
     inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
     cache = open_cache(recipe, family, mode, inputs)
     parts = load_parts(recipe, family, engine.device, found and found / "transformer", encoders=cache is None)
@@ -93,8 +97,7 @@ def train(recipe: Recipe) -> int:
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        facts = {"family": family.name, "mode": mode, "processes": engine.world, **learner.counts}
-        describe(out, recipe, facts)
+        describe(out, recipe, {**told, **learner.counts})
     duties = Duties(out, recipe, engine, learner, validation, ledger, log)
     batches = stream(
         inputs.reader, progress, workers=recipe.data.dataloader_num_workers, rank=engine.rank, world=engine.world
@@ -111,7 +114,7 @@ def train(recipe: Recipe) -> int:
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
                     seen = pixels[progress.epoch, progress.cursor - 1, engine.rank, engine.world] if cache else batch
-                    write_first_batch(seen, out / "first_batch")
+                    write_first_batch(seen, out / "first_batch", reference="ref" in family.needs[mode])
                 duties.count(batch)
                 watch.mark("data_s")
                 encoded = setup.encode(batch)

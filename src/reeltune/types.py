@@ -170,7 +170,7 @@ class Batch:
     text: list[str]
     pixels_BFCHW: Tensor
     ref_frame_B: Tensor  # int64
-    keep: dict[str, Tensor]  # condition name -> bool_B
+    keep: dict[str, Tensor] = field(default_factory=dict)  # condition name -> bool_B
     control_BFCHW: Tensor | None = None
     camera_BFCHW: Tensor | None = None
     mask_BFHW: Tensor | None = None
@@ -275,7 +275,7 @@ class Encoded:
 
     x0: Posterior
     cond: dict[str, Tensor | Posterior]  # handed to Family.denoise once drawn and dropped
-    keep: dict[str, Tensor]  # condition name -> bool_B; False means blanked by the family's null value
+    keep: dict[str, Tensor] = field(default_factory=dict)  # condition name -> bool_B; False: blanked by the null value
     loss_mask: Tensor | None = None  # broadcasts against x0; 0 leaves a cell out of the loss
     null: dict[str, Tensor] = field(default_factory=dict)  # blank values that depend on the sample, before Parts.null
 

@@ -23,8 +23,9 @@ from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.errors import UserError
+from reeltune.prompts import Request, played, prompt_requests, read_one
 from reeltune.recipe import Recipe
-from reeltune.sample import Request, Setup, at_rest, make_clip, played, prompt_requests, read_one, write_pixels
+from reeltune.sample import Setup, at_rest, make_clip, write_pixels
 from reeltune.types import Batch, Draw
 
 

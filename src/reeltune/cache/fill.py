@@ -113,7 +113,7 @@ class Encoder:
 
     def entries(self, work: Work) -> Iterator[Entry]:
         if work.null is not None:
-            yield work.null, "text", self._null()
+            yield work.null, "text", self.family.blank_caption(self.parts)
         for key, caption in work.texts.items():
             yield key, "text", self._text(caption, None)
         if work.items:
@@ -139,21 +139,12 @@ class Encoder:
             answers.append(self.family.keep(batch, self.mode))
         options = encode_options(self.recipe)
         made = self.family.encode(self.parts, batch, self.mode, options=options, described=Described({}))
-        kept = answers[1]
-        if made.keep.keys() != kept.keys() or not all(torch.equal(made.keep[name], kept[name]) for name in kept):
-            raise TypeError(f"the `keep` of {self.family.name} says otherwise than its `encode`")
-        return made.tensors() | {f"keep.{name}": torch.cat([answer[name] for answer in answers]) for name in kept}
+        return made.tensors() | {f"keep.{name}": torch.cat([answer[name] for answer in answers]) for name in made.keep}
 
     def _text(self, caption: str, picture_BCHW: torch.Tensor | None) -> Tensors:
         described = self.family.describe(self.parts, [caption], picture_BCHW)
         tables = {"cond": described.cond, "null": described.null}
         return {f"{part}.{name}": value for part, table in tables.items() for name, value in table.items()}
-
-    def _null(self) -> Tensors:
-        """As `load` makes it; of a text encoder that sees pictures there is none but each clip's own."""
-        if self.family.caption_sees_picture:
-            return {}
-        return {name: value[0] for name, value in self.family.describe(self.parts, [""], None).cond.items()}
 
 
 class Opened(Dataset[tuple[Item, Batch | str]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ class Parts:
                 module.to("cpu")
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a family's networks are read."""
+
+    dtype: torch.dtype  # of the trained network
+    frozen_dtype: torch.dtype | None  # of VAE and encoders; None: as stored
+    device: torch.device  # of the trained network; "meta": its weights are not read
+    transformer_path: Path | None  # other weights for the same network: a file, or a saved folder
+
+
 def as_drawn(batch: Batch, mode: str) -> dict[str, Tensor]:
     """keep_B of a family in which the draw alone decides what is dropped."""
     return dict(batch.keep)
@@ -74,16 +84,10 @@ class Family:
     drop: dict[str, float]  # condition name -> share of samples it is blanked in (text is a recipe field)
     blocks: tuple[str, ...]  # class names to shard, recompute and compile
     size_law: SizeLaw
-    load: Callable[..., Parts]
-    """(path, family, *, dtype, frozen_dtype, device, low_vram, encoders, network, transformer_path) -> Parts.
-
-    frozen_dtype None: as stored. encoders False: frozen networks are read when first borrowed, and no null is made.
-    network False: the trained network stays on the meta device, its weights unread. Raises UserError listing every
-    bad key."""
-    encode: Callable[..., Encoded]
-    """(parts, batch, mode, *, options, described) -> Encoded; no grad; batch already on the device.
-
-    described: what `describe` makes of the captions, if it is known already."""
+    read: Callable[[Path, Family, Loading], Parts]
+    """The trained network, and loaders of the frozen ones. Raises UserError listing every bad key."""
+    encode_clips: Callable[[Parts, Batch, str, dict[str, Any]], Encoded]
+    """(parts, batch, mode, options) -> what the frozen networks make of all but the captions, in float32."""
     describe: Callable[[Parts, list[str], Tensor | None], Described]
     """(parts, captions, first frame of each clip as pixels_BCHW where caption_sees_picture) -> Described; no grad."""
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -103,6 +107,8 @@ class Family:
     """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
     frozen_files: dict[str, Path] = field(default_factory=dict)
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
+    native_fps: float = 16.0
+    """Frames per second of the clips it was made for, at which clips without another rate are played."""
     encode_version: int = 1
     """Raise it when `encode` or `describe` makes something else of the same input: caches are then filled anew."""
     masks: dict[str, MaskLaw] = field(default_factory=dict)
@@ -116,6 +122,60 @@ class Family:
     save: Callable[..., None] | None = None
     """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
     diffusers'. None: the family has no such form."""
+
+    def load(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        low_vram: bool = False,
+        encoders: bool = True,
+        network: bool = True,
+        transformer_path: str | Path | None = None,
+    ) -> Parts:
+        """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
+
+        Without `encoders` VAE and encoders are read when they are first borrowed, and null stays empty; without
+        `network` its weights are not read, and it stays on the meta device. transformer_path: other weights for the
+        same network. Raises UserError listing every missing, unexpected and misshapen key.
+        """
+        device = torch.device(device)
+        place = device if network else torch.device("meta")
+        other = None if transformer_path is None else Path(transformer_path)
+        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other))
+        parts.device, parts.low_vram = device, low_vram
+        if encoders:
+            parts.read_frozen()
+            parts.null = self.blank_caption(parts)
+        return parts
+
+    def blank_caption(self, parts: Parts) -> dict[str, Tensor]:
+        """Condition name -> what a dropped caption leaves; of an encoder that sees pictures each clip has its own."""
+        if self.caption_sees_picture:
+            return {}
+        return {name: value[0] for name, value in self.describe(parts, [""], None).cond.items()}
+
+    @torch.no_grad()
+    def encode(
+        self,
+        parts: Parts,
+        batch: Batch,
+        mode: str,
+        *,
+        options: dict[str, Any] | None = None,
+        described: Described | None = None,
+    ) -> Encoded:
+        """What the frozen networks make of a batch that is on the device already, in float32.
+
+        described: what `describe` makes of the captions, if it is known already.
+        """
+        if described is None:
+            picture_BCHW = batch.pixels_BFCHW[:, 0] if self.caption_sees_picture else None
+            described = self.describe(parts, batch.text, picture_BCHW)
+        clips = self.encode_clips(parts, batch, mode, options or {})
+        return replace(clips, cond=described.cond | clips.cond, keep=self.keep(batch, mode), null=described.null)
 
 
 def check_mode(family: Family, mode: str | None) -> str:

@@ -220,7 +220,11 @@ def fit(
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
     Raises UserError with every name that is missing, unexpected or of another shape.
     """
-    refuse(where, differences(net.state_dict(), state))
+    wanted = net.state_dict()
+    problems = differences(wanted, state)
+    if 2 * len(problems) > len(wanted):
+        problems.insert(0, "most of it does not fit: it is of another model or size; compare config.json and weights")
+    refuse(where, problems)
     placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
@@ -340,6 +344,17 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     problems += [f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])]
     refuse(str(folder), problems)
     return net.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Of the class that its files name. Raises UserError if they are not whole."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        reason = str(broken).strip().splitlines()[0]
+        raise UserError(str(folder), f"is no tokenizer ({reason}); download it again") from broken
 
 
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

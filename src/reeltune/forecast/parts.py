@@ -54,5 +54,7 @@ class Rehearsal:
     """Of the largest block, which an engine that shards gathers whole."""
     encoded_bytes: int
     """Of what encoding makes of one sample, in float32."""
+    reached: tuple[bool, ...] = field(repr=False)
+    """Which of the learning parameters had a gradient."""
     encoded: Any = field(repr=False)
     """That itself (types.Encoded), for rehearsals that begin after it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -111,14 +112,15 @@ def rehearse(
             with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
                 engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
             gradient_bytes = tracker.live["gradients"]
+            reached = tuple(parameter.grad is not None for parameter in learner.learning)
             del loss
         else:
             assert like is not None
-            saved_bytes, gradient_bytes = like.saved_bytes, like.gradient_bytes
+            saved_bytes, gradient_bytes, reached = like.saved_bytes, like.gradient_bytes, like.reached
         del batch
         if "step" in phases:
             if "forward" not in phases:
-                give_gradients(learner.learning, tracker, stand_ins)
+                give_gradients([*compress(learner.learning, reached)], tracker, stand_ins)
             with tracker.phase("step"):
                 learner.step(0, recipe.optimization.learning_rate)
             tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
@@ -154,6 +156,7 @@ def rehearse(
         weight_bytes={"network": size_bytes(learner.plain.state_dict().values()), **sizes},
         block_parameters=largest_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
+        reached=reached,
         encoded=encoded,
     )
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
 from reeltune.diffusion.objective import Ddpm
 from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.text import embed_padded
 from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
@@ -29,38 +29,18 @@ CLASS = "CogVideoXTransformer3DModel"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    network: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoder in `frozen_dtype`, or as stored.
-
-    Without `encoders` VAE and text encoder are read when they are first borrowed, and no null text is made; without
-    `network` its weights are not read. transformer_path: other weights for the same network.
-    Raises UserError listing every missing, unexpected and misshapen key.
-    """
-    folder = Path(path)
+def read(folder: Path, family: Family, how: Loading) -> Parts:
     place = folder / "transformer"
-    on = device if network else "meta"
-    net = weights.load_component(CogVideoXFun, place, dtype, on, replacement=transformer_path, correct=corrected)
-    parts = Parts(net, config=weights.read_config(place), device=torch.device(device), low_vram=low_vram)
-    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", frozen_dtype)
-    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", frozen_dtype)
-    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    if encoders:
-        parts.read_frozen()
-        parts.null["text"] = encode_text(parts, [""])[0]
+    net = weights.load_component(
+        CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected
+    )
+    parts = Parts(net, config=weights.read_config(place))
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", how.frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", how.frozen_dtype)
+    parts.extras["tokenizer"] = weights.load_tokenizer(folder / "tokenizer")
     return parts
 
 
@@ -77,18 +57,9 @@ def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = No
     return Described({"text": encode_text(parts, captions)})
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts,
-    batch: Batch,
-    mode: str,
-    *,
-    options: dict[str, Any] | None = None,
-    described: Described | None = None,
-) -> Encoded:
-    """What the frozen networks make of a batch, in float32."""
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     pixels = batch.pixels_BFCHW
-    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
+    cond: dict[str, Tensor | Posterior] = {}
     with parts.borrow("vae") as vae:
         encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
@@ -101,7 +72,7 @@ def encode(
                 scale=vae.config.scaling_factor,
                 seeds=batch.seen_seeds if parts.config.get("add_noise_in_inpaint_model") else None,
             )
-    return Encoded(x0, cond, inpaint.kept(batch, mode))
+    return Encoded(x0, cond)
 
 
 # ---- denoise and decode
@@ -147,9 +118,10 @@ INP = Family(
     needs={"inpaint": ("mask",)},
     drop={"inpaint": 0.9},  # of samples where everything is to be generated (measured on the reference, 2026-11)
     blocks=("CogVideoXBlock",),
+    native_fps=8.0,  # https://github.com/aigc-apps/CogVideoX-Fun
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
     describe=describe,
     keep=inpaint.kept,
     denoise=denoise,

@@ -20,14 +20,14 @@ import torch
 from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
+from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError, refuse
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 CLASS = "EasyAnimateTransformer3DModel"
@@ -35,51 +35,30 @@ CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the 
 CAMERA_CHANNELS = 6
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    network: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
-
-    Without `encoders` VAE and text encoders are read when they are first borrowed, and no null text is made; without
-    `network` its weights are not read. transformer_path: other weights for the same network.
-    Raises UserError listing every missing, unexpected and misshapen key.
-    """
-    folder = Path(path)
+def read(folder: Path, family: Family, how: Loading) -> Parts:
     config = weights.read_config(folder / "transformer")
     net = weights.load_component(
         EasyAnimateTransformer3DModel,
         folder / "transformer",
-        dtype,
-        device if network else "meta",
-        replacement=transformer_path,
+        how.dtype,
+        how.device,
+        replacement=how.transformer_path,
         names=partial(from_released, config=config),
     )
-    parts = Parts(corrected(net), config=config, device=torch.device(device), low_vram=low_vram)
-    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", frozen_dtype)
-    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    parts = Parts(corrected(net), config=config)
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype)
+    parts.extras["tokenizer"] = weights.load_tokenizer(folder / "tokenizer")
     if "text_t5" in family.caption:
         for name, cls in (("", BertModel), ("_2", T5EncoderModel)):
             parts.loaders[f"text{name}"] = partial(
-                weights.load_encoder, cls, folder / f"text_encoder{name}", frozen_dtype
+                weights.load_encoder, cls, folder / f"text_encoder{name}", how.frozen_dtype
             )
-        parts.extras["tokenizer_2"] = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
+        parts.extras["tokenizer_2"] = weights.load_tokenizer(folder / "tokenizer_2")
     else:
-        parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", frozen_dtype)
-    if encoders:
-        parts.read_frozen()
-        parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
+        parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", how.frozen_dtype)
     return parts
 
 
@@ -92,18 +71,9 @@ def _load_qwen(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 # ---- encode
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts,
-    batch: Batch,
-    mode: str,
-    *,
-    options: dict[str, Any] | None = None,
-    described: Described | None = None,
-) -> Encoded:
-    """What the frozen networks make of a batch, in float32."""
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     pixels = batch.pixels_BFCHW
-    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
+    cond: dict[str, Tensor | Posterior] = {}
     with parts.borrow("vae") as vae:
         encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
@@ -124,7 +94,7 @@ def encode(
     if mode == "control_ref_camera":
         rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
-    return Encoded(x0, cond, inpaint.kept(batch, mode))
+    return Encoded(x0, cond)
 
 
 def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
@@ -180,9 +150,10 @@ CONTROL_REF = Family(
     needs={"control_ref": ("control", "ref")},
     drop={"control": 0.2, "ref": 0.2},  # measured on the reference, 2026-11
     blocks=("EasyAnimateTransformerBlock",),
+    native_fps=8.0,  # https://github.com/aigc-apps/EasyAnimate
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
     describe=describe,
     keep=inpaint.kept,
     denoise=denoise,

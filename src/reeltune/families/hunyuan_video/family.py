@@ -21,7 +21,6 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPTextModel,
     LlamaModel,
@@ -33,7 +32,7 @@ from reeltune.errors import UserError
 from reeltune.families import schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "HunyuanVideoTransformer3DModel"
@@ -42,49 +41,28 @@ INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every n-th state of the
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    network: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
-
-    Without `encoders` VAE and text encoders are read when they are first borrowed, and no null text is made; without
-    `network` its weights are not read. transformer_path: other weights for the same network.
-    Raises UserError listing every missing, unexpected and misshapen key.
-    """
-    folder, with_picture = Path(path), family.caption_sees_picture
+def read(folder: Path, family: Family, how: Loading) -> Parts:
+    with_picture = family.caption_sees_picture
     net = weights.load_component(
         HunyuanVideoTransformer3DModel,
         folder / "transformer",
-        dtype,
-        device if network else "meta",
-        replacement=transformer_path,
+        how.dtype,
+        how.device,
+        replacement=how.transformer_path,
     )
     config = weights.read_config(folder / "transformer")
-    parts = Parts(net, config=config, device=torch.device(device), low_vram=low_vram)
-    parts.loaders["vae"] = partial(_load_vae, folder / "vae", frozen_dtype)
+    parts = Parts(net, config=config)
+    parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype)
     model = LlavaForConditionalGeneration if with_picture else LlamaModel
-    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", frozen_dtype)
-    parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", how.frozen_dtype)
+    parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype)
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
-        parts.extras[name] = AutoTokenizer.from_pretrained(folder / name)
+        parts.extras[name] = weights.load_tokenizer(folder / name)
     if with_picture:
         parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-    if encoders:
-        parts.read_frozen()
-        if not with_picture:
-            parts.null |= {name: value[0] for name, value in encode_text(parts, [""]).items()}
     return parts
 
 
@@ -97,15 +75,7 @@ def _load_vae(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 # ---- encode
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts,
-    batch: Batch,
-    mode: str,
-    *,
-    options: dict[str, Any] | None = None,
-    described: Described | None = None,
-) -> Encoded:
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
     The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
@@ -118,13 +88,11 @@ def encode(
         if mode == "i2v":
             concat = config.image_condition_type == "latent_concat"
             cond["ref"] = latents(pixels[:, :1]) if concat else first_latent(latents(first_alone(vae, pixels)))
-    described = described or describe(parts, batch.text, pixels[:, 0] if mode == "i2v" else None)
-    cond |= described.cond
     if config.guidance_embeds:
         cond["guidance"] = torch.full((len(pixels),), GUIDANCE, device=pixels.device)
     loss_mask = torch.ones_like(x0.mean[:, :1, :, :1, :1])
     loss_mask[:, :, 0] = 0
-    return Encoded(x0, cond, dict(batch.keep), loss_mask, described.null)
+    return Encoded(x0, cond, loss_mask=loss_mask)
 
 
 def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
@@ -211,9 +179,10 @@ T2V = Family(
     needs={"normal": ()},
     drop={},
     blocks=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    native_fps=24.0,  # sample_video.py in https://github.com/Tencent-Hunyuan/HunyuanVideo
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
     describe=describe,
     denoise=denoise,
     decode=decode,

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool3d, interpolate, silu
 from reeltune.dice import seed_of
 from reeltune.diffusion.objective import Flow
 from reeltune.families import weights
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 GEOMETRY = Geometry(time_stride=4, space_stride=8, patch=2, channels=3)
@@ -47,19 +47,8 @@ class ToyNet(nn.Module):
         return self.out(x)
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    network: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The same small random weights at every call, or those saved in transformer_path. `path` is not looked at."""
+def read(folder: Path, family: Family, how: Loading) -> Parts:
+    """The same small random weights at every call, or those saved in how.transformer_path."""
     with torch.device("meta"):
         net = ToyNet()
     net.to_empty(device="cpu")
@@ -67,12 +56,10 @@ def load(
     with torch.no_grad():
         for weight in net.parameters():
             weight.normal_(0, 0.1, generator=generator)
-    if transformer_path is not None:
-        source = weights.saved_transformer(transformer_path)
+    if how.transformer_path is not None:
+        source = weights.saved_transformer(how.transformer_path)
         weights.fit(net, from_released(weights.read(source), {}), str(source))
-    null = {"text": embed([""])[0]}
-    net = net.to(device if network else "meta", dtype)
-    return Parts(net, null=null, device=torch.device(device), low_vram=low_vram)
+    return Parts(net.to(how.device, how.dtype))
 
 
 def embed(text: list[str]) -> Tensor:
@@ -95,23 +82,14 @@ def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = No
     return Described({"text": embed(captions).to(parts.device)})
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts,
-    batch: Batch,
-    mode: str,
-    *,
-    options: dict | None = None,
-    described: Described | None = None,
-) -> Encoded:
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     def posterior(pixels_BFCHW: Tensor) -> Posterior:
         mean = shrink(pixels_BFCHW)
         return Posterior(mean, torch.full_like(mean, -6.0))
 
     x0 = posterior(batch.pixels_BFCHW)
-    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
-    cond["control"] = posterior(batch.control_BFCHW) if mode == "control" else torch.zeros_like(x0.mean)
-    return Encoded(x0, cond, batch.keep)
+    control = posterior(batch.control_BFCHW) if mode == "control" else torch.zeros_like(x0.mean)
+    return Encoded(x0, {"control": control})
 
 
 def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -149,8 +127,8 @@ FAMILY = Family(
     drop={"control": 0.1},
     blocks=("ToyBlock",),
     size_law=SizeLaw(),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
     describe=describe,
     denoise=denoise,
     decode=decode,

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
-from reeltune.families import text
+from reeltune.families import text, weights
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
-from reeltune.families.spec import Family, Parts
+from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
@@ -37,63 +36,32 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLI
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# ---- load
+# ---- read
 
 
-def load(
-    path: str | Path,
-    family: Family,
-    *,
-    dtype: torch.dtype = torch.float32,
-    frozen_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    low_vram: bool = False,
-    encoders: bool = True,
-    network: bool = True,
-    transformer_path: str | Path | None = None,
-) -> Parts:
-    """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
-
-    Without `encoders` VAE and encoders are read when they are first borrowed, and null["text"] is not made; without
-    `network` its weights are not read. transformer_path: other weights for the same network, a file or a saved folder.
-    Raises UserError listing every missing, unexpected and misshapen key.
-    """
+def read(folder: Path, family: Family, how: Loading) -> Parts:
     files: layout.Files = family.options["files"]
-    device = torch.device(device)
-    replacement = None if transformer_path is None else Path(transformer_path)
-    place = device if network else torch.device("meta")
-    net, config = layout.load_transformer(files.transformer, replacement, dtype, place)
-    parts = Parts(net, config=config, device=device, low_vram=low_vram)
+    net, config = layout.load_transformer(files.transformer, how.transformer_path, how.dtype, how.device)
+    parts = Parts(net, config=config)
     parts.extras["image_dim"] = net.config.image_dim
-    parts.loaders["vae"] = partial(layout.load_vae, files.vae, frozen_dtype)
-    parts.loaders["text"] = partial(layout.load_text, files.text, frozen_dtype)
+    parts.loaders["vae"] = partial(layout.load_vae, files.vae, how.frozen_dtype)
+    parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype)
     if files.image is not None:
-        parts.loaders["image"] = partial(layout.load_image, files.image, frozen_dtype)
-    parts.extras["tokenizer"] = AutoTokenizer.from_pretrained(files.tokenizer)
-    if encoders:
-        parts.read_frozen()
-        parts.null["text"] = encode_text(parts, [""])[0]
+        parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype)
+    parts.extras["tokenizer"] = weights.load_tokenizer(files.tokenizer)
     return parts
 
 
 # ---- encode
 
 
-@torch.no_grad()
-def encode(
-    parts: Parts,
-    batch: Batch,
-    mode: str,
-    *,
-    options: dict[str, Any] | None = None,
-    described: Described | None = None,
-) -> Encoded:
+def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     """What the frozen networks make of a batch, in float32.
 
     options: add_full_ref_image_in_self_attention.
     """
     pixels = batch.pixels_BFCHW
-    cond: dict[str, Tensor | Posterior] = dict((described or describe(parts, batch.text)).cond)
+    cond: dict[str, Tensor | Posterior] = {}
     with parts.borrow("vae") as vae:
         latents = partial(encode_clip, vae)
         x0 = latents(pixels)
@@ -101,7 +69,7 @@ def encode(
             cond["control"] = latents(batch.control_BFCHW)
         if mode in ("control_ref", "control_ref_camera"):
             cond["ref"] = latents(frames_at(pixels, batch.ref_frame_B)[:, None])
-            if (options or {}).get("add_full_ref_image_in_self_attention"):
+            if options.get("add_full_ref_image_in_self_attention"):
                 cond["full_ref"] = cond["ref"]
         if mode in ("inpaint", "i2v"):
             given = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
@@ -114,7 +82,7 @@ def encode(
     elif parts.extras["image_dim"] is not None:  # as the models are used without a picture
         cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
         cond["image"] = x0.mean.new_zeros(len(pixels), IMAGE_TOKENS, parts.extras["image_dim"])
-    return Encoded(x0, cond, kept(batch, mode))
+    return Encoded(x0, cond)
 
 
 def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
@@ -227,9 +195,10 @@ BASE = Family(
     needs={"control_ref": ("control", "ref"), "control": ("control",)},
     drop=DROP,
     blocks=("WanTransformerBlock",),
+    native_fps=16.0,  # sample_fps in https://github.com/Wan-Video/Wan2.1/blob/main/wan/configs
     size_law=SizeLaw(),
-    load=load,
-    encode=encode,
+    read=read,
+    encode_clips=encode_clips,
     describe=describe,
     keep=kept,
     denoise=denoise,
@@ -257,7 +226,7 @@ INP = replace(
     name="wan_fun/inp",
     source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-InP",
     modes=("inpaint", "i2v"),
-    needs={"inpaint": ("mask",), "i2v": ("mask",)},
+    needs={"inpaint": ("mask",), "i2v": ("mask", "ref")},
     drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
     masks={"i2v": FIRST_FRAME_GIVEN},
     size_law=SizeLaw(nearest_rung=None),
