@@ -70,6 +70,7 @@ class Forecast:
     largest: Shape
     batch: int
     steps: int
+    ways: int  # cache_variants
     rehearsal: Rehearsal  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
     kept_bytes: dict[bool, int]  # gradient checkpointing or not -> activations kept for the backward pass
@@ -152,6 +153,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         largest=draws[0].shape,
         batch=len(draws),
         steps=steps,
+        ways=recipe.cache.cache_variants,
         rehearsal=base,
         peaks=peaks,
         kept_bytes={checkpointing: base.saved_bytes, not checkpointing: other.saved_bytes},

@@ -47,7 +47,7 @@ def tables(found: Forecast) -> list[Table]:
 def verdict_lines(found: Forecast) -> tuple[str, str]:
     """(the answer, its reason)"""
     verdict, machines = found.verdict, found.machines
-    where = f"{machines.device} device" if machines.gpus == 1 else f"each of {machines.gpus} {machines.device} devices"
+    where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
     frames, height, width = found.largest
     needs = (
         f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({found.batch} x {frames} frames of "
@@ -85,6 +85,7 @@ def data_table(found: Forecast) -> Table:
         ("tokens per optimizer step", f"{mean:,.0f} on average, 95 % up to {high:,.0f}, {most:,.0f} at most"),
         ("cropped", f"{data.cropped:.0%} of samples; {data.picture_lost:.1%} of the picture is lost on average"),
         ("footage seen in an epoch", span(data.footage_s)),
+        ("ways of reading a clip", f"{found.ways} (cache_variants)" if found.ways else "new ones at every use"),
         ("steps", f"{found.steps:,}"),
     ]
     return Table("Data", ("", ""), rows, words=2)

@@ -16,7 +16,7 @@ PARTS = {  # part -> what it is, in the order in which it is told
     "average": "moving average",
     "frozen": "frozen networks",
     "batch": "batch and conditions",
-    "casts": "weights cast to bf16",
+    "casts": "weights in another precision",
     "activations": "activations kept",
     "encode": "at work: encoding",
     "forward": "at work: forward pass",

@@ -144,7 +144,7 @@ def rehearse(
         for phase in ("encode", "forward", "backward"):
             if phase in peaks:
                 peaks[phase]["gradients"] = gradient_bytes
-    sizes = {name: size_bytes(module.state_dict().values()) for name, module in parts.frozen.items()}
+    sizes = {name: size_bytes(weights_of(module)) for name, module in parts.frozen.items()}
     return Rehearsal(
         peaks=peaks,
         flops={**(like.flops if like is not None else {}), **tracker.flops},
@@ -153,7 +153,7 @@ def rehearse(
         state_bytes=state_bytes,
         parameters=learner.counts["parameters"],
         trainable=learner.counts["trainable"],
-        weight_bytes={"network": size_bytes(learner.plain.state_dict().values()), **sizes},
+        weight_bytes={"network": size_bytes(weights_of(learner.plain)), **sizes},
         block_parameters=largest_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
         reached=reached,
@@ -182,7 +182,7 @@ def empty_batch(
 
 def own_what_is_there(tracker: Tracker, parts: Parts, learner: Learner, batch: Batch, *, visiting: bool) -> None:
     """visiting: frozen networks are on the device only while they are borrowed."""
-    tensors = [*parts.net.parameters(), *parts.net.buffers()]
+    tensors = weights_of(parts.net)
     learning = {id(parameter) for parameter in learner.learning}
     tracker.own((tensor for tensor in tensors if id(tensor) in learning), "weights")
     tracker.own((tensor for tensor in tensors if id(tensor) not in learning), "still")
@@ -191,16 +191,15 @@ def own_what_is_there(tracker: Tracker, parts: Parts, learner: Learner, batch: B
     if learner.average is not None:
         tracker.own(learner.average.weights.values(), "average")
     for module in parts.frozen.values():
-        tracker.own([*module.parameters(), *module.buffers()], ELSEWHERE if visiting else "frozen")
+        tracker.own(weights_of(module), ELSEWHERE if visiting else "frozen")
     if visiting:
 
         @contextmanager
         def borrow(name: str) -> Iterator[nn.Module]:
             module = parts.frozen[name]
-            tensors = [*module.parameters(), *module.buffers()]
-            tracker.own(tensors, "frozen")
+            tracker.own(weights_of(module), "frozen")
             yield module
-            tracker.own(tensors, ELSEWHERE)
+            tracker.own(weights_of(module), ELSEWHERE)
 
         parts.borrow = borrow
 
@@ -270,6 +269,11 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def weights_of(net: nn.Module) -> list[Tensor]:
+    """Each once, though it may have several names."""
+    return [*net.parameters(), *net.buffers()]
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:
