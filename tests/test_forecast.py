@@ -54,7 +54,17 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     parts = load_parts(run, family, engine.device)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
     checkpointing = run.training.gradient_checkpointing
-    learner = Learner(family, parts, engine, run.model, run.optimization, seed=0, gradient_checkpointing=checkpointing)
+    learner = Learner(
+        family,
+        parts,
+        engine,
+        run.model,
+        run.optimization,
+        seed=0,
+        gradient_checkpointing=checkpointing,
+        batch=2,
+        accumulate=1,
+    )
     stand = draws(shape)
     batch = empty_batch(family, mode, stand, CAPTIONS, torch.no_grad())
     encoded = setup.encode(batch)
@@ -67,7 +77,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     with Allocated() as forward:
         loss = forward_pass()
     with Allocated() as backward:
-        engine.backward(loss.value, learner.net, last=True)
+        learner.trainer.backward(loss.value, last=True)
         del loss
     gradients = backward.bytes + forward.bytes  # all that the forward pass kept is gone
     with Allocated() as step:

@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "reeltune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 REPORTING = ("log", "ledger", "report", "charts", "agreement")
+ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state", "watch")
 LAYERS = (  # from the bottom; a name covers what is below it too
     ("types", "errors", "dice"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights"),
     ("families",),
-    ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    (*ENGINES, "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
     ("out_of_memory",),
     (
         "train",
@@ -31,6 +32,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
         "check",
         "export",
         "agreement",
+        "parallel",
         "cache",
     ),
     ("forecast",),
@@ -46,6 +48,7 @@ NEVER = (  # (these, must not import those), beside what layers say; a report co
 )
 LIBRARIES = {  # library -> who may import it
     "accelerate": ("engine",),
+    "deepspeed": ("zero",),
     "diffusers": ("families", "diffusion.denoise", "optim", "demo"),
     "transformers": ("families", "demo"),
 }

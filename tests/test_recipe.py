@@ -168,6 +168,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
     tree |= {
         "use_came": False,
+        "engine": "ddp",
         "mixed_precision": "bf16",
         "weighting_scheme": "cosmap",
         "train_mode": "control_ref",

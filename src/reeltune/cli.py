@@ -220,11 +220,8 @@ def _sample(recipe: Recipe) -> int:
 
 def _plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices [1]")
     parser.add_argument(
-        "--engine",
-        choices=("one", "ddp", "zero2", "zero3", "fsdp"),
-        help="how they share the work [one; ddp for several devices]",
+        "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
     )
     parser.add_argument("--device", default="80GB", metavar="NAME", help="such as H100, or its memory [80GB]")
     parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="TFLOP/s that each device reaches")
@@ -239,8 +236,7 @@ def _plan(argv: Sequence[str]) -> int:
     from reeltune.forecast.main import Machines
     from reeltune.forecast.page import tell
 
-    engine = own.engine or ("one" if own.gpus == 1 else "ddp")
-    tell(recipe, Machines(own.gpus, engine, own.device, own.throughput, own.measured), own.html)
+    tell(recipe, Machines(own.gpus, own.device, own.throughput, own.measured), own.html)
     return 0
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from reeltune import checkpoint
+from reeltune.direct import piece
 from reeltune.engine import Engine, recompute_blocks
+from reeltune.errors import UserError
 from reeltune.families.spec import Family, Parts
+from reeltune.held_state import Shared, Whole
 from reeltune.optim import (
     MovingAverage,
     StochasticRounding,
@@ -22,12 +28,15 @@ from reeltune.optim import (
     soften_outliers,
 )
 from reeltune.recipe import Model, Optimization
+from reeltune.shards import Piece, whole
 from reeltune.trainable import released_names, select
-from reeltune.types import Progress
 
 
 class Learner:
-    """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping."""
+    """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping.
+
+    found: the checkpoint that the run goes on from; `load_state` then reads what goes with its weights.
+    """
 
     def __init__(
         self,
@@ -39,15 +48,21 @@ class Learner:
         *,
         seed: int,
         gradient_checkpointing: bool,
+        batch: int,
+        accumulate: int,
+        found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.plain: nn.Module = parts.net
-        names = released_names(self.plain, partial(family.to_released, config=parts.config))
-        groups = select(self.plain, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
+        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
+        if found is not None and checkpoint.is_shared(found):
+            self._read_weights(found)
+        if gradient_checkpointing:
+            recompute_blocks(parts.net, family.blocks)
+        self.plain = engine.shard(parts.net, family.blocks)
+        groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
-        if gradient_checkpointing:
-            recompute_blocks(self.plain, family.blocks)
         build = partial(
             build_optimizer,
             learning_rate=optimization.learning_rate,
@@ -59,30 +74,37 @@ class Learner:
         )
         rounding = model.trained_weights == "bf16_stochastic"
         optimizer = StochasticRounding(groups, build, seed) if rounding else build(groups)
-        self.net, self.optimizer = engine.prepare(self.plain, optimizer)
-        self.net.train()
+        self.trainer = engine.prepare(
+            self.plain,
+            optimizer,
+            batch=batch,
+            accumulate=accumulate,
+            max_norm=optimization.max_grad_norm,
+        )
+        self.net, self.optimizer = self.trainer.net, self.trainer.optimizer
+        self.plain.train()
+
+    def _read_weights(self, found: Path) -> None:
+        """Of a checkpoint that several processes wrote, into the network as it was loaded."""
+        parameters = self.parts.net.named_parameters()
+        Shared(found).fill(whole(f"weights/{self.names[name]}", weight) for name, weight in parameters)
 
     @property
     def counts(self) -> dict[str, int]:
         """Parameters, and how many of them learn."""
-        return {
-            "parameters": sum(parameter.numel() for parameter in self.plain.parameters()),
-            "trainable": sum(parameter.numel() for parameter in self.learning),
-        }
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        learning = [sizes[name] for name, weight in self.plain.named_parameters() if weight.requires_grad]
+        return {"parameters": sum(sizes.values()), "trainable": sum(learning)}
 
     def held_bytes(self) -> dict[str, int]:
-        """part -> bytes of it that there are now."""
-        gradients = [parameter.grad for parameter in self.learning if parameter.grad is not None]
+        """part -> bytes of it that this process has now."""
         parts = {
-            "weights": self.plain.state_dict(),
-            "gradients": gradients,
+            "weights": list(self.plain.parameters()),
+            "gradients": [weight.grad for weight in self.plain.parameters()],
             "optimizer state": self.optimizer.state_dict(),
             "the moving average": {} if self.average is None else self.average.weights,
         }
-        return {
-            part: sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-            for part, tree in parts.items()
-        }
+        return {part: sum(size_bytes(leaf) for leaf in tree_leaves(tree)) for part, tree in parts.items()}
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
@@ -102,12 +124,9 @@ class Learner:
         optimization = self.optimization
         start = optimization.abnormal_norm_clip_start
         ceiling = clip_ceiling(step, optimization.max_grad_norm, optimization.initial_grad_norm_ratio, start)
-        norm = self.engine.clip(self.learning, ceiling)
-        if start is not None and step > start:
-            soften_outliers(self.learning, norm, ceiling)
+        soften = partial(soften_outliers, self.learning, max_norm=ceiling)
         set_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = self.trainer.step(self.learning, ceiling, soften if start is not None and step > start else None)
         if self.average is not None:
             self.average.update()
         return norm
@@ -119,6 +138,19 @@ class Learner:
         if self.average is not None:
             self.family.save(folder / "transformer_ema", {**state, **self.average.weights}, self.parts.config)
 
+    def pieces(self) -> Iterator[Piece]:
+        """What this process keeps of weights, optimizer state and average, views of them all."""
+        yield from self.trainer.pieces(self.names)
+        for name, average in ({} if self.average is None else self.average.weights).items():
+            yield piece(f"average/{self.names[name]}", average, self.engine.rank, self.engine.world)
+
+    def write_outline(self, folder: Path) -> None:
+        """What the pieces do not say: the network's config.json, shapes, and numbers of the optimizer's state."""
+        state = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        self.family.save(folder / "transformer", state, self.parts.config)
+        shapes = {self.names[name]: shape for name, shape in self.shapes.items()}
+        Shared.write_outline(folder, shapes, self.trainer.scalars(self.names))
+
     def state(self) -> dict:
         """All but the weights that an exact resume needs."""
         return {
@@ -127,12 +159,35 @@ class Learner:
             "average": None if self.average is None else self.average.weights,
         }
 
-    def load_state(self, found: Path) -> Progress:
-        """Of a checkpoint whose weights are in the network already."""
-        progress, state = checkpoint.load(found)
+    def load_state(self, found: Path) -> None:
+        """Of the checkpoint whose weights are in the network already."""
+        is_shared = checkpoint.is_shared(found)
+        if is_shared != self.engine.sharded and self.optimization.use_came:
+            raise UserError(
+                "resume",
+                f"use_came is true, whose state is another in each engine; {found.name} was written by "
+                f"{'zero2 or zero3' if is_shared else 'ddp'} and engine is {self.engine.name}; restore it",
+            )
+        if is_shared or self.engine.sharded:
+            held = Shared(found) if is_shared else self._whole(found)
+            self.trainer.make_state(self.names, held.keys, held.scalars)
+            # ZeRO has a state also for what never had a gradient, and there it stays zero.
+            held.fill(piece for piece in self.pieces() if piece.name in held or "optimizer/" not in piece.name)
+            return
+        state = checkpoint.load(found)
         self.optimizer.load_state_dict(state["optimizer"])
         self.engine.load_scaler_state(state["scaler"])
         if self.average is not None and state["average"] is not None:
             for name, weight in self.average.weights.items():
                 weight.copy_(state["average"][name])
-        return progress
+
+    def _whole(self, found: Path) -> Whole:
+        of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
+        state = checkpoint.load(found)
+        return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
+
+
+def size_bytes(leaf: object) -> int:
+    """Of a tensor, or of this process's share of one; nothing else has any."""
+    local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return local.numel() * local.element_size() if isinstance(local, Tensor) else 0

@@ -25,8 +25,8 @@ class Engine:
     """(rehearsal, phase, N) -> parts at the fullest moment of the phase."""
     half_weights: bool
     """The network computes with bf16 copies of its own, not under autocast."""
-    exchanged: Callable[[int, int], float]
-    """(Psi, N) -> bytes that each GPU sends in an optimizer step."""
+    offloaded: tuple[str, ...] = ()
+    """Parts that `offload` keeps in the machine's own memory."""
 
 
 def _one(found: Rehearsal, phase: str, gpus: int) -> Parts:
@@ -59,16 +59,27 @@ def _zero3(found: Rehearsal, phase: str, gpus: int) -> Parts:
 
 
 def _fsdp(found: Rehearsal, phase: str, gpus: int) -> Parts:
-    """fp32 weights, gradients and state shared out; two blocks of bf16 weights and one of gradients whole at a time
-    (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html: one block computes while the next is gathered)."""
+    """fp32 weights, gradients and state shared out. Whole are two blocks of bf16 weights, as one computes while the
+    next is gathered; what is in no block, in fp32; and a block's gradients in bf16 and, to be added up, in fp32
+    (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
     share = -(-found.trainable // gpus)
     parts = _computed_in_half(found, phase)
     parts["weights"] = FULL * share + parts.pop("still", 0) // gpus
-    parts |= {"optimizer": _state(found, share), "gathered": 2 * HALF * found.block_parameters}
+    parts["optimizer"] = _state(found, share)
+    if phase != "encode":
+        parts["gathered"] = 2 * HALF * found.block_parameters + FULL * found.other_parameters
     if phase in ("backward", "step"):
         parts["gradients"] = FULL * share
     if phase == "backward":
-        parts["gathered"] += HALF * found.block_parameters
+        parts["gathered"] += (HALF + FULL) * found.block_parameters
+    return parts
+
+
+def _fsdp_gathered(found: Rehearsal, phase: str, gpus: int) -> Parts:
+    """With keep_gathered all blocks stay whole from forward to backward pass."""
+    parts = _fsdp(found, phase, gpus)
+    if phase in ("forward", "backward"):
+        parts["gathered"] += HALF * (found.parameters - found.other_parameters) - 2 * HALF * found.block_parameters
     return parts
 
 
@@ -85,17 +96,29 @@ def _state(found: Rehearsal, share: int) -> int:
 
 
 ENGINES = {
-    "one": Engine("one device", _one, False, lambda psi, gpus: 0.0),
-    "ddp": Engine("DDP", _ddp, False, lambda psi, gpus: 2 * FULL * psi * (gpus - 1) / gpus),
-    "zero2": Engine("ZeRO-2", _zero2, True, lambda psi, gpus: 2 * HALF * psi * (gpus - 1) / gpus),
-    "zero3": Engine("ZeRO-3", _zero3, True, lambda psi, gpus: 3 * HALF * psi * (gpus - 1) / gpus),
-    "fsdp": Engine("FSDP", _fsdp, True, lambda psi, gpus: (2 * HALF + FULL) * psi * (gpus - 1) / gpus),
+    "one": Engine("one device", _one, half_weights=False),
+    "ddp": Engine("DDP", _ddp, half_weights=False),
+    "zero2": Engine("ZeRO-2", _zero2, half_weights=True, offloaded=("masters", "optimizer", "gradients")),
+    "zero3": Engine("ZeRO-3", _zero3, half_weights=True, offloaded=("masters", "optimizer", "gradients")),
+    "fsdp": Engine("FSDP", _fsdp, half_weights=True, offloaded=("weights", "optimizer", "gradients")),
 }
 
 
-def peaks(found: Rehearsal, engine: str, gpus: int) -> dict[str, Parts]:
-    """phase -> part -> bytes on each GPU."""
-    share = ENGINES[engine].share
+def name_of(engine: str | None, gpus: int) -> str:
+    """engine: that of the recipe. One process has nothing to deal out."""
+    return "one" if gpus == 1 else engine or "ddp"
+
+
+def peaks(
+    found: Rehearsal, engine: str, gpus: int, *, offload: bool = False, keep_gathered: bool = False
+) -> tuple[dict[str, Parts], int]:
+    """(phase -> part -> bytes on each GPU, bytes that each process keeps in the machine's own memory)."""
+    kind = ENGINES[engine]
+    share = _fsdp_gathered if engine == "fsdp" and keep_gathered else kind.share
+    all_parts = {phase: share(found, phase, gpus) for phase in found.peaks}
+    kept = kind.offloaded if offload else ()
+    host = max(sum(parts.get(part, 0) for part in kept) for parts in all_parts.values())
     return {
-        phase: {part: size for part, size in share(found, phase, gpus).items() if size > 0} for phase in found.peaks
-    }
+        phase: {part: size for part, size in parts.items() if size > 0 and part not in kept}
+        for phase, parts in all_parts.items()
+    }, host

@@ -43,7 +43,6 @@ class Machines:
     """What the run is planned for."""
 
     gpus: int = 1
-    engine: str = "one"
     device: str = "80GB"
     """A name of DEVICES, or a size such as 48GB."""
     throughput_tflops: float | None = None  # reached by each device
@@ -64,6 +63,7 @@ class Forecast:
     model: str
     mode: str
     machines: Machines
+    engine: str  # a name of ENGINES
     inputs: Inputs
     left_out: list[tuple[str, str]]  # (path, reason) of entries that training will not use
     data: DataForecast
@@ -85,10 +85,11 @@ class Forecast:
 
 def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = lambda _: None) -> Forecast:
     """told: what is being done now. Raises UserError for what training would refuse, and for unknown machines."""
-    check(recipe, machines)
+    engine = engines.name_of(recipe.parallel.engine, machines.gpus)
+    check(recipe, machines, engine)
     family, mode, _ = choose_family(recipe)
     world = machines.gpus
-    inputs = gather(recipe, family, mode, world=world)
+    inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * world)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
@@ -112,25 +113,26 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     def attempt(changed: tuple[Change, ...], base: Rehearsal | None = None) -> tuple[Verdict, Rehearsal]:
         told(" and ".join(change.words for change in changed) or "the largest step")
         settings = {name: value for change in changed for name, value in change.settings.items()}
-        engine, gpus = settings.pop("engine", machines.engine), settings.pop("gpus", machines.gpus)
+        gpus = settings.pop("gpus", machines.gpus)
         other = build({**flat(recipe), **settings})
+        name = engines.name_of(other.parallel.engine, gpus)
         draws, phases = first_draws(other, gpus), shown
         if base is not None:
-            otherwise = [*settings, *(["trained_weights"] if engine != machines.engine else [])]
+            otherwise = [*settings, *(["trained_weights"] if name != engine else [])]
             phases = shown & frozenset[str]().union(*(CHANGES.get(name, shown) for name in otherwise))
-        found = rehearsed(other, engine, draws, phases, base)
-        return judge(engines.peaks(found, engine, gpus), machines.size_bytes), found
+        found = rehearsed(other, name, draws, phases, base)
+        return judge(on_each(other, found, gpus)[0], machines.size_bytes), found
 
     shown = ALL if with_preview(recipe, inputs) else ALL - {"preview"}
     verdict, base = attempt(())
-    peaks = engines.peaks(base, machines.engine, machines.gpus)
+    peaks, kept_back_bytes = on_each(recipe, base, machines.gpus)
     draws = first_draws(recipe, world)
     checkpointing = recipe.training.gradient_checkpointing
     told("activations without gradient_checkpointing" if checkpointing else "activations with gradient_checkpointing")
     toggled = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not checkpointing))
-    other = rehearsed(toggled, machines.engine, draws, TRAINED, base)
+    other = rehearsed(toggled, engine, draws, TRAINED, base)
     sizes = sized(
-        data, base, lambda shape: rehearsed(recipe, machines.engine, at(draws, shape), TRAINED | {"encode"}, base), told
+        data, base, lambda shape: rehearsed(recipe, engine, at(draws, shape), TRAINED | {"encode"}, base), told
     )
     curves = {
         phase: pace.Curve([*sizes], [found.flops.get(phase, 0) for found in sizes.values()])
@@ -141,12 +143,13 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    candidates = [*changes(recipe, machines.engine, world)]
+    candidates = [*changes(recipe, engine, world)]
     offers = [] if verdict.safe else search(candidates, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
         mode=mode,
         machines=machines,
+        engine=engine,
         inputs=inputs,
         left_out=left_out(inputs, plan),
         data=data,
@@ -157,7 +160,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         rehearsal=base,
         peaks=peaks,
         kept_bytes={checkpointing: base.saved_bytes, not checkpointing: other.saved_bytes},
-        host_bytes=host_bytes(recipe, base, draws, family.needs[mode], world),
+        host_bytes=host_bytes(recipe, base, draws, family.needs[mode], world, kept_back_bytes),
         disk_bytes=disk_bytes(recipe, base, steps, data, len(inputs.train), sizes),
         step_flops=mean,
         run_flops=sum(mean.values()) * steps * accumulate * world,
@@ -167,19 +170,22 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     )
 
 
-def check(recipe: Recipe, machines: Machines) -> None:
-    """Raises UserError for machines that contradict each other."""
+def check(recipe: Recipe, machines: Machines, engine: str) -> None:
+    """Raises UserError for machines that this run cannot have."""
     machines.size_bytes  # noqa: B018
     if machines.gpus < 1:
         raise UserError("gpus", f"{machines.gpus} devices train nothing; give 1 or more")
-    if (machines.engine == "one") != (machines.gpus == 1):
-        rule = "is for one device" if machines.engine == "one" else "shares work between several"
-        others = "ddp, zero2, zero3 or fsdp" if machines.engine == "one" else "one, or more --gpus"
-        raise UserError("engine", f"{machines.engine} {rule} and gpus is {machines.gpus}; give --engine {others}")
-    if ENGINES[machines.engine].half_weights and recipe.training.mixed_precision == "no":
+    if ENGINES[engine].half_weights and recipe.training.mixed_precision == "no":
         raise UserError(
-            "engine", f"{machines.engine} computes in bf16 or fp16 and mixed_precision is no; set it, or use ddp"
+            "engine", f"{engine} is planned in bf16 or fp16 alone, and mixed_precision is no; set it, or use ddp"
         )
+
+
+def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
+    """As engines.peaks, of the recipe's engine."""
+    parallel = recipe.parallel
+    name = engines.name_of(parallel.engine, gpus)
+    return engines.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
 
 
 def with_preview(recipe: Recipe, inputs: Inputs) -> bool:
@@ -216,7 +222,7 @@ def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
 
 
 def host_bytes(
-    recipe: Recipe, found: Rehearsal, draws: list[Draw], needs: tuple[str, ...], gpus: int
+    recipe: Recipe, found: Rehearsal, draws: list[Draw], needs: tuple[str, ...], gpus: int, kept_back_bytes: int
 ) -> dict[str, int]:
     """Of the machine's own memory, in the largest step, for all processes of one machine."""
     frames, height, width = draws[0].shape
@@ -224,7 +230,8 @@ def host_bytes(
     batch = len(draws) * frames * height * width * per_pixel
     workers = recipe.data.dataloader_num_workers
     frozen = sum(size for name, size in found.weight_bytes.items() if name != "network")
-    return {
+    kept_back = {"what offload keeps there": gpus * kept_back_bytes} if kept_back_bytes else {}
+    return kept_back | {
         "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
         "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
         * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),

@@ -129,8 +129,8 @@ def memory_table(found: Forecast) -> Table:
     ]
     rows.append(("together", *(size(sum(found.peaks[phase].values())) for phase in phases)))
     kept = [f"{size(found.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
-    engine = ENGINES[found.machines.engine].words
-    how = "" if found.machines.engine in ("one", "ddp") else ", shared out by arithmetic"
+    engine = ENGINES[found.engine].words
+    how = "" if found.engine in ("one", "ddp") else ", shared out by arithmetic"
     note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]} gradient_checkpointing, {kept[1]}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
@@ -220,7 +220,7 @@ def write_page(found: Forecast, path: Path) -> Path:
             name=found.model,
             mode=found.mode,
             machines=found.machines,
-            engine=ENGINES[found.machines.engine].words,
+            engine=ENGINES[found.engine].words,
             tone="good" if found.verdict.safe else "open" if found.verdict.fits else "bad",
             answer=answer,
             reason=reason,

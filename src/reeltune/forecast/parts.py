@@ -52,6 +52,8 @@ class Rehearsal:
     """name -> bytes of the trained network ("network") and of each frozen one."""
     block_parameters: int
     """Of the largest block, which an engine that shards gathers whole."""
+    other_parameters: int
+    """Outside of blocks."""
     encoded_bytes: int
     """Of what encoding makes of one sample, in float32."""
     reached: tuple[bool, ...] = field(repr=False)

@@ -76,6 +76,8 @@ def rehearse(
         recipe.optimization,
         seed=training.seed,
         gradient_checkpointing=training.gradient_checkpointing,
+        batch=len(draws),
+        accumulate=training.gradient_accumulation_steps,
     )
     tracker = Tracker(stand_ins)
     cached = recipe.cache.cache_folder is not None
@@ -110,7 +112,7 @@ def rehearse(
             saved_bytes = tracker.live["forward"] + tracker.live["casts"]
             tracker.rename("forward", "activations")
             with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
-                engine.backward(loss.value / training.gradient_accumulation_steps, learner.net, last=True)
+                learner.trainer.backward(loss.value / training.gradient_accumulation_steps, last=True)
             gradient_bytes = tracker.live["gradients"]
             reached = tuple(parameter.grad is not None for parameter in learner.learning)
             del loss
@@ -154,7 +156,7 @@ def rehearse(
         parameters=learner.counts["parameters"],
         trainable=learner.counts["trainable"],
         weight_bytes={"network": size_bytes(weights_of(learner.plain)), **sizes},
-        block_parameters=largest_block(learner.plain, family.blocks),
+        **parameters_by_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
         reached=reached,
         encoded=encoded,
@@ -280,6 +282,8 @@ def size_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def largest_block(net: nn.Module, blocks: tuple[str, ...]) -> int:
-    found = (module for module in net.modules() if type(module).__name__ in blocks)
-    return max(sum(parameter.numel() for parameter in block.parameters()) for block in found)
+def parameters_by_block(net: nn.Module, blocks: tuple[str, ...]) -> dict[str, int]:
+    found = [module for module in net.modules() if type(module).__name__ in blocks]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in found]
+    whole = sum(parameter.numel() for parameter in net.parameters())
+    return {"block_parameters": max(sizes), "other_parameters": whole - sum(sizes)}

@@ -51,16 +51,16 @@ def judge(peaks: dict[str, dict[str, int]], have_bytes: int) -> Verdict:
 class Change:
     """One field of the recipe (or of the machines), and what it costs."""
 
-    settings: dict[str, Any]  # fields of the recipe; or "engine", "gpus"
+    settings: dict[str, Any]  # fields of the recipe; or "gpus"
     cost: float  # to order by: more time as a share of a step; what changes the result comes after all that do not
     price: Callable[[Rehearsal, Rehearsal], str]
     """(as it is, with the change) -> the price in words."""
 
     @property
     def words(self) -> str:
-        """As it is written in a recipe; flags of the command for what is no field of it."""
+        """As it is written in a recipe; the command's flag for what is no field of it."""
         return ", ".join(
-            f"--{name} {value}" if name in ("engine", "gpus") else f"{name}: {shown(value)}"
+            f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}"
             for name, value in self.settings.items()
         )
 
