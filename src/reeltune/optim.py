@@ -108,7 +108,7 @@ class StochasticRounding:
             self.pairs += zip(group["params"], stand_ins, strict=True)
             lifted.append({**group, "params": stand_ins})
         self.optimizer = build(lifted)
-        self._release()
+        self._release(self.pairs)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -126,7 +126,7 @@ class StochasticRounding:
             )
             for parameter, stand_in in chunk:
                 parameter.data.copy_(round_stochastically(stand_in.data, generator))
-            self._release()
+            self._release(chunk)
         self.steps += 1
 
     def zero_grad(self) -> None:
@@ -153,8 +153,8 @@ class StochasticRounding:
                 yield first, chunk
                 first, chunk, size = index + 1, [], 0
 
-    def _release(self) -> None:
-        for _, stand_in in self.pairs:
+    def _release(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        for _, stand_in in pairs:
             stand_in.grad = None
             stand_in.data = torch.empty(0, device=stand_in.device)
 
