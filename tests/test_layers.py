@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights"),
     ("families",),
-    ("engine", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    ("engine", "blocks", "checkpoint", "optim", "fused", "trainable", "interrupt", "first_batch", *REPORTING),
     (
         "train",
         "learner",

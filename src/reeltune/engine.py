@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import resource
@@ -16,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune.errors import UserError
@@ -180,13 +178,6 @@ class FlopCount:
         with FlopCounterMode(display=False) as counter:
             yield
         self.known[shape] = 3 * counter.get_total_flops()
-
-
-def recompute_blocks(net: nn.Module, blocks: tuple[str, ...]) -> None:
-    """Gradient checkpointing: modules of these class names recompute their activations in the backward pass."""
-    for module in net.modules():
-        if type(module).__name__ in blocks:
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

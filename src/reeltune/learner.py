@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reeltune import checkpoint
-from reeltune.engine import Engine, recompute_blocks
+from reeltune.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.engine import Engine
+from reeltune.errors import UserError
 from reeltune.families.spec import Family, Parts
+from reeltune.fused import StepInBackward
 from reeltune.optim import (
     MovingAverage,
     StochasticRounding,
@@ -20,7 +24,7 @@ from reeltune.optim import (
     set_rate,
     soften_outliers,
 )
-from reeltune.recipe import Model, Optimization
+from reeltune.recipe import Memory, Model, Optimization
 from reeltune.trainable import released_names, select
 from reeltune.types import Progress
 
@@ -35,6 +39,7 @@ class Learner:
         engine: Engine,
         model: Model,
         optimization: Optimization,
+        memory: Memory,
         *,
         seed: int,
         gradient_checkpointing: bool,
@@ -45,8 +50,7 @@ class Learner:
         groups = select(self.plain, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
-        if gradient_checkpointing:
-            recompute_blocks(self.plain, family.blocks)
+        self._save_memory(memory, gradient_checkpointing)
         build = partial(
             build_optimizer,
             learning_rate=optimization.learning_rate,
@@ -55,11 +59,31 @@ class Learner:
             weight_decay=optimization.adam_weight_decay,
             use_8bit_adam=optimization.use_8bit_adam,
             use_came=optimization.use_came,
+            use_adafactor=optimization.use_adafactor,
         )
         rounding = model.trained_weights == "bf16_stochastic"
         optimizer = StochasticRounding(groups, build, seed) if rounding else build(groups)
-        self.net, self.optimizer = engine.prepare(self.plain, optimizer)
+        self.fused = None
+        if memory.step_in_backward:
+            self.net, self.optimizer = engine.prepare(self.plain, None)[0], optimizer
+            self.fused = StepInBackward(optimizer, self.learning)
+        else:
+            self.net, self.optimizer = engine.prepare(self.plain, optimizer)
         self.net.train()
+
+    def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> None:
+        blocks = blocks_of(self.plain, self.family.blocks)
+        swapped = swap(blocks, memory.blocks_to_swap, self.engine.device)
+        if gradient_checkpointing:
+            recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
+        if memory.offload_activations:
+            offload_activations(self.plain)
+        if memory.step_in_backward and self.engine.world > 1:
+            raise UserError(
+                "recipe",
+                f"step_in_backward is true and there are {self.engine.world} processes, which must exchange gradients "
+                "first; leave it out, or start one process",
+            )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -82,19 +106,32 @@ class Learner:
         )
         return lambda step: optimization.learning_rate * factor(step)
 
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """last: of the micro-steps of a step."""
+        if self.fused is None:
+            self.engine.backward(loss, self.net, last=last)
+        else:
+            self.fused.backward(loss)
+
     def step(self, step: int, rate: float) -> Tensor:
         """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
         optimization = self.optimization
         start = optimization.abnormal_norm_clip_start
-        ceiling = clip_ceiling(step, optimization.max_grad_norm, optimization.initial_grad_norm_ratio, start)
-        norm = self.engine.clip(self.learning, ceiling)
-        if start is not None and step > start:
-            soften_outliers(self.learning, norm, ceiling)
+        most = math.inf if optimization.max_grad_norm is None else optimization.max_grad_norm
+        ceiling = clip_ceiling(step, most, optimization.initial_grad_norm_ratio, start)
+        soften = partial(soften_outliers, max_norm=ceiling) if start is not None and step > start else None
         set_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = self._step(ceiling, soften) if self.fused is None else self.fused.step(ceiling, soften)
         if self.average is not None:
             self.average.update()
+        return norm
+
+    def _step(self, ceiling: float, soften: Callable | None) -> Tensor:
+        norm = self.engine.clip(self.learning, ceiling)
+        if soften is not None:
+            soften(self.learning, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return norm
 
     def write_weights(self, folder: Path) -> None:

@@ -70,6 +70,7 @@ def train(recipe: Recipe) -> int:
         engine,
         recipe.model,
         recipe.optimization,
+        recipe.memory,
         seed=recipe.training.seed,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
     )
@@ -130,7 +131,7 @@ def train(recipe: Recipe) -> int:
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                engine.backward(loss.value / accumulate, learner.net, last=micro == accumulate - 1)
+                learner.backward(loss.value / accumulate, last=micro == accumulate - 1)
                 watch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
                 tokens += family.geometry.tokens(shape) * len(batch.draws) * engine.world
