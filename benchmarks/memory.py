@@ -135,6 +135,8 @@ class Step:
             way.memory,
             seed=0,
             gradient_checkpointing=way.checkpointing,
+            batch=1,
+            accumulate=1,
         )
         chance = torch.Generator().manual_seed(0)
         self.x = torch.randn(1, 16, 3, 28, 28, generator=chance)

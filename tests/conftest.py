@@ -18,13 +18,20 @@ def _folder(path: Path, what: str) -> Path:
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take a `pair` or `any_checkpoint` run over every family."""
-    for name, modes in (("pair", True), ("any_checkpoint", False)):
+    """Tests that take a `pair`, `any_checkpoint` or `one_of_a_family` run over every family."""
+    for name in ("pair", "any_checkpoint", "one_of_a_family"):
         if name in metafunc.fixturenames:
-            from every_family import pairs  # here, so that tests without networks need not wait for their libraries
+            from every_family import one_each, pairs  # here: tests without networks need not wait for their libraries
 
             goldens = Path(metafunc.config.getoption("--goldens")).resolve()
-            metafunc.parametrize(name, pairs(goldens, modes=modes), scope="module")
+            found = one_each(goldens) if name == "one_of_a_family" else pairs(goldens, modes=name == "pair")
+            metafunc.parametrize(name, [together(one, metafunc) for one in found], scope="module")
+
+
+def together(one, metafunc):
+    """The tests of a module over one checkpoint share what was made of it, so one process runs them."""
+    group = pytest.mark.xdist_group(f"{metafunc.module.__name__}-{one.id}")
+    return pytest.param(*one.values, id=one.id, marks=[*one.marks, group])
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Every family and mode as a tiny checkpoint, for the tests from which none is excused.
 
 The checkpoints are those of the goldens, told apart by `families.find`, and untrained networks of other channels put
-in their place; without goldens they are our own. The toy needs no files.
+in their place; those of families that have no goldens are our own. The toy needs no files.
 """
 
 import json
@@ -34,6 +34,7 @@ OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)
 class Pair:
     """A checkpoint and one of its modes."""
 
+    family: str
     checkpoint: str
     mode: str
     lay_out: Callable[[Path], Path]
@@ -43,27 +44,38 @@ class Pair:
 @cache  # the same objects for all tests, so that pytest keeps those of a Pair together
 def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
     """Parameters for pytest: every Pair, or without `modes` one a checkpoint."""
-    found: list[Any] = [_pairs("toy", TOY.modes, SHOWN["toy"].write)]
+    found: list[Any] = [_pairs(TOY, "toy", TOY.modes, SHOWN["toy"].write)]
     folders = [path.parent for path in goldens.glob("multi/*/model_index.json")]
     folders += goldens.glob("wan_fun/checkpoints/*/")
     for folder in sorted(folders):
         family = families.find(folder)
-        found.append(_pairs(folder.name, family.modes, partial(_there, folder)))
+        found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
-            found.append(_pairs(f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
-    if not folders:
-        for family in OWN_WAN:
-            variant = family.name.removeprefix("wan_fun/")
-            found.append(_pairs(variant, family.modes, partial(tiny_checkpoint, variant=variant)))
-        for name, family in OWN.items():
-            found.append(_pairs(name, family.modes, SHOWN[name].write))
+            found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
+    covered = {one[0].values[0].family for one in found}
+    for family in OWN_WAN if "wan_fun" not in covered else ():
+        variant = family.name.removeprefix("wan_fun/")
+        found.append(_pairs(family, variant, family.modes, partial(tiny_checkpoint, variant=variant)))
+    for name, family in OWN.items():
+        if name not in covered:
+            found.append(_pairs(family, name, family.modes, SHOWN[name].write))
             for mode, changes in others(family, {}):
-                found.append(_pairs(f"{name}-other", (mode,), partial(_derive_own, name, changes)))
+                found.append(_pairs(family, f"{name}-other", (mode,), partial(_derive_own, name, changes)))
     return [pair for one in found for pair in (one if modes else one[:1])]
 
 
-def _pairs(checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path]) -> list[Any]:
-    return [pytest.param(Pair(checkpoint, mode, lay_out), id=f"{checkpoint}-{mode}") for mode in modes]
+def one_each(goldens: Path) -> list[Any]:
+    """The first Pair of each family, for what takes long; all but the toy marked slow."""
+    first = {pair.values[0].family: pair for pair in reversed(pairs(goldens, modes=False))}
+    return [
+        pytest.param(*pair.values, id=name, marks=() if name == "toy" else pytest.mark.slow)
+        for name, pair in sorted(first.items())
+    ]
+
+
+def _pairs(family: Family, checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path]) -> list[Any]:
+    name = family.name.partition("/")[0]
+    return [pytest.param(Pair(name, checkpoint, mode, lay_out), id=f"{checkpoint}-{mode}") for mode in modes]
 
 
 def _there(source: Path, folder: Path) -> Path:

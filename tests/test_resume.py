@@ -184,9 +184,8 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     where = checkpoints / "toy", data, out
     more = {"resume_from_checkpoint": "latest", "max_train_steps": 7}
     with pytest.raises(UserError) as error:
-        run(settings_of("toy", **more, seed=1, train_batch_size=1, video_sample_size=48), *where)
-    assert sorted(line.split(" ")[0] for line in error.value.problems) == ["a", "seed", "video_sample_size"]
-    assert "2 samples over all processes and is 1" in str(error.value)
+        run(settings_of("toy", **more, seed=1, video_sample_size=48), *where)
+    assert sorted(line.split(" ")[0] for line in error.value.problems) == ["seed", "video_sample_size"]
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()

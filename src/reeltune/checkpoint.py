@@ -3,6 +3,7 @@
 transformer/          the trained network under its released names, loadable by the original tools
 transformer_ema/      its moving average, if kept
 optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
+shares/               in place of these, where several processes share the weights: what each of them keeps
 ledger.npz            times each record was used
 progress.json         step, epoch, cursor, group; without it the folder is not a checkpoint
 """
@@ -15,15 +16,22 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 
+from reeltune import shards
 from reeltune.errors import UserError
+from reeltune.shards import Piece
 from reeltune.types import Progress
 
+SHARES = "shares"
 NAME = re.compile(r"checkpoint-(\d+)$")
 PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
 
@@ -75,41 +83,98 @@ def save(
     Raises UserError if the disk is full or refuses; what was there before stays as it was.
     """
     started = time.perf_counter()
-    final = Path(output_dir) / f"checkpoint-{progress.step}"
-    partial = Path(output_dir) / f".checkpoint-{progress.step}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _partial(output_dir, progress.step, main=True) as partial:
         write_weights(partial)
         torch.save(optimizer_state, partial / "optimizer.pt")
         write_more(partial)
-        (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
-        size_bytes = _flush(partial)
-        if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush_folder(final.parent)
-    except (OSError, RuntimeError, ValueError) as broken:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not _is_disk_error(broken):
+        final, size_bytes = _finish(partial, progress, keep)
+    return final, time.perf_counter() - started, size_bytes
+
+
+def save_shares(
+    output_dir: Path,
+    progress: Progress,
+    pieces: Iterable[Piece],
+    group: ProcessGroup,
+    *,
+    write_more: Callable[[Path], None],
+    keep: int | None,
+) -> tuple[Path, float, int]:
+    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps. The first of them
+    does what is to be done once; write_more is called there alone. Its (folder, seconds, bytes) are the whole's.
+    """
+    started = time.perf_counter()
+    main = dist.get_rank(group) == 0
+    size_bytes = 0
+    with _partial(output_dir, progress.step, main=main) as partial:
+        dist.barrier(group)
+        shards.write(partial / SHARES, pieces, group)  # returns once all have written
+        if main:
+            write_more(partial)
+            _, size_bytes = _finish(partial, progress, keep)
+    return _folder(output_dir, progress.step), time.perf_counter() - started, size_bytes
+
+
+def _folder(output_dir: Path, step: int) -> Path:
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+@contextmanager
+def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
+    """An empty folder to write a checkpoint into, made by the main process and removed by it if that fails."""
+    final = _folder(output_dir, step)
+    partial = Path(output_dir) / f".{final.name}.partial"
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        yield partial
+    except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        causes = [broken]
+        if isinstance(broken, CheckpointException):  # of all processes
+            causes = [cause for cause, _ in broken.failures.values()]
+        if not any(map(_is_disk_error, causes)):
             raise
         last = next(reversed(complete(output_dir)), None)
         raise UserError(
             "save",
-            f"{final.name} could not be written ({broken}); free space in {output_dir} and run again with "
+            f"{final.name} could not be written ({causes[0]}); free space in {output_dir} and run again with "
             f"resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
         ) from broken
-    if keep is not None:
-        for old in complete(output_dir)[: -max(keep, 1)]:
-            (old / "progress.json").unlink()  # first, so that a kill in between leaves no half checkpoint
-            shutil.rmtree(old)
-    return final, time.perf_counter() - started, size_bytes
 
 
-def load(checkpoint: Path) -> tuple[Progress, dict]:
-    """Progress and optimizer state (on the CPU) of a complete checkpoint."""
-    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
-    return progress, torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, int]:
+    """Progress, the new name, and the end of older ones. Returns (folder, bytes)."""
+    final = _folder(partial.parent, progress.step)
+    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    size_bytes = _flush(partial)
+    if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush_folder(final.parent)
+    for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
+        (old / "progress.json").unlink()  # first, so that a kill in between leaves no half checkpoint
+        shutil.rmtree(old)
+    return final, size_bytes
+
+
+# ---- reading
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def load(checkpoint: Path) -> dict:
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
+    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def is_shared(checkpoint: Path) -> bool:
+    """Whether several processes wrote it."""
+    return (checkpoint / SHARES).is_dir()
 
 
 def sweep(output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Devices, precision, processes. The only file that knows accelerate."""
+"""Devices, precision, processes. The only file that uses accelerate."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import re
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from reeltune import fsdp, zero
+from reeltune.direct import Direct
 from reeltune.errors import UserError
+from reeltune.launch import START, EngineName, Wish
+from reeltune.zero import Zero
 
 
 class Engine:
@@ -27,7 +32,14 @@ class Engine:
     accelerate does not see (they would each train alone).
     """
 
-    def __init__(self, mixed_precision: str = "no", *, allow_tf32: bool = False):
+    def __init__(
+        self,
+        mixed_precision: str = "no",
+        *,
+        allow_tf32: bool = False,
+        wish: Wish | None = None,
+        rank_timeout_seconds: float = 1800,
+    ):
         on_cpu = not torch.cuda.is_available()
         if on_cpu and mixed_precision == "fp16":
             raise UserError(
@@ -35,16 +47,18 @@ class Engine:
             )
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
-        some_unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as ref_conv without full_ref
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[some_unused])
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_seconds + 60))
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched != self.accelerator.num_processes:
+        if launched != self.world:
             raise UserError(
                 "launch",
-                f"{launched} processes were started but each sees {self.accelerator.num_processes}: they would train "
-                "apart; start with accelerate launch --multi_gpu --num_processes N "
-                "(and ACCELERATE_USE_CPU=true without a GPU)",
+                f"{launched} processes were started but each sees {self.world}: they would train apart; {START}",
             )
+        self.wish = wish or Wish()
+        # Checkpoints are agreed on over the CPU, beside what the devices are doing.
+        self.cpu_group = torch.distributed.new_group(backend="gloo") if self.sharded else None
+        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
     @property
     def device(self) -> torch.device:
@@ -62,27 +76,56 @@ class Engine:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def prepare(self, net: nn.Module, optimizer):
-        """The network and optimizer to train with; the network autocasts in its own forward."""
-        net = self.accelerator.prepare_model(net)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = self.accelerator.prepare_optimizer(optimizer)
-        return net, optimizer
+    @property
+    def name(self) -> EngineName:
+        """One process has nothing to deal out."""
+        return self.wish.engine if self.world > 1 else "ddp"
 
-    def unwrap(self, net: nn.Module) -> nn.Module:
-        return self.accelerator.unwrap_model(net, keep_torch_compile=False)
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has all of the optimizer's state."""
+        return self.name != "ddp"
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether the network answers only if all processes ask it."""
+        return self.name in ("zero3", "fsdp")
+
+    def shard(self, net: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
+        """The network, which now autocasts in its own forward; `prepare` follows, once it has an optimizer.
+
+        blocks: class names to shard by, where the launcher gave none.
+        """
+        net = self.accelerator.prepare_model(net, device_placement=not self.sharded, evaluation_mode=True)
+        if self.name == "fsdp":
+            fsdp.shard(
+                net,
+                self.wish.blocks or blocks,
+                device=self.device,
+                world=self.world,
+                dtype=self.dtype,
+                keep_gathered=self.wish.keep_gathered,
+                offload=self.wish.offload,
+            )
+        return net
+
+    def prepare(self, net: nn.Module, optimizer: Any, *, batch: int, accumulate: int, max_norm: float) -> Direct | Zero:
+        """What steps the network. batch: samples of this process in a micro-step, of which a step has `accumulate`."""
+        if self.name not in ("zero2", "zero3"):
+            return Direct(self.accelerator, net, optimizer, ddp=self.name == "ddp" and self.world > 1)
+        config = zero.settings(
+            self.wish.deepspeed or {},
+            stage=int(self.name[-1]),
+            offload=self.wish.offload,
+            bf16=self.dtype == torch.bfloat16,
+            batch=batch,
+            accumulate=accumulate,
+            max_norm=max_norm,
+        )
+        return Zero(net, optimizer, config)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()
-
-    def backward(self, loss: Tensor, net: nn.Module, *, last: bool) -> None:
-        """Adds gradients; ranks exchange them only at the last micro-step of a step."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(net):
-            self.accelerator.backward(loss)
-
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """Scales gradients down to max_norm; returns their norm before that, still on the device."""
-        return self.accelerator.clip_grad_norm_(parameters, max_norm)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, still on the device."""
@@ -92,6 +135,10 @@ class Engine:
         """The thing of each rank, on every rank; any picklable value."""
         return [thing] if self.world == 1 else gather_object([thing])
 
+    def first(self, thing: Any) -> Any:
+        """That of rank 0, on every rank."""
+        return self.gather(thing)[0]
+
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""
         if self.world == 1:
@@ -100,6 +147,10 @@ class Engine:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def main_first(self) -> contextlib.AbstractContextManager:
+        """What is inside is done by rank 0, then by the others."""
+        return self.accelerator.main_process_first()
 
     def scaler_state(self) -> dict | None:
         """fp16's loss scale, part of an exact resume."""

@@ -31,7 +31,7 @@ class StepInBackward:
         """Keeps the loss until `step`, which needs the learning rate."""
         self.loss = loss
 
-    def step(self, max_norm: float, soften: Callable[[Sequence[nn.Parameter], Tensor], None] | None = None) -> Tensor:
+    def step(self, max_norm: float, soften: Callable[[list[nn.Parameter], Tensor], None] | None = None) -> Tensor:
         """Returns the norm of all gradients before clipping, still on the device.
 
         soften: what is done with clipped gradients, given their parameters and that norm, before they step.

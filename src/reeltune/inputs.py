@@ -91,10 +91,13 @@ def gather(
     family: Family,
     mode: str,
     *,
-    world: int = 1,
+    group: int | None = None,
     show_progress: bool = True,
 ) -> Inputs:
-    """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data."""
+    """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data.
+
+    group: samples of a micro-step over all processes; those of one process, if not given.
+    """
     data = recipe.data
     root = Path(data.train_data_dir)
     needs = FILE_INPUTS & set(family.needs[mode])
@@ -129,14 +132,14 @@ def gather(
     else:
         rows = split(usable, data.held_out_share, str(root))
         train, held_out = (usable.take(part) for part in rows)
-    group = recipe.training.train_batch_size * world
+    group = group or recipe.training.train_batch_size
     plan = partial(
         Plan,
         train,
         rules,
         group=group,
         seed=recipe.training.seed,
-        strata=strata_over(world) if recipe.loss.uniform_sampling else 1,
+        strata=strata_over(group) if recipe.loss.uniform_sampling else 1,
         video_repeat=data.video_repeat,
         largest_first=True,
         variants=recipe.cache.cache_variants,
@@ -251,17 +254,19 @@ def load_parts(
     *,
     encoders: bool = True,
     network: bool = True,
+    start_on: torch.device | None = None,
 ) -> Parts:
     """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
 
     transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
-    are read when they are needed; without `network` the trained one's weights are not read.
+    are read when they are needed; without `network` the trained one's weights are not read. start_on: where all
+    networks are to be at first, if not on the device.
     """
-    return family.load(
+    parts = family.load(
         recipe.model.pretrained_model_name_or_path,
         dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
         frozen_dtype=DTYPES[recipe.training.mixed_precision],
-        device=device,
+        device=device if start_on is None else start_on,
         low_vram=recipe.training.low_vram,
         encoders=encoders,
         network=network,
@@ -269,3 +274,5 @@ def load_parts(
         vae_tiling=recipe.memory.vae_tiling,
         transformer_path=transformer or recipe.model.transformer_path,
     )
+    parts.device = device
+    return parts

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from reeltune import checkpoint
 from reeltune.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.direct import piece
 from reeltune.engine import Engine
-from reeltune.errors import refuse
+from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts
 from reeltune.fused import StepInBackward
+from reeltune.held_state import Shared, Whole
 from reeltune.optim import (
     MovingAverage,
     StochasticRounding,
@@ -25,14 +28,17 @@ from reeltune.optim import (
     soften_outliers,
 )
 from reeltune.recipe import Memory, Model, Optimization
+from reeltune.shards import Piece, whole
 from reeltune.trainable import released_names, select
-from reeltune.types import Progress
 
 ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 class Learner:
-    """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping."""
+    """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping.
+
+    found: the checkpoint that the run goes on from; `load_state` then reads what goes with its weights.
+    """
 
     def __init__(
         self,
@@ -45,14 +51,21 @@ class Learner:
         *,
         seed: int,
         gradient_checkpointing: bool,
+        batch: int,
+        accumulate: int,
+        found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.plain: nn.Module = parts.net
-        names = released_names(self.plain, partial(family.to_released, config=parts.config))
-        groups = select(self.plain, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
+        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
+        if found is not None and checkpoint.is_shared(found):
+            self._read_weights(found)
+        select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
+        self._save_memory(memory, gradient_checkpointing)
+        self.plain = engine.shard(parts.net, family.blocks)
+        groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
-        self._save_memory(memory, gradient_checkpointing)
         build = partial(
             build_optimizer,
             learning_rate=optimization.learning_rate,
@@ -65,13 +78,21 @@ class Learner:
         )
         rounding = model.trained_weights == "bf16_stochastic"
         optimizer = StochasticRounding(groups, build, seed) if rounding else build(groups)
-        self.fused = None
-        if memory.step_in_backward:
-            self.net, self.optimizer = engine.prepare(self.plain, None)[0], optimizer
-            self.fused = StepInBackward(optimizer, self.learning)
-        else:
-            self.net, self.optimizer = engine.prepare(self.plain, optimizer)
-        self.net.train()
+        self.trainer = engine.prepare(
+            self.plain,
+            optimizer,
+            batch=batch,
+            accumulate=accumulate,
+            max_norm=self._most_norm,
+        )
+        self.net, self.optimizer = self.trainer.net, self.trainer.optimizer
+        self.fused = StepInBackward(optimizer, self.learning) if memory.step_in_backward else None
+        self.plain.train()
+
+    def _read_weights(self, found: Path) -> None:
+        """Of a checkpoint that several processes wrote, into the network as it was loaded."""
+        parameters = self.parts.net.named_parameters()
+        Shared(found).fill(whole(f"weights/{self.names[name]}", weight) for name, weight in parameters)
 
     def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> None:
         refuse(
@@ -83,20 +104,19 @@ class Learner:
                 if getattr(memory, name) and self.engine.world > 1
             ],
         )
-        blocks = blocks_of(self.plain, self.family.blocks)
+        blocks = blocks_of(self.parts.net, self.family.blocks)
         swapped = swap(blocks, memory.blocks_to_swap, self.engine.device)
         if gradient_checkpointing:
             recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
         if memory.offload_activations:
-            offload_activations(self.plain)
+            offload_activations(self.parts.net)
 
     @property
     def counts(self) -> dict[str, int]:
         """Parameters, and how many of them learn."""
-        return {
-            "parameters": sum(parameter.numel() for parameter in self.plain.parameters()),
-            "trainable": sum(parameter.numel() for parameter in self.learning),
-        }
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        learning = [sizes[name] for name, weight in self.plain.named_parameters() if weight.requires_grad]
+        return {"parameters": sum(sizes.values()), "trainable": sum(learning)}
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
@@ -114,7 +134,7 @@ class Learner:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """last: of the micro-steps of a step."""
         if self.fused is None:
-            self.engine.backward(loss, self.net, last=last)
+            self.trainer.backward(loss, last=last)
         else:
             self.fused.backward(loss)
 
@@ -122,22 +142,22 @@ class Learner:
         """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
         optimization = self.optimization
         start = optimization.abnormal_norm_clip_start
-        most = math.inf if optimization.max_grad_norm is None else optimization.max_grad_norm
-        ceiling = clip_ceiling(step, most, optimization.initial_grad_norm_ratio, start)
+        ceiling = clip_ceiling(step, self._most_norm, optimization.initial_grad_norm_ratio, start)
         soften = partial(soften_outliers, max_norm=ceiling) if start is not None and step > start else None
         set_rate(self.optimizer, rate)
-        norm = self._step(ceiling, soften) if self.fused is None else self.fused.step(ceiling, soften)
+        norm = (
+            self.trainer.step(self.learning, ceiling, soften)
+            if self.fused is None
+            else self.fused.step(ceiling, soften)
+        )
         if self.average is not None:
             self.average.update()
         return norm
 
-    def _step(self, ceiling: float, soften: Callable | None) -> Tensor:
-        norm = self.engine.clip(self.learning, ceiling)
-        if soften is not None:
-            soften(self.learning, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+    @property
+    def _most_norm(self) -> float:
+        most = self.optimization.max_grad_norm
+        return math.inf if most is None else most
 
     def write_weights(self, folder: Path) -> None:
         """transformer/ and, if kept, transformer_ema/, both in the released form."""
@@ -145,6 +165,19 @@ class Learner:
         self.family.save(folder / "transformer", state, self.parts.config)
         if self.average is not None:
             self.family.save(folder / "transformer_ema", {**state, **self.average.weights}, self.parts.config)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this process keeps of weights, optimizer state and average, views of them all."""
+        yield from self.trainer.pieces(self.names)
+        for name, average in ({} if self.average is None else self.average.weights).items():
+            yield piece(f"average/{self.names[name]}", average, self.engine.rank, self.engine.world)
+
+    def write_outline(self, folder: Path) -> None:
+        """What the pieces do not say: the network's config.json, shapes, and numbers of the optimizer's state."""
+        state = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        self.family.save(folder / "transformer", state, self.parts.config)
+        shapes = {self.names[name]: shape for name, shape in self.shapes.items()}
+        Shared.write_outline(folder, shapes, self.trainer.scalars(self.names))
 
     def state(self) -> dict:
         """All but the weights that an exact resume needs."""
@@ -154,12 +187,29 @@ class Learner:
             "average": None if self.average is None else self.average.weights,
         }
 
-    def load_state(self, found: Path) -> Progress:
-        """Of a checkpoint whose weights are in the network already."""
-        progress, state = checkpoint.load(found)
+    def load_state(self, found: Path) -> None:
+        """Of the checkpoint whose weights are in the network already."""
+        is_shared = checkpoint.is_shared(found)
+        if is_shared != self.engine.sharded and self.optimization.use_came:
+            raise UserError(
+                "resume",
+                f"use_came is true, whose state is another in each engine; {found.name} was written by "
+                f"{'zero2 or zero3' if is_shared else 'ddp'} and engine is {self.engine.name}; restore it",
+            )
+        if is_shared or self.engine.sharded:
+            held = Shared(found) if is_shared else self._whole(found)
+            self.trainer.make_state(self.names, held.keys, held.scalars)
+            # ZeRO has a state also for what never had a gradient, and there it stays zero.
+            held.fill(piece for piece in self.pieces() if piece.name in held or "optimizer/" not in piece.name)
+            return
+        state = checkpoint.load(found)
         self.optimizer.load_state_dict(state["optimizer"])
         self.engine.load_scaler_state(state["scaler"])
         if self.average is not None and state["average"] is not None:
             for name, weight in self.average.weights.items():
                 weight.copy_(state["average"][name])
-        return progress
+
+    def _whole(self, found: Path) -> Whole:
+        of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
+        state = checkpoint.load(found)
+        return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)

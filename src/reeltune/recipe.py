@@ -127,6 +127,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    engine: Literal["ddp", "zero2", "zero3", "fsdp"] | None = None
+    """How several processes share the work: all hold everything, or what of it is dealt out. Left out: as launched."""
+    keep_gathered: bool = False
+    """With fsdp: keep weights gathered between forward and backward pass; faster, and as much memory as with ddp."""
+    offload: bool = False
+    """With zero2, zero3 and fsdp: what is dealt out lives in the CPU's memory."""
+    rank_timeout_seconds: float = 1800.0
+    """Seconds that processes wait for one that is late before all stop; a validation counts as waiting."""
+
+
+@dataclass(frozen=True)
 class Cache:
     cache_folder: str | None = None
     """Folder of what `reeltune cache` has encoded, to train from without VAE and encoders."""
@@ -247,6 +259,7 @@ class Recipe:
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)
     memory: Memory = field(default_factory=Memory)
+    parallel: Parallel = field(default_factory=Parallel)
     cache: Cache = field(default_factory=Cache)
     loss: Loss = field(default_factory=Loss)
     optimization: Optimization = field(default_factory=Optimization)

@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "held_out_levels": (1, ANY),
 }
 ABOVE_ZERO = (
+    "rank_timeout_seconds",
     "video_sample_fps",
     "logit_std",
     "loss_outlier_threshold",
@@ -138,6 +139,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
+    yield from _dealt_out(recipe)
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:
         yield (
@@ -201,3 +203,26 @@ def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
             "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
         )
+
+
+def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with an engine that deals out weights or optimizer state."""
+    engine, optimization = recipe.parallel.engine, recipe.optimization
+    if engine in (None, "ddp"):
+        return
+    wholes = {
+        "mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16"),
+        "use_8bit_adam": (optimization.use_8bit_adam, "true", "leave it out: the state is dealt out already"),
+        "trained_weights": (recipe.model.trained_weights == "bf16_stochastic", "bf16_stochastic", "use fp32"),
+        "use_adafactor": (optimization.use_adafactor, "true", "use AdamW, or engine ddp"),
+        "offload_activations": (recipe.memory.offload_activations, "true", "use gradient_checkpointing, or engine ddp"),
+    }
+    if engine == "fsdp":
+        wholes["use_came"] = (optimization.use_came, "true", "use AdamW, or engine ddp")
+    else:
+        start = optimization.abnormal_norm_clip_start
+        wholes["use_ema"] = (optimization.use_ema, "true", "use engine fsdp or ddp")
+        wholes["abnormal_norm_clip_start"] = (start is not None, shown(start), "use engine fsdp or ddp")
+    for name, (given, value, remedy) in wholes.items():
+        if given:
+            yield (name, "engine"), f"{name} is {value} and engine is {engine}, which has no such thing; {remedy}"

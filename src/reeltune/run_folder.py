@@ -51,18 +51,15 @@ def refuse_other_model(found: Path, facts: dict[str, str]) -> None:
     )
 
 
-def changes_since(found: Path, recipe: Recipe, group: int) -> list[str]:
+def changes_since(found: Path, recipe: Recipe) -> list[str]:
     """Settings that differ from the checkpoint's, in words.
 
     Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none.
     """
     before, now = (flat(r) for r in (build(read(found / "recipe.yaml")), recipe))
-    before_group = json.loads((found / "progress.json").read_text())["group"]
     changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
     ordering = {*vars(recipe.sizes), *ORDERING}
     problems = [words for name, words in changed.items() if name in ordering]
-    if before_group != group:
-        problems.append(f"a micro-step was {before_group} samples over all processes and is {group}")
     remedy = f"restore them, or start a new run from its weights: transformer_path {found} and another output_dir"
     if problems:
         raise UserError(f"resume from {found}: the samples would not go on where they were; {remedy}", problems)

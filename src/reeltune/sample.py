@@ -84,9 +84,17 @@ def at_rest(net: nn.Module) -> Iterator[None]:
 
 
 def make_clip(
-    setup: Setup, net: nn.Module, request: Request, batch: Batch, path: Path, *, steps: int, guidance_scale: float
+    setup: Setup,
+    net: nn.Module,
+    request: Request,
+    batch: Batch,
+    path: Path,
+    *,
+    steps: int,
+    guidance_scale: float,
+    write: bool = True,
 ) -> None:
-    """Writes one clip, and its prompt, seed and settings into a .json of the same name."""
+    """Writes one clip, and its prompt, seed and settings into a .json of the same name; without `write` neither."""
     scheduler = denoise.sampler(setup.objective)
     with at_rest(net):
         encoded = setup.encode(batch)
@@ -107,6 +115,8 @@ def make_clip(
         )
         if setup.family.finish is not None:
             x0 = setup.family.finish(x0, cond)
+        if not write:
+            return
         pixels_BFCHW = setup.family.decode(setup.parts, x0)
     write_pixels(path, ((pixels_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), request.fps)
     told = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from reeltune import checkpoint, report
 from reeltune.cache.wanted import open_cache
@@ -21,12 +23,14 @@ from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
+from reeltune.parallel import engine_of, rhythm
 from reeltune.recipe import Recipe
 from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
 from reeltune.types import Batch, Progress
 from reeltune.validate import Validation
+from reeltune.watch import Watch
 
 
 def train(recipe: Recipe) -> int:
@@ -34,23 +38,41 @@ def train(recipe: Recipe) -> int:
 
     Raises UserError for everything that a user can mend.
     """
-    out = Path(recipe.output.output_dir)
     check_trackers(recipe.output.report_to)
-    found = checkpoint.find(out, recipe.output.resume_from_checkpoint)
-    refuse_overwriting(out, found)
-    checkpoint.sweep(out)
+    wish = engine_of(recipe)
+    patience_seconds = recipe.parallel.rank_timeout_seconds
+    engine = Engine(
+        recipe.training.mixed_precision,
+        allow_tf32=recipe.training.allow_tf32,
+        wish=wish,
+        rank_timeout_seconds=patience_seconds,
+    )
+    with Watch(engine.rank, engine.world, patience_seconds) as watch:
+        return run(recipe, engine, watch, wish.notices)
 
-    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
-    progress = Progress(group=recipe.training.train_batch_size * engine.world)
+
+def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = ()) -> int:
+    """What each of its processes does."""
+    out = Path(recipe.output.output_dir)
+    found = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
+    refuse_overwriting(out, found)
+    progress = Progress() if found is None else checkpoint.progress_of(found)
+    pace = rhythm(recipe.training.train_batch_size, engine.world, progress.group or None)
+    progress.group = pace.group
     family, mode, objective = choose_family(recipe)
     told = {"family": family.name, "mode": mode}
     changes = []
     if found is not None:
         refuse_other_model(found, told)
-        changes = changes_since(found, recipe, progress.group)
-    inputs = gather(recipe, family, mode, world=engine.world, show_progress=engine.main)
+        changes = changes_since(found, recipe)
+    if engine.main:
+        checkpoint.sweep(out)
+    with engine.main_first():  # which scans; the others find what it found
+        inputs = gather(recipe, family, mode, group=pace.group, show_progress=engine.main)
     cache = open_cache(recipe, family, mode, inputs)
-    parts = load_parts(recipe, family, engine.device, found and found / "transformer", encoders=cache is None)
+    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
+    transformer = None if found is None or checkpoint.is_shared(found) else found / "transformer"
+    parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
     pixels = inputs.reader
     if cache is not None:
         parts.null |= cache.null(engine.device)
@@ -73,14 +95,17 @@ def train(recipe: Recipe) -> int:
         recipe.memory,
         seed=recipe.training.seed,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
+        batch=pace.batch,
+        accumulate=recipe.training.gradient_accumulation_steps * pace.parts,
+        found=found,
     )
     ledger = ledger_of(recipe, inputs)
     if found is not None:
-        progress = learner.load_state(found)
+        learner.load_state(found)
         if engine.main:
             ledger.load(found / "ledger.npz")
 
-    accumulate = recipe.training.gradient_accumulation_steps
+    passes = recipe.training.gradient_accumulation_steps * pace.parts
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
     rate = learner.rate_curve(total_steps)
     motion_ratio = recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None
@@ -98,27 +123,30 @@ def train(recipe: Recipe) -> int:
     )
     if engine.main:
         describe(out, recipe, {**told, **learner.counts})
-    duties = Duties(out, recipe, engine, learner, validation, ledger, log)
-    batches = stream(
-        inputs.reader, progress, workers=recipe.data.dataloader_num_workers, rank=engine.rank, world=engine.world
-    )
+    duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
+    workers = recipe.data.dataloader_num_workers
+    batches = stream(inputs.reader, progress, workers=workers, rank=engine.rank, world=engine.world, parts=pace.parts)
     with Interrupt() as interrupt, log, duties:
         duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
-        duties.tell_start(found, [*inputs.scan.notices, *changes])
+        duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
             duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
         while progress.step < total_steps and not engine.any(interrupt.code > 0):
-            watch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
-            for micro in range(accumulate):
+            stopwatch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
+            for micro in range(passes):
+                watch.doing("data", progress.step)
                 batch, progress.epoch, progress.cursor = next(batches)
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
-                    seen = pixels[progress.epoch, progress.cursor - 1, engine.rank, engine.world] if cache else batch
+                    place = engine.rank * pace.parts, engine.world * pace.parts
+                    seen = pixels[progress.epoch, progress.cursor - 1, *place] if cache else batch
                     write_first_batch(seen, out / "first_batch", reference="ref" in family.needs[mode])
                 duties.count(batch)
-                watch.mark("data_s")
+                stopwatch.mark("data_s")
+                watch.doing("encode", progress.step)
                 encoded = setup.encode(batch)
-                watch.mark("encode_s")
+                stopwatch.mark("encode_s")
+                watch.doing("forward", progress.step)
                 with flops.forward(shape):
                     loss = diffusion_loss(
                         family.denoise,
@@ -131,15 +159,16 @@ def train(recipe: Recipe) -> int:
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                learner.backward(loss.value / accumulate, last=micro == accumulate - 1)
-                watch.mark("forward_backward_s")
+                learner.backward(loss.value / passes, last=micro == passes - 1)
+                stopwatch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
                 tokens += family.geometry.tokens(shape) * len(batch.draws) * engine.world
                 step_flops += flops.known.get(shape, 0) * engine.world
-                duties.check_finite(Step(progress.step, batch, loss))
+                duties.check_finite(Step(progress.step, batch, loss, losses[-1]))
+            watch.doing("step", progress.step)
             grad_norm = learner.step(progress.step, rate(progress.step))
             progress.step += 1
-            watch.mark("optimizer_s")
+            stopwatch.mark("optimizer_s")
             row = {
                 "step": progress.step,
                 "epoch": progress.epoch,
@@ -147,20 +176,22 @@ def train(recipe: Recipe) -> int:
                 "grad_norm": grad_norm,
                 "lr": rate(progress.step - 1),
                 "shape": list(shape),
-                "samples": recipe.training.train_batch_size * engine.world * accumulate,
+                "samples": pace.group * recipe.training.gradient_accumulation_steps,
                 "tokens": tokens,
                 "flops": step_flops,
                 "peak_memory_bytes": engine.peak_memory_bytes(),
             }
-            log.step(row, partial(watch.seconds, PARTS))
+            log.step(row, partial(stopwatch.seconds, PARTS))
             if progress.step % recipe.output.checkpointing_steps == 0:
                 duties.save(progress)
             if is_due(recipe.validation.validation_steps, progress.step):
                 duties.validate(progress)
         duties.save(progress)
-        if not interrupt.code:
+        code = max(engine.gather(interrupt.code))  # a signal to one ends all
+        if not code:
             duties.validate(progress)
-    return interrupt.code
+        watch.doing("end", progress.step)
+    return code
 
 
 def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:
@@ -181,6 +212,7 @@ class Step:
     step: int
     batch: Batch
     loss: Loss
+    mean: Tensor  # of the losses of all processes
 
 
 class Duties:
@@ -191,12 +223,13 @@ class Duties:
         out: Path,
         recipe: Recipe,
         engine: Engine,
+        watch: Watch,
         learner: Learner,
         validation: Validation,
         ledger: Ledger,
         log: Log,
     ):
-        self.out, self.recipe, self.engine, self.learner = out, recipe, engine, learner
+        self.out, self.recipe, self.engine, self.watch, self.learner = out, recipe, engine, watch, learner
         self.validation, self.ledger, self.log = validation, ledger, log
         self.unseen: Step | None = None
         self.saved_step = self.validated_step = -1
@@ -204,8 +237,11 @@ class Duties:
     def __enter__(self) -> Duties:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.log.flush()
+        if kind is not None and self.engine.world > 1:
+            self.log.notice("ledger.csv and the report are not written: what the other processes did is not known")
+            return
         shares = self.engine.gather(self.ledger.share())
         if self.engine.main:
             summary = self.ledger.write(self.out, shares)
@@ -216,6 +252,7 @@ class Duties:
             )
             self.log.flush()
             self.log.notice(f"report: {report.write(self.out)}")
+        self.engine.wait()  # or a launcher would see others end, and end this one
 
     def tell_start(self, found: Path | None, notices: list[str]) -> None:
         for notice in notices:
@@ -238,41 +275,62 @@ class Duties:
     def check_finite(self, step: Step | None) -> None:
         """Looks at the loss of the micro-step before, which the device has done by now, and keeps this one's.
 
-        Raises UserError for a loss that is not finite; what it was made of is written beside the checkpoints.
+        Raises UserError, in all processes, for a loss that is not finite in any of them; what it was made of is
+        written beside the checkpoints.
         """
         seen, self.unseen = self.unseen, step
-        if seen is None or torch.isfinite(seen.loss.value).item():
+        if seen is None or torch.isfinite(seen.mean).item():
             return
-        record = self.out / f"non-finite-step-{seen.step}.json"
+        last = next(reversed(checkpoint.complete(self.out)), None)
+        raise UserError(
+            "train",
+            f"the loss of step {seen.step} is not finite{self._write_non_finite(seen)}; resume from "
+            f"{last.name if last else 'the start'} with a smaller learning_rate or max_grad_norm",
+        )
+
+    def _write_non_finite(self, seen: Step) -> str:
+        """What a loss that is not finite was made of, where this process had it. Returns where that is told."""
+        if torch.isfinite(seen.loss.value).item():
+            return " in another process"
+        rank = f"-rank-{self.engine.rank}" if self.engine.rank else ""
+        record = self.out / f"non-finite-step-{seen.step}{rank}.json"
         per_sample = zip(seen.batch.draws, seen.loss.per_sample_B.tolist(), seen.loss.level_B.tolist(), strict=True)
         samples = [
             {"path": self.ledger.train[draw.record].path, "draw": asdict(draw), "loss": loss, "level": level}
             for draw, loss, level in per_sample
         ]
         record.write_text(json.dumps({"step": seen.step, "samples": samples}, indent=2) + "\n")
-        last = next(reversed(checkpoint.complete(self.out)), None)
-        raise UserError(
-            "train",
-            f"the loss of step {seen.step} is not finite; {record} says what it was made of; resume from "
-            f"{last.name if last else 'the start'} with a smaller learning_rate or max_grad_norm",
-        )
+        return f"; {record} says what it was made of"
 
     def save(self, progress: Progress) -> None:
         """checkpoint-N, unless this step has one already."""
         if self.saved_step == progress.step:
             return
         self.check_finite(None)
+        self.watch.doing("save", progress.step)
         self.log.flush()
         shares = self.engine.gather(self.ledger.share())
-        if self.engine.main:
-            folder, seconds, size_bytes = checkpoint.save(
+        keep = self.recipe.output.checkpoints_total_limit
+        told = None
+        if self.engine.sharded:
+
+            def write_more(folder: Path) -> None:
+                self.learner.write_outline(folder)
+                self.write_more(shares, folder)
+
+            pieces, group = self.learner.pieces(), self.engine.cpu_group
+            told = checkpoint.save_shares(self.out, progress, pieces, group, write_more=write_more, keep=keep)
+        elif self.engine.main:
+            told = checkpoint.save(
                 self.out,
                 progress,
                 write_weights=self.learner.write_weights,
                 optimizer_state=self.learner.state(),
                 write_more=partial(self.write_more, shares),
-                keep=self.recipe.output.checkpoints_total_limit,
+                keep=keep,
             )
+        if self.engine.main:
+            folder, seconds, size_bytes = told
             self.log.save({"path": str(folder), "seconds": seconds, "bytes": size_bytes})
         self.saved_step = progress.step
         self.engine.wait()
@@ -282,12 +340,14 @@ class Duties:
         (folder / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
 
     def validate(self, progress: Progress) -> None:
-        """Held-out loss and previews, by the main process; training goes on as if there had been none."""
+        """Held-out loss and previews, by the main process, or by all alike where the network answers only to all;
+        training goes on as if there had been none."""
         if self.validated_step == progress.step:
             return
         self.validated_step = progress.step
-        if self.engine.main:
-            row = self.validation.run(self.learner.plain, progress.step)
+        self.watch.doing("validate", progress.step)
+        if self.engine.main or self.engine.runs_together:
+            row = self.validation.run(self.learner.plain, progress.step, write=self.engine.main)
             if row is not None:
                 self.log.validation(row)
         self.engine.wait()

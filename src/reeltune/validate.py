@@ -59,9 +59,14 @@ class HeldOut:
         count = self.held_out_levels
         return [self.setup.objective.quantile((i + 0.5) / count) for i in range(count)]
 
-    def measure(self, net: nn.Module, step: int) -> dict[str, Any]:
-        """One row for metrics.jsonl. The first measurement of a run, or one at step 0, is the start."""
+    def measure(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
+        """One row for metrics.jsonl. The first measurement of a run, or one at step 0, is the start.
+
+        Without `write` nothing is kept and None returned: the work alone, in step with a process that writes.
+        """
         losses = self._losses(net)
+        if not write:
+            return None
         start_step, start = self._start(step, losses)
         differences = (losses - start).mean(1)  # per clip, because levels of one clip are not independent
         bands = zip(self.levels, losses.mean(0).tolist(), start.mean(0).tolist(), strict=True)
@@ -141,14 +146,16 @@ class Previews:
     preview_steps: int
     guidance_scale: float
 
-    def make(self, net: nn.Module, step: int, output_dir: str | Path) -> None:
+    def make(self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True) -> None:
         """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
         folder = Path(output_dir) / "previews"
         for i, request in enumerate(self.requests):
             batch = request.batch()
             path = folder / f"step-{step}" / f"{i}.mp4"
             settings = {"steps": self.preview_steps, "guidance_scale": self.guidance_scale}
-            make_clip(self.setup, net, request, batch, path, **settings)
+            make_clip(self.setup, net, request, batch, path, write=write, **settings)
+            if not write:
+                continue
             if batch.control_BFCHW is not None:
                 write_pixels(folder / "control" / f"{i}.mp4", batch.control_BFCHW, request.fps)
             if request.entry is not None:
@@ -192,11 +199,12 @@ class Validation:
         previews = Previews(setup, requests, wanted.preview_steps, wanted.guidance_scale)
         return cls(held_out, previews, output_dir)
 
-    def run(self, net: nn.Module, step: int) -> dict[str, Any] | None:
+    def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
         """Makes the previews and returns the row for metrics.jsonl, None without held-out clips.
 
-        `net` is the unwrapped network: only the main process calls this.
+        `net` is the unwrapped network. The main process calls this; where the network answers only to all processes
+        at once all do, the others without `write`.
         """
-        row = None if self.held_out is None else self.held_out.measure(net, step)
-        self.previews.make(net, step, self.output_dir)
+        row = None if self.held_out is None else self.held_out.measure(net, step, write=write)
+        self.previews.make(net, step, self.output_dir, write=write)
         return row

@@ -48,12 +48,13 @@ class Measures(Protocol):
     def __getitem__(self, row: int, /) -> Record: ...  # asked for with variants alone
 
 
-def strata_over(ranks: int, steps: int = 1000) -> int:
-    """Into how many equal strata of a schedule of `steps` uniform_sampling divides the ranks.
+def strata_over(group: int, steps: int = 1000) -> int:
+    """Into how many equal strata of a schedule of `steps` uniform_sampling divides the samples of a micro-step.
 
-    The most that divide both evenly; each stratum is drawn from by ranks / strata neighbouring ranks (as released).
+    The most that divide both evenly; each stratum is drawn from by group / strata neighbouring samples. As released,
+    but for batches larger than one a process: there neighbours shared a stratum by the process that they came to.
     """
-    return max(n for n in range(1, ranks + 1) if ranks % n == 0 and steps % n == 0)
+    return max(n for n in range(1, group + 1) if group % n == 0 and steps % n == 0)
 
 
 class Plan:

@@ -85,7 +85,9 @@ class Family:
     read: Callable[[Path, Family, Loading], Parts]
     """The trained network, and loaders of the frozen ones. Raises UserError listing every bad key."""
     encode_clips: Callable[[Parts, Batch, str, dict[str, Any]], Encoded]
-    """(parts, batch, mode, options) -> what the frozen networks make of all but the captions, in float32."""
+    """(parts, batch, mode, options) -> what the frozen networks make of all but the captions, in float32.
+
+    options: the recipe's settings that change it: add_full_ref_image_in_self_attention."""
     describe: Callable[[Parts, list[str], Tensor | None], Described]
     """(parts, captions, first frame of each clip as pixels_BCHW where caption_sees_picture) -> Described; no grad."""
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]

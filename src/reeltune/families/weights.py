@@ -321,6 +321,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """config.json and diffusion_pytorch_model.safetensors, as diffusers reads them."""
-    write(state, folder / "diffusion_pytorch_model.safetensors")
+    """config.json and diffusion_pytorch_model.safetensors, as diffusers reads them; of meta tensors the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(tensor.is_meta for tensor in state.values()):
+        write(state, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -114,7 +114,7 @@ def from_released(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str,
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
-    weights.write(to_released(state, config), folder / "diffusion_pytorch_model.safetensors")
+    weights.write_component(folder, to_released(state, config), config)
 
 
 FAMILY = Family(

@@ -1,0 +1,130 @@
+"""What happens when one of several processes is killed, late, told to stop, or has a loss that is no number."""
+
+import json
+import os
+import signal
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from processes import forked
+from reeltune.checkpoint import complete
+from reeltune.dice import dice
+from reeltune.sample import Setup
+from reeltune.watch import EXIT_CODE
+from same_run import assert_same_end
+from small_run import data_set, recipe
+
+STEPS = 6
+ENGINES = ["ddp", "fsdp", *(["zero2", "zero3"] if find_spec("deepspeed") else [])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    data_set(folder / "data")
+    (folder / "toy").mkdir()
+    (folder / "toy" / "toy.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def to_do(folder, tmp_path):
+    def make(name="run", **changes):
+        settings = {"max_train_steps": STEPS, "held_out_share": 0.0, **changes}
+        return recipe(folder / "toy", folder / "data", tmp_path / name, **settings)
+
+    return make
+
+
+def lines(out, kind="step"):
+    path = out / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, rows) if row["kind"] == kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_within_a_save_and_at_random_it_ends_in_the_same_bits(engine, to_do, tmp_path):
+    out = tmp_path / "run"
+    assert forked([to_do("unbroken", engine=engine)], 2, tmp_path).end() == [0, 0]
+
+    run = forked([to_do(engine=engine)], 2, tmp_path)
+    run.until(lambda: (out / ".checkpoint-4.partial").exists())
+    run.kill(1)  # the other is told so, or finds out, and stops too
+    codes = run.end(60)
+    assert codes[0] in (2, EXIT_CODE, -signal.SIGABRT) and codes[1] == -signal.SIGKILL
+    assert [path.name for path in complete(out)][:1] == ["checkpoint-2"]
+
+    again = to_do(engine=engine, resume_from_checkpoint="latest")
+    run = forked([again], 2, tmp_path)
+    run.until(lambda: len(lines(out)) > 2 and not list(out.glob(".checkpoint*")))
+    time.sleep(dice(3, "kill", engine).uniform(0, 0.1))
+    run.kill()
+    run.end()
+
+    assert forked([again], 2, tmp_path).end() == [0, 0]
+    assert_same_end(out, tmp_path / "unbroken", STEPS)
+
+
+class Third:
+    """In rank 1, the third batch is not as others: `what(encoded)` is called with it."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __call__(self, rank):
+        real, seen = Setup.encode, []
+
+        def encode(setup, batch):
+            encoded = real(setup, batch)
+            seen.append(None)
+            if rank == 1 and len(seen) == 3:
+                self.what(encoded)
+            return encoded
+
+        Setup.encode = encode
+
+
+def hang(encoded):
+    time.sleep(600)
+
+
+def poison(encoded):
+    encoded.x0.mean.fill_(torch.nan)
+
+
+def be_told_to_stop(encoded):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_all_stop_where_one_hangs_and_name_it(to_do, tmp_path):
+    started = time.monotonic()
+    run = forked([to_do(engine="ddp", rank_timeout_seconds=12.0)], 2, tmp_path, Third(hang))
+    assert run.end(90) == [EXIT_CODE] * 2
+    for told in run.told:
+        assert "rank_timeout_seconds = 12: rank 1 at step 2, encode" in told.read_text(), run.print()
+    assert "in hang" in run.told[1].read_text()  # its own trace says where
+    assert time.monotonic() - started < 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_number_in_one_stops_all(engine, to_do, tmp_path):
+    run = forked([to_do(engine=engine, checkpointing_steps=1)], 2, tmp_path, Third(poison))
+    assert run.end(90) == [2, 2], run.print()
+    assert "the loss of step 2 is not finite" in run.told[0].read_text(), run.print()
+    (record,) = (tmp_path / "run").glob("non-finite-step-2*.json")
+    assert len(json.loads(record.read_text())["samples"]) == 2
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES[1:])])
+def test_one_told_to_stop_ends_all_with_one_checkpoint(engine, to_do, tmp_path):
+    run = forked([to_do(engine=engine, checkpointing_steps=100)], 2, tmp_path, Third(be_told_to_stop))
+    assert run.end(90) == [128 + signal.SIGTERM] * 2, run.print()
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
+    assert [row["step"] for row in lines(tmp_path / "run", "save")] == [3]
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
