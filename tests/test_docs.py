@@ -48,8 +48,9 @@ def reeltune_words(command: str) -> list[str] | None:
     words = shlex.split(re.sub(r"(\S+)/checkpoint-\d+", newest, command))
     if words[0] == "reeltune":
         return words[1:]
-    if words[:2] == ["accelerate", "launch"]:
-        return words[words.index("reeltune") + 1 :]
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        rest = words[words.index("reeltune") + 1 :]  # in one process here, which shares nothing
+        return rest if "--engine" not in rest else [word for word in rest if word not in ("--engine", "fsdp", "zero3")]
     return None
 
 
@@ -66,8 +67,9 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
 def test_commands_run(page, place):
-    small = [f"--{name}={value}" for name, value in SMALL.items()]
     for command in commands_of(page):
+        given = SMALL | ({"mixed_precision": "bf16"} if "bf16_stochastic" in command else {})
+        small = [f"--{name}={value}" for name, value in given.items()]
         script = re.search(r" scripts/(\S+\.py) (.*)", command)
         argv = reeltune_words(command) if script is None else shlex.split(script[2])
         if argv is None:

@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("types", "errors", "dice"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
-    ("families.spec", "families.text", "families.weights"),
+    ("families.spec", "families.text", "families.weights", "families.streamed"),
     ("families",),
     (*ENGINES, "blocks", "fused", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
     (
@@ -31,7 +31,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
         "run_folder",
         "check",
         "export",
-        "agreement",
+        "trial",
         "parallel",
         "cache",
     ),

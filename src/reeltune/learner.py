@@ -60,6 +60,8 @@ class Learner:
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)
+        if engine.context > 1 and family.split is not None:
+            family.split(parts.net, engine.context_mesh())
         select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self._save_memory(memory, gradient_checkpointing)
         self.plain = engine.shard(parts.net, family.blocks)
