@@ -75,7 +75,8 @@ def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None
     """
     wanted = {piece.name: piece for piece in pieces if piece.values_N.numel()}
     reader = _Known(folder, metadata or metadata_of(folder))
-    held = {name: entry.size.numel() for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    entries = reader.read_metadata().state_dict_metadata
+    held = {name: entries[name].size.numel() for name in wanted if name in entries}
     refuse(
         str(folder),
         [
