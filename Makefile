@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY))
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: setup
 	$(BIN)/python -m benchmarks

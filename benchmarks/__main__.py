@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import idle
+
 
 class Goal(NamedTuple):
     least: float | None = None
@@ -29,7 +31,7 @@ class Goal(NamedTuple):
 
 
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
-MODULES = ("data_read", "loop", "start_up", "cache", "forecast")  # each has main() -> {name: number}
+MODULES = ("data_read", "loop", "start_up", "cache", "forecast", "idle", "engines")  # each has main() -> {name: number}
 MEANING = {  # name: (what it is, goal)
     "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
     "read_512_ratio": ("clips read to 512 px, over bare decode and resize", Goal(least=0.85)),
@@ -61,6 +63,20 @@ MEANING = {  # name: (what it is, goal)
         f"plan_memory_{family}": (f"memory by plan over the allocator's, tiny {family}", Goal(least=0.95, most=1.05))
         for family in FAMILIES
     },
+    **{
+        name.format(engine): (what.format(engine), None)
+        for engine in ("ddp", "zero2", "zero3", "fsdp")
+        for name, what in {
+            "step_{}": "step of {} in two processes over one alone, equal global batch, tiny, CPU: overhead only",
+            "save_s_{}": "seconds that a save of {} blocks, two processes, a network of 33 M",
+            "save_ratio_{}": "its bytes per second over the plain disk's",
+            "export_mb_s_{}": "megabytes of fp32 weights per second from a checkpoint of {} to one file, read back",
+            "export_peak_{}": "peak memory of that, in largest tensors",
+        }.items()
+    },
+    **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
+    **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
+    **{f"repeats_{n}": (f"samples that fill up micro-steps of {n} ranks, of 200,000 clips", None) for n in idle.RANKS},
 }
 
 

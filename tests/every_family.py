@@ -1,7 +1,7 @@
 """Every family and mode as a tiny checkpoint, for the tests from which none is excused.
 
 The checkpoints are those of the goldens, told apart by `families.find`, and untrained networks of other channels put
-in their place; without goldens they are our own. The toy needs no files.
+in their place; those of families that have no goldens are our own. The toy needs no files.
 """
 
 import json
@@ -52,11 +52,12 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
         found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
             found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
-    if not folders:
-        for family in OWN_WAN:
-            variant = family.name.removeprefix("wan_fun/")
-            found.append(_pairs(family, variant, family.modes, partial(tiny_checkpoint, variant=variant)))
-        for name, family in OWN.items():
+    covered = {one[0].values[0].family for one in found}
+    for family in OWN_WAN if "wan_fun" not in covered else ():
+        variant = family.name.removeprefix("wan_fun/")
+        found.append(_pairs(family, variant, family.modes, partial(tiny_checkpoint, variant=variant)))
+    for name, family in OWN.items():
+        if name not in covered:
             found.append(_pairs(family, name, family.modes, SHOWN[name].write))
             for mode, changes in others(family, {}):
                 found.append(_pairs(family, f"{name}-other", (mode,), partial(_derive_own, name, changes)))

@@ -48,8 +48,9 @@ def reeltune_words(command: str) -> list[str] | None:
     words = shlex.split(re.sub(r"(\S+)/checkpoint-\d+", newest, command))
     if words[0] == "reeltune":
         return words[1:]
-    if words[:2] == ["accelerate", "launch"]:
-        return words[words.index("reeltune") + 1 :]
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        rest = words[words.index("reeltune") + 1 :]  # in one process here, which shares nothing
+        return rest if "--engine" not in rest else [word for word in rest if word not in ("--engine", "fsdp", "zero3")]
     return None
 
 

@@ -17,6 +17,7 @@ from reeltune.data.masks import draw_mask
 from reeltune.data.media import measure, read_frames
 from reeltune.dice import dice
 from reeltune.diffusion.loss import settle
+from reeltune.export import export
 from reeltune.families import weights
 from reeltune.families.spec import Family
 from reeltune.inputs import choose_family, gather
@@ -290,3 +291,16 @@ def test_the_caption_makes_what_is_dropped_with_it(runs, inputs, setup):
     batch.text = [f"{text} and another beside it" for text in batch.text]
     other, _ = settled(setup, batch)
     assert {cond for cond in one if not torch.equal(one[cond], other[cond])} == set(runs.family.caption)
+
+
+@pytest.mark.parametrize("diffusers", [False, True], ids=["released", "diffusers"])
+def test_its_weights_are_exported_and_answer(diffusers, runs, tmp_path):
+    if diffusers and runs.pair.checkpoint == "toy":
+        pytest.skip("the toy has no form of diffusers'")
+    *_, proof, tried = export(runs.whole / f"checkpoint-{STEPS}", tmp_path / "out", diffusers=diffusers)
+    trained = weights.read(runs.whole / f"checkpoint-{STEPS}" / "transformer")
+    assert proof.startswith(f"{len(trained)} tensors, bf16")
+    assert tried.startswith(f"a forward pass of {runs.family.name} on a clip of ") and tried.endswith(": finite")
+    if not diffusers:
+        written = weights.read(tmp_path / "out")
+        assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in trained.items())

@@ -9,7 +9,7 @@ import torch
 
 from reeltune.errors import UserError
 from reeltune.export import export
-from reeltune.families import weights
+from reeltune.families import streamed, weights
 from reeltune.recipe import Model, Recipe
 from reeltune.settings import dump
 from tiny_wan import tiny_checkpoint
@@ -31,8 +31,9 @@ def run(tmp_path_factory) -> Path:
 
 def test_released_names_in_bf16(run, tmp_path):
     source = weights.read(run / "checkpoint-3" / "transformer")
-    *files, proof = export(run / "checkpoint-3", tmp_path / "out")
+    *files, proof, tried = export(run / "checkpoint-3", tmp_path / "out")
     written = weights.read(tmp_path / "out")
+    assert tried == "a forward pass of wan_fun/control_v1.1 on a clip of 5x64x64: finite"
     assert len(files) == 1 and proof.startswith(f"{len(source)} tensors, bf16")
     assert written.keys() == source.keys() and "blocks.0.self_attn.q.weight" in written
     assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in source.items())
@@ -63,15 +64,13 @@ def test_diffusers_loads_its_form(run, tmp_path, max_shard_size):
 
 
 def test_a_written_tensor_that_differs_is_told(run, tmp_path, monkeypatch):
-    written = []
+    def spoil(folder, outline, tensor, max_shard_bytes, real=streamed.write):
+        return real(folder, outline, lambda name: tensor(name) + (name == "head.head.bias"), max_shard_bytes)
 
-    def spoil(state, *args, **kwargs):
-        written.append(dict(state, **{"head.head.bias": state["head.head.bias"] + 1}))
-        weights.write(written[0], tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-
-    monkeypatch.setattr("reeltune.export.save_torch_state_dict", spoil)
+    monkeypatch.setattr("reeltune.export.streamed.write", spoil)
     with pytest.raises(RuntimeError, match=r"does not hold what was written: head\.head\.bias$"):
         list(export(run / "checkpoint-3", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_refused(run, tmp_path):

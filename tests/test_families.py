@@ -88,6 +88,24 @@ def test_what_may_be_dropped_is_there_and_matters(family_and_parts):
     assert seen == set(family.drop)
 
 
+def test_a_condition_has_one_shape_for_all_captions(family_and_parts):
+    family, parts = family_and_parts
+    picture = batch_for(family).pixels_BFCHW[:1, 0] if family.caption_sees_picture else None
+    shapes = [
+        {name: value.shape for name, value in family.describe(parts, [text], picture).cond.items()}
+        for text in ("a red bird", "a " + "very " * 20 + "red bird over the sea")
+    ]
+    assert shapes[0] == shapes[1]
+    assert all(shape[0] == 1 for shape in shapes[0].values())
+
+
+def test_the_files_that_encoding_reads_are_named(family_and_parts):
+    """By them a cache knows that it was filled by the same networks."""
+    family, parts = family_and_parts
+    assert all(path.exists() for path in family.frozen_files.values())
+    assert len(family.frozen_files) >= len(parts.frozen)
+
+
 def test_block_names_exist(family_and_parts):
     family, parts = family_and_parts
     assert family.blocks
@@ -114,7 +132,8 @@ def test_needs_name_modes_and_inputs(family_and_parts):
 def test_a_step_moves_only_what_may_move(family_and_parts):
     family, parts = family_and_parts
     names = released_names(parts.net, partial(family.to_released, config=parts.config))
-    pattern = next(name for name in names.values() if "blocks.0" in name).rsplit(".", 1)[0]
+    inside = [name for name, module in parts.net.named_modules() if type(module).__name__ in family.blocks]
+    pattern = next(names[name] for name in names if name.startswith(f"{inside[0]}.")).rsplit(".", 1)[0]
     groups = select(parts.net, names, [pattern])
     before = {name: w.detach().clone() for name, w in parts.net.named_parameters()}
     encoded = family.encode(parts, batch_for(family), family.modes[0], options=options(family))

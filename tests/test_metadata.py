@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from reeltune.data import measuring
-from reeltune.data.measuring import File, measure_files, stamps
+from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import write_clip
 from reeltune.data.records import Records
 from reeltune.data.scan import scan
@@ -264,6 +264,35 @@ def test_second_start_measures_changed_files_alone(folder, measured):
     Image.new("RGB", (112, 48)).save(folder / "3.png")
     assert len(scanned().records) == 6
     assert measured == ["3.png"]
+
+
+def test_other_processes_take_what_one_has_found_and_look_at_no_file(folder, measured, monkeypatch):
+    options = {"needs": PLAIN, "index_dir": folder / "index", "max_bad_share": 0.5}
+    first = scan(folder / "list.json", folder, **options)
+    loads = []
+    monkeypatch.setattr("reeltune.data.scan.stamps", lambda paths: pytest.fail("files were looked at"))
+    monkeypatch.setattr(np, "load", lambda *given, real=np.load, **more: loads.append(given[0]) or real(*given, **more))
+    other = scan(folder / "list.json", folder, just_scanned=True, **options)
+    assert (other.records, other.left_out, other.notices) == (first.records, first.left_out, first.notices)
+    assert len(loads) == 1 and other.records.digest() == first.records.digest()
+
+
+def test_what_need_not_last_is_taken_by_other_processes_alone(folder, monkeypatch):
+    def hurried(files, *given, real=measure_files, **more):
+        late = Finding(None, "takes more than 0 s to decode", lasting=False)
+        return [
+            late if file.path.endswith("3.png") else found
+            for file, found in zip(files, real(files, *given, **more), strict=True)
+        ]
+
+    options = {"needs": PLAIN, "index_dir": folder / "index", "max_bad_share": 0.5}
+    with monkeypatch.context() as patch:
+        patch.setattr("reeltune.data.scan.measure_files", hurried)
+        first = scan(folder / "list.json", folder, **options)
+    other = scan(folder / "list.json", folder, just_scanned=True, **options)
+    assert other.records.digest() == first.records.digest() and len(other.records) == 5
+    later = scan(folder / "list.json", folder, **options)
+    assert len(later.records) == 6 and later.records.digest() != first.records.digest()
 
 
 def test_options_and_list_changes_are_seen(folder, measured):

@@ -518,19 +518,20 @@ def test_autocast_and_compiled_blocks(variant):
 
 
 def test_reference_tokens_come_before_the_clip():
-    """They are frame 0 to the rotary angles, the clip begins at 1; the head sees the clip alone."""
+    """They are frame 0 to the rotary angles, the clip begins at 1; the answer is of the clip alone."""
     net = filled(network("control_v1.1"), 1)
     x, timestep, captions, image, ref, _ = inputs("control_v1.1")
     seen = []
     net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args))
     net.blocks[-1].register_forward_hook(lambda _, args, out: seen.append(out))
-    net.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net.proj_out.register_forward_hook(lambda _, args, out: seen.append(out))
     with torch.no_grad():
         answer = net(x, timestep, captions, image, ref)
     tokens, _, _, (cos, _) = seen[0]
     assert tokens.shape[1] == cos.shape[1] == (3 + 1) * 2 * 3
     assert answer.shape == (2, CHANNELS, 3, 4, 6)
-    assert torch.equal(seen[1][:, 6:], seen[2])
+    assert seen[1].shape[1] == seen[2].shape[1] == tokens.shape[1]
+    assert torch.equal(answer, net._unpatch(seen[2][:, 6:], (3, 2, 3)))
     torch.testing.assert_close(tokens[:, :6], net.ref_conv(ref).flatten(2).transpose(1, 2))
     torch.testing.assert_close(cos[0, 6, 0], Rope(24)((2, 1, 1), torch.device("cpu"))[0][0, 1, 0])
 

@@ -262,7 +262,9 @@ def _report(argv: Sequence[str]) -> int:
 
 def _export(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "reeltune export", description="Writes a checkpoint's weights into a folder of their own, and proves the copy."
+        "reeltune export",
+        description="Writes a checkpoint's weights into a folder of their own, whichever engine saved them, and proves "
+        "the copy: every tensor is read back, and a forward pass made.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
     parser.add_argument("out", type=Path, help="the folder to write")
@@ -270,23 +272,26 @@ def _export(argv: Sequence[str]) -> int:
         "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), default="bf16", help="of the weights [bf16]"
     )
     parser.add_argument(
-        "--max_shard_size", type=_size, default="80GB", metavar="SIZE", help="one file up to this, else shards [80GB]"
+        "--max_shard_size", type=size, default="80GB", metavar="SIZE", help="one file up to this, else shards [80GB]"
     )
     parser.add_argument("--diffusers", action="store_true", help="names that diffusers loads, not the original tools")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="with --diffusers: the model trained, if not where the recipe says"
+        "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
     )
-    wanted = parser.parse_args(argv)
+    return exported(**vars(parser.parse_args(argv)))
 
+
+def exported(checkpoint: Path, out: Path, **settings: Any) -> int:
+    """Prints what was written and proven. Returns the exit code."""
     from reeltune.export import export
 
-    for line in export(**vars(wanted)):
+    for line in export(checkpoint, out, **settings):
         print(line)
     return 0
 
 
-def _size(text: str) -> str:
+def size(text: str) -> str:
     if not re.fullmatch(r"\d+[KMGT]B", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
     return text

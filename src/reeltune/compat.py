@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from reeltune.cli import REQUIRED, flags, guarded
+from reeltune.cli import REQUIRED, exported, flags, guarded, size
 from reeltune.recipe import Recipe, TrainMode
 from reeltune.settings import build
 
@@ -81,6 +83,24 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
         from reeltune.train import train
 
         return train(recipe)
+
+    return guarded(act)
+
+
+def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
+    """scripts/zero_to_bf16.py. Returns the exit code."""
+    parser = argparse.ArgumentParser("zero_to_bf16.py", description="A checkpoint's weights in bf16, as safetensors.")
+    parser.add_argument("checkpoint_dir", type=Path, help="a checkpoint-N folder, whichever engine wrote it")
+    parser.add_argument("output_dir", type=Path, help="the folder to write")
+    parser.add_argument("--max_shard_size", type=size, default="5GB", help="one file up to this, else shards [5GB]")
+    parser.add_argument("--safe_serialization", action="store_true", help="always so; without it a notice says so")
+    parser.add_argument("-d", "--debug", action="store_true", help="changes nothing")
+    wanted = parser.parse_args(argv)
+
+    def act() -> int:
+        if not wanted.safe_serialization:
+            notices.warning("--safe_serialization was not given: weights are written as safetensors all the same")
+        return exported(wanted.checkpoint_dir, wanted.output_dir, max_shard_size=wanted.max_shard_size)
 
     return guarded(act)
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,12 @@ class Engine:
                 f"{launched} processes were started but each sees {self.world}: they would train apart; {START}",
             )
         self.wish = wish or Wish()
+        if self.world % self.context:
+            raise UserError(
+                "launch",
+                f"context_parallel is {self.context}, of which the number of processes, {self.world}, is no multiple; "
+                + START,
+            )
         # Checkpoints are agreed on over the CPU, beside what the devices are doing.
         self.cpu_group = torch.distributed.new_group(backend="gloo") if self.sharded else None
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
@@ -74,6 +81,21 @@ class Engine:
     @property
     def world(self) -> int:
         return self.accelerator.num_processes
+
+    @property
+    def context(self) -> int:
+        """Processes, next to each other, that have the same samples and share their tokens."""
+        return self.wish.context
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(which samples this process has, how many processes have others)."""
+        return self.rank // self.context, self.world // self.context
+
+    def context_mesh(self) -> DeviceMesh:
+        """As diffusers wants it: its dimension `ulysses` are the processes of a clip."""
+        shape = self.world // self.context, 1, self.context
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
 
     @property
     def main(self) -> bool:
@@ -92,7 +114,7 @@ class Engine:
     @property
     def runs_together(self) -> bool:
         """Whether the network answers only if all processes ask it."""
-        return self.name in ("zero3", "fsdp")
+        return self.name in ("zero3", "fsdp") or self.context > 1
 
     def shard(self, net: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
         """The network, which now autocasts in its own forward; `prepare` follows, once it has an optimizer.
@@ -138,6 +160,10 @@ class Engine:
     def gather(self, thing: Any) -> list:
         """The thing of each rank, on every rank; any picklable value."""
         return [thing] if self.world == 1 else gather_object([thing])
+
+    def of_samples(self, thing: Any) -> list:
+        """As gather, but of one process where several have the same samples."""
+        return self.gather(thing)[:: self.context]
 
     def first(self, thing: Any) -> Any:
         """That of rank 0, on every rank."""

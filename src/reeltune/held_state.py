@@ -6,7 +6,7 @@ Names of tensors: weights/NAME, optimizer/NAME/KEY, average/NAME.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Shared:
 
     def __init__(self, checkpoint: Path):
         self.folder = checkpoint / SHARES
-        self.sizes = shards.sizes(self.folder)
+        self._metadata = shards.metadata_of(self.folder)
+        self.sizes = shards.sizes(self._metadata)
         outline = json.loads((self.folder / OUTLINE).read_text())
         self.shapes: dict[str, list[int]] = outline["shapes"]
         self._scalars: dict[str, dict[str, float]] = outline["scalars"]
@@ -58,13 +59,35 @@ class Shared:
 
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Raises UserError naming what is not held, or is of another size."""
-        shards.read(self.folder, pieces)
+        shards.read(self.folder, pieces, self._metadata)
 
-    def tensor(self, name: str) -> Tensor:
-        """One weight, whole, as stored."""
-        kept = torch.empty(self.shapes[name], dtype=self.sizes[f"weights/{name}"][1])
-        shards.read(self.folder, [shards.whole(f"weights/{name}", kept)])
+    def weights(self, *, average: bool = False) -> Weights:
+        """By released name; with `average` those of the moving average, where there are."""
+        held = {name: f"average/{name}" for name in self.shapes if average and f"average/{name}" in self}
+        return Weights(self, {name: held.get(name, f"weights/{name}") for name in self.shapes})
+
+
+class Weights(Mapping[str, Tensor]):
+    """Each read whole, as stored, when asked for; `outline` has them on the meta device."""
+
+    def __init__(self, shared: Shared, held: Mapping[str, str]):
+        self._shared, self._held = shared, held
+        self.outline = {name: self._empty(name, "meta") for name in held}
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        _, dtype = self._shared.sizes[self._held[name]]
+        return torch.empty(self._shared.shapes[name], dtype=dtype, device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        kept = self._empty(name, "cpu")
+        self._shared.fill([shards.whole(self._held[name], kept)])
         return kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 class Whole:

@@ -51,11 +51,28 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
     Raises UserError if the checkpoint is unknown, or cannot do the mode, the loss and the sizes asked for.
     """
     family = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    family = replace(family, geometry=replace(family.geometry, sides=even_side(recipe.parallel.context_parallel)))
     with together("recipe") as attempt:
+        attempt(check_split, family, recipe.parallel.context_parallel)
         mode = attempt(check_mode, family, recipe.model.train_mode)
         objective = attempt(chosen_objective, family, recipe.loss)
         attempt(size_rules, recipe, family)
     return family, mode, objective
+
+
+def even_side(processes: int) -> int:
+    """Tokens: sides that are multiples of it hold a number of tokens that so many processes can share evenly."""
+    return next(side for side in range(1, processes + 1) if side**2 % processes == 0)
+
+
+def check_split(family: Family, processes: int) -> None:
+    """Raises UserError if so many processes are to share a clip and the family does not know how."""
+    if processes > 1 and family.split is None:
+        raise UserError(
+            "recipe",
+            f"context_parallel is {processes}, but {family.name} has no plan to deal out a clip's tokens; leave it "
+            "out, and use engine fsdp or zero3, gradient_checkpointing, or smaller clips",
+        )
 
 
 def chosen_objective(family: Family, loss: Loss) -> Objective:
@@ -93,10 +110,12 @@ def gather(
     *,
     group: int | None = None,
     show_progress: bool = True,
+    just_scanned: bool = False,
 ) -> Inputs:
     """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data.
 
     group: samples of a micro-step over all processes; those of one process, if not given.
+    just_scanned: another process of this run has; what it found is taken, and no file is looked at.
     """
     data = recipe.data
     root = Path(data.train_data_dir)
@@ -122,6 +141,7 @@ def gather(
             stride=recipe.sizes.video_sample_stride,
             wanted_frames=recipe.sizes.video_sample_n_frames,
             progress=progress,
+            just_scanned=just_scanned,
         )
 
     found = measured(data.train_data_meta)

@@ -27,6 +27,7 @@ class Wish:
     keep_gathered: bool = False  # fsdp: weights stay gathered between forward and backward pass
     offload: bool = False  # what is sharded lives in the CPU's memory
     deepspeed: Mapping[str, Any] | None = None  # zero: settings of DeepSpeed beside ours
+    context: int = 1  # processes that share each clip's tokens
     notices: tuple[str, ...] = ()
 
 
@@ -41,6 +42,10 @@ def chosen(
     refuse("launch", list(_lone(environ)))
     asked = _launcher(environ)
     if asked is None:
+        if engine is not None and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & environ.keys():
+            raise UserError(
+                "launch", f"engine is {engine}, but this process was started without a launcher and is alone; {START}"
+            )
         return Wish(engine or "ddp", keep_gathered=keep_gathered, offload=offload)
     if engine not in (None, asked.engine):
         raise UserError(
@@ -50,14 +55,20 @@ def chosen(
 
 
 def _lone(environ: Mapping[str, str]):
-    """Launches after which each process would be alone."""
+    """Launches after which processes would be alone, or launchers."""
+    tasks = environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environ else "1"
     if "LOCAL_RANK" in environ:
+        if environ.get("GROUP_WORLD_SIZE") == "1" and tasks != "1":  # torchrun's number of launchers that met
+            yield (
+                f"srun started {tasks} launchers that know nothing of each other: each would train a run of its own; "
+                "give each torchrun --nnodes and --rdzv_endpoint, as in docs/clusters.md"
+            )
         return
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
         yield f"accelerate launch was told of several processes but starts one unless it is told how; {START}"
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
-        count = environ.get(name, "1")
-        if count.isdigit() and int(count) > 1 and not (name == "SLURM_NTASKS" and "SLURM_PROCID" not in environ):
+    counts = {name: environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")}
+    for name, count in {"SLURM_NTASKS": tasks, **counts}.items():
+        if count.isdigit() and int(count) > 1:
             yield f"{name} is {count}, but this process was started without a rank, and would train alone; {START}"
             return
 

@@ -57,6 +57,8 @@ class Learner:
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)
+        if engine.context > 1 and family.split is not None:
+            family.split(parts.net, engine.context_mesh())
         if gradient_checkpointing:
             recompute_blocks(parts.net, family.blocks)
         self.plain = engine.shard(parts.net, family.blocks)

@@ -16,7 +16,7 @@ def engine_of(recipe: Recipe) -> Wish:
     wish = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
     asked = replace(recipe, parallel=replace(parallel, engine=wish.engine))
     refuse("launch", [line for _, line in broken_rules(asked)])
-    return wish
+    return replace(wish, context=parallel.context_parallel)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def rhythm(train_batch_size: int, world: int, group: int | None = None) -> Rhyth
         fits = [count for count in range(1, group + 1) if _batch(train_batch_size, count, group)]
         raise UserError(
             "resume",
-            f"the run takes {group} samples in a micro-step and is now to do so with {world} processes of "
-            f"train_batch_size {train_batch_size}, which does not come out even; with this train_batch_size "
-            f"{', '.join(map(str, fits))} processes do",
+            f"the run takes {group} samples in a micro-step, which does not come out even for processes: {world} and "
+            f"train_batch_size: {train_batch_size}; with this train_batch_size start as many processes as one of "
+            f"{', '.join(map(str, fits))}",
         )
     return Rhythm(group, group // (batch * world), batch)
 

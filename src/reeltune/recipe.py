@@ -120,6 +120,8 @@ class Parallel:
     """With fsdp: keep weights gathered between forward and backward pass; faster, and as much memory as with ddp."""
     offload: bool = False
     """With zero2, zero3 and fsdp: what is dealt out lives in the CPU's memory."""
+    context_parallel: int = 1
+    """Processes that share each clip, for clips too long for one device; sides are then larger multiples."""
     rank_timeout_seconds: float = 1800.0
     """Seconds that processes wait for one that is late before all stop; a validation counts as waiting."""
 

@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "preview_steps": (1, ANY),
     "guidance_scale": (0, ANY),
     "held_out_levels": (1, ANY),
+    "context_parallel": (1, ANY),
 }
 ABOVE_ZERO = (
     "rank_timeout_seconds",

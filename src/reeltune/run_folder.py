@@ -26,6 +26,7 @@ ORDERING = (
     "text_drop_ratio",
     "uniform_sampling",
     "cache_variants",
+    "context_parallel",
 )
 LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 

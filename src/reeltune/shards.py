@@ -68,11 +68,15 @@ def write(folder: Path, pieces: Iterable[Piece], group: ProcessGroup | None) -> 
     )
 
 
-def read(folder: Path, pieces: Iterable[Piece]) -> None:
-    """Fills the pieces; each process reads for itself. Raises UserError naming what is missing or of another size."""
+def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None) -> None:
+    """Fills the pieces; each process reads for itself. Raises UserError naming what is missing or of another size.
+
+    metadata: as `metadata_of` gives it, where it has been read before.
+    """
     wanted = {piece.name: piece for piece in pieces if piece.values_N.numel()}
-    reader = dcp.FileSystemReader(folder)
-    held = {name: entry.size.numel() for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    reader = _Known(folder, metadata or metadata_of(folder))
+    entries = reader.read_metadata().state_dict_metadata
+    held = {name: entries[name].size.numel() for name in wanted if name in entries}
     refuse(
         str(folder),
         [
@@ -85,10 +89,24 @@ def read(folder: Path, pieces: Iterable[Piece]) -> None:
         dcp.load(wanted, storage_reader=reader, planner=_Reading(), no_dist=True)
 
 
-def sizes(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
+def metadata_of(folder: Path) -> Metadata:
+    """What is held, and where it lies: as large as the checkpoint has pieces."""
+    return dcp.FileSystemReader(folder).read_metadata()
+
+
+def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
     """Elements and dtype of every tensor in it."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = metadata.state_dict_metadata
     return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in entries.items()}
+
+
+class _Known(dcp.FileSystemReader):
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        return self._metadata
 
 
 class _Writing(dcp.DefaultSavePlanner):

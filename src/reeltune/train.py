@@ -58,7 +58,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     found = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, found)
     progress = Progress() if found is None else checkpoint.progress_of(found)
-    pace = rhythm(recipe.training.train_batch_size, engine.world, progress.group or None)
+    pace = rhythm(recipe.training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = pace.group
     family, mode, objective = choose_family(recipe)
     told = {"family": family.name, "mode": mode}
@@ -69,7 +69,9 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     if engine.main:
         checkpoint.sweep(out)
     with engine.main_first():  # which scans; the others find what it found
-        inputs = gather(recipe, family, mode, group=pace.group, show_progress=engine.main)
+        own = {"show_progress": engine.main, "just_scanned": not engine.main}
+        inputs = gather(recipe, family, mode, group=pace.group, **own)
+    refuse_apart(engine.gather(inputs.train.digest()))
     cache = open_cache(recipe, family, mode, inputs)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
     transformer = None if found is None or checkpoint.is_shared(found) else found / "transformer"
@@ -125,7 +127,8 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         describe(out, recipe, {**told, **learner.counts})
     duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
     workers = recipe.data.dataloader_num_workers
-    batches = stream(inputs.reader, progress, workers=workers, rank=engine.rank, world=engine.world, parts=pace.parts)
+    rank, world = engine.place
+    batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, parts=pace.parts)
     with Interrupt() as interrupt, log, duties:
         duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
@@ -138,7 +141,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                 batch, progress.epoch, progress.cursor = next(batches)
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
-                    place = engine.rank * pace.parts, engine.world * pace.parts
+                    place = rank * pace.parts, world * pace.parts
                     seen = pixels[progress.epoch, progress.cursor - 1, *place] if cache else batch
                     write_first_batch(seen, out / "first_batch", reference="ref" in family.needs[mode])
                 duties.count(batch)
@@ -159,10 +162,10 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                learner.trainer.backward(loss.value / passes, last=micro == passes - 1)
+                learner.trainer.backward(loss.value * engine.context / passes, last=micro == passes - 1)
                 stopwatch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
-                tokens += family.geometry.tokens(shape) * len(batch.draws) * engine.world
+                tokens += family.geometry.tokens(shape) * len(batch.draws) * world
                 step_flops += flops.known.get(shape, 0) * engine.world
                 duties.check_finite(Step(progress.step, batch, loss, losses[-1]))
             watch.doing("step", progress.step)
@@ -192,6 +195,17 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             duties.validate(progress)
         watch.doing("end", progress.step)
     return code
+
+
+def refuse_apart(digests: Sequence[str]) -> None:
+    """Raises UserError where the records of a process, one digest each, are not those of the first."""
+    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise UserError(
+            "train_data_meta",
+            f"rank {', '.join(map(str, other[:8]))} found other records than rank 0, so they would train apart; give "
+            "all machines the same train_data_dir and train_data_meta, and an output_dir that all of them share",
+        )
 
 
 def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:
@@ -249,7 +263,7 @@ class Duties:
         if kind is not None and self.engine.world > 1:
             self.log.notice("ledger.csv and the report are not written: what the other processes did is not known")
             return
-        shares = self.engine.gather(self.ledger.share())
+        shares = self.engine.of_samples(self.ledger.share())
         if self.engine.main:
             summary = self.ledger.write(self.out, shares)
             left_out = f"{summary['left_out']} left out" if summary["left_out"] else "none left out"
@@ -317,7 +331,7 @@ class Duties:
         self.check_finite(None)
         self.watch.doing("save", progress.step)
         self.log.flush()
-        shares = self.engine.gather(self.ledger.share())
+        shares = self.engine.of_samples(self.ledger.share())
         keep = self.recipe.output.checkpoints_total_limit
         told = None
         if self.engine.sharded:

@@ -39,11 +39,12 @@ class Geometry:
     patch: int = 2  # latent cells per token, each side
     patch_time: int = 1  # latent frames per token
     channels: int = 16  # latent channels
+    sides: int = 1  # heights and widths are multiples of so many tokens
 
     @property
     def multiple(self) -> int:
         """Pixels: legal heights and widths are multiples of this."""
-        return self.space_stride * self.patch
+        return self.space_stride * self.patch * self.sides
 
     def legal_frames(self, frames: int) -> int:
         """The longest legal clip that fits in `frames`: 1 + k * time_stride pixel frames, of which the latent

@@ -51,6 +51,7 @@ def scan(
     wanted_frames: int = 5,
     seconds_per_file: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
+    just_scanned: bool = False,
 ) -> Scan:
     """Check and measure everything that `meta` lists.
 
@@ -60,6 +61,7 @@ def scan(
     stride            frames of the file from one frame of a clip to the next
     wanted_frames     frames of the longest training clip; shorter files are named in a notice
     progress          called with (files done, files)
+    just_scanned      another process of this run has put it into index_dir: files are not looked at again
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
     row if their share exceeds max_bad_share.
     """
@@ -72,7 +74,7 @@ def scan(
     options += [stride, wanted_frames]
     saved = index_dir / f"scan-{_digest(json.dumps(options).encode())}.npz" if index_dir else None
     try:
-        found = _load(saved, _digest(data)) if saved else None
+        found = _load(saved, _digest(data), just_scanned) if saved else None
         if found is None:
             files = _files(meta, data, folder, needs)
             stamps_N2 = stamps(file.path for file in files)
@@ -88,8 +90,9 @@ def scan(
             judge = _Judge(dict(zip(files, findings, strict=True)), stride, wanted_frames)
             records = Records.of(judge.records(meta, data, folder, needs))
             found = Scan(records, judge.left_out, judge.notices(), len(records) + len(judge.left_out))
-            if saved and all(finding.lasting for finding in findings):
-                _save(saved, _digest(data), found, [file.path for file in files], stamps_N2)
+            if saved:
+                lasting = all(finding.lasting for finding in findings)
+                _save(saved, _digest(data), found, [file.path for file in files], stamps_N2, lasting)
     except OSError as error:
         raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
     _refuse_bad(meta, found, max_bad_share)
@@ -234,9 +237,10 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.ndarray) -> None:
+def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.ndarray, lasting: bool) -> None:
     told = {
         "digest": digest,
+        "lasting": lasting,
         "left_out": [asdict(left) for left in found.left_out],
         "notices": found.notices,
         "entries": found.entries,
@@ -250,17 +254,19 @@ def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.
     write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
-def _load(path: Path, digest: str) -> Scan | None:
-    """The scan, unless the list or any file has changed since."""
+def _load(path: Path, digest: str, just_scanned: bool) -> Scan | None:
+    """The scan, unless the list or any file has changed since, or what was found need not last."""
     try:
         with np.load(path, allow_pickle=False) as held:
             arrays = dict(held)
         told = json.loads(arrays.pop("told").tobytes())
         paths = arrays.pop("paths").tobytes().decode()
-        stamps_N2 = arrays.pop("stamps")
+        stamps_N2, lasting = arrays.pop("stamps"), told["lasting"]
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):  # absent, or not whole: scan anew
         return None
-    if told["digest"] != digest or not np.array_equal(stamps(paths.split("\0") if paths else []), stamps_N2):
+    if told["digest"] != digest:
+        return None
+    if not just_scanned and not (lasting and np.array_equal(stamps(paths.split("\0") if paths else []), stamps_N2)):
         return None
     left_out = [LeftOut(**left) for left in told["left_out"]]
     return Scan(Records(**arrays), left_out, told["notices"], told["entries"])

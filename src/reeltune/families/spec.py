@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError
@@ -87,7 +88,9 @@ class Family:
     read: Callable[[Path, Family, Loading], Parts]
     """The trained network, and loaders of the frozen ones. Raises UserError listing every bad key."""
     encode_clips: Callable[[Parts, Batch, str, dict[str, Any]], Encoded]
-    """(parts, batch, mode, options) -> what the frozen networks make of all but the captions, in float32."""
+    """(parts, batch, mode, options) -> what the frozen networks make of all but the captions, in float32.
+
+    options: the recipe's settings that change it: add_full_ref_image_in_self_attention."""
     describe: Callable[[Parts, list[str], Tensor | None], Described]
     """(parts, captions, first frame of each clip as pixels_BCHW where caption_sees_picture) -> Described; no grad."""
     denoise: Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -117,6 +120,9 @@ class Family:
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
     most_frames: int | None = None
     """Pixel frames for which the network has positions; recipes that ask for more are refused. None: for any number."""
+    split: Callable[[nn.Module, DeviceMesh], None] | None = None
+    """(net, mesh of the dimensions data, ring, ulysses): from now on each process of a clip computes a part of its
+    tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     save: Callable[..., None] | None = None

@@ -276,8 +276,16 @@ def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def saved_transformer(path: str | Path) -> Path:
-    """Where `transformer_path` has its weights: a file, a folder, or the transformer in a checkpoint folder."""
+    """Where `transformer_path` has its weights: a file, a folder, or the transformer in a checkpoint folder.
+
+    Raises UserError for a checkpoint whose weights lie in the shares of several processes.
+    """
     inner = Path(path) / "transformer"
+    if inner.is_dir() and not has_weights(inner) and (Path(path) / "shares").is_dir():
+        made = f"reeltune export {path} FOLDER"
+        raise UserError(
+            str(path), f"holds the shares of several processes; `{made}` makes weights of them to give here"
+        )
     return inner if inner.is_dir() else Path(path)
 
 

@@ -86,9 +86,9 @@ class Forecast:
 def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = lambda _: None) -> Forecast:
     """told: what is being done now. Raises UserError for what training would refuse, and for unknown machines."""
     engine = engines.name_of(recipe.parallel.engine, machines.gpus)
-    check(recipe, machines, engine)
+    check(machines)
     family, mode, _ = choose_family(recipe)
-    world = machines.gpus
+    world = machines.gpus // recipe.parallel.context_parallel  # that take samples of their own
     inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * world)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
@@ -98,7 +98,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     def rehearsed(
         recipe: Recipe, engine: str, draws: list[Draw], phases: Set[str], like: Rehearsal | None
     ) -> Rehearsal:
-        if ENGINES[engine].half_weights:
+        if ENGINES[engine].own_copies and recipe.training.mixed_precision != "no":
             recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
         captions = [inputs.train[draw.record].text for draw in draws]
         return rehearse(recipe, draws, captions, phases=phases, like=like)
@@ -170,15 +170,11 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     )
 
 
-def check(recipe: Recipe, machines: Machines, engine: str) -> None:
-    """Raises UserError for machines that this run cannot have."""
+def check(machines: Machines) -> None:
+    """Raises UserError for machines that there are not."""
     machines.size_bytes  # noqa: B018
     if machines.gpus < 1:
         raise UserError("gpus", f"{machines.gpus} devices train nothing; give 1 or more")
-    if ENGINES[engine].half_weights and recipe.training.mixed_precision == "no":
-        raise UserError(
-            "engine", f"{engine} is planned in bf16 or fp16 alone, and mixed_precision is no; set it, or use ddp"
-        )
 
 
 def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:

@@ -155,6 +155,7 @@ def rehearse(
         state_bytes=state_bytes,
         parameters=learner.counts["parameters"],
         trainable=learner.counts["trainable"],
+        number_bytes=engine.dtype.itemsize,
         weight_bytes={"network": size_bytes(weights_of(learner.plain)), **sizes},
         **parameters_by_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),

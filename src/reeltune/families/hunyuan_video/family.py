@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessorPil,
@@ -29,7 +32,7 @@ from transformers import (
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
-from reeltune.families import schedule, weights
+from reeltune.families import context, schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
@@ -37,6 +40,13 @@ from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeL
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
+SPLIT = {  # what is dealt out over the processes of a clip: tokens of clip and text, and their rotary angles
+    "": {"encoder_attention_mask": ContextParallelInput(split_dim=1, expected_dims=2)},
+    "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
+    "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+    "context_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every n-th state of the picture, as the released pipeline takes
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
@@ -145,6 +155,32 @@ def denoise(
     )[0]
 
 
+def split(net: nn.Module, mesh: DeviceMesh) -> None:
+    """diffusers has no plan for this network, but its attention takes part: it gathers masks that are dealt out."""
+    group = mesh["ulysses"].get_group()
+
+    def with_even_text(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        names = "encoder_hidden_states", "encoder_attention_mask"
+        return inputs, named | dict(zip(names, even_text(*(named[name] for name in names), group.size()), strict=True))
+
+    def with_whole_mask(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The text's own layers come before its tokens are dealt out."""
+        text_BLD, timestep_B, mask_BL = inputs
+        parts = [torch.empty_like(mask_BL) for _ in range(group.size())]
+        dist.all_gather(parts, mask_BL.contiguous(), group)
+        return text_BLD, timestep_B, torch.cat(parts, 1)
+
+    context.split(net, mesh, SPLIT)
+    net.register_forward_pre_hook(with_even_text, with_kwargs=True)
+    net.context_embedder.register_forward_pre_hook(with_whole_mask)
+
+
+def even_text(text_BLD: Tensor, mask_BL: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Filled up with tokens that nothing attends to, until their number is a multiple of count."""
+    missing = -mask_BL.shape[1] % count
+    return F.pad(text_BLD, (0, 0, 0, missing)), F.pad(mask_BL, (0, missing))
+
+
 def finish(x0_BCThw: Tensor, cond: dict[str, Tensor]) -> Tensor:
     """The first latent frame is the one given."""
     return torch.cat([cond["ref"].to(x0_BCThw), x0_BCThw[:, :, 1:]], 2)
@@ -185,6 +221,7 @@ T2V = Family(
     encode_clips=encode_clips,
     describe=describe,
     denoise=denoise,
+    split=split,
     decode=decode,
     to_released=same,
     from_released=same,
@@ -200,6 +237,7 @@ I2V = replace(
     needs={"i2v": ("ref",)},
     caption_sees_picture=True,
     blocks=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+    split=None,  # its blocks count the first frame's tokens from the start of what they are given
     finish=finish,
 )
 I2V_CONCAT = replace(
@@ -207,6 +245,7 @@ I2V_CONCAT = replace(
     name="hunyuan_video/i2v_concat",
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V-33ch",
     blocks=T2V.blocks,
+    split=T2V.split,
     denoise=partial(denoise, concat=True),
     finish=None,
 )

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reeltune.diffusion.objective import Flow
 from reeltune.errors import UserError
-from reeltune.families import text, weights
+from reeltune.families import context, text, weights
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
@@ -34,6 +35,10 @@ MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLIP/blob/main/clip/clip.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# Where diffusers deals out Wan's tokens, but for the timestep, of which all of a clip have the same here.
+SPLIT = {name: how for name, how in WanTransformer3DModel._cp_plan.items() if name}
 
 
 # ---- read
@@ -202,6 +207,7 @@ BASE = Family(
     describe=describe,
     keep=kept,
     denoise=denoise,
+    split=partial(context.split, plan=SPLIT),
     decode=decode,
     to_released=keys.to_released,
     from_released=keys.from_released,

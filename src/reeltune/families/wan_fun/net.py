@@ -126,10 +126,10 @@ class WanFunTransformer(WanTransformer3DModel):
             inputs = (x_BLD, context_BLD, modulation, rotary)
             x_BLD = self._gradient_checkpointing_func(block, *inputs) if recompute else block(*inputs)
 
-        x_BLD = x_BLD[:, -T * h * w :]  # without the reference's tokens
         shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
         x_BLD = (self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
-        return self._unpatch(self.proj_out(x_BLD), (T, h, w))
+        answer_BLD = self.proj_out(x_BLD)[:, -T * h * w :]  # without the reference's tokens
+        return self._unpatch(answer_BLD, (T, h, w))
 
     def _unpatch(self, x_BLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         p_t, p_h, p_w = self.config.patch_size

@@ -1,0 +1,39 @@
+"""Each clip's tokens dealt out over several processes (context parallelism), by diffusers' hooks.
+
+Attention gathers all tokens for a part of the heads each (Ulysses, https://arxiv.org/abs/2309.14509). All processes
+get the whole answer, but each only its part of the gradients: those of a clip's processes must be added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, ParallelConfig
+from diffusers.hooks.context_parallel import apply_context_parallel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from reeltune.errors import UserError
+
+
+def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
+    """plan: module -> what of its inputs and outputs is dealt out or gathered, as diffusers' `_cp_plan` says it.
+
+    Raises UserError if the heads cannot be shared evenly.
+    """
+    count, heads = mesh["ulysses"].size(), net.config.num_attention_heads
+    if heads % count:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(
+            "recipe", f"context_parallel is {count}, but the network has {heads} attention heads; use one of {fits}"
+        )
+    config = ContextParallelConfig(ulysses_degree=count, mesh=mesh)
+    # As net.enable_parallelism does, which takes a place modulo the number of GPUs and fails where that is 0 (0.42).
+    config.setup(dist.get_rank(), dist.get_world_size(), next(net.parameters()).device, mesh)
+    whole = ParallelConfig(context_parallel_config=config)
+    for module in net.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = whole
+    apply_context_parallel(net, config, plan)

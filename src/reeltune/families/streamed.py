@@ -1,0 +1,100 @@
+"""Weights in safetensors files, read and written one tensor at a time: memory never holds two of them.
+
+The format: https://github.com/huggingface/safetensors#format. The library's own writer takes a whole file at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from reeltune.families import weights
+
+STEM = weights.STEMS[0]
+NAMES = {dtype: name for name, dtype in weights.DTYPES.items()}
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a file or folder by name, each read when asked for; `outline` has them on the meta device.
+
+    Raises UserError for files that are missing or cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.outline = weights.peek(path)
+        self._file = {name: file for file in weights.files_of(path) for name in weights.peek(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file[name], "pt", device="cpu") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+
+def write(
+    folder: Path, outline: Mapping[str, Tensor], tensor: Callable[[str], Tensor], max_shard_bytes: int
+) -> list[Path]:
+    """One file, or shards of at most so many bytes with an index, as diffusers names them. Returns the files.
+
+    outline: name -> meta tensor, the shape and dtype of what `tensor` then gives for that name.
+    A tensor that is larger than a shard has one of its own.
+    """
+    shards = _dealt(outline, max_shard_bytes)
+    total = len(shards)
+    files = [folder / f"{STEM}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    if total == 1:
+        files = [folder / f"{STEM}.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(file, {name: outline[name] for name in names}, tensor)
+    if total > 1:
+        where = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+        size_bytes = sum(map(_size_bytes, outline.values()))
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(where.items()))}
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _dealt(outline: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    """Names by shard: wide dtypes first, so that every tensor lies at a multiple of its element's size."""
+    shards: list[list[str]] = [[]]
+    held_bytes = 0
+    for name in sorted(outline, key=lambda name: -outline[name].itemsize):
+        size_bytes = _size_bytes(outline[name])
+        if shards[-1] and held_bytes + size_bytes > max_shard_bytes:
+            shards.append([])
+            held_bytes = 0
+        shards[-1].append(name)
+        held_bytes += size_bytes
+    return shards
+
+
+def _write_file(file: Path, outline: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, meta in outline.items():
+        begin, end = end, end + _size_bytes(meta)
+        header[name] = {"dtype": NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for name, meta in outline.items():
+            values = tensor(name)
+            assert (values.shape, values.dtype) == (meta.shape, meta.dtype), name
+            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _size_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
