@@ -180,7 +180,7 @@ def test_the_cheapest_sets_of_changes_that_fit_come_first():
         return verdict, rehearsed()
 
     before = judge({"step": {"weights": 140}}, 100), rehearsed()
-    offers = search(candidates, try_out, before)
+    offers = search(candidates, lambda changes: True, try_out, before)
     assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
         ["b", "c"],
         ["d"],
@@ -188,3 +188,6 @@ def test_the_cheapest_sets_of_changes_that_fit_come_first():
     ]
     assert offers[0].prices == ("price of b", "price of c")
     assert ["a", "b"] not in tried  # 10 and 25 are too few, which is known beforehand
+    # Where b goes with nothing else:
+    others = search(candidates, lambda changes: {"b": True} not in [c.settings for c in changes], try_out, before)
+    assert [[name for change in offer.changes for name in change.settings] for offer in others] == [["d"], ["e"]]
