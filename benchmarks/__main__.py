@@ -23,14 +23,24 @@ class Goal(NamedTuple):
     most: float | None = None
 
     def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}"
+        bounds = (("at least", self.least), ("at most", self.most))
+        return ", ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
     def reached(self, value: float) -> bool:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
-MODULES = ("data_read", "loop", "start_up", "cache", "idle", "engines", "memory")  # each has main() -> {name: number}
+MODULES = (  # each has main() -> {name: number}
+    "data_read",
+    "loop",
+    "start_up",
+    "cache",
+    "idle",
+    "engines",
+    "memory",
+    "forecast",
+)
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
 SAVINGS = {
     "recompute_half": "half of the blocks recomputed",
@@ -91,6 +101,15 @@ MEANING = {  # name: (what it is, goal)
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
     **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
     **{f"repeats_{n}": (f"samples that fill up micro-steps of {n} ranks, of 200,000 clips", None) for n in idle.RANKS},
+    **{
+        f"plan_rows_1e{power}_{unit}": (f"{words} to plan and count an epoch of 10^{power} rows", goal)
+        for power, goals in ((4, (Goal(most=1), None)), (6, (Goal(most=60), Goal(most=1))))
+        for unit, words, goal in zip(("s", "gb"), ("seconds", "gigabytes at most"), goals, strict=True)
+    },
+    **{
+        f"plan_memory_{family}": (f"memory by plan over the allocator's, tiny {family}", Goal(least=0.95, most=1.05))
+        for family in FAMILIES
+    },
 }
 
 

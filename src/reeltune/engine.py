@@ -38,10 +38,11 @@ class Engine:
         mixed_precision: str = "no",
         *,
         allow_tf32: bool = False,
+        on_cpu: bool = False,
         wish: Wish | None = None,
         rank_timeout_seconds: float = 1800,
     ):
-        on_cpu = not torch.cuda.is_available()
+        on_cpu = on_cpu or not torch.cuda.is_available()
         if on_cpu and mixed_precision == "fp16":
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
@@ -118,7 +119,8 @@ class Engine:
 
         blocks: class names to shard by, where the launcher gave none.
         """
-        net = self.accelerator.prepare_model(net, device_placement=not self.sharded, evaluation_mode=True)
+        away = any(weight.device != self.device for weight in net.parameters())
+        net = self.accelerator.prepare_model(net, device_placement=away and not self.sharded, evaluation_mode=True)
         if self.name == "fsdp":
             fsdp.shard(
                 net,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from reeltune import checkpoint
 from reeltune.blocks import blocks_of, offload_activations, recompute, swap
@@ -120,6 +122,16 @@ class Learner:
         learning = [sizes[name] for name, weight in self.plain.named_parameters() if weight.requires_grad]
         return {"parameters": sum(sizes.values()), "trainable": sum(learning)}
 
+    def held_bytes(self) -> dict[str, int]:
+        """part -> bytes of it that this process has now."""
+        parts = {
+            "weights": list(self.plain.parameters()),
+            "gradients": [weight.grad for weight in self.plain.parameters()],
+            "optimizer state": self.optimizer.state_dict(),
+            "the moving average": {} if self.average is None else self.average.weights,
+        }
+        return {part: sum(size_bytes(leaf) for leaf in tree_leaves(tree)) for part, tree in parts.items()}
+
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
         optimization = self.optimization
@@ -215,3 +227,9 @@ class Learner:
         of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
         state = checkpoint.load(found)
         return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
+
+
+def size_bytes(leaf: object) -> int:
+    """Of a tensor, or of this process's share of one; nothing else has any."""
+    local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return local.numel() * local.element_size() if isinstance(local, Tensor) else 0

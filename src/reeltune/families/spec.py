@@ -47,7 +47,9 @@ class Parts:
         """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
         if name in self.loaders:
             self._read(name)
-        module = self.frozen[name].to(self.device)
+        module = self.frozen[name]
+        if next(module.parameters()).device.type != self.device.type:
+            module.to(self.device)
         try:
             yield module
         finally:
