@@ -133,3 +133,12 @@ def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypat
     assert len(visits) == 2 * STEPS
     with pytest.raises(UserError, match=f"blocks_to_swap is {len(found)}, but"):
         steps(start, blocks_to_swap=len(found), **settings)
+
+
+@pytest.mark.parametrize(
+    "alone", [{"step_in_backward": True}, {"blocks_to_swap": 1}], ids=lambda alone: next(iter(alone))
+)
+def test_what_only_one_process_can_do_is_refused_to_several(alone, start, monkeypatch):
+    monkeypatch.setattr(Engine, "world", 2)
+    with pytest.raises(UserError, match=f"{next(iter(alone))} is .* and there are 2 processes"):
+        steps(start, **alone)
