@@ -70,6 +70,8 @@ def test_commands_run(page, place):
     for command in commands_of(page):
         kept = {"mixed_precision"} if "--mixed_precision" in command else set()
         small = [f"--{name}={value}" for name, value in SMALL.items() if name not in kept]
+        if "bf16_stochastic" in command:
+            small.append("--mixed_precision=bf16")
         script = re.search(r" scripts/(\S+\.py) (.*)", command)
         argv = reeltune_words(command) if script is None else shlex.split(script[2])
         if argv is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import resource
@@ -18,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune import fsdp, zero
@@ -259,13 +257,6 @@ class FlopCount:
         with FlopCounterMode(display=False) as counter:
             yield
         self.known[shape] = 3 * counter.get_total_flops()
-
-
-def recompute_blocks(net: nn.Module, blocks: tuple[str, ...]) -> None:
-    """Gradient checkpointing: modules of these class names recompute their activations in the backward pass."""
-    for module in net.modules():
-        if type(module).__name__ in blocks:
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -95,6 +95,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         engine,
         recipe.model,
         recipe.optimization,
+        recipe.memory,
         seed=recipe.training.seed,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         batch=pace.batch,
@@ -162,7 +163,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                learner.trainer.backward(loss.value * engine.context / passes, last=micro == passes - 1)
+                learner.backward(loss.value * engine.context / passes, last=micro == passes - 1)
                 stopwatch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
                 tokens += family.geometry.tokens(shape) * len(batch.draws) * world
