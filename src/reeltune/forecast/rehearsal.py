@@ -84,7 +84,7 @@ def rehearse(
     in_backward = recipe.memory.step_in_backward
     if in_backward and phases & (TRAINED | {"step"}):
         phases = phases | TRAINED | {"step"}
-    strata = [draw.stratum for draw in draws]
+    seeds, strata = batch.seeds, [draw.stratum for draw in draws]
 
     def forward_pass() -> Loss:
         return diffusion_loss(
@@ -93,7 +93,7 @@ def rehearse(
             objective,
             encoded,
             parts.null,
-            batch.seeds,
+            seeds,
             strata,
             motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
             loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
