@@ -123,3 +123,23 @@ def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
             assert total == pytest.approx(known, rel=NEAR), (changed, phase)
         assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=NEAR)
         assert part.state_bytes == whole.state_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
+def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(tmp_path, optimizer):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
+    settings = {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic", optimizer: True}
+    plain, fused = (
+        rehearse(
+            recipe(model, tmp_path, tmp_path / "out", step_in_backward=inside, **settings),
+            draws(Shape(5, 32, 32)),
+            CAPTIONS,
+            phases=ALL - {"preview"},
+        )
+        for inside in (False, True)
+    )
+    assert fused.state_bytes == plain.state_bytes
+    assert fused.gradient_bytes == 0 < plain.gradient_bytes
+    assert "gradients" not in fused.peaks["step"]
+    assert plain.peaks["step"]["gradients"] == plain.gradient_bytes

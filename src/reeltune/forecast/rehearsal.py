@@ -138,7 +138,7 @@ def rehearse(
             if "forward" not in phases:
                 give_gradients([*compress(learner.learning, reached)], tracker, stand_ins)
             found_bytes = tracker.live["optimizer"]
-            with tracker.phase("step"), gradients_owned(tracker, learner.learning if in_backward else ()):
+            with tracker.phase("step"):
                 learner.step(0, recipe.optimization.learning_rate)
             tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
             state_bytes = tracker.live["optimizer"]
