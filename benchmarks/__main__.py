@@ -31,16 +31,16 @@ class Goal(NamedTuple):
 
 
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
-MODULES = (  # each has main() -> {name: number}
+MODULES = (
     "data_read",
     "loop",
     "start_up",
     "cache",
+    "forecast",
     "idle",
     "engines",
     "memory",
-    "forecast",
-)
+)  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
 SAVINGS = {
     "recompute_half": "half of the blocks recomputed",
@@ -74,6 +74,15 @@ MEANING = {  # name: (what it is, goal)
     "cache_read_ratio": ("reading a cache at random over the plain disk", None),
     "cache_read_gb_s": ("gigabytes per second read from a cache", None),
     **{
+        f"plan_rows_1e{power}_{unit}": (f"{words} to plan and count an epoch of 10^{power} rows", goal)
+        for power, goals in ((4, (Goal(most=1), None)), (6, (Goal(most=60), Goal(most=1))))
+        for unit, words, goal in zip(("s", "gb"), ("seconds", "gigabytes at most"), goals, strict=True)
+    },
+    **{
+        f"plan_memory_{family}": (f"memory by plan over the allocator's, tiny {family}", Goal(least=0.95, most=1.05))
+        for family in FAMILIES
+    },
+    **{
         f"memory_{weights}_{optimizer}{fused}": (
             f"bytes per trained parameter, {weights}, {words}{', step in the backward pass' if fused else ''}",
             None,
@@ -101,15 +110,6 @@ MEANING = {  # name: (what it is, goal)
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
     **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
     **{f"repeats_{n}": (f"samples that fill up micro-steps of {n} ranks, of 200,000 clips", None) for n in idle.RANKS},
-    **{
-        f"plan_rows_1e{power}_{unit}": (f"{words} to plan and count an epoch of 10^{power} rows", goal)
-        for power, goals in ((4, (Goal(most=1), None)), (6, (Goal(most=60), Goal(most=1))))
-        for unit, words, goal in zip(("s", "gb"), ("seconds", "gigabytes at most"), goals, strict=True)
-    },
-    **{
-        f"plan_memory_{family}": (f"memory by plan over the allocator's, tiny {family}", Goal(least=0.95, most=1.05))
-        for family in FAMILIES
-    },
 }
 
 

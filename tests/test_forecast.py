@@ -60,6 +60,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
         engine,
         run.model,
         run.optimization,
+        run.memory,
         seed=0,
         gradient_checkpointing=checkpointing,
         batch=2,
@@ -77,7 +78,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     with Allocated() as forward:
         loss = forward_pass()
     with Allocated() as backward:
-        learner.trainer.backward(loss.value, last=True)
+        learner.backward(loss.value, last=True)
         del loss
     gradients = backward.bytes + forward.bytes  # all that the forward pass kept is gone
     with Allocated() as step:

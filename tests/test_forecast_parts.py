@@ -74,6 +74,7 @@ def rehearsed(**changes) -> Rehearsal:
         state_bytes=8 * PSI,
         parameters=PSI,
         trainable=PSI,
+        number_bytes=2,
         weight_bytes={"network": 4 * PSI},
         block_parameters=100,
         other_parameters=40,
@@ -106,6 +107,13 @@ def test_shards_shrink_with_devices_and_copies_do_not():
         return sum(engines.peaks(rehearsed(), engine, gpus)[0]["backward"].values())
 
     assert total("fsdp", 8) < total("fsdp", 4) < total("fsdp", 2) < total("ddp", 2) == total("ddp", 8)
+
+
+def test_copies_are_of_the_precision_that_computes():
+    half, full = (engines.peaks(rehearsed(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
+    assert {part: full[part] / half[part] for part in half if full[part] != half[part]} == dict.fromkeys(
+        ("weights", "gradients", "buckets"), 2
+    )
 
 
 def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
@@ -172,7 +180,7 @@ def test_the_cheapest_sets_of_changes_that_fit_come_first():
         return verdict, rehearsed()
 
     before = judge({"step": {"weights": 140}}, 100), rehearsed()
-    offers = search(candidates, try_out, before)
+    offers = search(candidates, lambda changes: True, try_out, before)
     assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
         ["b", "c"],
         ["d"],
@@ -180,3 +188,6 @@ def test_the_cheapest_sets_of_changes_that_fit_come_first():
     ]
     assert offers[0].prices == ("price of b", "price of c")
     assert ["a", "b"] not in tried  # 10 and 25 are too few, which is known beforehand
+    # Where b goes with nothing else:
+    others = search(candidates, lambda changes: {"b": True} not in [c.settings for c in changes], try_out, before)
+    assert [[name for change in offer.changes for name in change.settings] for offer in others] == [["d"], ["e"]]

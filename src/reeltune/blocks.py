@@ -48,11 +48,11 @@ def offload_activations(net: nn.Module) -> None:
 
     @wraps(forward)
     def kept_elsewhere(*given: Any, **named: Any) -> Any:
-        weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+        weights = {weight.untyped_storage()._cdata for weight in net.parameters()}
 
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
             small = tensor.nbytes < LEAST_BYTES
-            stays = small or tensor.untyped_storage().data_ptr() in weights
+            stays = small or tensor.untyped_storage()._cdata in weights
             return tensor.device, tensor if stays else to_host(tensor)
 
         def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:

@@ -140,7 +140,7 @@ class StochasticRounding:
         self.steps = 0
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self.stand_ins = [nn.Parameter(torch.empty(0, device=parameter.device)) for parameter in self.parameters]
+        self.stand_ins = [nn.Parameter(p.detach().new_empty(0, dtype=torch.float32)) for p in self.parameters]
         self.optimizer = build([{**group, "params": self._standing_in(group["params"])} for group in groups])
 
     def step(self) -> None:

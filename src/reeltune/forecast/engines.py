@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from reeltune.forecast.parts import Rehearsal
 
 Parts = dict[str, int]
-HALF, FULL = 2, 4  # bytes of a number in bf16 and fp32
+FULL = 4  # bytes of a number in fp32; those that compute have found.number_bytes
 BUCKET = 500_000_000  # numbers: reduce_bucket_size and allgather_bucket_size (deepspeed.ai/docs/config-json)
 LIVE = 1_000_000_000  # numbers: stage3_max_live_parameters, of the same page
 
@@ -23,8 +23,8 @@ class Engine:
     words: str
     share: Callable[[Rehearsal, str, int], Parts]
     """(rehearsal, phase, N) -> parts at the fullest moment of the phase."""
-    half_weights: bool
-    """The network computes with bf16 copies of its own, not under autocast."""
+    own_copies: bool
+    """The network computes with copies of its own in the run's precision, not under autocast."""
     offloaded: tuple[str, ...] = ()
     """Parts that `offload` keeps in the machine's own memory."""
 
@@ -41,11 +41,12 @@ def _ddp(found: Rehearsal, phase: str, gpus: int) -> Parts:
 def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
     """bf16 weights whole; fp32 copies, state and gradients shared out (https://arxiv.org/abs/1910.02054, section 5)."""
     share = -(-found.trainable // gpus)
-    parts = _computed_in_half(found, phase)
-    parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": HALF * share}
+    parts = _computed_in_copies(found, phase)
+    parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": found.number_bytes * share}
     if phase == "step":
         parts["gradients"] += FULL * share  # fp32 gradients of the share that this GPU steps
-    parts["buckets"] = 2 * HALF * min(BUCKET, found.trainable)  # one filled while the other is sent (overlap_comm)
+    # One is filled while the other is sent (overlap_comm).
+    parts["buckets"] = 2 * found.number_bytes * min(BUCKET, found.trainable)
     return parts
 
 
@@ -54,7 +55,7 @@ def _zero3(found: Rehearsal, phase: str, gpus: int) -> Parts:
     parts = _zero2(found, phase, gpus)
     whole = parts["weights"]
     parts["weights"] = -(-whole // gpus)
-    parts["gathered"] = HALF * min(LIVE, found.parameters) if phase != "encode" else 0
+    parts["gathered"] = found.number_bytes * min(LIVE, found.parameters) if phase != "encode" else 0
     return parts
 
 
@@ -63,15 +64,15 @@ def _fsdp(found: Rehearsal, phase: str, gpus: int) -> Parts:
     next is gathered; what is in no block, in fp32; and a block's gradients in bf16 and, to be added up, in fp32
     (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
     share = -(-found.trainable // gpus)
-    parts = _computed_in_half(found, phase)
+    parts = _computed_in_copies(found, phase)
     parts["weights"] = FULL * share + parts.pop("still", 0) // gpus
     parts["optimizer"] = _state(found, share)
     if phase != "encode":
-        parts["gathered"] = 2 * HALF * found.block_parameters + FULL * found.other_parameters
+        parts["gathered"] = 2 * found.number_bytes * found.block_parameters + FULL * found.other_parameters
     if phase in ("backward", "step"):
         parts["gradients"] = FULL * share
     if phase == "backward":
-        parts["gathered"] += (HALF + FULL) * found.block_parameters
+        parts["gathered"] += (found.number_bytes + FULL) * found.block_parameters
     return parts
 
 
@@ -79,14 +80,15 @@ def _fsdp_gathered(found: Rehearsal, phase: str, gpus: int) -> Parts:
     """With keep_gathered all blocks stay whole from forward to backward pass."""
     parts = _fsdp(found, phase, gpus)
     if phase in ("forward", "backward"):
-        parts["gathered"] += HALF * (found.parameters - found.other_parameters) - 2 * HALF * found.block_parameters
+        in_blocks = found.parameters - found.other_parameters
+        parts["gathered"] += found.number_bytes * (in_blocks - 2 * found.block_parameters)
     return parts
 
 
-def _computed_in_half(found: Rehearsal, phase: str) -> Parts:
-    """The phase's parts; of weights kept in fp32, their bf16 copies."""
+def _computed_in_copies(found: Rehearsal, phase: str) -> Parts:
+    """The phase's parts; of weights kept in fp32, the copies that compute."""
     parts = dict(found.peaks[phase])
-    parts["weights"] = HALF * found.trainable
+    parts["weights"] = found.number_bytes * found.trainable
     parts.pop("gradients", None)
     return parts
 
@@ -96,11 +98,11 @@ def _state(found: Rehearsal, share: int) -> int:
 
 
 ENGINES = {
-    "one": Engine("one device", _one, half_weights=False),
-    "ddp": Engine("DDP", _ddp, half_weights=False),
-    "zero2": Engine("ZeRO-2", _zero2, half_weights=True, offloaded=("masters", "optimizer", "gradients")),
-    "zero3": Engine("ZeRO-3", _zero3, half_weights=True, offloaded=("masters", "optimizer", "gradients")),
-    "fsdp": Engine("FSDP", _fsdp, half_weights=True, offloaded=("weights", "optimizer", "gradients")),
+    "one": Engine("one device", _one, own_copies=False),
+    "ddp": Engine("DDP", _ddp, own_copies=False),
+    "zero2": Engine("ZeRO-2", _zero2, own_copies=True, offloaded=("masters", "optimizer", "gradients")),
+    "zero3": Engine("ZeRO-3", _zero3, own_copies=True, offloaded=("masters", "optimizer", "gradients")),
+    "fsdp": Engine("FSDP", _fsdp, own_copies=True, offloaded=("weights", "optimizer", "gradients")),
 }
 
 

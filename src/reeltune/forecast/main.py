@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reeltune.data.plan import Plan
 from reeltune.engine import PEAK_FLOPS
@@ -86,9 +87,9 @@ class Forecast:
 def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = lambda _: None) -> Forecast:
     """told: what is being done now. Raises UserError for what training would refuse, and for unknown machines."""
     engine = engines.name_of(recipe.parallel.engine, machines.gpus)
-    check(recipe, machines, engine)
+    check(machines, recipe.parallel.context_parallel)
     family, mode, _ = choose_family(recipe)
-    world = machines.gpus
+    world = machines.gpus // recipe.parallel.context_parallel  # that take samples of their own
     inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * world)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
@@ -98,23 +99,35 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     def rehearsed(
         recipe: Recipe, engine: str, draws: list[Draw], phases: Set[str], like: Rehearsal | None
     ) -> Rehearsal:
-        if ENGINES[engine].half_weights:
+        if ENGINES[engine].own_copies and recipe.training.mixed_precision != "no":
             recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
         captions = [inputs.train[draw.record].text for draw in draws]
         return rehearse(recipe, draws, captions, phases=phases, like=like)
 
-    def first_draws(recipe: Recipe, world: int) -> list[Draw]:
+    def first_draws(recipe: Recipe, gpus: int) -> list[Draw]:
         """Of the first rank in the first micro-step, which is the largest."""
         b = recipe.training.train_batch_size
+        world = gpus // recipe.parallel.context_parallel
         rules = size_rules(recipe, family)
         fresh = Plan(inputs.train, rules, group=b * world, seed=recipe.training.seed, largest_first=True)
         return fresh.share(0, 0, b)
 
-    def attempt(changed: tuple[Change, ...], base: Rehearsal | None = None) -> tuple[Verdict, Rehearsal]:
-        told(" and ".join(change.words for change in changed) or "the largest step")
+    def changed_by(changed: tuple[Change, ...]) -> tuple[Recipe, int, dict[str, Any]]:
+        """(recipe, devices, settings) with these changes. Raises UserError if they do not go with the rest."""
         settings = {name: value for change in changed for name, value in change.settings.items()}
         gpus = settings.pop("gpus", machines.gpus)
-        other = build({**flat(recipe), **settings})
+        return build({**flat(recipe), **settings}), gpus, settings
+
+    def goes(changed: tuple[Change, ...]) -> bool:
+        try:
+            changed_by(changed)
+        except UserError:
+            return False
+        return True
+
+    def attempt(changed: tuple[Change, ...], base: Rehearsal | None = None) -> tuple[Verdict, Rehearsal]:
+        told(" and ".join(change.words for change in changed) or "the largest step")
+        other, gpus, settings = changed_by(changed)
         name = engines.name_of(other.parallel.engine, gpus)
         draws, phases = first_draws(other, gpus), shown
         if base is not None:
@@ -126,7 +139,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     shown = ALL if with_preview(recipe, inputs) else ALL - {"preview"}
     verdict, base = attempt(())
     peaks, kept_back_bytes = on_each(recipe, base, machines.gpus)
-    draws = first_draws(recipe, world)
+    draws = first_draws(recipe, machines.gpus)
     checkpointing = recipe.training.gradient_checkpointing
     told("activations without gradient_checkpointing" if checkpointing else "activations with gradient_checkpointing")
     toggled = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not checkpointing))
@@ -143,8 +156,8 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    candidates = [*changes(recipe, engine, world)]
-    offers = [] if verdict.safe else search(candidates, partial(attempt, base=base), (verdict, base))
+    candidates = [change for change in changes(recipe, engine, machines.gpus) if goes((change,))]
+    offers = [] if verdict.safe else search(candidates, goes, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
         mode=mode,
@@ -160,7 +173,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         rehearsal=base,
         peaks=peaks,
         kept_bytes={checkpointing: base.saved_bytes, not checkpointing: other.saved_bytes},
-        host_bytes=host_bytes(recipe, base, draws, family.needs[mode], world, kept_back_bytes),
+        host_bytes=host_bytes(recipe, base, draws, family.needs[mode], machines.gpus, kept_back_bytes),
         disk_bytes=disk_bytes(recipe, base, steps, data, len(inputs.train), sizes),
         step_flops=mean,
         run_flops=sum(mean.values()) * steps * accumulate * world,
@@ -170,15 +183,13 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     )
 
 
-def check(recipe: Recipe, machines: Machines, engine: str) -> None:
-    """Raises UserError for machines that this run cannot have."""
+def check(machines: Machines, together: int) -> None:
+    """together: devices that share a clip. Raises UserError for machines that there are not."""
     machines.size_bytes  # noqa: B018
     if machines.gpus < 1:
         raise UserError("gpus", f"{machines.gpus} devices train nothing; give 1 or more")
-    if ENGINES[engine].half_weights and recipe.training.mixed_precision == "no":
-        raise UserError(
-            "engine", f"{engine} is planned in bf16 or fp16 alone, and mixed_precision is no; set it, or use ddp"
-        )
+    if machines.gpus % together:
+        raise UserError("gpus", f"{machines.gpus} devices are no whole number of groups of context_parallel {together}")
 
 
 def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:

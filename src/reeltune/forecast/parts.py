@@ -48,6 +48,8 @@ class Rehearsal:
     """Of the optimizer."""
     parameters: int
     trainable: int
+    number_bytes: int
+    """Of a number in the precision that the network computes in."""
     weight_bytes: dict[str, int]
     """name -> bytes of the trained network ("network") and of each frozen one."""
     block_parameters: int

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from reeltune.diffusion.loss import diffusion_loss, settle
+from reeltune import blocks
+from reeltune.diffusion.loss import Loss, diffusion_loss, settle
 from reeltune.engine import Engine
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
@@ -74,11 +75,30 @@ def rehearse(
         engine,
         recipe.model,
         recipe.optimization,
+        recipe.memory,
         seed=training.seed,
         gradient_checkpointing=training.gradient_checkpointing,
         batch=len(draws),
         accumulate=training.gradient_accumulation_steps,
     )
+    in_backward = recipe.memory.step_in_backward
+    if in_backward and phases & (TRAINED | {"step"}):
+        phases = phases | TRAINED | {"step"}
+    seeds, strata = batch.seeds, [draw.stratum for draw in draws]
+
+    def forward_pass() -> Loss:
+        return diffusion_loss(
+            family.denoise,
+            learner.net,
+            objective,
+            encoded,
+            parts.null,
+            seeds,
+            strata,
+            motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
+            loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
+        )
+
     tracker = Tracker(stand_ins)
     cached = recipe.cache.cache_folder is not None
     own_what_is_there(tracker, parts, learner, batch, visiting=training.low_vram or cached)
@@ -89,30 +109,24 @@ def rehearse(
         encoded = setup.encode(batch)  # on another day
     if "encode" not in phases or cached:
         tracker.own(tensors_of(encoded), "batch")
-    with tracker:
+    with tracker, host_apart(tracker):
         if "encode" in phases and not cached:
             with tracker.phase("encode"):
                 encoded = setup.encode(batch)
         tracker.rename("encode", "batch")
         resident = {part: tracker.live[part] for part in RESIDENT}
+        if in_backward and "step" in phases:  # its state is made bit by bit, and is there in later steps
+            learner.backward(forward_pass().value, last=True)
+            learner.step(0, recipe.optimization.learning_rate)
+            tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
         if "forward" in phases:
             with tracker.phase("forward"):
-                loss = diffusion_loss(
-                    family.denoise,
-                    learner.net,
-                    objective,
-                    encoded,
-                    parts.null,
-                    batch.seeds,
-                    [draw.stratum for draw in draws],
-                    motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
-                    loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
-                )
+                loss = forward_pass()
             tracker.own(tensors_in(dict(vars(objective))), ELSEWHERE)  # its tables, made once
             saved_bytes = tracker.live["forward"] + tracker.live["casts"]
             tracker.rename("forward", "activations")
             with tracker.phase("backward"), gradients_owned(tracker, learner.learning):
-                learner.trainer.backward(loss.value / training.gradient_accumulation_steps, last=True)
+                learner.backward(loss.value / training.gradient_accumulation_steps, last=True)
             gradient_bytes = tracker.live["gradients"]
             reached = tuple(parameter.grad is not None for parameter in learner.learning)
             del loss
@@ -123,7 +137,8 @@ def rehearse(
         if "step" in phases:
             if "forward" not in phases:
                 give_gradients([*compress(learner.learning, reached)], tracker, stand_ins)
-            with tracker.phase("step"):
+            found_bytes = tracker.live["optimizer"]
+            with tracker.phase("step"), gradients_owned(tracker, learner.learning if in_backward else ()):
                 learner.step(0, recipe.optimization.learning_rate)
             tracker.own(tensors_in(learner.optimizer.state_dict()), "optimizer")
             state_bytes = tracker.live["optimizer"]
@@ -134,7 +149,7 @@ def rehearse(
             with tracker.phase("preview"):
                 one_pass(setup, learner.plain, encoded)
     if "step" in phases:
-        tracker.peaks["step"]["step"] -= state_bytes  # made there, at the first step alone
+        tracker.peaks["step"]["step"] -= state_bytes - found_bytes  # made there, at the first step alone
     peaks = tracker.peaks
     if like is not None:
         peaks |= {phase: like.peaks[phase] | resident for phase in like.peaks.keys() - phases - {"encode"}}
@@ -155,6 +170,7 @@ def rehearse(
         state_bytes=state_bytes,
         parameters=learner.counts["parameters"],
         trainable=learner.counts["trainable"],
+        number_bytes=engine.dtype.itemsize,
         weight_bytes={"network": size_bytes(weights_of(learner.plain)), **sizes},
         **parameters_by_block(learner.plain, family.blocks),
         encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
@@ -225,6 +241,23 @@ def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, stand_i
     tracker.own([parameter.grad for parameter in parameters if parameter.grad is not None], "gradients")
 
 
+@contextmanager
+def host_apart(tracker: Tracker) -> Iterator[None]:
+    """What goes to the machine's own memory is not on the device, though here both are one."""
+    to_host = blocks.to_host
+
+    def counted(tensor: Tensor) -> Tensor:
+        copy = to_host(tensor)
+        tracker.own([copy], ELSEWHERE)
+        return copy
+
+    blocks.to_host = counted
+    try:
+        yield
+    finally:
+        blocks.to_host = to_host
+
+
 def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:
     """A preview's heaviest moments: one denoising pass of one clip, and decoding it."""
     one = first_of(encoded)
@@ -282,8 +315,8 @@ def size_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def parameters_by_block(net: nn.Module, blocks: tuple[str, ...]) -> dict[str, int]:
-    found = [module for module in net.modules() if type(module).__name__ in blocks]
+def parameters_by_block(net: nn.Module, classes: tuple[str, ...]) -> dict[str, int]:
+    found = [module for module in net.modules() if type(module).__name__ in classes]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in found]
     whole = sum(parameter.numel() for parameter in net.parameters())
     return {"block_parameters": max(sizes), "other_parameters": whole - sum(sizes)}

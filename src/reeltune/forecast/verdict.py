@@ -139,13 +139,14 @@ TRIES = 12  # sets of several changes that are rehearsed
 
 def search(
     candidates: list[Change],
+    goes: Callable[[tuple[Change, ...]], bool],
     try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
     before: tuple[Verdict, Rehearsal],
 ) -> list[Offer]:
     """The cheapest sets of changes, up to TOLD, that make it fit with room to spare: single ones before pairs.
 
-    A set that holds one already offered is not. Sets whose changes, each rehearsed alone, save too little between
-    them are not rehearsed.
+    A set that holds one already offered is not, nor one whose changes do not go together. Sets whose changes, each
+    rehearsed alone, save too little between them are not rehearsed.
     """
     found: list[tuple[set[int], Offer]] = []
     alone: list[Verdict] = []
@@ -166,7 +167,8 @@ def search(
             for phase, size in before[0].totals.items()
         }
         known = any(offered <= set(chosen) for offered, _ in found)
-        return len(set(names)) == len(names) and not known and max(least.values()) <= before[0].have_bytes
+        enough = max(least.values()) <= before[0].have_bytes
+        return len(set(names)) == len(names) and not known and enough and goes(tuple(candidates[i] for i in chosen))
 
     def cost(chosen: Iterable[int]) -> float:
         return sum(candidates[i].cost for i in chosen)
