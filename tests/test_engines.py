@@ -17,7 +17,8 @@ STEPS = {"toy": 20}  # of the others FEW
 FEW = 4
 GROUP = 4  # samples of a micro-step over all processes
 TOLERANCE = 1e-5  # relative, in fp32
-BAND = 2e-3  # relative, in bf16; at most 3.5e-4 was measured (torch 2.13, 2026-11-21)
+BAND = 1e-2  # relative, in bf16, whose own losses differ from fp32's by up to 2.8e-3; at most 3.2e-3 was measured
+BAND_OF_TOY = 2e-3  # at most 3.5e-4 (both on a CPU, torch 2.13, 2026-11-21)
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
 ENGINES = ["ddp", "fsdp", *(["zero2", "zero3"] if with_deepspeed else [])]
 of_engines = pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
@@ -44,6 +45,7 @@ class Runs:
         settings = {
             "train_mode": None if self.is_toy else self.mode,
             "engine": None if engine == "alone" else engine,
+            "train_mode": self.mode,
             "train_batch_size": GROUP // processes,
             "max_train_steps": self.steps,
             "checkpointing_steps": self.half,
@@ -65,11 +67,9 @@ class Runs:
             recipes.append(self.recipe(engine))
             recipes.append(self.recipe(f"{engine}-again", resume_from_checkpoint=self.half_of(engine)))
             recipes.append(self.recipe(f"{engine}-from-{other}", resume_from_checkpoint=self.half_of(other)))
-            if self.is_toy:
-                recipes.append(self.recipe(f"{engine}-bf16", mixed_precision="bf16"))
+            recipes.append(self.recipe(f"{engine}-bf16", mixed_precision="bf16"))
         train(recipes, 2, self.folder)
-        if self.is_toy:
-            assert module.train(self.recipe("alone-bf16", processes=1, mixed_precision="bf16")) == 0
+        assert module.train(self.recipe("alone-bf16", processes=1, mixed_precision="bf16")) == 0
         for engine in ENGINES if self.is_toy else ENGINES[-1:]:
             name = f"alone-from-{engine}"
             assert module.train(self.recipe(name, resume_from_checkpoint=self.half_of(engine))) == 0
@@ -107,10 +107,9 @@ def test_losses_are_those_of_one_process(engine, runs):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     held_out = [[row["loss"] for row in runs.rows(name, "validation")] for name in (engine, "alone")]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
-    if runs.is_toy:
-        half = runs.losses(f"{engine}-bf16")
-        assert half == pytest.approx(runs.losses("alone-bf16"), rel=BAND)
-        assert half != ours
+    half = runs.losses(f"{engine}-bf16")
+    assert half == pytest.approx(runs.losses("alone-bf16"), rel=BAND_OF_TOY if runs.is_toy else BAND)
+    assert half != ours
 
 
 @of_engines

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch
 from processes import forked
 from reeltune.checkpoint import complete
 from reeltune.dice import dice
+from reeltune.engine import Engine
 from reeltune.sample import Setup
+from reeltune.train import Duties
 from reeltune.watch import EXIT_CODE
 from same_run import assert_same_end
 from small_run import data_set, recipe
@@ -67,6 +70,27 @@ def test_killed_within_a_save_and_at_random_it_ends_in_the_same_bits(engine, to_
 
     assert forked([again], 2, tmp_path).end() == [0, 0]
     assert_same_end(out, tmp_path / "unbroken", STEPS)
+
+
+@pytest.mark.parametrize(
+    ("engine", "rank"),
+    [
+        pytest.param(engine, rank, marks=() if (engine, rank) == ("fsdp", 0) else pytest.mark.slow)
+        for engine in ENGINES
+        for rank in (0, 1)
+    ],
+)
+def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
+    out = tmp_path / "run"
+    run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path)
+    run.until(lambda: complete(out))
+    started = time.monotonic()
+    run.kill(rank)
+    codes = run.end(60)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] in (2, EXIT_CODE)
+    assert time.monotonic() - started < 40
+    assert f"rank {rank}" in run.told[1 - rank].read_text().replace(f"rank {1 - rank} stops", ""), run.print()
+    assert "resume_from_checkpoint latest" in run.told[1 - rank].read_text(), run.print()
 
 
 class Third:
@@ -128,3 +152,46 @@ def test_one_told_to_stop_ends_all_with_one_checkpoint(engine, to_do, tmp_path):
     assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
     assert [row["step"] for row in lines(tmp_path / "run", "save")] == [3]
     assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+class Alone:
+    """Rank 1 goes on after a save only when rank 0 has done all of its own part, which must not need rank 1."""
+
+    def __call__(self, rank):
+        real_save, real_wait, saving = Duties.save, Engine.wait, []
+
+        def save(duties, progress):
+            saving.append(duties.out / f"checkpoint-{progress.step}" / "progress.json")
+            real_save(duties, progress)
+            saving.clear()
+
+        def wait(engine):
+            until = time.monotonic() + 60
+            while rank == 1 and saving and not saving[0].is_file():
+                assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {saving[0]}"
+                time.sleep(0.01)
+            real_wait(engine)
+
+        Duties.save, Engine.wait = save, wait
+
+
+def test_saves_of_several_processes(to_do, tmp_path):
+    """Rank 0's own part is done alone; only whole checkpoints count for the limit; what a save costs is told."""
+    recipes = [to_do(engine, engine=engine, checkpoints_total_limit=2) for engine in ENGINES]
+    for engine in ENGINES:
+        for left in ("checkpoint-1", "checkpoint-5", "checkpoint-4-outputs"):  # of others, or of a broken disk
+            (tmp_path / engine / left).mkdir(parents=True)
+            (tmp_path / engine / left / "weights").write_text("")
+    run = forked(recipes, 2, tmp_path, Alone())
+    assert run.end(120) == [0, 0], run.print()
+    for engine in ENGINES:
+        out = tmp_path / engine
+        assert [path.name for path in complete(out)] == ["checkpoint-4", "checkpoint-6"]
+        folders = sorted(path.name for path in out.glob("checkpoint-*"))
+        assert folders == ["checkpoint-1", "checkpoint-4", "checkpoint-4-outputs", "checkpoint-5", "checkpoint-6"]
+        saves = lines(out, "save")
+        assert [Path(row["path"]).name for row in saves] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        for row in saves[1:]:
+            files = [path for path in (out / Path(row["path"]).name).rglob("*") if path.is_file()]
+            assert row["bytes"] == sum(path.stat().st_size for path in files) > 0
+            assert 0 < row["seconds"] < 30

@@ -5,6 +5,7 @@ A thread beside the training tells and looks, over the processes' store: what th
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -124,8 +125,10 @@ class Watch:
         return f"others wait for more than rank_timeout_seconds = {self.patience_seconds:g}: {_named(behind, told)}"
 
     def _announce(self, verdict: str) -> None:
-        if not self._store.check(["watch/verdict"]):
-            self._store.set("watch/verdict", verdict)
+        """Once rank 0 is gone nobody can be told, and all find out by themselves."""
+        with contextlib.suppress(dist.DistError):
+            if not self._store.check(["watch/verdict"]):
+                self._store.set("watch/verdict", verdict)
 
     def _stop(self, verdict: str) -> None:
         """The process ends here, for its own thread may wait for ever."""
