@@ -114,7 +114,8 @@ def write(page: Path, tables: dict[str, str]) -> None:
     """Puts the tables in their sections of the page, and leaves the sections of other benchmarks as they are."""
     _, *there = re.split(r"^## ", page.read_text(encoding="utf-8") if page.exists() else "", flags=re.MULTILINE)
     sections = {text.split(maxsplit=1)[0]: text.partition("\n")[2].strip() for text in there}
-    sections |= {name: f"{date.today()}, {machine()}.\n\n{told}" for name, told in tables.items()}
+    when = f"{date.today()}, {machine()}; load average of the last 15 minutes {os.getloadavg()[2]:.1f}."
+    sections |= {name: f"{when}\n\n{told}" for name, told in tables.items()}
     known = [f"## {name}\n\n{sections[name]}\n" for name in MODULES if name in sections]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join([HEAD.format(page), *known]), encoding="utf-8")
