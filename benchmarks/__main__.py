@@ -24,14 +24,34 @@ class Goal(NamedTuple):
     most: float | None = None
 
     def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}"
+        bounds = (("at least", self.least), ("at most", self.most))
+        return ", ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
     def reached(self, value: float) -> bool:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
-MODULES = ("data_read", "loop", "start_up", "cache", "idle", "engines")  # each has main() -> {name: number}
+MODULES = (
+    "data_read",
+    "loop",
+    "start_up",
+    "cache",
+    "forecast",
+    "idle",
+    "engines",
+    "memory",
+)  # each has main() -> {name: number}
+OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
+SAVINGS = {
+    "recompute_half": "half of the blocks recomputed",
+    "recompute_all": "all blocks recomputed",
+    "offload": "activations offloaded",
+    "recompute_and_offload": "all blocks recomputed, their inputs offloaded",
+    "in_backward": "step in the backward pass, no clipping",
+    "in_backward_clipped": "step in the backward pass, clipped",
+    "swap": "blocks that do not learn swapped",
+}
 MEANING = {  # name: (what it is, goal)
     "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
     "read_512_ratio": ("clips read to 512 px, over bare decode and resize", Goal(least=0.85)),
@@ -54,6 +74,29 @@ MEANING = {  # name: (what it is, goal)
     "cache_write_ratio": ("encoding alone over filling a cache, in seconds", None),
     "cache_read_ratio": ("reading a cache at random over the plain disk", None),
     "cache_read_gb_s": ("gigabytes per second read from a cache", None),
+    **{
+        f"plan_rows_1e{power}_{unit}": (f"{words} to plan and count an epoch of 10^{power} rows", goal)
+        for power, goals in ((4, (Goal(most=1), None)), (6, (Goal(most=60), Goal(most=1))))
+        for unit, words, goal in zip(("s", "gb"), ("seconds", "gigabytes at most"), goals, strict=True)
+    },
+    **{
+        f"plan_memory_{family}": (f"memory by plan over the allocator's, tiny {family}", Goal(least=0.95, most=1.05))
+        for family in FAMILIES
+    },
+    **{
+        f"memory_{weights}_{optimizer}{fused}": (
+            f"bytes per trained parameter, {weights}, {words}{', step in the backward pass' if fused else ''}",
+            None,
+        )
+        for weights in ("fp32", "bf16_stochastic")
+        for optimizer, words in OPTIMIZERS.items()
+        for fused in ("", "_in_backward")
+    },
+    **{
+        f"memory_{unit}_{name}": (f"{words}: {what} of a step over those without", None)
+        for name, words in SAVINGS.items()
+        for unit, what in (("seconds", "seconds"), ("bytes", "bytes of activations"))
+    },
     **{
         name.format(engine): (what.format(engine), None)
         for engine in ("ddp", "zero2", "zero3", "fsdp")

@@ -43,7 +43,6 @@ class Runs:
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
-            "train_mode": None if self.is_toy else self.mode,
             "engine": None if engine == "alone" else engine,
             "train_mode": self.mode,
             "train_batch_size": GROUP // processes,

@@ -11,9 +11,9 @@ from diffusers import HunyuanVideoTransformer3DModel
 
 from every_family import derive, others
 from reeltune import families
+from reeltune.blocks import blocks_of, recompute
 from reeltune.check import check
 from reeltune.diffusion.loss import settle
-from reeltune.engine import recompute_blocks
 from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
@@ -325,7 +325,7 @@ def test_the_blind_pass_lacks_the_whole_caption(loaded, mode, tmp_path, monkeypa
 def test_recomputed_blocks_give_the_same_gradients(checkpoints, loaded, mode):
     family, parts = loaded[mode]
     again = family.load(checkpoints[mode], encoders=False).net
-    recompute_blocks(again, family.blocks)
+    recompute(blocks_of(again, family.blocks))
     blocks = [*parts.net.transformer_blocks, *parts.net.single_transformer_blocks]
     assert {type(block).__name__ for block in blocks} == set(family.blocks)
     x0, cond = settle(family.encode(parts, batch_of(frames=5), family.modes[0]), [1, 2], parts.null)

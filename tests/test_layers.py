@@ -20,7 +20,8 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights", "families.streamed"),
     ("families",),
-    (*ENGINES, "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    (*ENGINES, "blocks", "fused", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    ("out_of_memory",),
     (
         "train",
         "learner",
@@ -35,6 +36,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
         "parallel",
         "cache",
     ),
+    ("forecast",),
     ("cli", "compat", "demo", "__main__"),
 )
 NEVER = (  # (these, must not import those), beside what layers say; a report compares with a Recipe's defaults

@@ -28,11 +28,22 @@ def train(parameters, optimizer, steps, first=0):
         optimizer.zero_grad()
 
 
-def test_rounding_is_unbiased_and_exact_on_what_bf16_can_hold():
-    x = torch.full((200_000,), 1 + 2**-9)  # a quarter of the way from 1 to the next bf16, 1 + 2**-7
-    rounded = round_stochastically(x, torch.Generator().manual_seed(0)).float()
-    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
-    assert abs(rounded.double().mean().item() - (1 + 2**-9)) < 5 * 2**-7 * math.sqrt(0.1875 / 200_000)
+@pytest.mark.parametrize("low", [1.0, -1.0, 2.0**-100, 1.9921875, -3.0 * 2**90])
+@pytest.mark.parametrize("part", [1 / 65536, 0.01, 0.25, 0.5, 0.9])
+def test_rounding_is_unbiased(low, part):
+    """The next bf16 away from zero is taken with the probability that is the part of the way to it."""
+    count, bits = 400_000, torch.tensor(low).view(torch.int32)
+    high = (bits + 2**16).view(torch.float32).item()
+    x = (bits + round(part * 2**16)).view(torch.float32)
+    part = round(part * 2**16) / 2**16
+    assert low + (high - low) * part == pytest.approx(x.item(), rel=1e-6)
+    rounded = round_stochastically(x.expand(count), torch.Generator().manual_seed(0)).float()
+    up = (rounded == high).double().mean().item()
+    assert up + (rounded == low).double().mean().item() == 1
+    assert abs(up - part) < 5 * math.sqrt(part * (1 - part) / count)
+
+
+def test_rounding_is_exact_on_what_bf16_can_hold():
     exact = torch.tensor([0.0, -1.5, 3e38, -(2.0**-100)]).bfloat16().float()
     assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(1)).float(), exact)
 
@@ -48,25 +59,26 @@ def test_small_updates_survive_in_bf16_on_average():
     assert abs(mean - 1.0064) < 5e-4  # plain rounding would leave it at 1
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 2**26])
-def test_lifting_in_parts_is_the_same_as_lifting_all(chunk, monkeypatch):
+@pytest.mark.parametrize("came", [False, True])
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_lifting_in_parts_is_the_same_as_lifting_all(chunk, came, monkeypatch):
     def run(size):
         monkeypatch.setattr(StochasticRounding, "CHUNK", size)
         parameters = [
             nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)).bfloat16()) for n in (7, 90, 30)
         ]
         optimizer = StochasticRounding(
-            [{"params": parameters, "rate": 1.0}], lambda groups: build_optimizer(groups, **ADAM), seed=1
+            [{"params": parameters, "rate": 1.0}], lambda groups: build_optimizer(groups, **ADAM, use_came=came), seed=1
         )
-        monkeypatch.setattr("reeltune.optim.round_stochastically", lambda x, generator: x.bfloat16())
         train(parameters, optimizer, 5)
-        return parameters
+        return parameters, optimizer.param_groups[0].get("step")
 
-    for ours, whole in zip(run(chunk), run(2**26), strict=True):
-        assert torch.equal(ours, whole)
+    (parts, count), (whole, steps) = run(chunk), run(2**26)
+    assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
+    assert count == steps == (5 if came else None)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "came", "adamw8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "came", "adafactor", "adamw8bit"])
 @pytest.mark.parametrize("rounding", [False, True])
 def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
     if kind == "adamw8bit":
@@ -81,7 +93,8 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
         groups = [{"params": parameters, "rate": 1.0}]
 
         def build(groups):
-            return build_optimizer(groups, **ADAM, use_came=kind == "came", use_8bit_adam=kind == "adamw8bit")
+            chosen = {"use_came": kind == "came", "use_adafactor": kind == "adafactor"}
+            return build_optimizer(groups, **ADAM, **chosen, use_8bit_adam=kind == "adamw8bit")
 
         return parameters, StochasticRounding(groups, build, seed=9) if rounding else build(groups)
 

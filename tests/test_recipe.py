@@ -89,7 +89,7 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize("name", RANGES)
 def test_ends_of_ranges(name):
     least, greatest = RANGES[name]
-    build({name: least})
+    build({name: least, "gradient_checkpointing": True})  # which one of them needs
     assert problems({name: least - 1})[0].startswith(
         f"{name} is {settings()[name].alternatives[0](least - 1)}; it must"
     )
@@ -122,6 +122,11 @@ def test_what_must_be_more_than_zero(name):
             "raise image_sample_size",
         ),
         ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
+        ({"use_came": True, "use_adafactor": True}, "use_came and use_adafactor are true"),
+        ({"gradient_checkpointing_share": 0.5}, "set gradient_checkpointing to true"),
+        ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
+        ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
+        ({"max_grad_norm": "none", "abnormal_norm_clip_start": 10}, "give max_grad_norm"),
         ({"uniform_sampling": True, "weighting_scheme": "mode"}, "each is a density"),
         ({"lr_step_rules": "1:10,0.1"}, "piecewise_constant"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
@@ -168,6 +173,8 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
     tree |= {
         "use_came": False,
+        "use_8bit_adam": False,
+        "step_in_backward": False,
         "engine": "ddp",
         "mixed_precision": "bf16",
         "weighting_scheme": "cosmap",
@@ -176,7 +183,14 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     }
     tree |= {"mixed_precision": "bf16", "weighting_scheme": "cosmap"}
     recipe = build(tree)
-    same = {"validation_data_meta", "random_ratio_crop", "use_came", "mixed_precision"}
+    same = {
+        "validation_data_meta",
+        "random_ratio_crop",
+        "use_came",
+        "use_8bit_adam",
+        "mixed_precision",
+        "step_in_backward",
+    }
     assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     assert build(read(tmp_path / "recipe.yaml")) == recipe

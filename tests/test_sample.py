@@ -61,6 +61,21 @@ def reader_of(folder, *, needs=("control",)) -> Reader:
     return Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=frozenset(needs))
 
 
+def test_a_caption_is_encoded_once(clips):
+    asked = []
+
+    def describe(parts, captions, picture):
+        asked.append(captions)
+        return FAMILY.describe(parts, captions, picture)
+
+    family = replace(FAMILY, describe=describe)
+    setup = Setup(family, "control", FAMILY.load("toy"), FAMILY.objective)
+    reader = reader_of(clips)
+    found = [setup.encode(reader[epoch, k, 0, 1]).cond["text"] for epoch in (0, 1) for k in (0, 1)]
+    assert sorted(asked) == [["bar 0"], ["bar 1"]] and len(found) == 4
+    assert len({tuple(text.flatten().tolist()) for text in found}) == 2
+
+
 def frames_of(path, shape) -> np.ndarray:
     return read_frames(path, range(shape.frames), Crop(shape.height, shape.width, 0, 0), shape)
 

@@ -115,6 +115,34 @@ def time_split(steps: Sequence[float], parts: Sequence[tuple[str, Sequence[float
     return svg[0]
 
 
+def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], limit: float, label: str, unit: str) -> str:
+    """One bar a row, of (colour name, amount) one after another, and a line that they should not pass."""
+    names = [name for name, _ in rows]
+    with drawing(label, (WHOLE[0], 0.7 + 0.42 * len(rows)), xlabel=unit) as (axes, svg):
+        for place, (_, amounts) in enumerate(rows):
+            left = 0.0
+            for colour, amount in amounts:
+                axes.barh(place, amount, 0.62, left, color=STAND_IN[colour], edgecolor=STAND_IN["page"], linewidth=0.6)
+                left += amount
+        axes.axvline(limit, color=STAND_IN["ink"], linestyle=(0, (4, 3)), linewidth=1.4)
+        axes.set_yticks(range(len(rows)), names)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.set_xlim(0, 1.05 * max(limit, *(sum(amount for _, amount in amounts) for _, amounts in rows)))
+    return svg[0]
+
+
+def counts(places: Sequence[str], amounts: Sequence[float], label: str, xlabel: str) -> str:
+    """A bar for each place, in their order."""
+    with drawing(label, WHOLE, xlabel=xlabel) as (axes, svg):
+        axes.bar(range(len(places)), amounts, 0.8, color=STAND_IN["now"])
+        step = -(-len(places) // 16)  # as many names as do not touch
+        axes.set_xticks(range(0, len(places), step), places[::step])
+        axes.tick_params(axis="x", length=0)
+    return svg[0]
+
+
 def binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(step, mean, least, most) of at most BINS groups of neighbouring steps, as equal in size as may be."""
     groups = min(BINS, len(values))

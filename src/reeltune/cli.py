@@ -27,6 +27,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
 
   train    fine-tune a checkpoint as a recipe says
   check    scan the data and show what training would do with it; trains nothing
+  plan     tell what a run will see, what memory it needs and how long it takes, before it
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
@@ -39,6 +40,8 @@ ABOUT = {
     "train": "Fine-tunes a checkpoint; the run's folder is output_dir.",
     "check": "Scans the data and prints what is unusable and why, the sizes that will be drawn, and the steps of an "
     "epoch. Trains nothing and loads no weights.",
+    "plan": "Tells what a run will see, what it needs in memory by part, how long it takes, whether it fits and what "
+    "would make it fit. Reads measurements of the data and headers of the checkpoint, no weights; needs no GPU.",
     "cache": "Encodes what the recipe trains on into cache_folder, as far as it is not there. Any number of processes "
     "share the work. With verify before the recipe: reads all of it and sets damaged files aside. With prune: deletes "
     "what this recipe does not ask for.",
@@ -47,6 +50,7 @@ ABOUT = {
 REQUIRED = {
     "train": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
     "check": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
+    "plan": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta"),
     "cache": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "cache_folder"),
     "sample": ("pretrained_model_name_or_path", "validation_prompts"),
 }
@@ -214,6 +218,28 @@ def _sample(recipe: Recipe) -> int:
     return 0
 
 
+def _plan(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
+    )
+    parser.add_argument("--device", default="80GB", metavar="NAME", help="such as H100, or its memory [80GB]")
+    parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="TFLOP/s that each device reaches")
+    parser.add_argument("--measured", type=Path, metavar="RUN", help="take it from an earlier run's steps")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with pictures, too")
+    if {"-h", "--help"} & set(argv):
+        print(recipe_help("plan") + "\n" + parser.format_help().partition("\n\n")[2], end="")
+        return 0
+    own, rest = parser.parse_known_args(argv)
+    recipe = recipe_of(rest, "plan")
+
+    from reeltune.forecast.main import Machines
+    from reeltune.forecast.page import tell
+
+    tell(recipe, Machines(own.gpus, own.device, own.throughput, own.measured), own.html)
+    return 0
+
+
 CARE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
 RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache, "sample": _sample}
 
@@ -290,6 +316,7 @@ def _demo(argv: Sequence[str]) -> int:
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": of_recipe("train"),
     "check": of_recipe("check"),
+    "plan": _plan,
     "cache": _cache_command,
     "sample": of_recipe("sample"),
     "report": _report,

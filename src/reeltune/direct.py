@@ -39,16 +39,19 @@ class Direct:
             self.accelerator.backward(loss)
 
     def step(
-        self, parameters: list[nn.Parameter], max_norm: float, soften: Callable[[Tensor], None] | None = None
+        self,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        soften: Callable[[list[nn.Parameter], Tensor], None] | None = None,
     ) -> Tensor:
         """Clips to max_norm, steps and clears the gradients. Returns their norm before clipping, still on the device.
 
-        soften: what is done with the clipped gradients, given that norm, before the step.
+        soften: what is done with clipped gradients, given their parameters and that norm, before the step.
         """
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if soften is not None:
-            soften(norm)
+            soften(parameters, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

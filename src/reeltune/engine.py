@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import resource
@@ -18,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune import fsdp, zero
@@ -40,10 +38,11 @@ class Engine:
         mixed_precision: str = "no",
         *,
         allow_tf32: bool = False,
+        on_cpu: bool = False,
         wish: Wish | None = None,
         rank_timeout_seconds: float = 1800,
     ):
-        on_cpu = not torch.cuda.is_available()
+        on_cpu = on_cpu or not torch.cuda.is_available()
         if on_cpu and mixed_precision == "fp16":
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
@@ -120,7 +119,8 @@ class Engine:
 
         blocks: class names to shard by, where the launcher gave none.
         """
-        net = self.accelerator.prepare_model(net, device_placement=not self.sharded, evaluation_mode=True)
+        away = any(weight.device != self.device for weight in net.parameters())
+        net = self.accelerator.prepare_model(net, device_placement=away and not self.sharded, evaluation_mode=True)
         if self.name == "fsdp":
             fsdp.shard(
                 net,
@@ -257,13 +257,6 @@ class FlopCount:
         with FlopCounterMode(display=False) as counter:
             yield
         self.known[shape] = 3 * counter.get_total_flops()
-
-
-def recompute_blocks(net: nn.Module, blocks: tuple[str, ...]) -> None:
-    """Gradient checkpointing: modules of these class names recompute their activations in the backward pass."""
-    for module in net.modules():
-        if type(module).__name__ in blocks:
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -260,7 +260,10 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
 
 def encode_options(recipe: Recipe) -> dict[str, Any]:
     """Choices of the recipe that `encode` follows."""
-    return {"add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention}
+    return {
+        "add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention,
+        "vae_tiling": recipe.memory.vae_tiling,
+    }
 
 
 def load_parts(
@@ -287,6 +290,8 @@ def load_parts(
         low_vram=recipe.training.low_vram,
         encoders=encoders,
         network=network,
+        network_device=torch.device("cpu") if recipe.memory.blocks_to_swap else None,
+        vae_tiling=recipe.memory.vae_tiling,
         transformer_path=transformer or recipe.model.transformer_path,
     )
     parts.device = device

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from reeltune import checkpoint
+from reeltune.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.direct import piece
-from reeltune.engine import Engine, recompute_blocks
-from reeltune.errors import UserError
+from reeltune.engine import Engine
+from reeltune.errors import UserError, refuse
 from reeltune.families.spec import Family, Parts
+from reeltune.fused import StepInBackward
 from reeltune.held_state import Shared, Whole
 from reeltune.optim import (
     MovingAverage,
@@ -25,9 +29,11 @@ from reeltune.optim import (
     set_rate,
     soften_outliers,
 )
-from reeltune.recipe import Model, Optimization
+from reeltune.recipe import Memory, Model, Optimization
 from reeltune.shards import Piece, whole
 from reeltune.trainable import released_names, select
+
+ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 class Learner:
@@ -43,6 +49,7 @@ class Learner:
         engine: Engine,
         model: Model,
         optimization: Optimization,
+        memory: Memory,
         *,
         seed: int,
         gradient_checkpointing: bool,
@@ -57,8 +64,8 @@ class Learner:
             self._read_weights(found)
         if engine.context > 1 and family.split is not None:
             family.split(parts.net, engine.context_mesh())
-        if gradient_checkpointing:
-            recompute_blocks(parts.net, family.blocks)
+        select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
+        self._save_memory(memory, gradient_checkpointing)
         self.plain = engine.shard(parts.net, family.blocks)
         groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
@@ -71,6 +78,7 @@ class Learner:
             weight_decay=optimization.adam_weight_decay,
             use_8bit_adam=optimization.use_8bit_adam,
             use_came=optimization.use_came,
+            use_adafactor=optimization.use_adafactor,
         )
         rounding = model.trained_weights == "bf16_stochastic"
         optimizer = StochasticRounding(groups, build, seed) if rounding else build(groups)
@@ -79,9 +87,10 @@ class Learner:
             optimizer,
             batch=batch,
             accumulate=accumulate,
-            max_norm=optimization.max_grad_norm,
+            max_norm=self._most_norm,
         )
         self.net, self.optimizer = self.trainer.net, self.trainer.optimizer
+        self.fused = StepInBackward(optimizer, self.learning) if memory.step_in_backward else None
         self.plain.train()
 
     def _read_weights(self, found: Path) -> None:
@@ -89,12 +98,39 @@ class Learner:
         parameters = self.parts.net.named_parameters()
         Shared(found).fill(whole(f"weights/{self.names[name]}", weight) for name, weight in parameters)
 
+    def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> None:
+        refuse(
+            "recipe",
+            [
+                f"{name} is {getattr(memory, name)} and there are {self.engine.world} processes, which must have all "
+                "gradients and weights on their devices at once; leave it out, or start one process"
+                for name in ALONE
+                if getattr(memory, name) and self.engine.world > 1
+            ],
+        )
+        blocks = blocks_of(self.parts.net, self.family.blocks)
+        swapped = swap(blocks, memory.blocks_to_swap, self.engine.device)
+        if gradient_checkpointing:
+            recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
+        if memory.offload_activations:
+            offload_activations(self.parts.net)
+
     @property
     def counts(self) -> dict[str, int]:
         """Parameters, and how many of them learn."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         learning = [sizes[name] for name, weight in self.plain.named_parameters() if weight.requires_grad]
         return {"parameters": sum(sizes.values()), "trainable": sum(learning)}
+
+    def held_bytes(self) -> dict[str, int]:
+        """part -> bytes of it that this process has now."""
+        parts = {
+            "weights": list(self.plain.parameters()),
+            "gradients": [weight.grad for weight in self.plain.parameters()],
+            "optimizer state": self.optimizer.state_dict(),
+            "the moving average": {} if self.average is None else self.average.weights,
+        }
+        return {part: sum(size_bytes(leaf) for leaf in tree_leaves(tree)) for part, tree in parts.items()}
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
@@ -109,17 +145,33 @@ class Learner:
         )
         return lambda step: optimization.learning_rate * factor(step)
 
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """last: of the micro-steps of a step."""
+        if self.fused is None:
+            self.trainer.backward(loss, last=last)
+        else:
+            self.fused.backward(loss)
+
     def step(self, step: int, rate: float) -> Tensor:
         """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
         optimization = self.optimization
         start = optimization.abnormal_norm_clip_start
-        ceiling = clip_ceiling(step, optimization.max_grad_norm, optimization.initial_grad_norm_ratio, start)
-        soften = partial(soften_outliers, self.learning, max_norm=ceiling)
+        ceiling = clip_ceiling(step, self._most_norm, optimization.initial_grad_norm_ratio, start)
+        soften = partial(soften_outliers, max_norm=ceiling) if start is not None and step > start else None
         set_rate(self.optimizer, rate)
-        norm = self.trainer.step(self.learning, ceiling, soften if start is not None and step > start else None)
+        norm = (
+            self.trainer.step(self.learning, ceiling, soften)
+            if self.fused is None
+            else self.fused.step(ceiling, soften)
+        )
         if self.average is not None:
             self.average.update()
         return norm
+
+    @property
+    def _most_norm(self) -> float:
+        most = self.optimization.max_grad_norm
+        return math.inf if most is None else most
 
     def write_weights(self, folder: Path) -> None:
         """transformer/ and, if kept, transformer_ema/, both in the released form."""
@@ -175,3 +227,9 @@ class Learner:
         of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
         state = checkpoint.load(found)
         return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
+
+
+def size_bytes(leaf: object) -> int:
+    """Of a tensor, or of this process's share of one; nothing else has any."""
+    local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return local.numel() * local.element_size() if isinstance(local, Tensor) else 0

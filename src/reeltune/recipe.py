@@ -113,6 +113,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Memory:
+    gradient_checkpointing_share: float = 1.0
+    """Share of the blocks that gradient_checkpointing recomputes, spread evenly (0 to 1)."""
+    offload_activations: bool = False
+    """What the forward pass keeps for the backward pass waits in the CPU's memory."""
+    blocks_to_swap: int = 0
+    """Blocks that do not learn which wait in the CPU's memory, visit the device one by one, and are recomputed."""
+    step_in_backward: bool = False
+    """Each weight steps as soon as its gradient is there; with max_grad_norm the backward pass runs twice."""
+    vae_tiling: bool = False
+    """The VAE encodes and decodes large clips in blended tiles, which changes latents a little at their seams."""
+
+
+@dataclass(frozen=True)
 class Parallel:
     engine: Literal["ddp", "zero2", "zero3", "fsdp"] | None = None
     """How several processes share the work: all hold everything, or what of it is dealt out. Left out: as launched."""
@@ -182,6 +196,8 @@ class Optimization:
     """AdamW with 8-bit state (bitsandbytes)."""
     use_came: bool = False
     """CAME, which keeps no second moment per weight."""
+    use_adafactor: bool = False
+    """Adafactor, which keeps no moment per weight; its rate is relative to the size of the weights."""
     adam_beta1: float = 0.9
     """First-moment decay."""
     adam_beta2: float = 0.999
@@ -190,7 +206,7 @@ class Optimization:
     """Decoupled weight decay."""
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm."""
     initial_grad_norm_ratio: int = 5
     """The clip starts this many times higher and falls to max_grad_norm (only with abnormal_norm_clip_start)."""
@@ -244,6 +260,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)
+    memory: Memory = field(default_factory=Memory)
     parallel: Parallel = field(default_factory=Parallel)
     cache: Cache = field(default_factory=Cache)
     loss: Loss = field(default_factory=Loss)

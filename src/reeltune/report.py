@@ -46,7 +46,7 @@ def write(output_dir: Path) -> Path:
     agreement = _json(run / "agreement.json")
     previews = read_previews(run, album, agreement)
     page = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             name=run.resolve().name,
@@ -66,8 +66,12 @@ def write(output_dir: Path) -> Path:
             linked=album.linked,
         )
     )
-    path = run / "report.html"
-    partial = path.with_name("report.html.partial")
+    return write_whole(run / "report.html", page)
+
+
+def write_whole(path: Path, page: str) -> Path:
+    """The file is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path
@@ -273,7 +277,8 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
     return {"chosen": chosen, "left": left}
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Of this package's pages."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reeltune", "."),
         autoescape=True,

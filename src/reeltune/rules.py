@@ -26,6 +26,8 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "max_train_steps": (1, ANY),
     "seed": (0, ANY),
     "vae_mini_batch": (0, ANY),
+    "gradient_checkpointing_share": (0, 1),
+    "blocks_to_swap": (0, ANY),
     "cache_variants": (0, ANY),
     "motion_sub_loss_ratio": (0, 1),
     "learning_rate": (0, ANY),
@@ -54,6 +56,7 @@ ABOVE_ZERO = (
     "max_grad_norm",
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
+OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
@@ -138,11 +141,13 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
     yield from _dealt_out(recipe)
-    if optimization.use_8bit_adam and optimization.use_came:
+    optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
+    if len(optimizers) > 1:
         yield (
-            ("use_8bit_adam", "use_came"),
-            "use_8bit_adam and use_came are both true; a run has one optimizer; leave one of the two out",
+            tuple(optimizers),
+            f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
         )
+    yield from _lean(recipe)
     if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
         yield (
             ("uniform_sampling", "weighting_scheme"),
@@ -169,6 +174,38 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
+def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with ways of saving memory."""
+    training, memory, optimization = recipe.training, recipe.memory, recipe.optimization
+    if memory.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
+        yield (
+            ("gradient_checkpointing_share", "gradient_checkpointing"),
+            f"gradient_checkpointing_share is {memory.gradient_checkpointing_share} and gradient_checkpointing is "
+            "false; it is a share of what that recomputes; set gradient_checkpointing to true",
+        )
+    if memory.step_in_backward:
+        reasons = {
+            "gradient_accumulation_steps": (
+                training.gradient_accumulation_steps > 1,
+                "it keeps no gradients to add to; use 1, or leave step_in_backward out",
+            ),
+            "mixed_precision": (
+                training.mixed_precision == "fp16",
+                "whose loss scale is known only when all gradients are there; use bf16",
+            ),
+        }
+        values = vars(training)
+        for name, (wrong, reason) in reasons.items():
+            if wrong:
+                yield (name, "step_in_backward"), f"step_in_backward is true and {name} is {values[name]}; {reason}"
+    if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
+        yield (
+            ("max_grad_norm", "abnormal_norm_clip_start"),
+            f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
+            "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
+        )
+
+
 def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with an engine that deals out weights or optimizer state."""
     engine, optimization = recipe.parallel.engine, recipe.optimization
@@ -178,6 +215,8 @@ def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         "mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16"),
         "use_8bit_adam": (optimization.use_8bit_adam, "true", "leave it out: the state is dealt out already"),
         "trained_weights": (recipe.model.trained_weights == "bf16_stochastic", "bf16_stochastic", "use fp32"),
+        "use_adafactor": (optimization.use_adafactor, "true", "use AdamW, or engine ddp"),
+        "offload_activations": (recipe.memory.offload_activations, "true", "use gradient_checkpointing, or engine ddp"),
     }
     if engine == "fsdp":
         wholes["use_came"] = (optimization.use_came, "true", "use AdamW, or engine ddp")

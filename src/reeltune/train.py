@@ -23,12 +23,13 @@ from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
 from reeltune.ledger import Ledger, Share
 from reeltune.log import PARTS, Log, check_trackers
+from reeltune.out_of_memory import explained
 from reeltune.parallel import engine_of, rhythm
 from reeltune.recipe import Recipe
 from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
 from reeltune.settings import dump
-from reeltune.types import Batch, Progress
+from reeltune.types import Batch, Progress, Shape
 from reeltune.validate import Validation
 from reeltune.watch import Watch
 
@@ -94,6 +95,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         engine,
         recipe.model,
         recipe.optimization,
+        recipe.memory,
         seed=recipe.training.seed,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         batch=pace.batch,
@@ -161,7 +163,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                         motion_sub_loss_ratio=motion_ratio,
                         loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
                     )
-                learner.trainer.backward(loss.value * engine.context / passes, last=micro == passes - 1)
+                learner.backward(loss.value * engine.context / passes, last=micro == passes - 1)
                 stopwatch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
                 tokens += family.geometry.tokens(shape) * len(batch.draws) * world
@@ -245,12 +247,19 @@ class Duties:
         self.out, self.recipe, self.engine, self.watch, self.learner = out, recipe, engine, watch, learner
         self.validation, self.ledger, self.log = validation, ledger, log
         self.unseen: Step | None = None
+        self.shape: Shape | None = None  # that memory was last asked for
         self.saved_step = self.validated_step = -1
 
     def __enter__(self) -> Duties:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self.account(kind)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise explained(error, *self.watch.now, self.shape, self.learner.held_bytes(), self.recipe) from error
+
+    def account(self, kind: type | None) -> None:
+        """The ledger and the report, of what all processes did. kind: of the error that ended the run."""
         self.log.flush()
         if kind is not None and self.engine.world > 1:
             self.log.notice("ledger.csv and the report are not written: what the other processes did is not known")
@@ -277,6 +286,7 @@ class Duties:
 
     def count(self, batch: Batch) -> None:
         """Into the ledger. Raises UserError if too many files broke since the scan."""
+        self.shape = batch.draws[0].shape
         self.ledger.count(batch.draws, batch.failures)
         for record, reason in batch.failures:
             path = self.ledger.train[record].path

@@ -44,6 +44,11 @@ class Watch:
         """`what`: one of ORDER."""
         self._doing = (what, step, time.monotonic())
 
+    @property
+    def now(self) -> tuple[str, int]:
+        """(one of ORDER, step) of this process."""
+        return self._doing[:2]
+
     def __enter__(self) -> Watch:
         if self._thread is not None:
             # A connection of its own, for one that waits is locked.

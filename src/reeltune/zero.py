@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def settings(
     recipe = {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": max_norm,
+        "gradient_clipping": _clip(max_norm),
     }
     problems = [f"{name} is the recipe's to say; leave it out" for name in OURS if name in given]
     problems += [
@@ -49,12 +50,17 @@ def settings(
         **more,
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 1,  # the loop divides the loss and says which micro-step is the last
-        "gradient_clipping": max_norm,
+        "gradient_clipping": _clip(max_norm),
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _clip(max_norm: float) -> float:
+    """DeepSpeed says 0 where nothing is clipped."""
+    return 0.0 if max_norm == math.inf else max_norm
 
 
 class Zero:
@@ -77,7 +83,7 @@ class Zero:
 
     def step(self, parameters: list[nn.Parameter], max_norm: float, soften: None = None) -> Tensor:
         """Clips to max_norm, steps and clears the gradients. Returns their norm before clipping."""
-        self.zero.clip_grad = max_norm
+        self.zero.clip_grad = _clip(max_norm)
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm())
 

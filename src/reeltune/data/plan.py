@@ -290,6 +290,14 @@ class Plan:
             "variant_seed": None if variant is None else seed_of(seed, "variant", *at),
         }
 
+    def outline(self) -> tuple[list[Shape], np.ndarray, np.ndarray, np.ndarray]:
+        """(shapes, which of them each micro-step has, the record of each of its samples, whether that is a repeat).
+
+        In order; int32[steps], int32[steps, group], bool[steps, group].
+        """
+        place, bucket = self._places(self._order)
+        return self._shapes, self._shape[self._order], self._slots(self._order), place >= self._sizes[bucket]
+
     def used(self, upto: int) -> np.ndarray:
         """int32 per record: times drawn in its turn in micro-steps [0, upto)."""
         return self._count(upto, repeats=False)

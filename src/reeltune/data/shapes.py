@@ -96,7 +96,7 @@ class Outcome(NamedTuple):
 
 def clip_length(rules: SizeRules, frames: Any, fps: Any) -> Any:
     """How many frames a clip of so many gives; 0 is too short (or has no frame rate to sample by). Takes arrays."""
-    step = _step(rules, np.asarray(fps, dtype=np.float64))
+    step = sampled_step(rules, np.asarray(fps, dtype=np.float64))
     taken = np.floor(np.divide(frames, step, out=np.zeros(np.shape(step)), where=step > 0) + ROUNDING)
     return np.minimum(taken, rules.video_sample_n_frames).astype(np.int64)
 
@@ -109,11 +109,12 @@ def frame_window(rules: SizeRules, frames: int, fps: float) -> tuple[int, int]:
 
 def frame_indices(rules: SizeRules, fps: float, start: int, count: int) -> tuple[int, ...]:
     """Frames of the file: every video_sample_stride-th, or the ones on show at video_sample_fps."""
-    step = float(_step(rules, np.float64(fps)))
+    step = float(sampled_step(rules, np.float64(fps)))
     return tuple(start + int(i * step + ROUNDING) for i in range(count))
 
 
-def _step(rules: SizeRules, fps: np.ndarray | np.float64) -> np.ndarray | np.float64:
+def sampled_step(rules: SizeRules, fps: np.ndarray | np.float64) -> np.ndarray | np.float64:
+    """Frames of the file from one frame taken to the next. Takes arrays."""
     if rules.video_sample_fps is None:
         return np.full_like(fps, rules.video_sample_stride)
     return fps / rules.video_sample_fps

@@ -47,7 +47,9 @@ class Parts:
         """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
         if name in self.loaders:
             self._read(name)
-        module = self.frozen[name].to(self.device)
+        module = self.frozen[name]
+        if next(module.parameters()).device.type != self.device.type:
+            module.to(self.device)
         try:
             yield module
         finally:
@@ -114,6 +116,8 @@ class Family:
     """Raise it when `encode` or `describe` makes something else of the same input: caches are then filled anew."""
     masks: dict[str, MaskLaw] = field(default_factory=dict)
     """Mode that needs a mask -> which masks it is trained with, where MaskLaw() is not."""
+    vae_tiles: bool = True
+    """Its VAE can take large clips in tiles (diffusers' `enable_tiling`)."""
     least_frames: int = 1
     """Pixel frames below which the loss counts nothing; such clips are left out of the plan."""
     most_frames: int | None = None
@@ -137,6 +141,8 @@ class Family:
         low_vram: bool = False,
         encoders: bool = True,
         network: bool = True,
+        network_device: torch.device | str | None = None,
+        vae_tiling: bool = False,
         transformer_path: str | Path | None = None,
     ) -> Parts:
         """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
@@ -146,14 +152,29 @@ class Family:
         same network. Raises UserError listing every missing, unexpected and misshapen key.
         """
         device = torch.device(device)
-        place = device if network else torch.device("meta")
+        place = torch.device(network_device or device) if network else torch.device("meta")
         other = None if transformer_path is None else Path(transformer_path)
         parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other))
         parts.device, parts.low_vram = device, low_vram
+        if vae_tiling:
+            self._tile(parts)
         if encoders:
             parts.read_frozen()
             parts.null = self.blank_caption(parts)
         return parts
+
+    def _tile(self, parts: Parts) -> None:
+        """Raises UserError if its VAE has none."""
+        if not self.vae_tiles:
+            raise UserError("recipe", f"vae_tiling is true, which {self.name} has not; leave it out")
+        read = parts.loaders["vae"]
+
+        def read_tiled() -> nn.Module:
+            vae: Any = read()
+            vae.enable_tiling()
+            return vae
+
+        parts.loaders["vae"] = read_tiled
 
     def blank_caption(self, parts: Parts) -> dict[str, Tensor]:
         """Condition name -> what a dropped caption leaves; of an encoder that sees pictures each clip has its own."""

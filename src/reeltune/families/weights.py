@@ -9,7 +9,9 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.errors import UserError, refuse
 
@@ -75,7 +78,28 @@ def peek(path: Path) -> dict[str, Tensor]:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors as stored, on the CPU."""
-    return _read(path, "cpu")
+    mode = _stand_ins.get()
+    if mode is None:
+        return _read(path, "cpu")
+    with mode:
+        return {name: torch.empty_like(outline, device="cpu") for name, outline in peek(path).items()}
+
+
+@contextmanager
+def unread() -> Iterator[FakeTensorMode]:
+    """Within, networks are loaded without reading their weights, which stay tensors of a shape and dtype alone.
+
+    What is computed with them, and outside too, is such a tensor (torch.FakeTensorMode, which is given).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    token = _stand_ins.set(mode)
+    try:
+        yield mode
+    finally:
+        _stand_ins.reset(token)
+
+
+_stand_ins: ContextVar[FakeTensorMode | None] = ContextVar("stand_ins", default=None)
 
 
 def _read(path: Path, device: str) -> dict[str, Tensor]:
@@ -87,11 +111,11 @@ def _read(path: Path, device: str) -> dict[str, Tensor]:
 
 def _safetensors(file: Path, device: str) -> dict[str, Tensor]:
     try:
+        if device == "meta":
+            return _outlines(file)
         with safe_open(file, "pt", device="cpu") as tensors:
-            if device == "meta":  # a slice tells its shape without being read
-                return {name: _outline(tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as broken:
+    except (SafetensorError, OSError, ValueError, KeyError) as broken:
         raise UserError(str(file), f"cannot be read ({broken}); download it again") from broken
 
 
@@ -109,8 +133,16 @@ DTYPES = {
 }  # safetensors' names (https://github.com/huggingface/safetensors#format)
 
 
-def _outline(piece) -> Tensor:
-    return torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+def _outlines(file: Path) -> dict[str, Tensor]:
+    """From the file's header alone: mapping a large file into memory, as safe_open does, needs the memory for it."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(length, 10**8)))  # more than safetensors itself allows
+    header.pop("__metadata__", None)
+    promised = 8 + length + max((piece["data_offsets"][1] for piece in header.values()), default=0)
+    if promised != file.stat().st_size:
+        raise ValueError(f"its header promises {promised} bytes and it has {file.stat().st_size}")
+    return {name: torch.empty(one["shape"], dtype=DTYPES[one["dtype"]], device="meta") for name, one in header.items()}
 
 
 def _pickled(file: Path, device: str) -> dict[str, Tensor]:
@@ -287,7 +319,7 @@ def load_component(
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net.to(device)  # the buffers too
+    return net if _stand_ins.get() else net.to(device)  # the buffers too; stand-ins are there, and cannot be moved
 
 
 def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -303,6 +335,11 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     from transformers.utils import logging  # slow, and not every family has such encoders
 
     files_of(folder)  # tells what is missing
+    mode = _stand_ins.get()
+    if mode is not None:
+        with mode:
+            net = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+        return net.requires_grad_(False).eval()
     logging.disable_progress_bar()
     net, told = cls.from_pretrained(
         folder,

@@ -150,6 +150,7 @@ CONTROL_REF = Family(
     needs={"control_ref": ("control", "ref")},
     drop={"control": 0.2, "ref": 0.2},  # measured on the reference, 2026-11
     blocks=("EasyAnimateTransformerBlock",),
+    vae_tiles=False,  # diffusers 0.42 put encoded tiles side by side with their overlaps (measured, 2026-11)
     native_fps=8.0,  # https://github.com/aigc-apps/EasyAnimate
     size_law=SizeLaw(first_weight=0.75, nearest_rung=None),
     read=read,

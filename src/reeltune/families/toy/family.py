@@ -135,6 +135,7 @@ FAMILY = Family(
     to_released=to_released,
     from_released=from_released,
     save=save,
+    vae_tiles=False,
 )
 
 

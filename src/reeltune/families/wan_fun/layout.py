@@ -127,7 +127,9 @@ def load_text(path: Path, dtype: torch.dtype | None) -> UMT5EncoderModel:
     state = keys.text_from_released(weights.read(path))
     with torch.device("meta"):
         net = UMT5EncoderModel(sizes.text(state, str(path)))
-    return _frozen(net, state, path, dtype)
+    _frozen(net, state, path, dtype)
+    net.encoder.embed_tokens.weight = net.shared.weight  # one table under two names, not two
+    return net
 
 
 def load_image(path: Path, dtype: torch.dtype | None) -> CLIPVisionModel:

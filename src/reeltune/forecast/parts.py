@@ -1,0 +1,64 @@
+"""What a rehearsed step took: its parts, and when.  (no torch)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PARTS = {  # part -> what it is, in the order in which it is told
+    "weights": "trained weights",
+    "masters": "fp32 copies of them",
+    "still": "weights that do not learn",
+    "gathered": "weights gathered to compute",
+    "gradients": "gradients",
+    "buckets": "gradients being exchanged",
+    "optimizer": "optimizer state",
+    "average": "moving average",
+    "frozen": "frozen networks",
+    "batch": "batch and conditions",
+    "casts": "weights in another precision",
+    "activations": "activations kept",
+    "encode": "at work: encoding",
+    "forward": "at work: forward pass",
+    "backward": "at work: backward pass",
+    "step": "at work: optimizer",
+    "preview": "at work: preview",
+}
+PHASES = {
+    "encode": "encoding",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "step": "optimizer's step",
+    "preview": "preview",
+}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one step of one process on one device takes, at the shape it was given."""
+
+    peaks: dict[str, dict[str, int]]
+    """phase -> part -> bytes at the fullest moment of the phase."""
+    flops: dict[str, int]
+    """phase -> FLOPs of a micro-step; a preview's are of one denoising pass and decoding."""
+    saved_bytes: int
+    """Activations kept for the backward pass, when it begins."""
+    gradient_bytes: int
+    state_bytes: int
+    """Of the optimizer."""
+    parameters: int
+    trainable: int
+    number_bytes: int
+    """Of a number in the precision that the network computes in."""
+    weight_bytes: dict[str, int]
+    """name -> bytes of the trained network ("network") and of each frozen one."""
+    block_parameters: int
+    """Of the largest block, which an engine that shards gathers whole."""
+    other_parameters: int
+    """Outside of blocks."""
+    encoded_bytes: int
+    """Of what encoding makes of one sample, in float32."""
+    reached: tuple[bool, ...] = field(repr=False)
+    """Which of the learning parameters had a gradient."""
+    encoded: Any = field(repr=False)
+    """That itself (types.Encoded), for rehearsals that begin after it."""

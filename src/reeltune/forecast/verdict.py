@@ -1,0 +1,184 @@
+"""Does it fit, by how much, and what would make it fit at the least price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from reeltune.forecast.parts import Rehearsal
+from reeltune.recipe import Recipe
+from reeltune.rules import shown
+
+MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
+TOLD = 3  # changes named
+PCIE_BYTES_PER_S = 25e9  # of a x16 PCIe 4 link in practice; 31.5e9 by its standard
+
+
+@dataclass(frozen=True)
+class Verdict:
+    totals: dict[str, int]  # phase -> bytes at its fullest moment
+    have_bytes: int
+
+    @property
+    def phase(self) -> str:
+        """The fullest."""
+        return max(self.totals, key=lambda phase: self.totals[phase])
+
+    @property
+    def need_bytes(self) -> int:
+        return max(self.totals.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.need_bytes <= self.have_bytes
+
+    @property
+    def safe(self) -> bool:
+        return self.need_bytes * (1 + MARGIN) <= self.have_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        return self.have_bytes - self.need_bytes
+
+
+def judge(peaks: dict[str, dict[str, int]], have_bytes: int) -> Verdict:
+    return Verdict({phase: sum(parts.values()) for phase, parts in peaks.items()}, have_bytes)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One field of the recipe (or of the machines), and what it costs."""
+
+    settings: dict[str, Any]  # fields of the recipe; or "gpus"
+    cost: float  # to order by: more time as a share of a step; what changes the result comes after all that do not
+    price: Callable[[Rehearsal, Rehearsal], str]
+    """(as it is, with the change) -> the price in words."""
+
+    @property
+    def words(self) -> str:
+        """As it is written in a recipe; the command's flag for what is no field of it."""
+        return ", ".join(
+            f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}"
+            for name, value in self.settings.items()
+        )
+
+
+def more_flops(before: Rehearsal, after: Rehearsal) -> str:
+    return f"{step_flops(after) / step_flops(before) - 1:+.0%} arithmetic in a step, the same result"
+
+
+def step_flops(found: Rehearsal) -> int:
+    return sum(found.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
+
+
+def visits(before: Rehearsal, after: Rehearsal) -> str:
+    moved = 2 * sum(size for name, size in before.weight_bytes.items() if name != "network")
+    return f"{moved / 2**30:.1f} GiB to and from the device each micro-step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4"
+
+
+def says(text: str) -> Callable[[Rehearsal, Rehearsal], str]:
+    return lambda before, after: text
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Changes that together make it fit."""
+
+    changes: tuple[Change, ...]
+    verdict: Verdict
+    prices: tuple[str, ...]
+
+
+SAME, OTHER, MACHINES = 0.0, 10.0, 100.0  # in the order of cost: the same result, another, other machines
+
+
+def changes(recipe: Recipe, engine: str, gpus: int) -> Iterator[Change]:
+    """All that this run could change, one by one."""
+    training, optimization = recipe.training, recipe.optimization
+    if training.train_batch_size > 1:
+        smaller = training.train_batch_size // 2
+        times = training.gradient_accumulation_steps * training.train_batch_size // smaller
+        settings = {"train_batch_size": smaller, "gradient_accumulation_steps": times}
+        yield Change(settings, SAME + 0.02, says("as many samples a step, in smaller portions"))
+    if recipe.cache.cache_folder is None:
+        settings = {"cache_folder": f"{recipe.output.output_dir}/cache", "cache_variants": VARIANTS}
+        words = f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more"
+        yield Change(settings, SAME + 0.2, says(words))
+    if not training.low_vram and recipe.cache.cache_folder is None:
+        yield Change({"low_vram": True}, SAME + 0.1, visits)
+    if not training.gradient_checkpointing:
+        yield Change({"gradient_checkpointing": True}, SAME + 0.3, more_flops)
+    if gpus > 1 and engine in ("one", "ddp"):
+        yield Change({"engine": "zero2"}, SAME + 0.4, says("bf16 copies compute; gradients and state are shared out"))
+        yield Change({"engine": "fsdp"}, SAME + 0.5, says("weights are gathered block by block in each pass"))
+    if optimization.use_ema:
+        yield Change({"use_ema": False}, OTHER, says("no moving average of the weights"))
+    if recipe.model.trained_weights == "fp32" and training.mixed_precision == "bf16" and engine in ("one", "ddp"):
+        rounded = "weights are rounded to bf16, up or down by chance, so that small updates count on average"
+        yield Change({"trained_weights": "bf16_stochastic"}, OTHER + 0.1, says(rounded))
+    if not (optimization.use_8bit_adam or optimization.use_came):
+        yield Change({"use_8bit_adam": True}, OTHER + 0.2, says("the optimizer's moments are rounded to 8 bits"))
+        yield Change({"use_came": True}, OTHER + 0.3, says("another optimizer: its learning rate must be found anew"))
+    if recipe.sizes.video_sample_n_frames > SHORT:
+        frames = recipe.sizes.video_sample_n_frames // 2 // 4 * 4 + 1
+        yield Change({"video_sample_n_frames": frames}, OTHER + 0.4, says("half as much of a clip at a time"))
+    for more in (2, 4, 8):
+        if more > gpus:
+            words = says(f"{more} devices in place of {gpus}, and a fast link between them")
+            yield Change({"gpus": more, "engine": "fsdp"}, MACHINES * more, words)
+
+
+VARIANTS = 4  # as many as the recipe's rules advise for clips longer than their window
+SHORT = 9  # frames that are not halved
+
+
+TRIES = 12  # sets of several changes that are rehearsed
+
+
+def search(
+    candidates: list[Change],
+    goes: Callable[[tuple[Change, ...]], bool],
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
+    before: tuple[Verdict, Rehearsal],
+) -> list[Offer]:
+    """The cheapest sets of changes, up to TOLD, that make it fit with room to spare: single ones before pairs.
+
+    A set that holds one already offered is not, nor one whose changes do not go together. Sets whose changes, each
+    rehearsed alone, save too little between them are not rehearsed.
+    """
+    found: list[tuple[set[int], Offer]] = []
+    alone: list[Verdict] = []
+    tries = 0
+
+    def consider(chosen: tuple[int, ...]) -> Verdict:
+        picked = tuple(candidates[i] for i in chosen)
+        verdict, rehearsal = try_out(picked)
+        if verdict.safe:
+            prices = tuple(change.price(before[1], rehearsal) for change in picked)
+            found.append((set(chosen), Offer(picked, verdict, prices)))
+        return verdict
+
+    def hopeful(chosen: tuple[int, ...]) -> bool:
+        names = [name for i in chosen for name in candidates[i].settings]
+        least = {
+            phase: size - sum(size - alone[i].totals.get(phase, 0) for i in chosen)
+            for phase, size in before[0].totals.items()
+        }
+        known = any(offered <= set(chosen) for offered, _ in found)
+        enough = max(least.values()) <= before[0].have_bytes
+        return len(set(names)) == len(names) and not known and enough and goes(tuple(candidates[i] for i in chosen))
+
+    def cost(chosen: Iterable[int]) -> float:
+        return sum(candidates[i].cost for i in chosen)
+
+    alone.extend(consider((i,)) for i in range(len(candidates)))
+    for size in range(2, len(candidates) + 1):
+        if len(found) >= TOLD:
+            break
+        for chosen in sorted(combinations(range(len(candidates)), size), key=cost):
+            if len(found) < TOLD and tries < TRIES and hopeful(chosen):
+                tries += 1
+                consider(chosen)
+    return [offer for _, offer in sorted(found, key=lambda pair: cost(pair[0]))[:TOLD]]

@@ -1,0 +1,125 @@
+"""What `reeltune plan` foretells, against what then happens."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from tests.tiny_wan import tiny_checkpoint
+from torch.profiler import ProfilerActivity, profile
+
+from reeltune.diffusion.loss import diffusion_loss
+from reeltune.engine import Engine
+from reeltune.forecast import tracker
+from reeltune.forecast.rehearsal import ALL, CHANGES, empty_batch, rehearse
+from reeltune.inputs import choose_family, encode_options, load_parts
+from reeltune.learner import Learner
+from reeltune.sample import Setup
+from reeltune.types import Crop, Draw, Shape
+from small_run import recipe
+
+CAPTIONS = ["a red kite", "a dog on a beach"]
+NEAR = 0.05  # the count and the allocator's
+
+
+def draws(shape: Shape) -> list[Draw]:
+    crop = Crop(shape.height, shape.width, 0, 0)
+    return [Draw(0, shape, crop, tuple(range(shape.frames)), 0, seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def model(any_checkpoint, tmp_path_factory):
+    (folder := tmp_path_factory.mktemp("model")).mkdir(exist_ok=True)
+    return any_checkpoint.lay_out(folder)
+
+
+class Allocated:
+    """Bytes that the CPU's allocator gave within, less those it took back."""
+
+    def __enter__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        events = self.profile.profiler.kineto_results.events()
+        self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def real_step(run, shape: Shape) -> dict[str, int]:
+    """Bytes by part of a step with real weights, by the allocator's count."""
+    family, mode, objective = choose_family(run)
+    engine = Engine(run.training.mixed_precision)
+    parts = load_parts(run, family, engine.device)
+    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
+    checkpointing = run.training.gradient_checkpointing
+    learner = Learner(
+        family,
+        parts,
+        engine,
+        run.model,
+        run.optimization,
+        run.memory,
+        seed=0,
+        gradient_checkpointing=checkpointing,
+        batch=2,
+        accumulate=1,
+    )
+    stand = draws(shape)
+    batch = empty_batch(family, mode, stand, CAPTIONS, torch.no_grad())
+    encoded = setup.encode(batch)
+    strata = [draw.stratum for draw in stand]
+    forward_pass = partial(
+        diffusion_loss, family.denoise, learner.net, objective, encoded, parts.null, batch.seeds, strata
+    )
+    forward_pass()  # what is made once and kept, such as tables
+    gc.collect()
+    with Allocated() as forward:
+        loss = forward_pass()
+    with Allocated() as backward:
+        learner.backward(loss.value, last=True)
+        del loss
+    gradients = backward.bytes + forward.bytes  # all that the forward pass kept is gone
+    with Allocated() as step:
+        learner.step(0, 1e-3)
+    recomputed = checkpointing * sum(type(module).__name__ in family.blocks for module in parts.net.modules())
+    return {
+        "weights": learner.held_bytes()["weights"],
+        "gradients": gradients,
+        "state": step.bytes + gradients,
+        "kept": forward.bytes - recomputed * torch.get_rng_state().nbytes,  # the host's, on a GPU too
+    }
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
+def test_a_rehearsal_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
+    monkeypatch.setattr(tracker, "ROUND_BYTES", 1)  # of this allocator
+    settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
+    run, shape = recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48)
+    found, real = rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"}), real_step(run, shape)
+    assert found.peaks["step"]["weights"] == pytest.approx(real["weights"], rel=NEAR)
+    assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
+    assert found.state_bytes == pytest.approx(real["state"], rel=NEAR)
+    assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
+
+
+def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
+    settings = {"mixed_precision": "bf16", "use_ema": True, "gradient_checkpointing": True}
+
+    def make(**changed):
+        return recipe(model, tmp_path, tmp_path / "out", **{**settings, **changed})
+
+    shape = Shape(5, 32, 32)
+    base = rehearse(make(), draws(shape), CAPTIONS)
+    for changed in ({"gradient_checkpointing": False}, {"use_ema": False}, {"low_vram": True}):
+        [name] = changed
+        whole = rehearse(make(**changed), draws(shape), CAPTIONS)
+        part = rehearse(make(**changed), draws(shape), CAPTIONS, phases=CHANGES[name], like=base)
+        for phase in whole.peaks:
+            total, known = sum(part.peaks[phase].values()), sum(whole.peaks[phase].values())
+            assert total == pytest.approx(known, rel=NEAR), (changed, phase)
+        assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=NEAR)
+        assert part.state_bytes == whole.state_bytes

@@ -1,0 +1,164 @@
+"""`reeltune plan` whole: what it prints and draws, that what it offers fits, and what is said when memory runs out."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from full_size import released, wan_checkpoint
+from reeltune import cli, train
+from reeltune.demo.main import FAMILIES as SHOWN
+from reeltune.errors import UserError
+from reeltune.families import weights
+from reeltune.forecast.main import Machines, forecast
+from reeltune.inputs import choose_family, gather
+from reeltune.settings import build, flat
+from small_run import data_set, recipe
+from tiny_wan import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny_checkpoint(folder / "model", "control_v1.1")
+    data_set(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return SHOWN["toy"].write(tmp_path_factory.mktemp("toy"))
+
+
+TOY = {"video_sample_n_frames": 9, "token_sample_size": 128, "video_sample_size": 128, "image_sample_size": 128}
+
+
+def run_of(place: Path, out: Path, **changes):
+    return recipe(place / "model", place / "data", out, **{"mixed_precision": "bf16", "use_ema": True, **changes})
+
+
+def unread(monkeypatch) -> None:
+    """Whoever reads a weight fails."""
+    read = weights._read
+
+    def read_on_meta(path, device):
+        assert device == "meta", f"{path} is read"
+        return read(path, device)
+
+    monkeypatch.setattr(weights, "_read", read_on_meta)
+
+
+def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, capsys):
+    unread(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    settings = {"preview_count": 1, "use_ema": False, "engine": "zero2"}
+    run, page = run_of(place, tmp_path / "out", **settings), tmp_path / "pages/plan.html"
+    flags = [word for name, value in flat(run).items() if value not in (None, (), []) for word in as_flag(name, value)]
+    code = cli.main(["plan", *flags, "--gpus", "2", "--device", "H100", "--html", str(page)])
+    told, errors = capsys.readouterr()
+    assert code == 0, errors
+    family, mode, _ = choose_family(run)
+    inputs = gather(run, family, mode, group=4, show_progress=False)
+    samples = 4 * len(inputs.plan(0))
+    assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
+    assert re.search(r"steps +6\b", told)
+    assert "ZeRO-2, shared out by arithmetic" in told
+    assert "It fits." in told
+    for words in ("gradients being exchanged", "frozen networks", "preview", "host:", "disk:"):
+        assert words in told, words
+    drawn = page.read_text()
+    assert drawn.count("<svg") == 2
+    assert "It fits." in drawn
+    assert "H100" in drawn
+
+
+def as_flag(name, value) -> list[str]:
+    return [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
+
+
+def test_what_is_offered_fits_when_it_is_done(place, toy, tmp_path):
+    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
+    whole = forecast(run, Machines(device="1GB"))  # of any device
+    assert whole.verdict.safe
+    assert not whole.offers
+    tight = Machines(device=f"{whole.verdict.need_bytes * 0.75 / 1e9}GB")
+    found = forecast(run, tight)
+    assert not found.verdict.fits
+    assert len(found.offers) >= 2
+    for offer in found.offers:
+        settings = {name: value for change in offer.changes for name, value in change.settings.items()}
+        gpus = settings.pop("gpus", 1)
+        done = forecast(build({**flat(run), **settings}), Machines(gpus, tight.device))
+        assert done.verdict.safe, settings
+        assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
+
+
+@pytest.mark.parametrize(
+    ("machines", "words"),
+    [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "neither a size such as 48GB nor one of B200")],
+)
+def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, words):
+    with pytest.raises(UserError, match=words):
+        forecast(run_of(place, tmp_path / "out"), machines)
+
+
+@pytest.mark.golden
+def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypatch):
+    """1.3 B parameters in files of nothing but holes: what AdamW in fp32 takes, and an outline of the time."""
+    unread(monkeypatch)
+    name = "Wan2.1-Fun-1.3B-Control"
+    if not (goldens / "released_keys" / f"{name}.json.gz").is_file():
+        pytest.skip(f"no list of {name}'s tensors")
+    (folder := tmp_path / "model").mkdir()
+    wan_checkpoint(folder, goldens, name)
+    run = recipe(
+        folder, place / "data", tmp_path / "out", mixed_precision="bf16", low_vram=True, gradient_checkpointing=True
+    )
+    began = time.process_time()
+    found = forecast(run, Machines(device="A100"))
+    assert time.process_time() - began < 60
+    psi = sum(torch.Size(shape).numel() for shape in released(goldens, name).values())
+    assert found.rehearsal.trainable == psi
+    step = found.peaks["step"]
+    for part, size in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
+        assert step[part] == pytest.approx(size, rel=0.001), part
+    text = sum(torch.Size(shape).numel() for shape in released(goldens, "umt5-xxl-enc").values())
+    assert found.rehearsal.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
+    tokens = found.data.buckets[0].tokens * found.batch + 512 * found.batch
+    forward = found.rehearsal.flops["forward"]
+    assert 2 * psi * found.data.buckets[0].tokens * found.batch < forward < 2 * psi * tokens  # text passes some of it
+    assert found.rehearsal.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
+
+
+# ---- when memory runs out all the same
+
+
+def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch):
+    settings = {"mixed_precision": "bf16", "low_vram": True, "token_sample_size": 64, "video_sample_size": 64}
+    run = recipe(toy, place / "data", tmp_path / "out", **settings)
+    family, mode, _ = choose_family(run)
+    plan = gather(run, family, mode, show_progress=False).plan(0)
+    largest = max((step[0].shape for step in plan), key=family.geometry.tokens)
+    seen = []
+
+    def full(*args, **kwargs):
+        seen.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train, "diffusion_loss", full)
+    with pytest.raises(UserError) as told:
+        train.train(run)
+    words = str(told.value)
+    assert "the forward and backward pass of step 0" in words
+    assert f"at {largest.frames} frames of {largest.width} x {largest.height}" in words
+    assert "activations and gradients grew" in words
+    assert "train_batch_size below 2" in words
+    assert "gradient_checkpointing: true" in words
+    assert "low_vram" not in words  # it is on
+    assert len(seen) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(train.Learner, "step", full)
+    with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
+        seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
