@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -135,24 +136,39 @@ def table(found: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all if left out")
-    parser.add_argument("--write", type=Path, help="write the table to this file")
+    parser.add_argument("--write", type=Path, help="put the tables in this page; others there stay")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.names) - set(MODULES))
     if unknown:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(MODULES)}")
     names = arguments.names or MODULES
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     for name in names:
-        found |= importlib.import_module(f"benchmarks.{name}").main()
-    told = table(found)
-    print(f"\n{told}\n\n{machine()}")
+        found[name] = importlib.import_module(f"benchmarks.{name}").main()
+        print(f"\n{table(found[name])}\n")
+    print(machine())
     if arguments.write:
-        command = " ".join(["python -m benchmarks", *arguments.names, "--write", str(arguments.write)])
-        page = f"# Benchmarks\n\nWritten by `{command}` on {date.today()}: {machine()}.\n\n{told}\n"
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(page, encoding="utf-8")
-    missed = [name for name, value in found.items() if (goal := MEANING[name][1]) and not goal.reached(value)]
-    return 1 if missed else 0
+        write(arguments.write, {name: table(numbers) for name, numbers in found.items()})
+    goals = [(MEANING[name][1], value) for numbers in found.values() for name, value in numbers.items()]
+    return int(any(goal is not None and not goal.reached(value) for goal, value in goals))
+
+
+def write(page: Path, tables: dict[str, str]) -> None:
+    """Puts the tables in their sections of the page, and leaves the sections of other benchmarks as they are."""
+    _, *there = re.split(r"^## ", page.read_text(encoding="utf-8") if page.exists() else "", flags=re.MULTILINE)
+    sections = {text.split(maxsplit=1)[0]: text.partition("\n")[2].strip() for text in there}
+    when = f"{date.today()}, {machine()}; load average of the last 15 minutes {os.getloadavg()[2]:.1f}."
+    sections |= {name: f"{when}\n\n{told}" for name, told in tables.items()}
+    known = [f"## {name}\n\n{sections[name]}\n" for name in MODULES if name in sections]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join([HEAD.format(page), *known]), encoding="utf-8")
+
+
+HEAD = """\
+# Benchmarks
+
+`make bench` measures all of this; `python -m benchmarks NAME --write {}` one section.
+"""
 
 
 if __name__ == "__main__":

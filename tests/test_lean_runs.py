@@ -135,10 +135,21 @@ def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypat
         steps(start, blocks_to_swap=len(found), **settings)
 
 
-@pytest.mark.parametrize(
-    "alone", [{"step_in_backward": True}, {"blocks_to_swap": 1}], ids=lambda alone: next(iter(alone))
-)
+class Several(Engine):
+    """As if there were two processes."""
+
+    @property
+    def world(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("alone", [{"step_in_backward": True}, {"blocks_to_swap": 1}], ids=str)
 def test_what_only_one_process_can_do_is_refused_to_several(alone, start, monkeypatch):
-    monkeypatch.setattr(Engine, "world", 2)
+    def engine(precision, real=Engine):
+        found = real(precision)
+        found.__class__ = Several
+        return found
+
+    monkeypatch.setitem(steps.__globals__, "Engine", engine)
     with pytest.raises(UserError, match=f"{next(iter(alone))} is .* and there are 2 processes"):
         steps(start, **alone)

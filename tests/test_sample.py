@@ -70,8 +70,8 @@ def test_a_caption_is_encoded_once(clips):
 
     family = replace(FAMILY, describe=describe)
     setup = Setup(family, "control", FAMILY.load("toy"), FAMILY.objective)
-    reader = reader_of(clips)
-    found = [setup.encode(reader[epoch, k, 0, 1]).cond["text"] for epoch in (0, 1) for k in (0, 1)]
+    requests = held_out_requests(reader_of(clips), RULES, count=2, seed=0)
+    found = [setup.encode(request.batch()).cond["text"] for request in requests * 2]
     assert sorted(asked) == [["bar 0"], ["bar 1"]] and len(found) == 4
     assert len({tuple(text.flatten().tolist()) for text in found}) == 2
 
