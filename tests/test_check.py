@@ -76,12 +76,14 @@ def test_what_training_would_refuse(given, tmp_path):
 def test_all_that_does_not_suit_the_model_is_told_at_once(given, tmp_path):
     size = "--fix_sample_size", "50", "70"
     with pytest.raises(UserError) as error:
-        lines_of(given, tmp_path, *size, train_mode="control_ref", loss_type="ddpm", video_sample_n_frames=4)
+        more = {"loss_type": "ddpm", "add_full_ref_image_in_self_attention": True}
+        lines_of(given, tmp_path, *size, train_mode="control_ref", video_sample_n_frames=4, **more)
     assert [problem.split(" is ")[0] for problem in error.value.problems] == [
         "train_mode",
         "loss_type",
         "video_sample_n_frames",
         "fix_sample_size",
+        "add_full_ref_image_in_self_attention",
     ]
     assert "takes multiples of 16; set it to 48 64" in error.value.problems[3]
     assert lines_of(given, tmp_path, "--fix_sample_size", "48", "64")[-1].split()[2:4] == ["48", "64"]

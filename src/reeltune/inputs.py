@@ -26,7 +26,7 @@ from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError, refuse, together
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.ledger import Ledger
-from reeltune.recipe import Loss, Recipe
+from reeltune.recipe import Loss, Model, Recipe
 
 FILE_INPUTS = frozenset({"control", "camera"})  # what a mode may need that comes from a file of its own
 LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
@@ -57,6 +57,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
         mode = attempt(check_mode, family, recipe.model.train_mode)
         objective = attempt(chosen_objective, family, recipe.loss)
         attempt(size_rules, recipe, family)
+        attempt(check_reference, family, recipe.model)
     return family, mode, objective
 
 
@@ -72,6 +73,16 @@ def check_split(family: Family, processes: int) -> None:
             "recipe",
             f"context_parallel is {processes}, but {family.name} has no plan to deal out a clip's tokens; leave it "
             "out, and use engine fsdp or zero3, gradient_checkpointing, or smaller clips",
+        )
+
+
+def check_reference(family: Family, model: Model) -> None:
+    """Raises UserError for reference tokens of a network that has no weights for them."""
+    if model.add_full_ref_image_in_self_attention and "full_ref" not in family.drop:
+        raise UserError(
+            "recipe",
+            f"add_full_ref_image_in_self_attention is true, but {family.name} has no weights for such a reference "
+            "picture; leave it out",
         )
 
 

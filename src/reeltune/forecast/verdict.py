@@ -110,6 +110,8 @@ def changes(recipe: Recipe, engine: str, gpus: int) -> Iterator[Change]:
         yield Change({"low_vram": True}, SAME + 0.1, visits)
     if not training.gradient_checkpointing:
         yield Change({"gradient_checkpointing": True}, SAME + 0.3, more_flops)
+    if not recipe.memory.step_in_backward and gpus == 1:
+        yield Change({"step_in_backward": True}, SAME + 0.6, more_flops)
     if gpus > 1 and engine in ("one", "ddp"):
         yield Change({"engine": "zero2"}, SAME + 0.4, says("bf16 copies compute; gradients and state are shared out"))
         yield Change({"engine": "fsdp"}, SAME + 0.5, says("weights are gathered block by block in each pass"))
@@ -118,9 +120,11 @@ def changes(recipe: Recipe, engine: str, gpus: int) -> Iterator[Change]:
     if recipe.model.trained_weights == "fp32" and training.mixed_precision == "bf16" and engine in ("one", "ddp"):
         rounded = "weights are rounded to bf16, up or down by chance, so that small updates count on average"
         yield Change({"trained_weights": "bf16_stochastic"}, OTHER + 0.1, says(rounded))
-    if not (optimization.use_8bit_adam or optimization.use_came):
+    if not (optimization.use_8bit_adam or optimization.use_came or optimization.use_adafactor):
         yield Change({"use_8bit_adam": True}, OTHER + 0.2, says("the optimizer's moments are rounded to 8 bits"))
-        yield Change({"use_came": True}, OTHER + 0.3, says("another optimizer: its learning rate must be found anew"))
+        words = says("another optimizer: its learning rate must be found anew")
+        yield Change({"use_came": True}, OTHER + 0.3, words)
+        yield Change({"use_adafactor": True}, OTHER + 0.35, words)
     if recipe.sizes.video_sample_n_frames > SHORT:
         frames = recipe.sizes.video_sample_n_frames // 2 // 4 * 4 + 1
         yield Change({"video_sample_n_frames": frames}, OTHER + 0.4, says("half as much of a clip at a time"))
