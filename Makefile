@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY))
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -25,13 +25,7 @@ def pytest_generate_tests(metafunc):
 
             goldens = Path(metafunc.config.getoption("--goldens")).resolve()
             found = one_each(goldens) if name == "one_of_a_family" else pairs(goldens, modes=name == "pair")
-            metafunc.parametrize(name, [together(one, metafunc) for one in found], scope="module")
-
-
-def together(one, metafunc):
-    """The tests of a module over one checkpoint share what was made of it, so one process runs them."""
-    group = pytest.mark.xdist_group(f"{metafunc.module.__name__}-{one.id}")
-    return pytest.param(*one.values, id=one.id, marks=[*one.marks, group])
+            metafunc.parametrize(name, found, scope="module")
 
 
 @pytest.fixture(scope="session")
