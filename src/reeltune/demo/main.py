@@ -12,10 +12,11 @@ from pathlib import Path
 
 from reeltune import report
 from reeltune.agreement import write_agreement
+from reeltune.cache.fill import fill
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.errors import UserError
-from reeltune.recipe import Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
+from reeltune.recipe import Cache, Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
 from reeltune.train import train
 
 TRAINED_FRAMES = 13  # of the 17 that a clip has
@@ -48,7 +49,9 @@ def run(
     meta, held_out_meta = write_data_set(data, clips=clips, stills=stills, held_out=held_out)
     model.mkdir()
     recipe = recipe_of(data, meta, held_out_meta, shown.write(model), out_dir / "run", steps=steps or 450)
-    code = train(of_untrained(recipe, steps=steps or 60) if shown.about else recipe)
+    if shown.about:
+        recipe = of_untrained(recipe, steps=steps or 60)
+    code = (fill(recipe) if recipe.cache.cache_folder else 0) or train(recipe)
     if code == 0:
         sys.stdout.write("\n".join([*told(shown, out_dir / "run"), ""]))
     return code
@@ -79,13 +82,16 @@ def told(shown: Shown, run_dir: Path) -> list[str]:
 
 def clear(out_dir: Path) -> None:
     """Removes an earlier demo. Raises UserError if the folder holds anything else."""
-    parts = {"data", "model", "run"}
+    parts = {"data", "model", "run", "cache"}
     there = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
     if there - parts:
         other = ", ".join(sorted(there - parts)[:3])
         raise UserError("demo", f"{out_dir} holds other files ({other}); give an empty folder or a new one")
     for name in there:
         shutil.rmtree(out_dir / name)
+
+
+VARIANTS = 4  # of each clip; more are encoded for longer, and fewer are seen through
 
 
 def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir: Path, *, steps: int) -> Recipe:
@@ -107,6 +113,7 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
             video_sample_size=SIDE,
             image_sample_size=SIDE,
         ),
+        cache=Cache(cache_folder=str(run_dir.with_name("cache")), cache_variants=VARIANTS),
         training=Training(train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no"),
         loss=Loss(uniform_sampling=True),
         optimization=Optimization(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=10),
@@ -121,6 +128,7 @@ def of_untrained(recipe: Recipe, *, steps: int) -> Recipe:
         recipe,
         model=Model(pretrained_model_name_or_path=recipe.model.pretrained_model_name_or_path),
         sizes=replace(recipe.sizes, video_sample_n_frames=9, video_sample_size=64, image_sample_size=64),
+        cache=Cache(),
         training=replace(recipe.training, max_train_steps=steps),
         output=replace(recipe.output, checkpointing_steps=steps, logging_steps=5),
         validation=replace(recipe.validation, preview_count=2, preview_steps=10),
