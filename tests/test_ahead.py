@@ -1,6 +1,7 @@
 """Encoding beside training: the next batch while the network is at work, and never another run for it."""
 
 import json
+import time
 from threading import Event, current_thread, main_thread
 
 import pytest
@@ -30,7 +31,7 @@ class Encoder:
 
     def __init__(self, count, free=True):
         self.begun, self.free = [Event() for _ in range(count)], Event()
-        self.threads = []
+        self.threads, self.ended = [], []
         if free:
             self.free.set()
 
@@ -38,6 +39,8 @@ class Encoder:
         self.threads.append(current_thread())
         self.begun[int(batch.split()[1])].set()
         assert self.free.wait(LIMIT_SECONDS)
+        time.sleep(0.1)
+        self.ended.append(batch)
         return f"{batch}, encoded"
 
 
@@ -61,6 +64,7 @@ def test_the_next_is_at_work_while_the_network_trains():
         assert encode.begun[1].wait(LIMIT_SECONDS)  # here the network would train on batch 0
         encode.free.set()
         ahead.rest()
+        assert encode.ended == ["batch 0", "batch 1"]
         assert not encode.begun[2].is_set()
         assert ahead.batch()[0] == "batch 1"
         assert ahead.encoded() == "batch 1, encoded"
