@@ -127,7 +127,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {**told, **learner.counts})
+        describe(out, recipe, {**told, **learner.counts, "processes": engine.world})
     duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
     workers = recipe.data.dataloader_num_workers
     rank, world = engine.place
