@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from reeltune import families
-from reeltune.data.held_out import split
+from reeltune.data.held_out import refuse_shared, split
 from reeltune.data.loader import Reader
 from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
@@ -160,6 +160,7 @@ def gather(
     if data.validation_data_meta is not None:
         train = usable
         held_out, _ = suited(measured(data.validation_data_meta).records, rules, family.least_frames)
+        refuse_shared(train, held_out)
     else:
         rows = split(usable, data.held_out_share, str(root))
         train, held_out = (usable.take(part) for part in rows)
