@@ -18,9 +18,9 @@ def _folder(path: Path, what: str) -> Path:
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take a `file` run over the `golden_files` of their module, those that take a `pair`, `any_checkpoint`
-    or `one_of_a_family` over every family."""
-    if "file" in metafunc.fixturenames:
+    """Tests that take a `pair`, `any_checkpoint` or `one_of_a_family` run over every family; those that take a `file`
+    over the `golden_files` of their module, if it has them."""
+    if "file" in metafunc.fixturenames and hasattr(metafunc.module, "golden_files"):
         files = metafunc.module.golden_files(Path(metafunc.config.getoption("--goldens")).resolve())
         names = [f"{path.parent.name}/{path.stem}" for path in files]
         metafunc.parametrize("file", files or [None], ids=names or ["absent"])
