@@ -50,7 +50,15 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_seconds + 60))
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
+        try:
+            self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
+        except torch.distributed.DistError as missing:
+            world, place = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
+            raise UserError(
+                "launch",
+                f"{world} processes were to meet at {place} and did not within rank_timeout_seconds + 60 "
+                f"({str(missing).splitlines()[0]}); start as many as each is told of: {START}",
+            ) from missing
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world:
             raise UserError(
@@ -65,7 +73,7 @@ class Engine:
                 + START,
             )
         # Checkpoints are agreed on over the CPU, beside what the devices are doing.
-        self.cpu_group = torch.distributed.new_group(backend="gloo") if self.sharded else None
+        self.cpu_group = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
     @property
