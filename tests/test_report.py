@@ -84,7 +84,8 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                     "n": 24,
                 }
             )
-    lines.append({"kind": "save", "step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "bytes": 7 * 2**20})
+    saved = {"step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "blocked_seconds": 0.25}
+    lines.append({"kind": "save", **saved, "bytes": 7 * 2**20})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     problems = [
         {"entry": 3, "path": f"train/{NASTY}.mp4", "reason": "has no moov atom: cut short", "remedy": "copy it again"},
