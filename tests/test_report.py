@@ -251,7 +251,8 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
     ):
         assert told in page.text
     assert "3 train/" in page.text and "control has 12 frames, the clip 40" in page.text
-    assert "checkpoint-120 , 7.0 MiB" in page.text and "1,200,001 of 1,234,567 parameters" in page.text
+    assert "in 1.5 s, of which training waited 0.2 s: checkpoint-120 , 7.0 MiB" in page.text
+    assert "1,200,001 of 1,234,567 parameters" in page.text
 
 
 def test_a_preview_has_its_seed_and_settings(page):

@@ -45,14 +45,25 @@ def folder(tmp_path_factory):
     return folder
 
 
+def task(folder, out, **changes):
+    settings = {"max_train_steps": STEPS, "held_out_share": 0.0, "logging_steps": 1, **changes}
+    settings["use_ema"] = "zero" not in str(settings.get("engine"))
+    return recipe(folder / "toy", folder / "data", out, **settings)
+
+
 @pytest.fixture
 def to_do(folder, tmp_path):
-    def make(name="run", **changes):
-        settings = {"max_train_steps": STEPS, "held_out_share": 0.0, "logging_steps": 1, **changes}
-        settings["use_ema"] = "zero" not in str(settings.get("engine"))
-        return recipe(folder / "toy", folder / "data", tmp_path / name, **settings)
+    return lambda name="run", **changes: task(folder, tmp_path / name, **changes)
 
-    return make
+
+@pytest.fixture(scope="module")
+def waited(folder):
+    """Runs of two processes that wait for their saves, a folder for each engine."""
+    made = folder / "waited"
+    tasks = [task(folder, made / name, engine=name, save_in_background=False) for name in ENGINES]
+    run = forked(tasks, 2, made)
+    assert run.end() == [0, 0], run.print()
+    return made
 
 
 def lines(out, kind="save"):
@@ -101,7 +112,7 @@ def held(folder):
     return told | weights | torch.load(folder / "optimizer.pt", weights_only=True)
 
 
-def assert_held_at_its_step(out, waited):
+def assert_held_at_their_steps(out, waited):
     """Each checkpoint holds what that of a run that waited for its saves holds."""
     assert [path.name for path in complete(out)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for path in complete(out):
@@ -119,16 +130,14 @@ def test_a_checkpoint_holds_the_state_of_its_step(to_do, tmp_path, monkeypatch):
     assert train(to_do("waited", save_in_background=False)) == 0
     HeldBack()(patch=monkeypatch.setattr)
     assert train(to_do()) == 0
-    assert_held_at_its_step(tmp_path / "run", tmp_path / "waited")
+    assert_held_at_their_steps(tmp_path / "run", tmp_path / "waited")
 
 
-def test_a_checkpoint_of_several_processes_holds_the_state_of_its_step(to_do, tmp_path):
-    run = forked([to_do(f"{name}-waited", engine=name, save_in_background=False) for name in ENGINES], 2, tmp_path)
-    assert run.end() == [0, 0], run.print()
+def test_a_checkpoint_of_several_processes_holds_the_state_of_its_step(waited, to_do, tmp_path):
     run = forked([to_do(name, engine=name) for name in ENGINES], 2, tmp_path, HeldBack())
     assert run.end() == [0, 0], run.print()
     for name in ENGINES:
-        assert_held_at_its_step(tmp_path / name, tmp_path / f"{name}-waited")
+        assert_held_at_their_steps(tmp_path / name, waited / name)
 
 
 # ---- what goes wrong
@@ -161,14 +170,14 @@ def assert_ended_by_a_full_disk(out, *, last_step):
 
 @pytest.mark.parametrize("engine", FIRST)
 def test_a_full_disk_ends_all_at_the_next_step(engine, to_do, tmp_path):
-    task = to_do(engine=engine, checkpointing_steps=50, max_train_steps=1000)
+    task = to_do(engine=engine, checkpointing_steps=20, max_train_steps=1000)
     run = forked([task], 2, tmp_path, Full(engine))
     assert run.end(LIMIT_SECONDS) == [2, 2], run.print()
-    assert_ended_by_a_full_disk(tmp_path / "run", last_step=149)
+    assert_ended_by_a_full_disk(tmp_path / "run", last_step=59)
     for told in run.told:
-        words = "checkpoint-100 could not be written ([Errno 28] No space left on device); free space in"
+        words = "checkpoint-40 could not be written ([Errno 28] No space left on device); free space in"
         assert words in told.read_text(), run.print()
-        assert "latest, which finds checkpoint-50\n" in told.read_text(), run.print()
+        assert "latest, which finds checkpoint-20\n" in told.read_text(), run.print()
 
 
 def test_a_full_disk_at_the_last_save(to_do, tmp_path, monkeypatch):
@@ -244,9 +253,8 @@ class Stalled:
 
 
 @pytest.mark.parametrize("engine", FIRST)
-def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, to_do, tmp_path):
+def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, waited, to_do, tmp_path):
     out = tmp_path / "run"
-    assert forked([to_do("unbroken", engine=engine)], 2, tmp_path).end() == [0, 0]
     run = forked([to_do(engine=engine)], 2, tmp_path, Stalled(engine))
     run.until(lambda: [row["step"] for row in lines(out, "step")][-1:] == [5], LIMIT_SECONDS)
     run.kill()
@@ -255,7 +263,7 @@ def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, to_do, tm
     assert [path.name for path in complete(out)] == ["checkpoint-2"]
     assert forked([to_do(engine=engine, resume_from_checkpoint="latest")], 2, tmp_path).end() == [0, 0]
     assert not list(out.glob(".checkpoint*"))
-    assert_same_end(out, tmp_path / "unbroken", STEPS)
+    assert_same_end(out, waited / engine, STEPS)
 
 
 @pytest.mark.slow
