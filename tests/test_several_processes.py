@@ -15,8 +15,7 @@ from processes import forked
 from reeltune import watch
 from reeltune.checkpoint import complete
 from reeltune.dice import dice
-from reeltune.engine import Engine
-from reeltune.train import Duties
+from reeltune.saving import Saving
 from reeltune.watch import EXIT_CODE, Watch
 from same_run import assert_same_end
 from small_run import data_set, recipe
@@ -228,21 +227,17 @@ class Alone:
     """Rank 1 goes on after a save only when rank 0 has done all of its own part, which must not need rank 1."""
 
     def __call__(self, rank):
-        real_save, real_wait, saving = Duties.save, Engine.wait, []
+        real = Saving.finish
 
-        def save(duties, progress):
-            saving.append(duties.out / f"checkpoint-{progress.step}" / "progress.json")
-            real_save(duties, progress)
-            saving.clear()
-
-        def wait(engine):
+        def finish(saving):
             until = time.monotonic() + 60
-            while rank == 1 and saving and not saving[0].is_file():
-                assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {saving[0]}"
+            whole = saving.out / f"checkpoint-{saving.step}" / "progress.json"
+            while rank == 1 and saving.under_way is not None and not whole.is_file():
+                assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {whole}"
                 time.sleep(0.01)
-            real_wait(engine)
+            real(saving)
 
-        Duties.save, Engine.wait = save, wait
+        Saving.finish = finish
 
 
 def test_saves_of_several_processes(to_do, tmp_path):
