@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 REPORTING = ("log", "ledger", "report", "charts", "agreement")
 ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state", "watch")
 LAYERS = (  # from the bottom; a name covers what is below it too
-    ("types", "errors", "dice"),
+    ("types", "errors", "dice", "files"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights", "families.streamed"),
