@@ -20,7 +20,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights", "families.streamed"),
     ("families",),
-    (*ENGINES, "blocks", "fused", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    (*ENGINES, "ahead", "blocks", "fused", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
     ("out_of_memory",),
     (
         "train",
