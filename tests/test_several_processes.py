@@ -14,7 +14,6 @@ import torch
 from processes import forked
 from reeltune import watch
 from reeltune.checkpoint import complete
-from reeltune.dice import dice
 from reeltune.saving import Saving
 from reeltune.watch import EXIT_CODE, Watch
 from same_run import assert_same_end
@@ -48,40 +47,9 @@ def lines(out, kind="step"):
     return [row for row in map(json.loads, rows) if row["kind"] == kind]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "rank"), [(engine, rank) for engine in ENGINES for rank in (0, 1)])
-def test_killed_within_a_save_and_at_random_it_ends_in_the_same_bits(engine, rank, to_do, tmp_path):
-    out = tmp_path / "run"
-    unbroken = forked([to_do("unbroken", engine=engine)], 2, tmp_path)
-
-    run = forked([to_do(engine=engine)], 2, tmp_path)
-    run.until(lambda: (out / ".checkpoint-4.partial").exists())
-    run.kill(rank)  # the other is told so, or finds out, and stops too
-    codes = run.end(60)
-    assert codes[1 - rank] in (2, EXIT_CODE, -signal.SIGABRT) and codes[rank] == -signal.SIGKILL
-    assert [path.name for path in complete(out)][:1] == ["checkpoint-2"]
-
-    again = to_do(engine=engine, resume_from_checkpoint="latest")
-    run = forked([again], 2, tmp_path)
-    run.until(lambda: len(lines(out)) > 2 and not list(out.glob(".checkpoint*")))
-    time.sleep(dice(3, "kill", engine, rank).uniform(0, 0.1))
-    run.kill()
-    run.end()
-
-    run = forked([again], 2, tmp_path)
-    assert unbroken.end() == run.end() == [0, 0], run.print()
-    assert_same_end(out, tmp_path / "unbroken", STEPS)
-
-
-@pytest.mark.parametrize(
-    ("engine", "rank"),
-    [
-        pytest.param(engine, rank, marks=() if (engine, rank) == ("fsdp", 0) else pytest.mark.slow)
-        for engine in ENGINES
-        for rank in (0, 1)
-    ],
-)
+@pytest.mark.parametrize(("engine", "rank"), [("fsdp", 0), pytest.param("ddp", 1, marks=pytest.mark.slow)])
 def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
+    """test_engines.py has it on every engine, with less patience than here."""
     out = tmp_path / "run"
     run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path)
     run.until(lambda: complete(out))
