@@ -144,13 +144,18 @@ def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, 
     (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
     size_bytes = _flush(partial)
     if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
-        shutil.rmtree(final)
+        _delete(final)
     partial.rename(final)
     _flush_folder(final.parent)
     for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
-        (old / "progress.json").unlink()  # first, so that a kill in between leaves no half checkpoint
-        shutil.rmtree(old)
+        _delete(old)
     return final, size_bytes
+
+
+def _delete(checkpoint: Path) -> None:
+    """Its mark of being whole first, so that a kill in between leaves nothing that seems to be."""
+    (checkpoint / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 # ---- reading

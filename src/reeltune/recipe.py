@@ -124,6 +124,8 @@ class Memory:
     """Each weight steps as soon as its gradient is there; with max_grad_norm the backward pass runs twice."""
     vae_tiling: bool = False
     """The VAE encodes and decodes large clips in blended tiles, which changes latents a little at their seams."""
+    encode_ahead: bool | None = None
+    """Encode the next batch while the network trains on the last. Left out: on a GPU, unless low_vram."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from reeltune import checkpoint, report
+from reeltune.ahead import Ahead, pays
 from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
@@ -125,12 +127,17 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {**told, **learner.counts})
+        describe(out, recipe, {**told, **learner.counts, "processes": engine.world})
     duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
     workers = recipe.data.dataloader_num_workers
     rank, world = engine.place
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, parts=pace.parts)
-    with Interrupt() as interrupt, log, duties:
+    batches = islice(batches, passes * max(total_steps - progress.step, 0))
+    beside = recipe.memory.encode_ahead
+    if beside is None:
+        beside = pays(engine.device, low_vram=recipe.training.low_vram)
+    ahead = Ahead(batches, setup.encode, device=engine.device, beside=beside)
+    with Interrupt() as interrupt, log, duties, ahead:
         duties.saving.step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
@@ -139,7 +146,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             stopwatch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
             for micro in range(passes):
                 watch.doing("data", progress.step)
-                batch, progress.epoch, progress.cursor = next(batches)
+                batch, progress.epoch, progress.cursor = ahead.batch()
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
                     place = rank * pace.parts, world * pace.parts
@@ -148,8 +155,9 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                 duties.count(batch)
                 stopwatch.mark("data_s")
                 watch.doing("encode", progress.step)
-                encoded = setup.encode(batch)
+                encoded = ahead.encoded()
                 stopwatch.mark("encode_s")
+                ahead.begin_next()
                 watch.doing("forward", progress.step)
                 with flops.forward(shape):
                     loss = diffusion_loss(
@@ -189,6 +197,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             if progress.step % recipe.output.checkpointing_steps == 0:
                 duties.save(progress, last=progress.step == total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
+                ahead.rest()
                 duties.validate(progress)
         duties.save(progress, last=True)
         code = max(engine.gather(interrupt.code))  # a signal to one ends all
