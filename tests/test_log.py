@@ -203,9 +203,10 @@ def test_text_with_brackets_is_told_as_it_is(tmp_path):
     book = log(tmp_path)
     book.notice("no [bold] here")
     book.warn("nor [/] here")
-    book.save({"path": "runs/[x]/checkpoint-5", "seconds": 1.25, "bytes": 3 * 2**20})
+    saved = {"step": 5, "path": "runs/[x]/checkpoint-5", "seconds": 1.25, "blocked_seconds": 0.5}
+    book.save({**saved, "bytes": 3 * 2**20})
     assert "no [bold] here" in told(book) and "nor [/] here" in told(book)
-    assert "saved runs/[x]/checkpoint-5 (3 MiB in 1.2 s)" in told(book)
+    assert "saved runs/[x]/checkpoint-5 (3 MiB in 1.2 s, of which training waited 0.5 s)" in told(book)
     assert [line.get("warning") for line in read(tmp_path)] == [None, True, None]
 
 

@@ -175,6 +175,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "use_came": False,
         "use_8bit_adam": False,
         "step_in_backward": False,
+        "encode_ahead": False,
         "engine": "ddp",
         "mixed_precision": "bf16",
         "weighting_scheme": "cosmap",

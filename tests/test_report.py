@@ -84,7 +84,8 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                     "n": 24,
                 }
             )
-    lines.append({"kind": "save", "step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "bytes": 7 * 2**20})
+    saved = {"step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "blocked_seconds": 0.25}
+    lines.append({"kind": "save", **saved, "bytes": 7 * 2**20})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     problems = [
         {"entry": 3, "path": f"train/{NASTY}.mp4", "reason": "has no moov atom: cut short", "remedy": "copy it again"},
@@ -250,7 +251,8 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
     ):
         assert told in page.text
     assert "3 train/" in page.text and "control has 12 frames, the clip 40" in page.text
-    assert "checkpoint-120 , 7.0 MiB" in page.text and "1,200,001 of 1,234,567 parameters" in page.text
+    assert "in 1.5 s, of which training waited 0.2 s: checkpoint-120 , 7.0 MiB" in page.text
+    assert "1,200,001 of 1,234,567 parameters" in page.text
 
 
 def test_a_preview_has_its_seed_and_settings(page):

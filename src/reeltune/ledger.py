@@ -82,7 +82,8 @@ class Ledger:
         )
 
     def share(self) -> Share:
-        return Share(self.used, self.repeated, self.failures)
+        """As it is now."""
+        return Share(self.used.copy(), self.repeated.copy(), dict(self.failures))
 
     def save(self, path: Path, shares: Sequence[Share] | None = None) -> None:
         """Writes the counts of all processes as .npz, for a later `load`."""

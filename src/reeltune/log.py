@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object a line, told apart by "kind":
     step        every optimizer step: loss, grad_norm, lr, shape, samples, tokens, times, rates, memory
     validation  the held-out loss, paired with that of the starting weights
-    save        a checkpoint written: seconds, bytes
+    save        a checkpoint written: bytes, seconds until it was whole, and those that training waited for it
     notice      something the user should know
 """
 
@@ -117,11 +117,12 @@ class Log:
         self._say(f"{told}, {row['n']} clip{'s' if row['n'] != 1 else ''}", markup=True)
 
     def save(self, row: dict[str, Any]) -> None:
-        """A checkpoint written: seconds, bytes, and its path."""
+        """A checkpoint written, perhaps while training went on: step, path, bytes, seconds, blocked_seconds."""
         if not self.main:
             return
-        self._write({"kind": "save", "step": self.step_now, **row})
-        self._say(f"saved {row['path']} ({row['bytes'] / 2**20:,.0f} MiB in {row['seconds']:.1f} s)", "green")
+        self._write({"kind": "save", **row})
+        took = f"in {row['seconds']:.1f} s, of which training waited {row['blocked_seconds']:.1f} s"
+        self._say(f"saved {row['path']} ({row['bytes'] / 2**20:,.0f} MiB {took})", "green")
 
     def notice(self, text: str) -> None:
         """Something the user should know."""

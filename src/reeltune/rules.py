@@ -198,6 +198,12 @@ def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for name, (wrong, reason) in reasons.items():
             if wrong:
                 yield (name, "step_in_backward"), f"step_in_backward is true and {name} is {values[name]}; {reason}"
+    if memory.encode_ahead and training.low_vram:
+        yield (
+            ("encode_ahead", "low_vram"),
+            "encode_ahead and low_vram are true; the one has encoders at work while the network trains, the other has "
+            "them off the device then; leave one of the two out",
+        )
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,5 +81,6 @@ def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
 
     found = {name: of(path) for name, path in files.items()}
     if len(known) > before:
-        write_whole(remembered, lambda file: file.write(json.dumps(known, indent=1).encode()))
+        with suppress(OSError):  # of a folder that cannot be written, nothing is remembered
+            write_whole(remembered, lambda file: file.write(json.dumps(known, indent=1).encode()))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +144,8 @@ def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cac
     found_complete = folder / "complete" / asked
     if not found_complete.is_file() or found_complete.read_text() != there:
         _refuse_missing(folder, keys, store, inputs)
-        write_whole(found_complete, lambda file: file.write(there.encode()))
+        with suppress(OSError):  # of a folder that cannot be written, nothing is remembered
+            write_whole(found_complete, lambda file: file.write(there.encode()))
     return Cache(store, keys)
 
 

@@ -72,7 +72,9 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
         parts.extras[name] = weights.load_tokenizer(folder / name)
     if with_picture:
-        parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        parts.extras["image_processor"] = weights.load_image_processor(
+            CLIPImageProcessorPil, folder / "image_processor"
+        )
     return parts
 
 
