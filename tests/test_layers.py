@@ -16,7 +16,7 @@ REPORTING = ("log", "ledger", "report", "charts", "agreement")
 ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state", "watch")
 AROUND = ("interrupt", "first_batch", "host_memory")
 LAYERS = (  # from the bottom; a name covers what is below it too
-    ("types", "errors", "dice"),
+    ("types", "errors", "dice", "files"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights", "families.streamed"),

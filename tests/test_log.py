@@ -169,6 +169,13 @@ def test_the_console_has_means_over_the_interval(tmp_path):
     assert "step 8/8" in lines[1] and "loss 6.5000" in lines[1] and "150 tokens/s" in lines[1]
 
 
+def test_a_mean_is_over_the_steps_that_have_it(tmp_path):
+    book = log(tmp_path, peak_flops=1e12)
+    for step, flops in enumerate((0, 4e11, 8e11, 6e11), 1):  # of the first the arithmetic is not known
+        book.step(row(step, flops=flops), seconds(forward_backward=0.6))
+    assert "MFU 60%" in told(book)
+
+
 def test_a_verdict_comes_every_few_lines(tmp_path):
     with log(tmp_path, logging_steps=1) as book:
         book.step(row(1), seconds(data=100))  # start-up; not judged

@@ -298,6 +298,12 @@ def test_a_bare_folder_still_has_a_page(tmp_path):
     assert "Nobody can say yet." in text and "training loss 0.5000 → 0.5000" in text
 
 
+def test_a_run_that_is_writing_has_a_page(tmp_path):
+    lines = ['{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n', '{"kind": "step", "step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert report.read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
+
+
 def test_clips_beyond_the_bound_are_linked(tmp_path, monkeypatch):
     make_run(tmp_path)
     clips = sorted((tmp_path / "previews").rglob("*.mp4"), key=lambda path: path.stat().st_size)

@@ -23,6 +23,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from reeltune.errors import UserError, refuse
+from reeltune.files import whole_file
 
 # Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
 DETERMINISTIC = {
@@ -286,7 +287,8 @@ def _floats(row: dict[str, Any]) -> dict[str, Any]:
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean of every number that the last row has, over the rows that have it."""
     numbers = [key for key, value in rows[-1].items() if isinstance(value, int | float)]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}
+    had = {key: [row[key] for row in rows if row.get(key) is not None] for key in numbers}
+    return {key: sum(values) / len(values) for key, values in had.items()}
 
 
 def _start_over(path: Path) -> str | None:
@@ -308,8 +310,7 @@ def _cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    kept = path.with_suffix(".partial")
-    with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+    with path.open(encoding="utf-8") as old, whole_file(path) as new:
         for number, line in enumerate(old, 1):
             if not line.endswith("\n"):
                 break
@@ -322,6 +323,3 @@ def _cut_after(path: Path, step: int) -> None:
                 ) from broken
             if row["step"] < step or (row["step"] == step and row["kind"] != "validation"):
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    kept.replace(path)
