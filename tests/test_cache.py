@@ -420,11 +420,11 @@ def test_a_cache_that_cannot_be_written_is_read(run, tmp_path, monkeypatch):
     fill.fill(given)
     (tmp_path / "cache/fingerprints.json").unlink()
 
-    def refuse(path, write):
+    def refuse(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("reeltune.cache.wanted.write_whole", refuse)
-    monkeypatch.setattr("reeltune.cache.keys.write_whole", refuse)
+    monkeypatch.setattr("reeltune.cache.wanted.whole_file", refuse)
+    monkeypatch.setattr("reeltune.cache.keys.whole_file", refuse)
     assert train(given) == 0
     assert not (tmp_path / "cache/complete").exists()
 

@@ -23,7 +23,8 @@ BEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0  # without a sign of life; longer than any library is known to keep Python from running threads
 BROKEN_SECONDS = 10.0  # the same, once the connection to some process has broken
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
-DOING = ("start", "validate", "data", "encode", "forward", "step", "save", "end")  # what a process can be at
+# What a process can be at; once saved, it waits for others' saves.
+DOING = ("start", "validate", "data", "encode", "forward", "step", "save", "saved", "end")
 
 
 class Watch:

@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reeltune.errors import UserError, refuse
+from reeltune.files import flush_folder, whole_file
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
@@ -143,7 +144,8 @@ class Writer:
                 self._number += 1
                 name = f"{Path(str(manifest.name)).stem}-{self._number:05}.safetensors"
                 data = save(tensors)
-                write_flushed(self.folder / "shards" / name, data)
+                with whole_file(self.folder / "shards" / name, "wb") as file:
+                    file.write(data)
                 hashed = hashlib.blake2b(data, digest_size=16).hexdigest()
                 _add_line(manifest, {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": entries})
                 self.count += len(entries)
@@ -169,7 +171,7 @@ class Writer:
                 manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("xb", buffering=0)
             except FileExistsError:  # another process was quicker
                 continue
-            _flush_folder(self.folder / "manifest")
+            flush_folder(self.folder / "manifest")
             self._manifest = manifest
             _add_line(manifest, {"format": FORMAT, "facts": dict(self.facts)})
             return manifest
@@ -197,28 +199,6 @@ def _add_line(file: FileIO, row: Mapping[str, Any]) -> None:
     while left:
         left = left[file.write(left) :]  # unbuffered: what a full disk refuses is not tried again
     os.fsync(file.fileno())
-
-
-def write_flushed(path: Path, data: bytes) -> None:
-    """Whole and on the disk, or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def pack(tensor: Tensor) -> Tensor:
@@ -334,7 +314,8 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
             rows = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
             rows = [row for row in rows if row.get("shard") in stays or "format" in row]
             if len(rows) > 1:
-                write_flushed(part, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                with whole_file(part) as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
             else:
                 part.unlink()
         named = read_manifest(folder).shards

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from reeltune.data.lists import rows
-from reeltune.data.measuring import File, Finding, measure_files, stamps, write_whole
+from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
 from reeltune.data.records import Records
 from reeltune.errors import UserError
+from reeltune.files import whole_file
 from reeltune.types import Record
 
 SCAN_VERSION = 2  # raise it when a row is judged otherwise
@@ -242,7 +243,8 @@ def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.
         "paths": np.frombuffer("\0".join(paths).encode(), np.uint8),
         "stamps": stamps_N2,
     }
-    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    with whole_file(path, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _load(path: Path, digest: str, just_scanned: bool) -> Scan | None:
