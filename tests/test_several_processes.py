@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import forked
+from processes import forked, hasty
 from reeltune import watch
 from reeltune.checkpoint import complete
 from reeltune.saving import Saving
@@ -51,7 +51,7 @@ def lines(out, kind="step"):
 def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
     """test_engines.py has it on every engine, with less patience than here."""
     out = tmp_path / "run"
-    run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path)
+    run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path, hasty)
     run.until(lambda: complete(out))
     started = time.monotonic()
     run.kill(rank)
