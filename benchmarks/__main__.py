@@ -109,8 +109,9 @@ MEANING = {  # name: (what it is, goal)
         for engine in ("ddp", "zero2", "zero3", "fsdp")
         for name, what in {
             "step_{}": "step of {} in two processes over one alone, equal global batch, tiny, CPU: overhead only",
-            "save_s_{}": "seconds that a save of {} blocks, two processes, a network of 33 M",
+            "save_s_{}": "seconds that a save of {} blocks if waited for, two processes, a network of 33 M",
             "save_ratio_{}": "its bytes per second over the plain disk's",
+            "save_beside_s_{}": "seconds that it blocks if written in the background",
             "export_mb_s_{}": "megabytes of fp32 weights per second from a checkpoint of {} to one file, read back",
             "export_peak_{}": "peak memory of that, in largest tensors",
         }.items()

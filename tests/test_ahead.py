@@ -9,7 +9,7 @@ import torch
 
 from every_family import Pair
 from reeltune import train as module
-from reeltune.ahead import Ahead, pays
+from reeltune.ahead import Ahead, wanted
 from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.errors import UserError
 from reeltune.families.toy import family as toy
@@ -100,10 +100,11 @@ def test_what_goes_wrong_is_raised_with_its_own_batch(where):
             ahead.batch() if where == "read" else ahead.encoded()
 
 
-def test_it_pays_on_a_gpu_with_memory_to_spare():
-    gpu = torch.device("cuda")
-    assert [pays(gpu, low_vram=low) for low in (False, True)] == [True, False]
-    assert not pays(CPU, low_vram=False)
+def test_where_it_is_wanted():
+    cases = {(None, True, False): True, (None, True, True): False, (None, False, False): False}
+    cases |= {(True, False, False): True, (False, True, False): False}
+    found = {case: wanted(case[0], on_gpu=case[1], low_vram=case[2]) for case in cases}
+    assert found == cases
 
 
 def test_not_with_low_vram():

@@ -155,8 +155,12 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     assert "train_batch_size below 2" in words
     assert "gradient_checkpointing: true" in words
     assert "low_vram" not in words  # it is on
+    assert "encode_ahead" not in words  # so this is off
     assert len(seen) == 1
     monkeypatch.undo()
     monkeypatch.setattr(train.Learner, "step", full)
     with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
         seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
+    settings["low_vram"] = False
+    with pytest.raises(UserError, match=r"encode_ahead: false, .*low_vram: true"):
+        train.train(recipe(toy, place / "data", tmp_path / "third", **settings))

@@ -84,6 +84,7 @@ class Ahead:
             return self._encode(placed[0])
 
 
-def pays(device: torch.device, *, low_vram: bool) -> bool:
-    """Whether to encode beside training: on a CPU both share the cores, and low_vram has no memory for it."""
-    return device.type == "cuda" and not low_vram
+def wanted(asked: bool | None, *, on_gpu: bool, low_vram: bool) -> bool:
+    """Whether to encode beside training. asked: by the recipe; None: on a GPU, unless it is short of memory. On a CPU
+    both would share the cores."""
+    return asked if asked is not None else on_gpu and not low_vram

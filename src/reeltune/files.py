@@ -16,7 +16,7 @@ def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     A reader sees the old file or the new one, never a part; where writing fails, the old one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # other machines may have this pid
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     try:
         with beside.open(mode, **text) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reeltune.ahead import wanted
 from reeltune.errors import UserError
 from reeltune.recipe import Recipe
 from reeltune.types import Shape
@@ -41,6 +42,9 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     training, optimization, model = recipe.training, recipe.optimization, recipe.model
     if training.train_batch_size > 1:
         yield f"train_batch_size below {training.train_batch_size}, with more gradient_accumulation_steps"
+    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
+    if ahead and recipe.cache.cache_folder is None and doing in ("encode", "forward", "step"):
+        yield "encode_ahead: false, so that nothing is encoded while the network trains"
     if not training.low_vram:
         yield "low_vram: true, which takes frozen networks off the device"
     if doing == "forward" and not training.gradient_checkpointing:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reeltune import checkpoint, report
-from reeltune.ahead import Ahead, pays
+from reeltune.ahead import Ahead, wanted
 from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
@@ -133,9 +133,8 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     rank, world = engine.place
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, parts=pace.parts)
     batches = islice(batches, passes * max(total_steps - progress.step, 0))
-    beside = recipe.memory.encode_ahead
-    if beside is None:
-        beside = pays(engine.device, low_vram=recipe.training.low_vram)
+    on_gpu, low_vram = engine.device.type == "cuda", recipe.training.low_vram
+    beside = wanted(recipe.memory.encode_ahead, on_gpu=on_gpu, low_vram=low_vram)
     ahead = Ahead(batches, setup.encode, device=engine.device, beside=beside)
     with Interrupt() as interrupt, log, duties, ahead:
         duties.saving.step = progress.step  # step 0 needs no checkpoint, the resumed one has it
