@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from reeltune import blocks
 from reeltune.diffusion.loss import Loss, diffusion_loss, settle
 from reeltune.engine import Engine
+from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts
 from reeltune.forecast import depth
@@ -32,6 +33,7 @@ from reeltune.sample import Setup, at_rest
 from reeltune.trainable import matches, released_names, select
 from reeltune.types import Batch, Draw, Encoded, Posterior
 
+MOST_BYTES = 2**34  # of pixels in a step
 RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
 ALL = frozenset(PHASES)
 TRAINED = frozenset({"forward", "backward"})
@@ -208,6 +210,8 @@ def _rehearse(
         for phase in ("encode", "forward", "backward"):
             if phase in peaks:
                 peaks[phase]["gradients"] = gradient_bytes
+    if in_backward and "step" in phases:
+        tracker.flops["backward"] = tracker.flops.pop("step")
     sizes = {name: size_bytes(weights_of(module)) for name, module in parts.frozen.items()}
     return Rehearsal(
         peaks=peaks,
@@ -233,8 +237,17 @@ def _rehearse(
 def empty_batch(
     family: Family, mode: str, draws: Sequence[Draw], captions: Sequence[str], stand_ins: AbstractContextManager
 ) -> Batch:
-    """Clips of zeros. Those that may be looked at by more than networks have values; the others need none."""
+    """Clips of zeros. Those that may be looked at by more than networks have values; the others need none.
+
+    Raises UserError for clips that no machine could read.
+    """
     (frames, height, width), B, needs = draws[0].shape, len(draws), family.needs[mode]
+    if B * frames * 3 * height * width > MOST_BYTES:
+        raise UserError(
+            "recipe",
+            f"the largest step has {B} x {frames} frames of {width} x {height}, more than {MOST_BYTES / 1e9:.0f} GB of "
+            "pixels before anything is computed; lower the sample sizes, video_sample_n_frames or train_batch_size",
+        )
     pixels = torch.zeros(B, frames, 3, height, width, dtype=torch.uint8)
     with stand_ins:
         return Batch(
