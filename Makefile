@@ -31,6 +31,7 @@ parity: setup
 
 docs: setup
 	$(BIN)/python scripts/recipe_page.py docs/recipe.md
+	$(BIN)/python scripts/cache_picture.py docs/benchmarks.md docs/cache.png
 
 lint: setup
 	$(BIN)/ruff check .

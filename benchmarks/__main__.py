@@ -41,6 +41,7 @@ MODULES = (
     "idle",
     "engines",
     "memory",
+    "gpu",
 )  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
 SAVINGS = {
@@ -51,6 +52,12 @@ SAVINGS = {
     "in_backward": "step in the backward pass, no clipping",
     "in_backward_clipped": "step in the backward pass, clipped",
     "swap": "blocks that do not learn swapped",
+}
+NETWORKS = {"1.3b": "Wan2.1-Fun-V1.1-1.3B-Control", "14b_cut": "8 layers of 14B"}
+WAYS = {
+    "": "",
+    "_compiled": ", blocks compiled",
+    **{f"_{kernel}": f", {kernel} attention" for kernel in ("flash", "cudnn", "efficient")},
 }
 MEANING = {  # name: (what it is, goal)
     "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
@@ -102,10 +109,22 @@ MEANING = {  # name: (what it is, goal)
         for engine in ("ddp", "zero2", "zero3", "fsdp")
         for name, what in {
             "step_{}": "step of {} in two processes over one alone, equal global batch, tiny, CPU: overhead only",
-            "save_s_{}": "seconds that a save of {} blocks, two processes, a network of 33 M",
+            "save_s_{}": "seconds that a save of {} blocks if waited for, two processes, a network of 33 M",
             "save_ratio_{}": "its bytes per second over the plain disk's",
+            "save_beside_s_{}": "seconds that it blocks if written in the background",
             "export_mb_s_{}": "megabytes of fp32 weights per second from a checkpoint of {} to one file, read back",
             "export_peak_{}": "peak memory of that, in largest tensors",
+        }.items()
+    },
+    **{
+        f"gpu_{network}{way}_{unit}": (f"{told}{how}: {what}", None)
+        for network, told in NETWORKS.items()
+        for way, how in WAYS.items()
+        for unit, what in {
+            "step_s": "seconds of a step of one clip of 81 x 480 x 832, encoded already",
+            "tokens_s": "tokens per second",
+            "mfu": "share of the GPU's dense bf16 arithmetic, attention counted, recomputation not",
+            "peak_gb": "gigabytes at most",
         }.items()
     },
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
@@ -145,10 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, dict[str, float]] = {}
     for name in names:
         found[name] = importlib.import_module(f"benchmarks.{name}").main()
-        print(f"\n{table(found[name])}\n")
+        if found[name]:
+            print(f"\n{table(found[name])}\n")
     print(machine())
     if arguments.write:
-        write(arguments.write, {name: table(numbers) for name, numbers in found.items()})
+        write(arguments.write, {name: table(numbers) for name, numbers in found.items() if numbers})
     goals = [(MEANING[name][1], value) for numbers in found.values() for name, value in numbers.items()]
     return int(any(goal is not None and not goal.reached(value) for goal, value in goals))
 

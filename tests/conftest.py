@@ -18,7 +18,12 @@ def _folder(path: Path, what: str) -> Path:
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take a `pair`, `any_checkpoint` or `one_of_a_family` run over every family."""
+    """Tests that take a `pair`, `any_checkpoint` or `one_of_a_family` run over every family; those that take a `file`
+    over the `golden_files` of their module, if it has them."""
+    if "file" in metafunc.fixturenames and hasattr(metafunc.module, "golden_files"):
+        files = metafunc.module.golden_files(Path(metafunc.config.getoption("--goldens")).resolve())
+        names = [f"{path.parent.name}/{path.stem}" for path in files]
+        metafunc.parametrize("file", files or [None], ids=names or ["absent"])
     for name in ("pair", "any_checkpoint", "one_of_a_family"):
         if name in metafunc.fixturenames:
             from every_family import one_each, pairs  # here: tests without networks need not wait for their libraries
@@ -26,6 +31,16 @@ def pytest_generate_tests(metafunc):
             goldens = Path(metafunc.config.getoption("--goldens")).resolve()
             found = one_each(goldens) if name == "one_of_a_family" else pairs(goldens, modes=name == "pair")
             metafunc.parametrize(name, found, scope="module")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips a test whose marker `golden` names files that this set of goldens lacks."""
+    goldens = Path(item.config.getoption("--goldens")).resolve()
+    for marker in item.iter_markers("golden"):
+        missing = [needed for needed in marker.args if not any(goldens.glob(needed))]
+        if missing:
+            pytest.skip(f"no {' and no '.join(missing)} at {goldens}; give --goldens DIR")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from reeltune import cli
+from reeltune import cli, watch
+from reeltune import train as module
+from reeltune.families import MODULES
 from reeltune.recipe import Recipe
-from reeltune.settings import dump
-from reeltune.train import train as one_run
 
 LIMIT_SECONDS = 240
 
@@ -76,9 +76,7 @@ def ends(processes: list[subprocess.Popen], limit_seconds: float = LIMIT_SECONDS
 # ---- forked from a process that has read the libraries, which takes longest
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["reeltune.train", "reeltune.families.wan_fun.family", *(["deepspeed"] if find_spec("deepspeed") else [])]
-)
+FORKS.set_forkserver_preload(["reeltune.train", *MODULES.values(), *(["deepspeed"] if find_spec("deepspeed") else [])])
 
 
 @dataclass
@@ -134,24 +132,21 @@ def _one(rank: int, count: int, port: int, recipes: list[Recipe], told: Path, be
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
+    module.report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
     if before is not None:
         before(rank)
     for recipe in recipes:
-        code = cli.guarded(partial(one_run, recipe))
+        code = cli.guarded(partial(module.train, recipe))
         if code:
             raise SystemExit(code)
 
 
-def train(recipes: list[Recipe], count: int, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> None:
+def train(recipes: list[Recipe], count: int, folder: Path, before: Callable[[int], None] | None = None) -> None:
     """As `forked`, to the end."""
-    run = forked(recipes, count, folder)
-    assert run.end(limit_seconds) == [0] * count, run.print()
+    run = forked(recipes, count, folder, before)
+    assert run.end() == [0] * count, run.print()
 
 
-def written(recipes: list[Recipe], folder: Path) -> list[str]:
-    """A file for each."""
-    files = []
-    for recipe in recipes:
-        files.append(str(folder / f"{Path(recipe.output.output_dir).name}.yaml"))
-        Path(files[-1]).write_text(dump(recipe))
-    return files
+def hasty(rank: int) -> None:
+    """For `before`: whoever is gone is missed after two seconds, not ten."""
+    watch.BEAT_SECONDS, watch.BROKEN_SECONDS = 0.2, 2.0

@@ -1,18 +1,23 @@
 """A small data set and recipes for whole runs in tests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from reeltune.data.measuring import File, measure_files, stamps
 from reeltune.data.media import write_clip
 from reeltune.recipe import Recipe
 from reeltune.settings import build
 
 
 def data_set(folder: Path, clips: int = 7, stills: int = 2, frames: int = 12) -> Path:
-    """Clips, outline controls, pose files and stills of random noise that moves; returns the folder."""
+    """Clips, outline controls, pose files and stills of random noise that moves; returns the folder.
+
+    They are measured here, in `index`, and not in each run: starting a process for that takes longer than a tiny run.
+    """
     rng = np.random.RandomState(0)
     control, camera = [], []
     for i in range(clips + stills):
@@ -33,6 +38,17 @@ def data_set(folder: Path, clips: int = 7, stills: int = 2, frames: int = 12) ->
             write_poses(folder / "camera" / f"{i}.txt", frames, drift=0.01 * (i + 1))
     (folder / "metadata_control.json").write_text(json.dumps(control))
     (folder / "metadata_camera.json").write_text(json.dumps(camera))
+    kinds = {".mp4": "video", ".png": "image", ".txt": "camera"}
+    files = [File(str(path), kinds[path.suffix]) for path in sorted(folder.glob("*/*"))]
+    measure_files(
+        files,
+        stamps(file.path for file in files),
+        decode_check="ends",
+        index_dir=folder / "index",
+        workers=1,
+        seconds_per_file=60.0,
+        progress=None,
+    )
     return folder
 
 
@@ -71,4 +87,6 @@ def recipe(checkpoint: Path, data: Path, out: Path, **changes) -> Recipe:
         "held_out_levels": 2,
         "report_to": ["none"],
     }
+    if (data / "index").is_dir():
+        shutil.copytree(data / "index", out / "index", dirs_exist_ok=True)
     return build({**settings, **changes})

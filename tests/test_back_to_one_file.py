@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from processes import ends, environment, ranks, written
+from gathered import leave_gathered
+from processes import environment, train
 from reeltune import compat, families, shards
 from reeltune.checkpoint import SHARES, is_shared
 from reeltune.errors import UserError
@@ -37,9 +38,7 @@ def runs(tmp_path_factory):
     engines = ["fsdp", *ZERO]
     changes = {engine: {**settings, "engine": engine, "use_ema": engine == "fsdp"} for engine in engines}
     recipes = [recipe(model, data, folder / engine, **changes[engine]) for engine in engines]
-    script = str(Path(__file__).with_name("gathered_runs.py"))
-    for code, told in ends(ranks(2, script, *written(recipes, folder))):
-        assert code == 0, told
+    train(recipes, 2, folder, leave_gathered)
     return folder
 
 

@@ -1,5 +1,6 @@
 """The cache: the same bits as live, whatever kills a process that writes it; never a stale or a held-out entry."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -143,6 +144,8 @@ def test_files_that_cannot_be_read_have_the_same_stand_ins(run, tmp_path, monkey
     assert train(from_cache) == 0
     assert_same_end(tmp_path / "cached", tmp_path / "live", STEPS)
     assert json.loads((tmp_path / "live/ledger.json").read_text())["failed_reads"] > 0
+    care.prune(from_cache)  # which does not forget that they cannot be read
+    assert "2 of files that cannot be read" in care.verify(from_cache)
 
 
 def test_held_out_previews_come_from_the_cache_and_read_the_decoder_alone(run, tmp_path, monkeypatch):
@@ -372,8 +375,58 @@ def test_a_line_cut_short_is_no_line(run, tmp_path, monkeypatch, capfd):
     fill.fill(given)
     assert written(capfd)[1:] == [1]
     part.write_text(text[:300] + "\n" + text[300:])
-    with pytest.raises(UserError, match=r"line \d is damaged"):
+    with pytest.raises(UserError, match=r"line \d of .*/00001\.jsonl is damaged"):
         train(given)
+
+
+@pytest.mark.parametrize(
+    ("there", "instead"), [(b'"shard"', b'"shbrd"'), (b'"facts"', b'"f\xffcts"'), (b'{"format"', b'[1]\n{"format"')]
+)
+def test_a_damaged_manifest_is_told(there, instead, tmp_path):
+    for key in ("a", "b"):  # a manifest each
+        writer = store.Writer(tmp_path, {"how": 1})
+        writer.add(key, "text", {"cond.text": torch.ones(1, 2)})
+        writer.close()
+    for part in store.parts(tmp_path):
+        part.write_bytes(part.read_bytes().replace(there, instead))
+    with pytest.raises(UserError) as error:
+        store.Store(tmp_path)
+    told = "\n".join(error.value.problems)
+    assert re.findall(r"line \d of .*/0000(\d)\.jsonl is damaged", told) == ["1", "2"]
+
+
+def test_an_error_keeps_what_was_made(run, tmp_path, monkeypatch, capfd):
+    given = cached(run("run"), tmp_path / "cache")
+
+    def fail(encoder, batch, real=fill.Encoder._clip, left=[5]):  # noqa: B006
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(encoder, batch)
+
+    monkeypatch.setattr(fill.Encoder, "_clip", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fill.fill(given)
+    held = store.Store(tmp_path / "cache")
+    assert [split for _, split in held.entries.values()].count("train") == 4
+    monkeypatch.undo()
+    fill.fill(given)
+    assert written(capfd) == [len(store.Store(tmp_path / "cache").entries) - len(held.entries)]
+
+
+def test_a_cache_that_cannot_be_written_is_read(run, tmp_path, monkeypatch):
+    model = tiny_checkpoint(tmp_path / "wan", "control_t2v")
+    given = cached(run("run", model, max_train_steps=1), tmp_path / "cache")
+    fill.fill(given)
+    (tmp_path / "cache/fingerprints.json").unlink()
+
+    def refuse(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("reeltune.cache.wanted.whole_file", refuse)
+    monkeypatch.setattr("reeltune.cache.keys.whole_file", refuse)
+    assert train(given) == 0
+    assert not (tmp_path / "cache/complete").exists()
 
 
 def test_a_stop_keeps_what_was_made(run, tmp_path, monkeypatch, capfd):
@@ -435,6 +488,9 @@ def test_prune_waits_for_no_writer(run, tmp_path):
     writer = store.Writer(tmp_path / "cache", {}, shard_bytes=1)
     writer.add("key", "text", {"cond.text": torch.ones(1, 2)})
     writer.flush()
+    other = store.Writer(tmp_path / "cache", {})  # writers wait for none either
+    other.add("other", "text", {"cond.text": torch.ones(1, 2)})
+    other.close()
     with pytest.raises(UserError, match="a process is writing"):
         care.prune(given)
     writer.close()

@@ -111,7 +111,7 @@ def test_opposite_views_have_no_ray_between_them():
         rays(resample(poses, 3, [0, 1, 2]), 4, 4)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/camera.json")
 def test_clips_of_the_reference(goldens, media):
     for case in json.loads((goldens / "data/camera.json").read_text()):
         poses = read_poses(media / "camera" / case["file"])
@@ -132,7 +132,7 @@ def test_clips_of_the_reference(goldens, media):
             close(packed, tensors[f"{name}_packed"])
 
 
-@pytest.mark.golden
+@pytest.mark.golden("wan_fun/golden/camera.safetensors")
 def test_camera_family_of_the_reference(goldens):
     folder = goldens / "wan_fun/golden"
     tensors = load_file(folder / "camera.safetensors")

@@ -10,7 +10,11 @@ from PIL import Image
 from reeltune import cli
 from reeltune.check import check
 from reeltune.data.media import write_clip
+from reeltune.data.records import Records
+from reeltune.data.shapes import SizeRules
 from reeltune.errors import UserError
+from reeltune.inputs import short_clips
+from reeltune.types import Record
 from tiny_wan import tiny_checkpoint
 
 
@@ -64,6 +68,34 @@ def test_seconds_of_footage_by_frame_rate(given, tmp_path):
     lines = lines_of(given, tmp_path, video_sample_fps=5.0, video_sample_n_frames=5, train_batch_size=2)
     assert "epoch    3 micro-steps of 2 samples, 2 repeats to fill groups" in lines
     assert lines[-2].split() == ["4", "5", "64", "64", "32", "0.90"]  # frames 0, 2, 4, 6, 8
+
+
+def test_clips_shorter_than_asked_for_are_told(given, tmp_path):
+    def told(**more):
+        return [line for line in lines_of(given, tmp_path, **more) if line.startswith("notice")]
+
+    words = "the clip has fewer than {} frames at {}, and is used as it is"
+    assert told(video_sample_n_frames=12) == []  # of which 9 are used, and there are 10
+    assert told(video_sample_n_frames=13) == ["notice   3 entries (0, 1, 2): " + words.format(13, "stride 2")]
+    by_time = told(video_sample_fps=2.0, video_sample_n_frames=5)  # 20 frames at 10 per second are 4
+    assert by_time == ["notice   3 entries (0, 1, 2): " + words.format(5, "2 per second")]
+    clips = Records.of(Record(i, "a", "", "video", frames, 8.0, 64, 64) for i, frames in enumerate((96, 97, 98, 1)))
+    (line,) = short_clips(clips, SizeRules(video_sample_n_frames=49, video_sample_stride=2))
+    assert line.startswith("2 entries (0, 1): ")  # 97 are 48 pairs; 1 is none, which the plan tells
+
+
+def test_a_second_list_is_told_of_too(given, tmp_path):
+    rows = json.loads((given / "metadata.json").read_text())
+    lists = {"train.json": rows[:2], "val.json": [rows[2] | {"text": ""}, *rows[3:]]}
+    for name, listed in lists.items():
+        (tmp_path / name).write_text(json.dumps(listed))
+    metas = {"train_data_meta": tmp_path / "train.json", "validation_data_meta": tmp_path / "val.json"}
+    lines = lines_of(given, tmp_path, **metas, max_bad_share=0.5)
+    told = [line.removeprefix("notice   ") for line in lines if line.startswith("notice")]
+    assert [line.partition(": ")[0] for line in told] == ["val.json"] * 2
+    assert "entry 2, gone.mp4: the file cannot be opened" in told[0] and "the caption is empty" in told[1]
+    with pytest.raises(UserError, match=r"train_data_meta has 4 of its files too: .*/0\.mp4"):
+        lines_of(given, tmp_path, validation_data_meta=given / "metadata.json", max_bad_share=0.5)
 
 
 def test_what_training_would_refuse(given, tmp_path):

@@ -26,8 +26,8 @@ def save(out, step, keep=None, weights=None):
 
 
 def test_a_saved_checkpoint_is_found_and_read(tmp_path):
-    path, seconds, size_bytes = save(tmp_path, 7)
-    assert (path.name, size_bytes > 100, seconds > 0) == ("checkpoint-7", True, True)
+    path, size_bytes = save(tmp_path, 7)
+    assert (path.name, size_bytes > 100) == ("checkpoint-7", True)
     assert checkpoint.progress_of(path) == Progress(7, 1, 2)
     assert checkpoint.load(path)["state"].tolist() == [7, 7, 7]
     for wanted in ("latest", str(path), "checkpoint-7"):

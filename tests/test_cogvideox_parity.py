@@ -1,7 +1,5 @@
 """Every tensor of every CogVideoX-Fun golden file, within the bounds of benchmarks/parity_cogvideox.py."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from benchmarks.parity import Golden
@@ -11,7 +9,7 @@ from diffusers.models.embeddings import CogVideoXPatchEmbed
 from reeltune.families import latents
 from reeltune.families.cogvideox_fun import net as corrections
 
-pytestmark = pytest.mark.golden
+pytestmark = pytest.mark.golden("multi/golden/cogvideox*/*.safetensors")
 
 INPUTS = {  # what is read and not computed; the latents are compared as draws
     "scheduler": set(),
@@ -20,13 +18,6 @@ INPUTS = {  # what is read and not computed; the latents are compared as draws
     "transformer": {"hidden_states", "inpaint_latents", "encoder_hidden_states", "timestep", "loss_weight"},
     "train": {"pixel_values", "mask", "mask_latents", "latents", "noise", "t2v_flag"},
 }
-
-
-def pytest_generate_tests(metafunc):
-    if "file" in metafunc.fixturenames:
-        files = golden_files(Path(metafunc.config.getoption("--goldens")))
-        names = [f"{path.parent.name}/{path.stem}" for path in files]
-        metafunc.parametrize("file", files or [None], ids=names or ["absent"])
 
 
 def test_within_bounds(goldens, file):

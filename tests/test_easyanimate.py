@@ -119,7 +119,7 @@ def test_what_is_not_supported_says_what_is():
         easyanimate.variant({"in_channels": 48, "resize_inpaint_mask_directly": False, "clip_channels": 8}, "here")
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/EasyAnimate*")
 def test_keys_at_full_size(goldens):
     files = sorted((goldens / "released_keys").glob("EasyAnimate*"))
     assert files

@@ -1,7 +1,5 @@
 """Every tensor of every EasyAnimate golden file, within the bounds of benchmarks/parity_easyanimate.py."""
 
-from pathlib import Path
-
 import pytest
 from benchmarks.parity import Golden
 from benchmarks.parity_easyanimate import golden_files, loaded, measure
@@ -10,7 +8,7 @@ from diffusers.models.transformers.transformer_easyanimate import (
     EasyAnimateRotaryPosEmbed,
 )
 
-pytestmark = pytest.mark.golden
+pytestmark = pytest.mark.golden("multi/golden/easyanimate_v*/*.safetensors")
 
 INPUTS = {  # what is read and not computed, or told for information; the latents are compared as draws
     "scheduler": set(),
@@ -25,13 +23,6 @@ INPUTS = {  # what is read and not computed, or told for information; the latent
         *("latents", "ref_latents", "noise", "timestep_indices", "zero_flags", "proj_out_multiplier"),
     },
 }
-
-
-def pytest_generate_tests(metafunc):
-    if "file" in metafunc.fixturenames:
-        files = golden_files(Path(metafunc.config.getoption("--goldens")))
-        names = [f"{path.parent.name}/{path.stem}" for path in files]
-        metafunc.parametrize("file", files or [None], ids=names or ["absent"])
 
 
 def test_within_bounds(goldens, file):

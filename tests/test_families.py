@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil, T5Config, T5EncoderModel
 
 from reeltune import families
 from reeltune.diffusion import denoise
@@ -167,9 +168,43 @@ def test_an_oracle_is_sampled_back(family_and_parts):
     torch.testing.assert_close(found, x0, atol=5e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}, {"tokenizer_config.json": "{}"}])
-def test_a_folder_that_is_no_tokenizer_is_refused_by_name(files, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "is no tokenizer"),
+        ({"tokenizer.json": "{"}, "is not JSON"),
+        ({"special_tokens_map.json": '{"eos'}, "is not JSON"),
+        ({"tokenizer_config.json": "{}"}, "is no tokenizer"),
+    ],
+)
+def test_a_folder_that_is_no_tokenizer_is_refused_by_name(files, words, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}(.|\n)*is no tokenizer(.|\n)*download it again"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}(.|\n)*{words}(.|\n)*download it again"):
         weights.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b'{"d_model": 8', "config.json(.|\n)*is not JSON"),
+        ("config.json", b"[8]", "config.json(.|\n)*is no table"),
+        ("model.safetensors", None, "model.safetensors(.|\n)*cannot be read"),
+        ("model.safetensors.index.json", b'{"weight_map": {', "index.json(.|\n)*is not JSON"),
+    ],
+)
+def test_half_of_a_download_is_told(name, content, words, tmp_path):
+    sizes = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(tmp_path)
+    weights.load_encoder(T5EncoderModel, tmp_path)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(UserError, match=rf"{words}(.|\n)*download it again"):
+        weights.load_encoder(T5EncoderModel, tmp_path)
+
+
+def test_an_image_processor_without_settings_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no preprocessor_config\.json; download it"):
+        weights.load_image_processor(CLIPImageProcessorPil, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 9}}')
+    assert weights.load_image_processor(CLIPImageProcessorPil, tmp_path).size["shortest_edge"] == 9

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from reeltune.data.held_out import fixed_draw, split
+from reeltune.data.held_out import fixed_draw, refuse_shared, split
 from reeltune.data.shapes import SizeRules
 from reeltune.errors import UserError
 from reeltune.types import Geometry, Record, Shape
@@ -45,6 +45,12 @@ def test_small_sets():
     assert len(split(records(NAMES[:3]), 0.01, "/data")[1]) == 1
     with pytest.raises(UserError, match=r"held_out_share.*\n.*leaves nothing to train on"):
         split(records(["a.mp4", "a.mp4"]), 0.5, "/data")
+
+
+def test_a_file_in_both_lists_is_refused():
+    refuse_shared(records(NAMES[:3]), records(NAMES[3:6]))
+    with pytest.raises(UserError, match=r"train_data_meta has 2 of its files too: .*/001\.mp4, .*/002\.mp4; held-out"):
+        refuse_shared(records(NAMES[:3]), records(NAMES[1:6]))
 
 
 RULES = SizeRules(video_sample_n_frames=49, video_sample_stride=2, video_sample_size=256, image_sample_size=256)

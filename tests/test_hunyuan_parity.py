@@ -1,7 +1,5 @@
 """Every tensor of every HunyuanVideo golden file, within the bounds of benchmarks/parity_hunyuan.py."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from benchmarks.parity import Golden
@@ -9,7 +7,7 @@ from benchmarks.parity_hunyuan import golden_files, loaded, measure
 
 from reeltune.families.hunyuan_video import family as hunyuan
 
-pytestmark = pytest.mark.golden
+pytestmark = pytest.mark.golden("multi/golden/hunyuanvideo*/*.safetensors")
 
 INPUTS = {  # what is read and not computed, beside what a file's tensors are compared by
     "scheduler": set(),
@@ -28,13 +26,6 @@ INPUTS = {  # what is read and not computed, beside what a file's tensors are co
         *("mask", "mask_pixel_values", "mask_latents", "clip_pixel_values"),
     },
 }
-
-
-def pytest_generate_tests(metafunc):
-    if "file" in metafunc.fixturenames:
-        files = golden_files(Path(metafunc.config.getoption("--goldens")))
-        names = [f"{path.parent.name}/{path.stem}" for path in files]
-        metafunc.parametrize("file", files or [None], ids=names or ["absent"])
 
 
 def test_within_bounds(goldens, file):

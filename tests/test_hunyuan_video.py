@@ -115,7 +115,7 @@ def test_what_is_not_supported_says_what_is():
         hunyuan.variant({"image_condition_type": "latent_concat", "in_channels": 16, "out_channels": 16}, "here")
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/HunyuanVideo*")
 @pytest.mark.parametrize("kind", [None, "token_replace"])
 def test_keys_at_full_size(goldens, kind):
     files = [f for f in (goldens / "released_keys").glob("HunyuanVideo*") if ("I2V" in f.name) == (kind is not None)]

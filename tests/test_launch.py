@@ -129,3 +129,17 @@ def test_accelerate_launch_without_multi_gpu_is_refused_with_the_right_command(t
     assert "accelerate launch was told of several processes but starts one" in told
     assert "torchrun --nproc_per_node N -m reeltune train" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_recipe_says_beside_its_launcher_holds():
+    environ = RANK | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+    def asked(**recipe):
+        found = chosen("fsdp", environ=dict(environ), **{"keep_gathered": False, "offload": False, **recipe})
+        return found.keep_gathered, found.offload
+
+    assert asked() == (False, False)
+    assert asked(offload=True) == (False, True)
+    assert asked(keep_gathered=True) == (True, False)
+    environ |= {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert asked() == (True, True)

@@ -14,13 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 REPORTING = ("log", "ledger", "report", "charts", "agreement")
 ENGINES = ("engine", "launch", "direct", "fsdp", "zero", "shards", "held_state", "watch")
+AROUND = ("interrupt", "first_batch", "host_memory")
 LAYERS = (  # from the bottom; a name covers what is below it too
-    ("types", "errors", "dice"),
+    ("types", "errors", "dice", "files"),
     ("recipe", "rules", "settings"),
     ("data", "diffusion"),
     ("families.spec", "families.text", "families.weights", "families.streamed"),
     ("families",),
-    (*ENGINES, "blocks", "fused", "checkpoint", "optim", "trainable", "interrupt", "first_batch", *REPORTING),
+    (*ENGINES, "ahead", "blocks", "fused", "checkpoint", "optim", "trainable", *AROUND, *REPORTING),
     ("out_of_memory",),
     (
         "train",
@@ -30,6 +31,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
         "prompts",
         "inputs",
         "run_folder",
+        "saving",
         "check",
         "export",
         "trial",

@@ -169,6 +169,13 @@ def test_the_console_has_means_over_the_interval(tmp_path):
     assert "step 8/8" in lines[1] and "loss 6.5000" in lines[1] and "150 tokens/s" in lines[1]
 
 
+def test_a_mean_is_over_the_steps_that_have_it(tmp_path):
+    book = log(tmp_path, peak_flops=1e12)
+    for step, flops in enumerate((0, 4e11, 8e11, 6e11), 1):  # of the first the arithmetic is not known
+        book.step(row(step, flops=flops), seconds(forward_backward=0.6))
+    assert "MFU 60%" in told(book)
+
+
 def test_a_verdict_comes_every_few_lines(tmp_path):
     with log(tmp_path, logging_steps=1) as book:
         book.step(row(1), seconds(data=100))  # start-up; not judged
@@ -203,9 +210,10 @@ def test_text_with_brackets_is_told_as_it_is(tmp_path):
     book = log(tmp_path)
     book.notice("no [bold] here")
     book.warn("nor [/] here")
-    book.save({"path": "runs/[x]/checkpoint-5", "seconds": 1.25, "bytes": 3 * 2**20})
+    saved = {"step": 5, "path": "runs/[x]/checkpoint-5", "seconds": 1.25, "blocked_seconds": 0.5}
+    book.save({**saved, "bytes": 3 * 2**20})
     assert "no [bold] here" in told(book) and "nor [/] here" in told(book)
-    assert "saved runs/[x]/checkpoint-5 (3 MiB in 1.2 s)" in told(book)
+    assert "saved runs/[x]/checkpoint-5 (3 MiB in 1.2 s, of which training waited 0.5 s)" in told(book)
     assert [line.get("warning") for line in read(tmp_path)] == [None, True, None]
 
 

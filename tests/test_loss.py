@@ -183,7 +183,7 @@ def test_masked_cells_are_left_out_of_the_mean():
     assert replayed(target, target, answer, mask).per_sample_B.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.golden
+@pytest.mark.golden("wan_fun/golden/train_step/*.safetensors")
 def test_train_steps_of_the_reference_down_to_the_loss(goldens, monkeypatch):
     """Stored noise, levels and answers in; noisy latents, timesteps and loss out."""
     files = sorted((goldens / "wan_fun/golden/train_step").glob("*.safetensors"))
@@ -209,7 +209,7 @@ def test_train_steps_of_the_reference_down_to_the_loss(goldens, monkeypatch):
     assert files and motion
 
 
-@pytest.mark.golden
+@pytest.mark.golden("wan_fun/golden/vae.safetensors")
 def test_posterior_sample_of_the_reference(goldens, monkeypatch):
     with safe_open(goldens / "wan_fun/golden/vae.safetensors", "pt") as file:
         names = sorted(name.removesuffix("sample_norm") for name in file.keys() if name.endswith("sample_norm"))  # noqa: SIM118

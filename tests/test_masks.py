@@ -23,14 +23,14 @@ def patterns(kind: str, frames: int) -> set[tuple[int, ...]]:
     return {tuple(map(int, mask[:, 0, 0])) for mask in masks}
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/stochastic.json")
 def test_probabilities_of_the_reference(goldens):
     constants = json.loads((goldens / "data/stochastic.json").read_text())["constants"]
     for law, name in ((MaskLaw().clip, "mask_index_video"), (MaskLaw().picture, "mask_index_image")):
         assert {REFERENCE_KINDS[int(index)]: p for index, p in constants[name].items()} == law
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/masks.json")
 def test_frame_patterns_of_the_reference(goldens):
     for case in json.loads((goldens / "data/masks.json").read_text())["deterministic"]:
         frames = case["frames"]
@@ -41,7 +41,7 @@ def test_frame_patterns_of_the_reference(goldens):
                 assert patterns(kind, frames) == {tuple(pattern) for pattern in case[name].values()}
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/masks.json")
 def test_coverage_of_the_reference(goldens):
     for case in json.loads((goldens / "data/masks.json").read_text())["statistics"]:
         if case["errors"]:  # theirs fails on sides under 8 pixels

@@ -328,20 +328,6 @@ def test_an_index_that_cannot_be_written_is_said(folder):
         scan(folder / "list.json", folder, needs=PLAIN, index_dir=folder / "index")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "index"
-    path.write_bytes(b"old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        measuring.write_whole(path, fail)
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["index"]
-
-
 def serve_badly(link, decode_check):
     """In the place of measuring._serve: "hang" never answers, "die" ends the process."""
     link.send(None)

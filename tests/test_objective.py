@@ -45,7 +45,7 @@ def test_round_trip_gives_the_picture_back(objective):
     assert not torch.allclose(x, x0, atol=0.01)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("wan_fun/golden/scheduler.safetensors")
 def test_schedule_equals_the_released_one_bit_for_bit(goldens):
     with safe_open(goldens / "wan_fun/golden/scheduler.safetensors", "pt") as file:
         meta, sigmas, timesteps = file.metadata(), file.get_tensor("sigmas"), file.get_tensor("timesteps")
@@ -67,7 +67,7 @@ def ddpm_checkpoints(goldens):
             yield (recorded.parent / named.group(1)).resolve() / "scheduler", tensors
 
 
-@pytest.mark.golden
+@pytest.mark.golden("multi/golden/*/scheduler.safetensors")
 def test_signal_is_the_released_one(goldens):
     found = list(ddpm_checkpoints(goldens))
     for folder, recorded in found:
@@ -86,7 +86,7 @@ def test_zero_snr_ends_in_nothing_but_noise():
     assert torch.equal(shifted.corrupt(torch.full((1, 4), 9.0), noise, shifted.levels[:1]), noise)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("multi/golden/easyanimate_sigma_loss/sigma_loss.safetensors")
 def test_loss_with_learned_variance_is_the_original_one(goldens):
     with safe_open(goldens / "multi/golden/easyanimate_sigma_loss/sigma_loss.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -134,7 +134,7 @@ def index_of(objective: Flow, level: float) -> int:
     return index
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/discrete_sampling.json")
 def test_strata_cover_the_ranges_of_the_reference(goldens):
     """One stratum per group of ranks; its ends are the first and last index of the reference's range."""
     cases = json.loads((goldens / "data/discrete_sampling.json").read_text())

@@ -248,7 +248,7 @@ def test_strata_follow_the_ranks():
     assert [draw.stratum for draw in plan[0]] == [(i, 4) for i in range(4) for _ in range(3)]
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/discrete_sampling.json")
 def test_strata_of_the_reference(goldens):
     for case in json.loads((goldens / "data/discrete_sampling.json").read_text()):
         if case["sp_size"] != 1:
@@ -263,7 +263,7 @@ def test_strata_of_the_reference(goldens):
             assert [[first + i * steps // n, first + (i + 1) * steps // n - 1] for i, n in share] == [support]
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/resume.json")
 def test_resume_goes_on_with_the_rest(goldens):
     """The released tools go on with the permutation of epoch 0; a resume of ours with what this epoch has left."""
     for case in json.loads((goldens / "data/resume.json").read_text()):
@@ -278,7 +278,7 @@ def test_resume_goes_on_with_the_rest(goldens):
         assert not set(theirs).isdisjoint(case["indices_drawn"])  # theirs repeats some
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/batch_sampler.json")
 def test_buckets_of_the_reference(goldens):
     """The same records share a bucket, none is carried over, and the length of an epoch is known."""
     for case in json.loads((goldens / "data/batch_sampler.json").read_text()):

@@ -107,13 +107,11 @@ def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, word
         forecast(run_of(place, tmp_path / "out"), machines)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/Wan2.1-Fun-1.3B-Control.json.gz", "released_keys/umt5-xxl-enc.json.gz")
 def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypatch):
     """1.3 B parameters in files of nothing but holes: what AdamW in fp32 takes, and an outline of the time."""
     unread(monkeypatch)
     name = "Wan2.1-Fun-1.3B-Control"
-    if not (goldens / "released_keys" / f"{name}.json.gz").is_file():
-        pytest.skip(f"no list of {name}'s tensors")
     (folder := tmp_path / "model").mkdir()
     wan_checkpoint(folder, goldens, name)
     run = recipe(
@@ -249,8 +247,12 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     assert "train_batch_size below 2" in words
     assert "gradient_checkpointing: true" in words
     assert "low_vram" not in words  # it is on
+    assert "encode_ahead" not in words  # so this is off
     assert len(seen) == 1
     monkeypatch.undo()
     monkeypatch.setattr(train.Learner, "step", full)
     with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
         seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
+    settings["low_vram"] = False
+    with pytest.raises(UserError, match=r"encode_ahead: false, .*low_vram: true"):
+        train.train(recipe(toy, place / "data", tmp_path / "third", **settings))

@@ -127,6 +127,8 @@ def test_what_must_be_more_than_zero(name):
         ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
         ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
         ({"max_grad_norm": "none", "abnormal_norm_clip_start": 10}, "give max_grad_norm"),
+        ({"engine": "zero3", "keep_gathered": True}, "it is of fsdp; use one, or leave it out"),
+        ({"engine": "ddp", "offload": True}, "it is of zero2 or zero3 or fsdp"),
         ({"uniform_sampling": True, "weighting_scheme": "mode"}, "each is a density"),
         ({"lr_step_rules": "1:10,0.1"}, "piecewise_constant"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
@@ -146,6 +148,8 @@ def test_rules_between_fields_allow_what_fits():
     build({"fix_sample_size": [480, 832]})  # with or without buckets
     build({"trainable_modules": [], "trainable_modules_low_learning_rate": ["attn"]})
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
+    build({"engine": "fsdp", "keep_gathered": True, "offload": True})
+    build({"engine": "zero2", "offload": True})
 
 
 @pytest.mark.parametrize(
@@ -175,13 +179,15 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "use_came": False,
         "use_8bit_adam": False,
         "step_in_backward": False,
+        "encode_ahead": False,
         "engine": "ddp",
+        "keep_gathered": False,
+        "offload": False,
         "mixed_precision": "bf16",
         "weighting_scheme": "cosmap",
         "train_mode": "control_ref",
         "lr_scheduler": "piecewise_constant",
     }
-    tree |= {"mixed_precision": "bf16", "weighting_scheme": "cosmap"}
     recipe = build(tree)
     same = {
         "validation_data_meta",
@@ -190,6 +196,8 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "use_8bit_adam",
         "mixed_precision",
         "step_in_backward",
+        "keep_gathered",
+        "offload",
     }
     assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")

@@ -84,7 +84,8 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                     "n": 24,
                 }
             )
-    lines.append({"kind": "save", "step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "bytes": 7 * 2**20})
+    saved = {"step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "blocked_seconds": 0.25}
+    lines.append({"kind": "save", **saved, "bytes": 7 * 2**20})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     problems = [
         {"entry": 3, "path": f"train/{NASTY}.mp4", "reason": "has no moov atom: cut short", "remedy": "copy it again"},
@@ -250,7 +251,8 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
     ):
         assert told in page.text
     assert "3 train/" in page.text and "control has 12 frames, the clip 40" in page.text
-    assert "checkpoint-120 , 7.0 MiB" in page.text and "1,200,001 of 1,234,567 parameters" in page.text
+    assert "in 1.5 s, of which training waited 0.2 s: checkpoint-120 , 7.0 MiB" in page.text
+    assert "1,200,001 of 1,234,567 parameters" in page.text
 
 
 def test_a_preview_has_its_seed_and_settings(page):
@@ -294,6 +296,12 @@ def test_a_bare_folder_still_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n')
     text = Page(report.write(tmp_path).read_text(encoding="utf-8")).text
     assert "Nobody can say yet." in text and "training loss 0.5000 → 0.5000" in text
+
+
+def test_a_run_that_is_writing_has_a_page(tmp_path):
+    lines = ['{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n', '{"kind": "step", "step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert report.read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
 
 
 def test_clips_beyond_the_bound_are_linked(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What happens when one of several processes is killed, late, told to stop, or has a loss that is no number."""
 
+import importlib
 import json
 import os
 import signal
@@ -11,12 +12,10 @@ import pytest
 import torch
 
 from processes import forked
+from reeltune import watch
 from reeltune.checkpoint import complete
-from reeltune.dice import dice
-from reeltune.engine import Engine
-from reeltune.sample import Setup
-from reeltune.train import Duties
-from reeltune.watch import EXIT_CODE
+from reeltune.saving import Saving
+from reeltune.watch import EXIT_CODE, Watch
 from same_run import assert_same_end
 from small_run import data_set, recipe
 
@@ -48,39 +47,9 @@ def lines(out, kind="step"):
     return [row for row in map(json.loads, rows) if row["kind"] == kind]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_killed_within_a_save_and_at_random_it_ends_in_the_same_bits(engine, to_do, tmp_path):
-    out = tmp_path / "run"
-    assert forked([to_do("unbroken", engine=engine)], 2, tmp_path).end() == [0, 0]
-
-    run = forked([to_do(engine=engine)], 2, tmp_path)
-    run.until(lambda: (out / ".checkpoint-4.partial").exists())
-    run.kill(1)  # the other is told so, or finds out, and stops too
-    codes = run.end(60)
-    assert codes[0] in (2, EXIT_CODE, -signal.SIGABRT) and codes[1] == -signal.SIGKILL
-    assert [path.name for path in complete(out)][:1] == ["checkpoint-2"]
-
-    again = to_do(engine=engine, resume_from_checkpoint="latest")
-    run = forked([again], 2, tmp_path)
-    run.until(lambda: len(lines(out)) > 2 and not list(out.glob(".checkpoint*")))
-    time.sleep(dice(3, "kill", engine).uniform(0, 0.1))
-    run.kill()
-    run.end()
-
-    assert forked([again], 2, tmp_path).end() == [0, 0]
-    assert_same_end(out, tmp_path / "unbroken", STEPS)
-
-
-@pytest.mark.parametrize(
-    ("engine", "rank"),
-    [
-        pytest.param(engine, rank, marks=() if (engine, rank) == ("fsdp", 0) else pytest.mark.slow)
-        for engine in ENGINES
-        for rank in (0, 1)
-    ],
-)
+@pytest.mark.parametrize(("engine", "rank"), [("fsdp", 0), pytest.param("ddp", 1, marks=pytest.mark.slow)])
 def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
+    """test_engines.py has it on every engine, with less patience than here."""
     out = tmp_path / "run"
     run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path)
     run.until(lambda: complete(out))
@@ -93,51 +62,111 @@ def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
     assert "resume_from_checkpoint latest" in run.told[1 - rank].read_text(), run.print()
 
 
-class Third:
-    """In rank 1, the third batch is not as others: `what(encoded)` is called with it."""
+class At:
+    """In one rank, the `turn`-th answer of `where` is not as others: `what(answer)` is called with it.
 
-    def __init__(self, what):
-        self.what = what
+    There the others' patience is over, too.
+    """
+
+    def __init__(self, what, where="sample.Setup.encode", turn=3, rank=1, patience_seconds=2.0):
+        self.what, self.where, self.turn, self.rank, self.patience_seconds = what, where, turn, rank, patience_seconds
 
     def __call__(self, rank):
-        real, seen = Setup.encode, []
+        module, kind, name = self.where.rsplit(".", 2)
+        kind = getattr(importlib.import_module(f"reeltune.{module}"), kind)
+        real, start, watches, turns = getattr(kind, name), Watch.__init__, [], []
 
-        def encode(setup, batch):
-            encoded = real(setup, batch)
-            seen.append(None)
-            if rank == 1 and len(seen) == 3:
-                self.what(encoded)
-            return encoded
+        def here(*args, **more):
+            answer = real(*args, **more)
+            turns.append(None)
+            if len(turns) == self.turn:
+                watches[0].patience_seconds = self.patience_seconds
+                if rank == self.rank:
+                    self.what(answer)
+            return answer
 
-        Setup.encode = encode
+        def keep(one, *args):
+            start(one, *args)
+            watches.append(one)
+
+        setattr(kind, name, here)
+        Watch.__init__ = keep
+        watch.BEAT_SECONDS, watch.LOST_SECONDS = 0.2, 4.0
 
 
-def hang(encoded):
+def hang(_):
     time.sleep(600)
+
+
+def freeze(_):
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def poison(encoded):
     encoded.x0.mean.fill_(torch.nan)
 
 
-def be_told_to_stop(encoded):
+def be_told_to_stop(_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_all_stop_where_one_hangs_and_name_it(to_do, tmp_path):
+BLOCK, WRITE = "families.toy.family.ToyBlock.forward", "shards._Writing.resolve_data"
+HANGS = [  # engine, what is being done, where, in which turn, of which rank
+    ("ddp", "data", "data.loader.Reader.__getitem__", 3, 1),
+    ("ddp", "encode", "sample.Setup.encode", 3, 1),
+    ("ddp", "encode", "sample.Setup.encode", 3, 0),
+    ("ddp", "forward", BLOCK, 5, 1),
+    ("ddp", "forward", BLOCK, 5, 0),
+    ("ddp", "save", "learner.Learner.write_weights", 1, 0),
+    ("fsdp", "data", "data.loader.Reader.__getitem__", 3, 1),
+    ("fsdp", "forward", BLOCK, 5, 1),  # others wait for the block's weights, in the forward or the backward pass
+    ("fsdp", "save", WRITE, 1, 1),
+    ("zero2", "forward", BLOCK, 5, 1),
+    ("zero2", "save", WRITE, 1, 0),
+    ("zero3", "forward", BLOCK, 6, 1),
+    ("zero3", "forward", BLOCK, 5, 0),
+    ("zero3", "save", WRITE, 1, 1),
+]
+QUICK = [("ddp", "data", 1), ("ddp", "forward", 1), ("ddp", "save", 0), ("fsdp", "forward", 1), ("fsdp", "save", 1)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "what", "where", "turn", "rank"),
+    [
+        pytest.param(*one, id=f"{one[0]}-{one[1]}-{one[4]}", marks=() if quick else pytest.mark.slow)
+        for one in HANGS
+        if one[0] in ENGINES
+        for quick in [(*one[:2], one[4]) in QUICK]
+    ],
+)
+def test_all_stop_where_one_hangs_and_name_it(engine, what, where, turn, rank, to_do, tmp_path):
     started = time.monotonic()
-    run = forked([to_do(engine="ddp", rank_timeout_seconds=12.0)], 2, tmp_path, Third(hang))
-    assert run.end(90) == [EXIT_CODE] * 2
+    run = forked([to_do(engine=engine)], 2, tmp_path, At(hang, where, turn, rank))
+    assert run.end(60) == [EXIT_CODE] * 2, run.print()
+    step = 4 if what == "save" else 2  # one that is late in writing is so at its next save
+    said = f"others wait for more than rank_timeout_seconds = 2: rank {rank} at step {step}, {what}; "
     for told in run.told:
-        assert "rank_timeout_seconds = 12: rank 1 at step 2, encode" in told.read_text(), run.print()
-    assert "in hang" in run.told[1].read_text()  # its own trace says where
-    assert time.monotonic() - started < 80
+        assert said in told.read_text(), run.print()
+    assert "in hang" in run.told[rank].read_text()  # its own trace says where
+    assert "in hang" not in run.told[1 - rank].read_text()
+    assert time.monotonic() - started < 40
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_stop_where_one_is_frozen(rank, to_do, tmp_path):
+    """As a machine that has lost its power or its network: nothing is closed, and nothing is answered."""
+    run = forked([to_do(engine="ddp")], 2, tmp_path, At(freeze, rank=rank, patience_seconds=600.0))
+    run.forks[1 - rank].join(40)
+    run.kill(rank)
+    assert run.end(1)[1 - rank] == EXIT_CODE, run.print()
+    said = "no answer for 4 s from rank 0, where" if rank == 0 else "no sign of life for 4 s: rank 1 at step "
+    assert f"rank {1 - rank} stops: {said}" in run.told[1 - rank].read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_number_in_one_stops_all(engine, to_do, tmp_path):
-    run = forked([to_do(engine=engine, checkpointing_steps=1)], 2, tmp_path, Third(poison))
+    run = forked([to_do(engine=engine, checkpointing_steps=1)], 2, tmp_path, At(poison))
     assert run.end(90) == [2, 2], run.print()
     assert "the loss of step 2 is not finite" in run.told[0].read_text(), run.print()
     (record,) = (tmp_path / "run").glob("non-finite-step-2*.json")
@@ -145,34 +174,38 @@ def test_no_number_in_one_stops_all(engine, to_do, tmp_path):
     assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES[1:])])
-def test_one_told_to_stop_ends_all_with_one_checkpoint(engine, to_do, tmp_path):
-    run = forked([to_do(engine=engine, checkpointing_steps=100)], 2, tmp_path, Third(be_told_to_stop))
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name == "fsdp" else pytest.mark.slow) for name in ENGINES]
+)
+def test_one_told_to_stop_ends_all_with_one_checkpoint_and_they_go_on_to_the_same_bits(engine, to_do, tmp_path):
+    out, settings = tmp_path / "run", {"engine": engine, "checkpointing_steps": 100}
+    run = forked([to_do(**settings)], 2, tmp_path, At(be_told_to_stop))
+    unbroken = forked([to_do("unbroken", **settings)], 2, tmp_path)
     assert run.end(90) == [128 + signal.SIGTERM] * 2, run.print()
-    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
-    assert [row["step"] for row in lines(tmp_path / "run", "save")] == [3]
-    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+    assert [path.name for path in complete(out)] == ["checkpoint-3"]
+    assert [row["step"] for row in lines(out, "save")] == [3]
+    assert [row["step"] for row in lines(out)] == [1, 2, 3]
+
+    run = forked([to_do(**settings, resume_from_checkpoint="latest")], 2, tmp_path)
+    assert unbroken.end() == run.end() == [0, 0], run.print()
+    assert_same_end(out, tmp_path / "unbroken", STEPS)
 
 
 class Alone:
     """Rank 1 goes on after a save only when rank 0 has done all of its own part, which must not need rank 1."""
 
     def __call__(self, rank):
-        real_save, real_wait, saving = Duties.save, Engine.wait, []
+        real = Saving.finish
 
-        def save(duties, progress):
-            saving.append(duties.out / f"checkpoint-{progress.step}" / "progress.json")
-            real_save(duties, progress)
-            saving.clear()
-
-        def wait(engine):
+        def finish(saving):
             until = time.monotonic() + 60
-            while rank == 1 and saving and not saving[0].is_file():
-                assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {saving[0]}"
+            whole = saving.out / f"checkpoint-{saving.step}" / "progress.json"
+            while rank == 1 and saving.under_way is not None and not whole.is_file():
+                assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {whole}"
                 time.sleep(0.01)
-            real_wait(engine)
+            real(saving)
 
-        Duties.save, Engine.wait = save, wait
+        Saving.finish = finish
 
 
 def test_saves_of_several_processes(to_do, tmp_path):

@@ -54,7 +54,7 @@ def golden_frames(rules: SizeRules, side: int) -> int:
     return int(min(n * rules.token_sample_size**2 / side / side, n) // 4 * 4 + 1)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/sizes.json")
 def test_sizes_of_the_reference(goldens, monkeypatch):
     """Everything equal, but for frames under a token budget and the resize pair of all examples but the first."""
     cases = json.loads((goldens / "data/sizes.json").read_text())
@@ -103,7 +103,7 @@ def same_support(case, rules, ours):
         assert resizes == {(o.resize, o.crop) for o in ours}
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/frames.json")
 def test_frames_of_the_reference(goldens):
     checked = 0
     for case in json.loads((goldens / "data/frames.json").read_text()):
@@ -122,7 +122,7 @@ def test_frames_of_the_reference(goldens):
     assert checked > 20
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/buckets.json")
 def test_tables_of_the_reference(goldens):
     golden = json.loads((goldens / "data/buckets.json").read_text())
     assert {float(key): tuple(size) for key, size in golden["table_512"].items()} == BUCKETS
@@ -143,14 +143,14 @@ def test_tables_of_the_reference(goldens):
             assert (p, shape[1:]) == (1.0, tuple(size))
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/resize_frame.json")
 def test_short_side_shrink_of_the_reference(goldens):
     for case in json.loads((goldens / "data/resize_frame.json").read_text()):
         rules = SizeRules(video_sample_size=case["target_short_side"], image_sample_size=16)
         assert list(loaded_size(rules, True, case["height"], case["width"])) == case["out"]
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/stochastic.json")
 def test_stochastic_tables_of_the_reference(goldens):
     golden = json.loads((goldens / "data/stochastic.json").read_text())
     for case in golden["length_to_frames"]:
@@ -191,7 +191,7 @@ def frame_support(rules: SizeRules, frames: int) -> dict[int, float]:
     return support
 
 
-@pytest.mark.golden
+@pytest.mark.golden("data/train_step_ops.json")
 def test_training_step_cuts_of_the_reference(goldens):
     """Families that cut pixel frames by a pixel count agree with us; the others take its latent count for it."""
     checked = set()

@@ -70,11 +70,9 @@ def released(goldens):
     }
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/Wan2.1-Fun*")
 def test_transformers_at_full_size(released):
-    files = [name for name in released if name.startswith("Wan2.1-Fun")]
-    assert files
-    for file in files:
+    for file in [name for name in released if name.startswith("Wan2.1-Fun")]:
         given = released[file]
         ours = keys.from_released(given)
         with torch.device("meta"):
@@ -84,7 +82,7 @@ def test_transformers_at_full_size(released):
         assert net.config.in_channels in {CHANNELS + extra for extra, *_ in VARIANTS.values()}
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/Wan*VAE.json.gz")
 def test_vae_at_full_size(released):
     for given in [outlines for name, outlines in released.items() if name.startswith("Wan") and name.endswith("VAE")]:
         ours = keys.vae_from_released(given)
@@ -94,7 +92,7 @@ def test_vae_at_full_size(released):
         assert shapes(keys.vae_to_released(net.state_dict())) == shapes(given)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/umt5*")
 def test_text_encoder_at_full_size(released):
     for given in [outlines for name, outlines in released.items() if name.startswith("umt5")]:
         ours = keys.text_from_released(given)
@@ -104,7 +102,7 @@ def test_text_encoder_at_full_size(released):
         assert shapes(keys.text_to_released(net.state_dict())) == shapes(given)
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/clip*")
 def test_picture_tower_at_full_size(released):
     for given in [outlines for name, outlines in released.items() if name.startswith("clip")]:
         used = {name: tensor for name, tensor in given.items() if not name.startswith(keys.IMAGE_LEFT)}

@@ -1,24 +1,15 @@
 """Every tensor of every Wan golden file, within the bounds of benchmarks/parity.py."""
 
-from pathlib import Path
-
 import pytest
 from benchmarks import parity
 from benchmarks.parity import FILES, Checkpoints, Golden, Row, golden_files, main, measure, table
 
-pytestmark = pytest.mark.golden
+pytestmark = pytest.mark.golden("wan_fun/golden/**/*.safetensors")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(goldens):
     return Checkpoints(goldens / "wan_fun")
-
-
-def pytest_generate_tests(metafunc):
-    if "file" in metafunc.fixturenames:
-        files = golden_files(Path(metafunc.config.getoption("--goldens")))
-        names = [f"{path.parent.name}/{path.stem}" for path in files]
-        metafunc.parametrize("file", files or [None], ids=names or ["absent"])
 
 
 def test_within_bounds(file, checkpoints):

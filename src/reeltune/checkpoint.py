@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -77,18 +76,18 @@ def save(
     optimizer_state: dict,
     write_more: Callable[[Path], None],
     keep: int | None,
-) -> tuple[Path, float, int]:
-    """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, seconds, bytes).
+) -> tuple[Path, int]:
+    """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, bytes).
 
     Raises UserError if the disk is full or refuses; what was there before stays as it was.
     """
-    started = time.perf_counter()
     with _partial(output_dir, progress.step, main=True) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         write_weights(partial)
         torch.save(optimizer_state, partial / "optimizer.pt")
         write_more(partial)
-        final, size_bytes = _finish(partial, progress, keep)
-    return final, time.perf_counter() - started, size_bytes
+        return _finish(partial, progress, keep)
 
 
 def save_shares(
@@ -99,20 +98,17 @@ def save_shares(
     *,
     write_more: Callable[[Path], None],
     keep: int | None,
-) -> tuple[Path, float, int]:
+) -> tuple[Path, int] | None:
     """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps. The first of them
-    does what is to be done once; write_more is called there alone. Its (folder, seconds, bytes) are the whole's.
+    does what is to be done once: write_more is called there alone, and what is returned, in it alone, is the whole's.
     """
-    started = time.perf_counter()
     main = dist.get_rank(group) == 0
-    size_bytes = 0
     with _partial(output_dir, progress.step, main=main) as partial:
-        dist.barrier(group)
-        shards.write(partial / SHARES, pieces, group)  # returns once all have written
-        if main:
-            write_more(partial)
-            _, size_bytes = _finish(partial, progress, keep)
-    return _folder(output_dir, progress.step), time.perf_counter() - started, size_bytes
+        shards.write(partial / SHARES, pieces, group)  # makes the folder, and returns once all have written
+        if not main:
+            return None
+        write_more(partial)
+        return _finish(partial, progress, keep)
 
 
 def _folder(output_dir: Path, step: int) -> Path:
@@ -121,13 +117,10 @@ def _folder(output_dir: Path, step: int) -> Path:
 
 @contextmanager
 def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
-    """An empty folder to write a checkpoint into, made by the main process and removed by it if that fails."""
+    """Where to make a folder and write a checkpoint into it; the main process removes it if that fails."""
     final = _folder(output_dir, step)
     partial = Path(output_dir) / f".{final.name}.partial"
     try:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
         yield partial
     except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
         if main:
@@ -140,8 +133,8 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
         last = next(reversed(complete(output_dir)), None)
         raise UserError(
             "save",
-            f"{final.name} could not be written ({causes[0]}); free space in {output_dir} and run again with "
-            f"resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
+            f"{final.name} could not be written ({causes[0]}); free space in {output_dir}, or bring it back, and run "
+            f"again with resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
         ) from broken
 
 
@@ -151,13 +144,18 @@ def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, 
     (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
     size_bytes = _flush(partial)
     if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
-        shutil.rmtree(final)
+        _delete(final)
     partial.rename(final)
     _flush_folder(final.parent)
     for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
-        (old / "progress.json").unlink()  # first, so that a kill in between leaves no half checkpoint
-        shutil.rmtree(old)
+        _delete(old)
     return final, size_bytes
+
+
+def _delete(checkpoint: Path) -> None:
+    """Its mark of being whole first, so that a kill in between leaves nothing that seems to be."""
+    (checkpoint / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 # ---- reading
@@ -187,10 +185,11 @@ def sweep(output_dir: Path) -> None:
 def _is_disk_error(error: Exception) -> bool:
     """torch and safetensors wrap the operating system's error in their own, with its words."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-    if isinstance(error, OSError) and error.errno in full:
+    lost = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN}
+    if isinstance(error, OSError) and error.errno in full | lost:
         return True
     words = str(error)
-    return any(os.strerror(number) in words for number in full) or "file write failed" in words
+    return any(os.strerror(number) in words for number in full | lost) or "file write failed" in words
 
 
 def _flush(folder: Path) -> int:

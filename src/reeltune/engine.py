@@ -49,8 +49,9 @@ class Engine:
             )
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
-        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_seconds + 60))
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
+        patience = timedelta(seconds=rank_timeout_seconds + 60)
+        handlers = [InitProcessGroupKwargs(timeout=patience)]
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world:
             raise UserError(
@@ -64,8 +65,8 @@ class Engine:
                 f"context_parallel is {self.context}, of which the number of processes, {self.world}, is no multiple; "
                 + START,
             )
-        # Checkpoints are agreed on over the CPU, beside what the devices are doing.
-        self.cpu_group = torch.distributed.new_group(backend="gloo") if self.sharded else None
+        # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is.
+        self.cpu_group = torch.distributed.new_group(timeout=patience, backend="gloo") if self.sharded else None
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
     @property

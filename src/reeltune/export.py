@@ -19,6 +19,7 @@ from reeltune.errors import UserError, refuse
 from reeltune.families import streamed, weights
 from reeltune.families.spec import Family, check_mode
 from reeltune.held_state import Shared
+from reeltune.host_memory import room_bytes
 from reeltune.recipe import Recipe
 from reeltune.settings import build, read
 
@@ -145,7 +146,7 @@ def _tried(recipe: Recipe, folder: Path, outline: Mapping[str, Tensor]) -> str:
     if not model or not Path(model).is_dir():
         remedy = "--pretrained_model_name_or_path says where it is"
         return f"no forward pass: the model that was trained is not at {model!r}; {remedy}"
-    needed, room = trial.needed_bytes(Path(model), folder), trial.room_bytes()
+    needed, room = trial.needed_bytes(Path(model), folder), room_bytes()
     if needed > room:
         return f"no forward pass: it takes {needed / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB are free"
     family = _family(recipe)

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from reeltune import families
-from reeltune.data.held_out import split
+from reeltune.data.held_out import refuse_shared, split
 from reeltune.data.loader import Reader
 from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
-from reeltune.data.scan import Scan, scan
+from reeltune.data.scan import Scan, notice_of, scan
 from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
 from reeltune.errors import UserError, refuse, together
@@ -149,17 +149,19 @@ def gather(
             max_bad_share=data.max_bad_share,
             index_dir=Path(recipe.output.output_dir) / "index",
             workers=os.cpu_count() or 1,
-            stride=recipe.sizes.video_sample_stride,
-            wanted_frames=recipe.sizes.video_sample_n_frames,
             progress=progress,
             just_scanned=just_scanned,
         )
 
     found = measured(data.train_data_meta)
     usable, unsuited = suited(found.records, rules, family.least_frames)
+    notices = [*found.notices, *short_clips(usable, rules)]
     if data.validation_data_meta is not None:
-        train = usable
-        held_out, _ = suited(measured(data.validation_data_meta).records, rules, family.least_frames)
+        train, held = usable, measured(data.validation_data_meta)
+        held_out, short = suited(held.records, rules, family.least_frames)
+        refuse_shared(train, held_out)
+        told = [*map(str, held.left_out), *map(str, short), *held.notices, *short_clips(held_out, rules)]
+        notices += [f"{Path(data.validation_data_meta).name}: {line}" for line in told]
     else:
         rows = split(usable, data.held_out_share, str(root))
         train, held_out = (usable.take(part) for part in rows)
@@ -178,7 +180,7 @@ def gather(
     needed = frozenset(family.needs[mode])
     reader = partial(Reader, plan=plan, group=group, needs=needed, mask_law=family.masks.get(mode))
     return Inputs(
-        scan=found,
+        scan=replace(found, notices=notices),
         unsuited=unsuited,
         train=train,
         held_out=held_out,
@@ -216,6 +218,17 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
     rows = records.take(np.flatnonzero(short))
     left_out = [LeftOut(record.entry, record.path, reason, remedy[record.kind]) for record in rows]
     return records.take(np.flatnonzero(~short)), left_out
+
+
+def short_clips(records: Records, rules: SizeRules) -> list[str]:
+    """A notice of clips that give fewer frames than are asked for, if there are any. Those too short are the plan's."""
+    wanted = rules.geometry.legal_frames(rules.video_sample_n_frames)
+    lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 0)
+    short = np.flatnonzero((lengths > 0) & (lengths < wanted))
+    rate = rules.video_sample_fps
+    step = f"at stride {rules.video_sample_stride}" if rate is None else f"at {rate:g} per second"
+    sentence = f"the clip has fewer than {wanted} frames {step}, and is used as it is"
+    return [notice_of(len(short), records.entry[short].tolist(), sentence)] if len(short) else []
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:

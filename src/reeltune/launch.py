@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ def chosen(
         raise UserError(
             "launch", f"the recipe's engine is {engine} and accelerate launch was told {asked.engine}; leave one out"
         )
-    return asked
+    return replace(asked, keep_gathered=asked.keep_gathered or keep_gathered, offload=asked.offload or offload)
 
 
 def _lone(environ: Mapping[str, str]):

@@ -175,12 +175,15 @@ class Learner:
         most = self.optimization.max_grad_norm
         return math.inf if most is None else most
 
-    def write_weights(self, folder: Path) -> None:
-        """transformer/ and, if kept, transformer_ema/, both in the released form."""
-        state = self.plain.state_dict()
-        self.family.save(folder / "transformer", state, self.parts.config)
-        if self.average is not None:
-            self.family.save(folder / "transformer_ema", {**state, **self.average.weights}, self.parts.config)
+    def weights(self) -> dict[str, Tensor]:
+        """Of the whole network, by our names, as they train on."""
+        return self.plain.state_dict()
+
+    def write_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, folder: Path) -> None:
+        """transformer/ and, if there is an average, transformer_ema/, both in the released form."""
+        self.family.save(folder / "transformer", weights, self.parts.config)
+        if average is not None:
+            self.family.save(folder / "transformer_ema", {**weights, **average}, self.parts.config)
 
     def pieces(self) -> Iterator[Piece]:
         """What this process keeps of weights, optimizer state and average, views of them all."""
@@ -188,15 +191,19 @@ class Learner:
         for name, average in ({} if self.average is None else self.average.weights).items():
             yield piece(f"average/{self.names[name]}", average, self.engine.rank, self.engine.world)
 
-    def write_outline(self, folder: Path) -> None:
+    def scalars(self) -> dict[str, dict[str, float]]:
+        """Released name -> what its optimizer state has that is one number."""
+        return self.trainer.scalars(self.names)
+
+    def write_outline(self, folder: Path, scalars: dict[str, dict[str, float]]) -> None:
         """What the pieces do not say: the network's config.json, shapes, and numbers of the optimizer's state."""
         state = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         self.family.save(folder / "transformer", state, self.parts.config)
         shapes = {self.names[name]: shape for name, shape in self.shapes.items()}
-        Shared.write_outline(folder, shapes, self.trainer.scalars(self.names))
+        Shared.write_outline(folder, shapes, scalars)
 
     def state(self) -> dict:
-        """All but the weights that an exact resume needs."""
+        """All but the weights that an exact resume needs, as it trains on."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.engine.scaler_state(),

@@ -18,6 +18,7 @@ import numpy as np
 from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
 from reeltune.errors import UserError
+from reeltune.files import whole_file
 from reeltune.types import Draw
 
 STATUSES = ("used", "not reached", "held out", "left out")
@@ -82,7 +83,8 @@ class Ledger:
         )
 
     def share(self) -> Share:
-        return Share(self.used, self.repeated, self.failures)
+        """As it is now."""
+        return Share(self.used.copy(), self.repeated.copy(), dict(self.failures))
 
     def save(self, path: Path, shares: Sequence[Share] | None = None) -> None:
         """Writes the counts of all processes as .npz, for a later `load`."""
@@ -147,7 +149,8 @@ class Ledger:
             "failed_reads": sum(times for times, _ in whole.failures.values()),
         }
         rows = [asdict(problems[entry]) for entry in sorted(problems)]
-        _replace(Path(output_dir) / "ledger.json", json.dumps({**summary, "problems": rows}, indent=2) + "\n")
+        with whole_file(Path(output_dir) / "ledger.json") as file:
+            file.write(json.dumps({**summary, "problems": rows}, indent=2) + "\n")
         self._write_csv(Path(output_dir) / "ledger.csv", status, whole, problems)
         return summary
 
@@ -157,8 +160,7 @@ class Ledger:
         index[self.train.entry] = np.arange(len(self.train))
         if self.held_out is not None:
             index[self.held_out.entry] = np.arange(len(self.held_out))
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as file:
             out = csv.writer(file, lineterminator="\n")
             out.writerow(["entry", "path", "status", "used", "repeated", "reason"])
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
@@ -170,7 +172,6 @@ class Ledger:
                 else:
                     used, repeated = whole.used[i], whole.repeated[i]
                     out.writerow([entry, self.train[i].path, STATUSES[code], used, repeated, bad.reason if bad else ""])
-        partial.replace(path)
 
 
 def _sum(shares: Sequence[Share]) -> Share:
@@ -183,9 +184,3 @@ def _sum(shares: Sequence[Share]) -> Share:
         np.sum([share.repeated for share in shares], axis=0, dtype=np.int32),
         failures,
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

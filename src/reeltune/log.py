@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object a line, told apart by "kind":
     step        every optimizer step: loss, grad_norm, lr, shape, samples, tokens, times, rates, memory
     validation  the held-out loss, paired with that of the starting weights
-    save        a checkpoint written: seconds, bytes
+    save        a checkpoint written: bytes, seconds until it was whole, and those that training waited for it
     notice      something the user should know
 """
 
@@ -23,6 +23,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from reeltune.errors import UserError, refuse
+from reeltune.files import whole_file
 
 # Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
 DETERMINISTIC = {
@@ -117,11 +118,12 @@ class Log:
         self._say(f"{told}, {row['n']} clip{'s' if row['n'] != 1 else ''}", markup=True)
 
     def save(self, row: dict[str, Any]) -> None:
-        """A checkpoint written: seconds, bytes, and its path."""
+        """A checkpoint written, perhaps while training went on: step, path, bytes, seconds, blocked_seconds."""
         if not self.main:
             return
-        self._write({"kind": "save", "step": self.step_now, **row})
-        self._say(f"saved {row['path']} ({row['bytes'] / 2**20:,.0f} MiB in {row['seconds']:.1f} s)", "green")
+        self._write({"kind": "save", **row})
+        took = f"in {row['seconds']:.1f} s, of which training waited {row['blocked_seconds']:.1f} s"
+        self._say(f"saved {row['path']} ({row['bytes'] / 2**20:,.0f} MiB {took})", "green")
 
     def notice(self, text: str) -> None:
         """Something the user should know."""
@@ -285,7 +287,8 @@ def _floats(row: dict[str, Any]) -> dict[str, Any]:
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean of every number that the last row has, over the rows that have it."""
     numbers = [key for key, value in rows[-1].items() if isinstance(value, int | float)]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}
+    had = {key: [row[key] for row in rows if row.get(key) is not None] for key in numbers}
+    return {key: sum(values) / len(values) for key, values in had.items()}
 
 
 def _start_over(path: Path) -> str | None:
@@ -307,8 +310,7 @@ def _cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    kept = path.with_suffix(".partial")
-    with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+    with path.open(encoding="utf-8") as old, whole_file(path) as new:
         for number, line in enumerate(old, 1):
             if not line.endswith("\n"):
                 break
@@ -321,6 +323,3 @@ def _cut_after(path: Path, step: int) -> None:
                 ) from broken
             if row["step"] < step or (row["step"] == step and row["kind"] != "validation"):
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    kept.replace(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reeltune.ahead import wanted
 from reeltune.errors import UserError
 from reeltune.recipe import Recipe
 from reeltune.types import Shape
 
-GREW = {  # what a process was doing (watch.ORDER) -> (the same in words, what that makes anew)
+GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
     "data": ("reading data", "the batch"),
     "encode": ("encoding", "what the VAE and the encoders are working on"),
@@ -23,7 +24,7 @@ GREW = {  # what a process was doing (watch.ORDER) -> (the same in words, what t
 def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
-    """doing: one of watch.ORDER. held_bytes: part -> bytes that the learner holds now."""
+    """doing: one of watch.DOING. held_bytes: part -> bytes that the learner holds now."""
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     held = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
@@ -41,6 +42,9 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     training, optimization, model = recipe.training, recipe.optimization, recipe.model
     if training.train_batch_size > 1:
         yield f"train_batch_size below {training.train_batch_size}, with more gradient_accumulation_steps"
+    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
+    if ahead and recipe.cache.cache_folder is None and doing in ("encode", "forward", "step"):
+        yield "encode_ahead: false, so that nothing is encoded while the network trains"
     if not training.low_vram:
         yield "low_vram: true, which takes frozen networks off the device"
     if doing == "forward" and not training.gradient_checkpointing:

@@ -124,6 +124,8 @@ class Memory:
     """Each weight steps as soon as its gradient is there; with max_grad_norm the backward pass runs twice."""
     vae_tiling: bool = False
     """The VAE encodes and decodes large clips in blended tiles, which changes latents a little at their seams."""
+    encode_ahead: bool | None = None
+    """Encode the next batch while the network trains on the last. Left out: on a GPU, unless low_vram."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,8 @@ class Output:
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = None
     """Complete checkpoints kept; older ones are deleted after a good save."""
+    save_in_background: bool = True
+    """Train on while a checkpoint is written, from a copy in the host's memory where there is room for one."""
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint-N folder. Nothing there yet: the run starts anew and says so."""
     logging_steps: int = 10

@@ -15,6 +15,7 @@ import yaml
 from markupsafe import Markup
 
 from reeltune import charts
+from reeltune.files import whole_file
 from reeltune.recipe import Recipe
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
@@ -70,10 +71,9 @@ def write(output_dir: Path) -> Path:
 
 
 def write_whole(path: Path, page: str) -> Path:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    """Returns the path. The file is there whole or not at all."""
+    with whole_file(path) as file:
+        file.write(page)
     return path
 
 
@@ -83,6 +83,8 @@ def read_metrics(path: Path) -> Metrics:
         return found
     with path.open(encoding="utf-8") as file:
         for line in file:
+            if not line.endswith("\n"):  # a run that was killed, or writes it just now
+                break
             row = json.loads(line)
             kind = row.pop("kind")
             if kind == "step":

@@ -57,6 +57,7 @@ ABOVE_ZERO = (
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
+DEALT_OUT = {"keep_gathered": ("fsdp",), "offload": ("zero2", "zero3", "fsdp")}  # switch -> engines that have it
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
@@ -198,6 +199,12 @@ def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for name, (wrong, reason) in reasons.items():
             if wrong:
                 yield (name, "step_in_backward"), f"step_in_backward is true and {name} is {values[name]}; {reason}"
+    if memory.encode_ahead and training.low_vram:
+        yield (
+            ("encode_ahead", "low_vram"),
+            "encode_ahead and low_vram are true; the one has encoders at work while the network trains, the other has "
+            "them off the device then; leave one of the two out",
+        )
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),
@@ -209,7 +216,13 @@ def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with an engine that deals out weights or optimizer state."""
     engine, optimization = recipe.parallel.engine, recipe.optimization
-    if engine in (None, "ddp"):
+    if engine is None:
+        return
+    for name, engines in DEALT_OUT.items():
+        if getattr(recipe.parallel, name) and engine not in engines:
+            known = " or ".join(engines)
+            yield (name, "engine"), f"{name} is true and engine is {engine}; it is of {known}; use one, or leave it out"
+    if engine == "ddp":
         return
     wholes = {
         "mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16"),

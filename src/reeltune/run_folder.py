@@ -14,6 +14,7 @@ import torch
 
 from reeltune import checkpoint
 from reeltune.errors import UserError, refuse
+from reeltune.files import whole_file
 from reeltune.recipe import Recipe
 from reeltune.settings import build, dump, flat, read
 
@@ -69,9 +70,9 @@ def changes_since(found: Path, recipe: Recipe) -> list[str]:
 
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
     """Writes recipe.yaml (every field but where it went on from) and run.json (versions, machine and `facts`)."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     anew = replace(recipe, output=replace(recipe.output, resume_from_checkpoint=None))
-    (output_dir / "recipe.yaml").write_text(dump(anew), encoding="utf-8")
+    with whole_file(output_dir / "recipe.yaml") as file:
+        file.write(dump(anew))
     on_gpu = torch.cuda.is_available()
     about = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -83,4 +84,5 @@ def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
         },
         **facts,
     }
-    (output_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with whole_file(output_dir / "run.json") as file:
+        file.write(json.dumps(about, indent=2) + "\n")

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from reeltune import checkpoint, report
+from reeltune.ahead import Ahead, wanted
 from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
@@ -21,14 +23,14 @@ from reeltune.first_batch import write_first_batch
 from reeltune.inputs import DTYPES, choose_family, encode_options, gather, ledger_of, load_parts
 from reeltune.interrupt import Interrupt
 from reeltune.learner import Learner
-from reeltune.ledger import Ledger, Share
+from reeltune.ledger import Ledger
 from reeltune.log import PARTS, Log, check_trackers
 from reeltune.out_of_memory import explained
 from reeltune.parallel import engine_of, rhythm
 from reeltune.recipe import Recipe
 from reeltune.run_folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.sample import Setup
-from reeltune.settings import dump
+from reeltune.saving import Saving
 from reeltune.types import Batch, Progress, Shape
 from reeltune.validate import Validation
 from reeltune.watch import Watch
@@ -125,21 +127,25 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
         peak_flops=peak and peak * engine.world,
     )
     if engine.main:
-        describe(out, recipe, {**told, **learner.counts})
+        describe(out, recipe, {**told, **learner.counts, "processes": engine.world})
     duties = Duties(out, recipe, engine, watch, learner, validation, ledger, log)
     workers = recipe.data.dataloader_num_workers
     rank, world = engine.place
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, parts=pace.parts)
-    with Interrupt() as interrupt, log, duties:
-        duties.saved_step = progress.step  # step 0 needs no checkpoint, the resumed one has it
+    batches = islice(batches, passes * max(total_steps - progress.step, 0))
+    on_gpu, low_vram = engine.device.type == "cuda", recipe.training.low_vram
+    beside = wanted(recipe.memory.encode_ahead, on_gpu=on_gpu, low_vram=low_vram)
+    ahead = Ahead(batches, setup.encode, device=engine.device, beside=beside)
+    with Interrupt() as interrupt, log, duties, ahead:
+        duties.saving.step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
         if progress.step == 0 or is_due(recipe.validation.validation_steps, progress.step):
             duties.validate(progress)  # again, if a checkpoint of this step is where the run goes on
-        while progress.step < total_steps and not engine.any(interrupt.code > 0):
+        while progress.step < total_steps and not engine.any(interrupt.code > 0 or duties.saving.has_failed()):
             stopwatch, losses, tokens, step_flops = Stopwatch(engine.device), [], 0, 0
             for micro in range(passes):
                 watch.doing("data", progress.step)
-                batch, progress.epoch, progress.cursor = next(batches)
+                batch, progress.epoch, progress.cursor = ahead.batch()
                 shape = batch.draws[0].shape
                 if engine.main and progress.step == micro == 0:
                     place = rank * pace.parts, world * pace.parts
@@ -148,8 +154,9 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                 duties.count(batch)
                 stopwatch.mark("data_s")
                 watch.doing("encode", progress.step)
-                encoded = setup.encode(batch)
+                encoded = ahead.encoded()
                 stopwatch.mark("encode_s")
+                ahead.begin_next()
                 watch.doing("forward", progress.step)
                 with flops.forward(shape):
                     loss = diffusion_loss(
@@ -187,10 +194,11 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             }
             log.step(row, partial(stopwatch.seconds, PARTS))
             if progress.step % recipe.output.checkpointing_steps == 0:
-                duties.save(progress)
+                duties.save(progress, last=progress.step == total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
+                ahead.rest()
                 duties.validate(progress)
-        duties.save(progress)
+        duties.save(progress, last=True)
         code = max(engine.gather(interrupt.code))  # a signal to one ends all
         if not code:
             duties.validate(progress)
@@ -246,15 +254,23 @@ class Duties:
     ):
         self.out, self.recipe, self.engine, self.watch, self.learner = out, recipe, engine, watch, learner
         self.validation, self.ledger, self.log = validation, ledger, log
+        self.saving = Saving(out, recipe, engine, watch, learner, ledger, log)
         self.unseen: Step | None = None
         self.shape: Shape | None = None  # that memory was last asked for
-        self.saved_step = self.validated_step = -1
+        self.validated_step = -1
 
     def __enter__(self) -> Duties:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        self.account(kind)
+        if kind is not None:
+            self.saving.settle()
+        try:
+            self.account(kind)
+        except OSError as broken:
+            if kind is None:
+                raise
+            self.log.warn(f"ledger.csv and the report are not written: {broken}")
         if isinstance(error, torch.OutOfMemoryError):
             raise explained(error, *self.watch.now, self.shape, self.learner.held_bytes(), self.recipe) from error
 
@@ -304,6 +320,8 @@ class Duties:
         seen, self.unseen = self.unseen, step
         if seen is None or torch.isfinite(seen.mean).item():
             return
+        self.saving.settle()
+        self.engine.wait()
         last = next(reversed(checkpoint.complete(self.out)), None)
         raise UserError(
             "train",
@@ -325,42 +343,11 @@ class Duties:
         record.write_text(json.dumps({"step": seen.step, "samples": samples}, indent=2) + "\n")
         return f"; {record} says what it was made of"
 
-    def save(self, progress: Progress) -> None:
-        """checkpoint-N, unless this step has one already."""
-        if self.saved_step == progress.step:
-            return
-        self.check_finite(None)
-        self.watch.doing("save", progress.step)
-        self.log.flush()
-        shares = self.engine.of_samples(self.ledger.share())
-        keep = self.recipe.output.checkpoints_total_limit
-        told = None
-        if self.engine.sharded:
-
-            def write_more(folder: Path) -> None:
-                self.learner.write_outline(folder)
-                self.write_more(shares, folder)
-
-            pieces, group = self.learner.pieces(), self.engine.cpu_group
-            told = checkpoint.save_shares(self.out, progress, pieces, group, write_more=write_more, keep=keep)
-        elif self.engine.main:
-            told = checkpoint.save(
-                self.out,
-                progress,
-                write_weights=self.learner.write_weights,
-                optimizer_state=self.learner.state(),
-                write_more=partial(self.write_more, shares),
-                keep=keep,
-            )
-        if self.engine.main:
-            folder, seconds, size_bytes = told
-            self.log.save({"path": str(folder), "seconds": seconds, "bytes": size_bytes})
-        self.saved_step = progress.step
-        self.engine.wait()
-
-    def write_more(self, shares: list[Share], folder: Path) -> None:
-        self.ledger.save(folder / "ledger.npz", shares)
-        (folder / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
+    def save(self, progress: Progress, *, last: bool = False) -> None:
+        """checkpoint-N, unless this step has one already; with `last` it is whole at the end of this."""
+        if self.saving.step != progress.step:
+            self.check_finite(None)
+        self.saving.save(progress, last=last)
 
     def validate(self, progress: Progress) -> None:
         """Held-out loss and previews, by the main process, or by all alike where the network answers only to all;

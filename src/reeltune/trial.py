@@ -17,14 +17,6 @@ FRAMES, CELLS = 5, 4  # the least clip that every family learns from; patches to
 SPARE = 1.2  # memory wanted, over the size of the files
 
 
-def room_bytes() -> int:
-    """Memory that can be had without another program losing its own."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/meminfo has no MemAvailable")
-
-
 def needed_bytes(model: Path, transformer: Path) -> int:
     """To hold the frozen networks of `model`, as stored, and the weights in `transformer`."""
     frozen = [file for file in model.rglob("*") if file.suffix in (".safetensors", ".pth", ".pt", ".bin")]

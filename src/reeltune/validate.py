@@ -23,6 +23,7 @@ from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.errors import UserError
+from reeltune.files import whole_file
 from reeltune.prompts import Request, played, prompt_requests, read_one
 from reeltune.recipe import Recipe
 from reeltune.sample import Setup, at_rest, make_clip, write_pixels
@@ -101,10 +102,8 @@ class HeldOut:
         path = self.output_dir / "validation" / "start.json"
         told = {"clips": self.names, "levels": self.levels}
         if step == 0 or not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_suffix(".partial")  # renamed when whole, so that a kill leaves no half
-            partial_path.write_text(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
-            partial_path.replace(path)
+            with whole_file(path) as file:
+                file.write(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
             return step, losses
         kept = json.loads(path.read_text())
         changed = [name for name in told if kept[name] != told[name]]

@@ -23,7 +23,8 @@ BEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0  # without a sign of life; longer than any library is known to keep Python from running threads
 BROKEN_SECONDS = 10.0  # the same, once the connection to some process has broken
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
-ORDER = ("start", "validate", "data", "encode", "forward", "step", "save", "end")  # of what a process does in a step
+# What a process can be at; once saved, it waits for others' saves.
+DOING = ("start", "validate", "data", "encode", "forward", "step", "save", "saved", "end")
 
 
 class Watch:
@@ -35,18 +36,18 @@ class Watch:
 
     def __init__(self, rank: int, world: int, patience_seconds: float):
         self.rank, self.world, self.patience_seconds = rank, world, patience_seconds
-        self._doing = ("start", 0, time.monotonic())
-        self._over = threading.Event()
+        self._doing = ("start", 0, 0, time.monotonic())
+        self._over, self._left = threading.Event(), threading.Event()
         self._thread = None if world == 1 else threading.Thread(target=self._beat, name="watch", daemon=True)
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
 
     def doing(self, what: str, step: int) -> None:
-        """`what`: one of ORDER."""
-        self._doing = (what, step, time.monotonic())
+        """`what`: one of DOING. All processes come to the same ones in the same order."""
+        self._doing = (what, step, self._doing[2] + 1, time.monotonic())
 
     @property
     def now(self) -> tuple[str, int]:
-        """(one of ORDER, step) of this process."""
+        """(one of DOING, step) of this process."""
         return self._doing[:2]
 
     def __enter__(self) -> Watch:
@@ -55,7 +56,9 @@ class Watch:
             self._store = dist.distributed_c10d._get_default_store().clone()
             self._say(0)
             dist.barrier()
+            self._answered = time.monotonic()
             self._thread.start()
+            threading.Thread(target=self._guard, name="guard", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -63,9 +66,14 @@ class Watch:
             return
         self._over.set()
         self._thread.join()
-        if error is None:
-            return
-        what, step, _ = self._doing
+        try:
+            if error is not None:
+                self._tell(error)
+        finally:
+            self._left.set()
+
+    def _tell(self, error: BaseException) -> None:
+        what, step = self.now
         if isinstance(error, RuntimeError) and (lost := self._lost_after_a_break()):
             self._announce(lost)
             raise UserError("processes", lost) from error
@@ -73,7 +81,13 @@ class Watch:
         with suppress(dist.DistError):  # rank 0 may have stopped already, by the same error
             self._announce(f"rank {self.rank} stopped at step {step}, {what}: {first}")
 
-    # ---- the thread
+    # ---- the threads
+
+    def _guard(self) -> None:
+        """Questions to a store whose machine has gone without a word are never answered, nor do they time out."""
+        while not self._left.wait(BEAT_SECONDS):
+            if time.monotonic() - self._answered > LOST_SECONDS:
+                self._stop(f"no answer for {LOST_SECONDS:g} s from rank 0, where all processes meet")
 
     def _beat(self) -> None:
         count = 0
@@ -88,8 +102,9 @@ class Watch:
                 self._stop(verdict)
 
     def _say(self, count: int) -> None:
-        what, step, since = self._doing
-        told = {"beat": count, "what": what, "step": step, "seconds": time.monotonic() - since}
+        what, step, moves, since = self._doing
+        seconds = time.monotonic() - since
+        told = {"beat": count, "what": what, "step": step, "place": (moves, _exchanges()), "seconds": seconds}
         self._store.set(f"watch/{self.rank}", json.dumps(told))
 
     def _verdict(self) -> str | None:
@@ -104,7 +119,7 @@ class Watch:
 
     def _listen(self, ranks) -> dict[int, dict]:
         told = {rank: json.loads(self._store.get(f"watch/{rank}")) for rank in ranks}
-        now = time.monotonic()
+        now = self._answered = time.monotonic()
         for rank, one in told.items():
             if rank not in self._heard or self._heard[rank][0] != one["beat"]:
                 self._heard[rank] = (one["beat"], now)
@@ -113,14 +128,17 @@ class Watch:
     def _lost(self, told: dict[int, dict], seconds: float) -> str | None:
         now = time.monotonic()
         lost = [rank for rank in told if rank != self.rank and now - self._heard[rank][1] > seconds]
-        return f"no sign of life for {seconds:.0f} s: {_named(lost, told)}" if lost else None
+        return f"no sign of life for {seconds:g} s: {_named(lost, told)}" if lost else None
 
     def _late(self, told: dict[int, dict]) -> str | None:
-        """The processes furthest behind, once one has been at the same thing for too long."""
+        """The processes furthest behind, once one has been at the same thing for too long.
+
+        Of those that are at the same, the late one has begun fewer exchanges than those that wait for it in one.
+        """
         if max(one["seconds"] for one in told.values()) <= self.patience_seconds:
             return None
-        place = {rank: (one["step"], ORDER.index(one["what"])) for rank, one in told.items()}
-        behind = [rank for rank in told if place[rank] == min(place.values())]
+        last = min(one["place"] for one in told.values())
+        behind = [rank for rank, one in told.items() if one["place"] == last]
         if len(behind) == len(told):
             one = told[0]
             return (
@@ -163,6 +181,11 @@ class Watch:
 
 
 REMEDY = "run again with resume_from_checkpoint latest"
+
+
+def _exchanges() -> int:
+    """How many exchanges with others this process has begun, in all its groups."""
+    return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
 
 
 def _named(ranks: list[int], told: dict[int, dict]) -> str:

@@ -7,6 +7,7 @@ themselves, and waits for no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,19 +43,18 @@ def fill(recipe: Recipe) -> int:
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
     folder, keys = Path(str(recipe.cache.cache_folder)), keys_of(recipe, family, mode)
     work = Work.of(keys, inputs, Store(folder), rank, world)
-    writer = Writer(folder, keys.facts)
     encoder = Encoder(recipe, family, mode, inputs, device)
     with Interrupt() as interrupt, Pace(work.count, shown=rank == 0) as pace:
-        for key, split, made in encoder.entries(work):
-            if isinstance(made, str):
-                writer.fail(key, made)
-                pace.say(f"left out: {made}")
-            else:
-                writer.add(key, split, made)
-            pace.advance()
-            if interrupt.code:
-                break
-        writer.close()
+        with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
+            for key, split, made in encoder.entries(work):
+                if isinstance(made, str):
+                    writer.fail(key, made)
+                    pace.say(f"left out: {made}")
+                else:
+                    writer.add(key, split, made)
+                pace.advance()
+                if interrupt.code:
+                    break
         pace.say(f"{folder}: {writer.count} entries written ({writer.bytes / 1e9:.3g} GB), {work.there} were there")
     return interrupt.code
 

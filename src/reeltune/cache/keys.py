@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reeltune.data.measuring import write_whole
+from reeltune.files import whole_file
 from reeltune.types import Draw, Record
 
 READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
@@ -80,5 +81,6 @@ def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
 
     found = {name: of(path) for name, path in files.items()}
     if len(known) > before:
-        write_whole(remembered, lambda file: file.write(json.dumps(known, indent=1).encode()))
+        with suppress(OSError), whole_file(remembered) as file:  # or they are read again
+            json.dump(known, file, indent=1)
     return found

@@ -5,19 +5,21 @@ shards/00003-00012.safetensors     the twelfth shard of that process; tensors na
 
 A shard is written beside, flushed, renamed; then its line is added to the manifest. Whatever moment a process is
 killed or the disk is full at, what the manifest names is whole, and what it does not name is never read. Processes
-share nothing but the folder: the number of a manifest is taken by whoever creates the file.
+share nothing but the folder: the number of a manifest is taken by whoever creates the file. A lock, empty, keeps
+`prune` from a folder that is being written to.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Set
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
+from reeltune.files import flush_folder, whole_file
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
@@ -61,26 +64,33 @@ def parts(folder: Path) -> list[Path]:
 def read_manifest(folder: Path) -> Manifest:
     """Empty where there is none. A last line without its end was being written when the process was killed.
 
-    Raises UserError for a line that cannot be read, and for a manifest of another version.
+    Raises UserError for lines that cannot be read, and for a manifest of another version.
     """
-    found = Manifest()
+    found, problems = Manifest(), []
     for part in parts(folder):
-        for number, line in enumerate(part.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                continue
+        *lines, _ = part.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-            except ValueError as broken:
-                raise UserError(str(part), f"line {number} is damaged ({broken}); remove the file") from broken
-            if "shard" in row:
-                found.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], row["entries"])
-            elif "failed" in row:
-                found.failed |= row["failed"]
-            elif row["format"] == FORMAT:
-                found.facts.append(row["facts"])
-            else:
-                raise UserError(str(part), f"is of format {row['format']}, and this version reads {FORMAT}")
+                _take(found, json.loads(line))
+            except (ValueError, KeyError, TypeError) as broken:
+                problems.append(
+                    f"line {number} of {part} is damaged or of another version ({broken!r}); remove that file, and "
+                    "reeltune cache encodes again what it named"
+                )
+    refuse(str(folder), problems)
     return found
+
+
+def _take(found: Manifest, row: dict[str, Any]) -> None:
+    """A line's part of the manifest. Raises KeyError, TypeError or ValueError for what is none of ours."""
+    if "shard" in row:
+        found.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], dict(row["entries"]))
+    elif "failed" in row:
+        found.failed |= row["failed"]
+    elif row["format"] == FORMAT:
+        found.facts.append(row["facts"])
+    else:
+        raise ValueError(f"format {row['format']}, and this version reads {FORMAT}")
 
 
 # ---- writing
@@ -89,13 +99,16 @@ def read_manifest(folder: Path) -> Manifest:
 class Writer:
     """Entries gather in memory until they fill a shard. `close` writes what is left.
 
-    Raises UserError if the disk is full or refuses; what the manifest names stays.
+    lock: where the folder's is held already. Raises UserError if the disk is full or refuses; what the manifest names
+    stays.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
-        self.folder, self.facts, self.shard_bytes = folder, facts, shard_bytes
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], shard_bytes: int = SHARD_BYTES, *, lock: IO[str] | None = None
+    ):
+        self.folder, self.facts, self.shard_bytes, self._lock = folder, facts, shard_bytes, lock
         self.count = self.bytes = 0  # written
-        self._manifest: IO[str] | None = None
+        self._manifest: FileIO | None = None
         self._number = 0
         self._clear()
 
@@ -120,79 +133,72 @@ class Writer:
         self._failed[key] = reason
 
     def flush(self) -> None:
-        """Everything added so far is on the disk, and in the manifest."""
-        if not self._entries and not self._failed:
+        """Everything added so far is on the disk, and in the manifest; or forgotten, if it cannot be."""
+        tensors, entries, failed = self._tensors, self._entries, self._failed
+        self._clear()
+        if not entries and not failed:
             return
         try:
             manifest = self._manifest or self._open()
-            if self._entries:
+            if entries:
                 self._number += 1
-                name = f"{Path(manifest.name).stem}-{self._number:05}.safetensors"
-                data = save(self._tensors)
-                write_flushed(self.folder / "shards" / name, data)
+                name = f"{Path(str(manifest.name)).stem}-{self._number:05}.safetensors"
+                data = save(tensors)
+                with whole_file(self.folder / "shards" / name, "wb") as file:
+                    file.write(data)
                 hashed = hashlib.blake2b(data, digest_size=16).hexdigest()
-                _add_line(manifest, {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": self._entries})
-                self.count += len(self._entries)
+                _add_line(manifest, {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": entries})
+                self.count += len(entries)
                 self.bytes += len(data)
-            if self._failed:
-                _add_line(manifest, {"failed": self._failed})
+            if failed:
+                _add_line(manifest, {"failed": failed})
         except OSError as broken:
             raise UserError(
                 "cache_folder",
                 f"{self.folder} cannot be written ({broken.strerror}); nothing in it is lost: make room and run the "
                 "same command again",
             ) from broken
-        self._clear()
 
-    def _open(self) -> IO[str]:
-        """The manifest of this process, locked as long as it lives."""
+    def _open(self) -> FileIO:
+        """The manifest of this process; the folder is locked as long as it is open."""
         for name in ("manifest", "shards"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or _locked(self.folder, fcntl.LOCK_SH)
         number = max((int(path.stem) for path in parts(self.folder)), default=0)
         while True:
             number += 1
             try:
-                manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("x", encoding="utf-8")
+                manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("xb", buffering=0)
             except FileExistsError:  # another process was quicker
                 continue
-            fcntl.flock(manifest, fcntl.LOCK_EX)
-            _flush_folder(self.folder / "manifest")
+            flush_folder(self.folder / "manifest")
             self._manifest = manifest
             _add_line(manifest, {"format": FORMAT, "facts": dict(self.facts)})
             return manifest
 
     def close(self) -> None:
-        self.flush()
-        if self._manifest is not None:
-            self._manifest.close()
+        """Raises as `flush`."""
+        try:
+            self.flush()
+        finally:
+            for file in (self._manifest, self._lock):
+                if file is not None:
+                    file.close()
 
 
-def _add_line(file: IO[str], row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+def _locked(folder: Path, how: int) -> IO[str]:
+    """Locks the folder until the file that this gives is closed: writers share it, `prune` has it alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a")
+    fcntl.flock(file, how)
+    return file
+
+
+def _add_line(file: FileIO, row: Mapping[str, Any]) -> None:
+    left = (json.dumps(row) + "\n").encode()
+    while left:
+        left = left[file.write(left) :]  # unbuffered: what a full disk refuses is not tried again
     os.fsync(file.fileno())
-
-
-def write_flushed(path: Path, data: bytes) -> None:
-    """Whole and on the disk, or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def pack(tensor: Tensor) -> Tensor:
@@ -287,34 +293,33 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
     Wanted entries of a shard with others are copied to a new shard first; a kill at any moment leaves a whole cache.
     Raises UserError if a process is writing to it.
     """
-    locked = [part.open("r+") for part in parts(folder)]
     try:
-        for part in locked:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as broken:
-        if broken.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise UserError("cache_folder", f"a process is writing to {folder}; prune when it is done") from broken
+        lock = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as busy:
+        raise UserError("cache_folder", f"a process is writing to {folder}; prune when it is done") from busy
     before = sum(size_of(path) for path in (folder / "shards").glob("*"))
-    store, writer, stays = Store(folder), Writer(folder, facts), set()
-    for shard in read_manifest(folder).shards.values():
-        kept = [key for key in shard.entries if key in wanted and store.entries.get(key, ("",))[0] == shard.name]
-        if len(kept) == len(shard.entries):
-            stays.add(shard.name)
-            continue
-        for key in kept:
-            writer.add(key, shard.entries[key], store.read(key, shard.entries[key]))
-    writer.close()
-    for part in locked:
-        rows = [json.loads(line) for line in part.read().splitlines(keepends=True) if line.endswith("\n")]
-        rows = [row for row in rows if row.get("shard") in stays or "format" in row]
-        if len(rows) > 1:
-            write_flushed(Path(part.name), "".join(json.dumps(row) + "\n" for row in rows).encode())
-        else:
-            Path(part.name).unlink()
-        part.close()
-    named = read_manifest(folder).shards
-    for path in (folder / "shards").glob("*"):
-        if path.name not in named:
-            path.unlink()
+    store, stays, there = Store(folder), set(), parts(folder)
+    with closing(Writer(folder, facts, lock=lock)) as writer:
+        for shard in read_manifest(folder).shards.values():
+            kept = [key for key in shard.entries if key in wanted and store.entries.get(key, ("",))[0] == shard.name]
+            if len(kept) == len(shard.entries):
+                stays.add(shard.name)
+                continue
+            for key in kept:
+                writer.add(key, shard.entries[key], store.read(key, shard.entries[key]))
+        for key in store.failed.keys() & wanted:
+            writer.fail(key, store.failed[key])
+        writer.flush()
+        for part in there:
+            rows = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+            rows = [row for row in rows if row.get("shard") in stays or "format" in row]
+            if len(rows) > 1:
+                with whole_file(part) as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            else:
+                part.unlink()
+        named = read_manifest(folder).shards
+        for path in (folder / "shards").glob("*"):
+            if path.name not in named:
+                path.unlink()
     return before - sum(size_of(path) for path in (folder / "shards").glob("*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from torch import Tensor
 from reeltune.cache.keys import READING_VERSION, Keys, Split, digest, fingerprints
 from reeltune.cache.store import Store
 from reeltune.data.held_out import fixed_draw
-from reeltune.data.measuring import stamps, write_whole
+from reeltune.data.measuring import stamps
 from reeltune.data.media import MediaError
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.errors import UserError
 from reeltune.families.spec import Family
+from reeltune.files import whole_file
 from reeltune.inputs import Inputs, encode_options
 from reeltune.recipe import Recipe
 from reeltune.types import Draw, Encoded, Record
@@ -143,7 +145,8 @@ def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cac
     found_complete = folder / "complete" / asked
     if not found_complete.is_file() or found_complete.read_text() != there:
         _refuse_missing(folder, keys, store, inputs)
-        write_whole(found_complete, lambda file: file.write(there.encode()))
+        with suppress(OSError), whole_file(found_complete) as file:  # or it is looked at again
+            file.write(there)
     return Cache(store, keys)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from reeltune.data.shapes import SizeRules, Source, centre_crop, frame_indices, frame_window, outcomes
 from reeltune.dice import seed_of
 from reeltune.errors import UserError
 from reeltune.types import Draw, Record, Shape
+
+NAMED = 10  # files that a message names
 
 
 def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int], list[int]]:
@@ -33,6 +35,18 @@ def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int]
     for row, path in enumerate(paths):
         rows[path in held].append(row)
     return rows
+
+
+def refuse_shared(train: Iterable[Record], held_out: Iterable[Record]) -> None:
+    """Raises UserError if a file is in both: what is trained on tells nothing of learning."""
+    both = sorted({record.path for record in train} & {record.path for record in held_out})
+    if both:
+        names = ", ".join(both[:NAMED]) + (", ..." if len(both) > NAMED else "")
+        raise UserError(
+            "validation_data_meta",
+            f"train_data_meta has {len(both)} of its files too: {names}; held-out clips must not be trained on; take "
+            "them out of one of the two",
+        )
 
 
 def fixed_draw(record: Record, row: int, rules: SizeRules) -> Draw:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from reeltune.data.camera import CameraError, read_poses
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure
+from reeltune.files import whole_file
 
 INDEX_VERSION = 1  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring
@@ -56,20 +57,6 @@ def _why_absent(path: str) -> str:
     except OSError as error:
         return f"cannot be opened: {error.strerror}"
     return "was not there a moment ago"
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def measure_files(
@@ -134,7 +121,8 @@ def _load_index(index_dir: Path | None, decode_check: str) -> dict[str, list]:
 def _save_index(index_dir: Path | None, decode_check: str, index: dict[str, list]) -> None:
     if index_dir is not None:
         data = json.dumps(index, separators=(",", ":")).encode()
-        write_whole(_index_path(index_dir, decode_check), lambda file: file.write(data))
+        with whole_file(_index_path(index_dir, decode_check), "wb") as file:
+            file.write(data)
 
 
 def _packed(finding: Finding) -> list | str | None:

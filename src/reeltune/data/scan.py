@@ -6,21 +6,23 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from reeltune.data.lists import rows
-from reeltune.data.measuring import File, Finding, measure_files, stamps, write_whole
+from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
 from reeltune.data.records import Records
 from reeltune.errors import UserError
+from reeltune.files import whole_file
 from reeltune.types import Record
 
-SCAN_VERSION = 1  # raise it when a row is judged otherwise
+SCAN_VERSION = 2  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
 NAMED_ENTRIES = 10  # that a notice names
@@ -47,8 +49,6 @@ def scan(
     max_bad_share: float = 0.05,
     index_dir: Path | None = None,
     workers: int = 1,
-    stride: int = 1,
-    wanted_frames: int = 5,
     seconds_per_file: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
     just_scanned: bool = False,
@@ -58,8 +58,6 @@ def scan(
     needs             what the mode cannot do without, of "control" and "camera"; controls of no use are not opened
     index_dir         where to remember findings; a second start then reads changed files alone
     workers           processes that measure
-    stride            frames of the file from one frame of a clip to the next
-    wanted_frames     frames of the longest training clip; shorter files are named in a notice
     progress          called with (files done, files)
     just_scanned      another process of this run has put it into index_dir: files are not looked at again
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
@@ -71,7 +69,6 @@ def scan(
         raise UserError(str(meta), f"cannot be read: {error.strerror}") from None
     folder = Folder(data_dir, allow_outside_paths)
     options = [SCAN_VERSION, str(meta.absolute()), folder.path, sorted(needs), decode_check, allow_outside_paths]
-    options += [stride, wanted_frames]
     saved = index_dir / f"scan-{_digest(json.dumps(options).encode())}.npz" if index_dir else None
     try:
         found = _load(saved, _digest(data), just_scanned) if saved else None
@@ -87,7 +84,7 @@ def scan(
                 seconds_per_file=seconds_per_file,
                 progress=progress,
             )
-            judge = _Judge(dict(zip(files, findings, strict=True)), stride, wanted_frames)
+            judge = _Judge(dict(zip(files, findings, strict=True)))
             records = Records.of(judge.records(meta, data, folder, needs))
             found = Scan(records, judge.left_out, judge.notices(), len(records) + len(judge.left_out))
             if saved:
@@ -131,10 +128,8 @@ def _files_of(row: Row) -> list[File]:
 class _Judge:
     """Rows and findings to records, left-out rows and notices."""
 
-    def __init__(self, findings: dict[File, Finding], stride: int, wanted_frames: int):
+    def __init__(self, findings: dict[File, Finding]):
         self.findings = findings
-        self.stride = stride
-        self.wanted_frames = wanted_frames
         self.left_out: list[LeftOut] = []
         self._noticed: dict[str, list[int]] = {}  # sentence -> [how many, entries to name...]
         self._seen_files: set[int] = set()  # hashes, which are smaller than the strings
@@ -170,12 +165,7 @@ class _Judge:
             )
 
     def notices(self) -> list[str]:
-        lines = []
-        for sentence, (count, *named) in self._noticed.items():
-            more = ", ..." if count > len(named) else ""
-            entries = f"{count} entries" if count > 1 else "1 entry"
-            lines.append(f"{entries} ({', '.join(map(str, named))}{more}): {sentence}")
-        return lines
+        return [notice_of(count, named, sentence) for sentence, (count, *named) in self._noticed.items()]
 
     def _measured(self, row: Row) -> Measure | None:
         """The row's file. What is wrong with it or with a file beside it is added to the row's problems."""
@@ -203,10 +193,6 @@ class _Judge:
             row.notices.append("width and height are not the file's; the file's own size is used")
         if max(own.height / own.width, own.width / own.height) > LONG_SIDE:
             row.notices.append(f"the picture is longer than {LONG_SIDE:g}:1, and most of it will be cut away")
-        if own.kind == "video" and (own.frames - 1) // self.stride + 1 < self.wanted_frames:
-            row.notices.append(
-                f"the clip has fewer than {self.wanted_frames} frames at stride {self.stride}, and is used as it is"
-            )
 
     def _notice_repeats(self, row: Row) -> None:
         file, use = hash(row.path), hash((row.path, row.text, row.control, row.camera))
@@ -216,6 +202,12 @@ class _Judge:
             row.notices.append("an earlier entry has the same file with another caption or control; both are kept")
         self._seen_files.add(file)
         self._seen_uses.add(use)
+
+
+def notice_of(count: int, entries: Iterable[int], sentence: str) -> str:
+    """What holds of so many entries, of which the first are named."""
+    named = ", ".join(map(str, islice(entries, NAMED_ENTRIES))) + (", ..." if count > NAMED_ENTRIES else "")
+    return f"{count} {'entry' if count == 1 else 'entries'} ({named}): {sentence}"
 
 
 def _compare_control(row: Row, own: Measure, control: Measure | None) -> None:
@@ -251,7 +243,8 @@ def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.
         "paths": np.frombuffer("\0".join(paths).encode(), np.uint8),
         "stamps": stamps_N2,
     }
-    write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    with whole_file(path, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _load(path: Path, digest: str, just_scanned: bool) -> Scan | None:

@@ -43,9 +43,9 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     names = _shards(path)
     for stem in reversed(STEMS):
-        index = path / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        index = read_config(path, f"{stem}.safetensors.index.json")
+        if index:
+            names = sorted(set(index.get("weight_map", {}).values()))
         if (path / f"{stem}.safetensors").is_file():
             names = [f"{stem}.safetensors"]
     refuse(str(path), [f"{name} is missing; download it again" for name in names if not (path / name).is_file()])
@@ -240,14 +240,17 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """The JSON file beside or in `path`; empty if there is none. Raises UserError if it is not JSON."""
+    """The JSON file beside or in `path`; empty if there is none. Raises UserError if it is no table in JSON."""
     file = (path if path.is_dir() else path.parent) / name
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as broken:
-        raise UserError(str(file), f"is not JSON ({broken})") from broken
+        raise UserError(str(file), f"is not JSON ({broken}); download it again") from broken
+    if not isinstance(found, dict):
+        raise UserError(str(file), "is no table of settings; download it again")
+    return found
 
 
 def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
@@ -334,7 +337,7 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     """
     from transformers.utils import logging  # slow, and not every family has such encoders
 
-    files_of(folder)  # tells what is missing
+    peek(folder), read_config(folder)  # the library would end in errors of its own
     mode = _stand_ins.get()
     if mode is not None:
         with mode:
@@ -358,11 +361,21 @@ def load_tokenizer(folder: Path) -> Any:
     """Of the class that its files name. Raises UserError if they are not whole."""
     from transformers import AutoTokenizer
 
+    for file in folder.glob("*.json"):  # some of which the library reads as far as they go
+        read_config(folder, file.name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as broken:
         reason = str(broken).strip().splitlines()[0]
         raise UserError(str(folder), f"is no tokenizer ({reason}); download it again") from broken
+
+
+def load_image_processor(cls: Any, folder: Path) -> Any:
+    """Of a transformers class. Raises UserError if its settings are not there or not whole."""
+    settings = read_config(folder, "preprocessor_config.json")
+    if not settings:
+        raise UserError(str(folder), "no preprocessor_config.json; download it")
+    return cls.from_dict(settings)
 
 
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -72,7 +72,9 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
         parts.extras[name] = weights.load_tokenizer(folder / name)
     if with_picture:
-        parts.extras["image_processor"] = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        parts.extras["image_processor"] = weights.load_image_processor(
+            CLIPImageProcessorPil, folder / "image_processor"
+        )
     return parts
 
 
@@ -170,9 +172,17 @@ def split(net: nn.Module, mesh: DeviceMesh) -> None:
         dist.all_gather(parts, mask_BL.contiguous(), group)
         return text_BLD, timestep_B, torch.cat(parts, 1)
 
+    def with_own_frame(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Blocks take the first frame's tokens from the start of what they are given: here those of this process."""
+        *others, first = inputs
+        held = inputs[0].shape[1]
+        return *others, min(max(first - group.rank() * held, 0), held)
+
     context.split(net, mesh, SPLIT)
     net.register_forward_pre_hook(with_even_text, with_kwargs=True)
     net.context_embedder.register_forward_pre_hook(with_whole_mask)
+    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+        block.register_forward_pre_hook(with_own_frame)
 
 
 def even_text(text_BLD: Tensor, mask_BL: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +247,6 @@ I2V = replace(
     needs={"i2v": ("ref",)},
     caption_sees_picture=True,
     blocks=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
-    split=None,  # its blocks count the first frame's tokens from the start of what they are given
     finish=finish,
 )
 I2V_CONCAT = replace(
@@ -245,7 +254,6 @@ I2V_CONCAT = replace(
     name="hunyuan_video/i2v_concat",
     source="https://huggingface.co/hunyuanvideo-community/HunyuanVideo-I2V-33ch",
     blocks=T2V.blocks,
-    split=T2V.split,
     denoise=partial(denoise, concat=True),
     finish=None,
 )
