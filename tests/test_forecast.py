@@ -143,3 +143,45 @@ def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(tmp_path, 
     assert fused.gradient_bytes == 0 < plain.gradient_bytes
     assert "gradients" not in fused.peaks["step"]
     assert plain.peaks["step"]["gradients"] == plain.gradient_bytes
+
+
+def lean(tmp_path, shape, **settings):
+    (folder := tmp_path / "-".join(f"{name}={value}" for name, value in settings.items())).mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1", width=192, heads=4, layers=6)
+    settings = {"mixed_precision": "bf16", "trainable_modules": ["patch_embedding"], **settings}
+    run = recipe(model, tmp_path, tmp_path / "out", **settings)
+    return rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"})
+
+
+def test_blocks_that_are_swapped_are_on_the_host_and_come_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "ROUND_BYTES", 1)
+    shape = Shape(5, 32, 32)
+    plain, swapped = (lean(tmp_path, shape, blocks_to_swap=n, gradient_checkpointing=True) for n in (0, 6))
+    assert plain.still_blocks == 6
+    assert (plain.swapped_bytes, swapped.swapped_bytes) == (0, 6 * 4 * plain.block_parameters)
+    for phase in plain.peaks:
+        gone = plain.peaks[phase]["still"] - swapped.peaks[phase]["still"]
+        assert gone == swapped.swapped_bytes, phase
+    one = swapped.peaks["forward"]["forward"] - plain.peaks["forward"]["forward"]
+    assert one == pytest.approx(4 * plain.block_parameters, rel=0.2)  # a block at work
+
+
+def test_offloaded_activations_are_on_the_host_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "ROUND_BYTES", 1)
+    monkeypatch.setattr("reeltune.blocks.LEAST_BYTES", 2**10)
+    plain, away = (lean(tmp_path, Shape(9, 64, 96), offload_activations=on) for on in (False, True))
+    assert plain.offloaded_bytes == 0
+    assert away.saved_bytes < 0.2 * plain.saved_bytes
+    assert away.offloaded_bytes > 0.8 * plain.saved_bytes
+    assert away.peaks["backward"]["backward"] > 0  # they are on the device while they are needed
+
+
+def test_devices_that_share_a_clip_have_their_part_of_the_activations(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "ROUND_BYTES", 1)
+    alone, two, four = (lean(tmp_path, Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
+    assert not torch.distributed.is_initialized()
+    blocks = [found.peaks["forward"]["forward"] for found in (alone, two, four)]
+    assert blocks[1] / blocks[0] == pytest.approx(0.5, abs=0.1)
+    assert blocks[2] / blocks[1] == pytest.approx(0.5, abs=0.15)
+    assert two.flops["forward"] / alone.flops["forward"] == pytest.approx(0.5, abs=0.1)
+    assert two.flops["encode"] == alone.flops["encode"]

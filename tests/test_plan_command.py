@@ -1,6 +1,7 @@
 """`reeltune plan` whole: what it prints and draws, that what it offers fits, and what is said when memory runs out."""
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.forecast.main import Machines, forecast
 from reeltune.inputs import choose_family, gather
-from reeltune.settings import build, flat
+from reeltune.settings import build, flat, read
 from small_run import data_set, recipe
 from tiny_wan import tiny_checkpoint
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +98,29 @@ def test_what_is_offered_fits_when_it_is_done(place, toy, tmp_path):
         assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
 
 
+def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path):
+    own = {"pretrained_model_name_or_path": str(toy), "use_ema": False}
+    both, apart, waits = (
+        forecast(run_of(place, tmp_path / "out", **own, **more), Machines(device="1GB"))
+        for more in ({}, {"encode_ahead": False}, {"low_vram": True, "save_in_background": False})
+    )
+    encoding = both.peaks["encode"]["encode"]
+    assert encoding > 0
+    for phase in ("forward", "backward", "step"):
+        assert both.peaks[phase] == {**apart.peaks[phase], "encode": encoding}
+        assert "encode" not in waits.peaks[phase]
+    assert both.peaks["encode"] == apart.peaks["encode"]
+    copies = "copies of what is saved, while it is written"
+    assert both.host_bytes[copies] == 4 * both.rehearsal.trainable + both.rehearsal.state_bytes
+    assert copies not in waits.host_bytes
+    tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")
+    offers = forecast(run_of(place, tmp_path / "out", **own), tight).offers
+    assert {"encode_ahead": False} in [change.settings for offer in offers for change in offer.changes]
+
+
 @pytest.mark.parametrize(
     ("machines", "words"),
-    [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "neither a size such as 48GB nor one of B200")],
+    [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "not one of B200")],
 )
 def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, words):
     with pytest.raises(UserError, match=words):
@@ -128,6 +151,95 @@ def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypat
     forward = found.rehearsal.flops["forward"]
     assert 2 * psi * found.data.buckets[0].tokens * found.batch < forward < 2 * psi * tokens  # text passes some of it
     assert found.rehearsal.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeypatch):
+    """81 frames of 832 x 480, by the recipe made for it; by the plain one no, by far."""
+    unread(monkeypatch)
+    name = "Wan2.1-Fun-V1.1-14B-Control"
+    if not (goldens / "released_keys" / f"{name}.json.gz").is_file():
+        pytest.skip(f"no list of {name}'s tensors")
+    (folder := tmp_path / "model").mkdir()
+    wan_checkpoint(folder, goldens, name)
+    data = data_set(tmp_path / "data", clips=2, stills=0, frames=81)
+    where = {
+        "pretrained_model_name_or_path": str(folder),
+        "train_data_dir": str(data),
+        "train_data_meta": str(data / "metadata_control.json"),
+        "output_dir": str(tmp_path / "out"),
+        "video_sample_stride": 1,
+        "fix_sample_size": [480, 832],
+        "held_out_share": 0.0,
+    }
+    found = forecast(
+        build(read(str(RECIPES / "wan2.1_fun_v1.1_14b_control_80gb.yaml")), where), Machines(device="H100")
+    )
+    assert found.data.buckets[0].tokens == 32760
+    assert found.rehearsal.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
+    assert found.verdict.safe
+    assert found.verdict.need_bytes < 70e9
+    assert found.step_flops["backward"] == pytest.approx(3 * found.step_flops["forward"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "machines", "words"),
+    [
+        ({"context_parallel": 2}, Machines(gpus=3), "gpus is 3 and context_parallel is 2.*give 4"),
+        ({"step_in_backward": True}, Machines(gpus=2), "step_in_backward is True and gpus is 2.*plan for one"),
+        ({}, Machines(throughput_tflops=-3), "throughput is -3 TFLOP/s; it must be more than 0"),
+        ({}, Machines(throughput_tflops=float("nan")), "throughput is nan"),
+        ({}, Machines(throughput_tflops=3, measured=Path("x")), "leave one out"),
+        ({}, Machines(device="0GB"), "not one of B200"),
+        ({}, Machines(measured=Path("none")), r"has no metrics\.jsonl"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_its_remedy(place, tmp_path, settings, machines, words):
+    with pytest.raises(UserError, match=words):
+        forecast(run_of(place, tmp_path / "out", **settings), machines)
+
+
+def spoilt(name, run, folder):
+    """What is wrong with the run, done to copies of its files: flags."""
+    model = shutil.copytree(run.model.pretrained_model_name_or_path, folder / "model")
+    meta, flags = folder / "metadata.json", [f"--pretrained_model_name_or_path={model}"]
+    if name == "no entries":
+        meta.write_text("[]")
+        flags.append(f"--train_data_meta={meta}")
+    elif name == "no weights":
+        (model / "diffusion_pytorch_model.safetensors").unlink()
+    elif name == "config":
+        (model / "config.json").write_text("{")
+    elif name == "no model":
+        shutil.rmtree(model)
+    else:
+        flags += name.split()
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no entries", "metadata.json"),
+        ("no weights", "supported family"),
+        ("config", "is not JSON"),
+        ("no model", "model"),
+        ("--gpus abc", "--gpus: invalid int value: 'abc'"),
+        ("--gpus", "--gpus: expected one argument"),
+        ("--gpus 2 --engine zero9", "zero9"),
+        ("--gpus 2 --engine fsdp --use_came true", "use_came is true and engine is fsdp"),
+        ("--device H10", "'H10', not one of B200"),
+        ("--video_sample_size 100000 --image_sample_size 100000", "GB of pixels before anything"),
+    ],
+)
+def test_bad_inputs_are_told_without_a_traceback(place, tmp_path, capsys, name, words):
+    run = run_of(place, tmp_path / "out", use_ema=False)
+    flags = [word for key, value in flat(run).items() if value not in (None, (), []) for word in as_flag(key, value)]
+    assert cli.main(["plan", *flags, *spoilt(name, run, tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
 
 
 # ---- when memory runs out all the same

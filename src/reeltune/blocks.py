@@ -41,6 +41,10 @@ def to_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor, non_blocking=on_gpu)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
 def offload_activations(net: nn.Module) -> None:
     """What its forward pass keeps for the backward pass waits in the CPU's memory: all tensors of LEAST_BYTES or more
     but the weights, which are on the device anyway."""
@@ -57,7 +61,7 @@ def offload_activations(net: nn.Module) -> None:
 
         def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
             device, tensor = packed
-            return tensor.to(device, non_blocking=True)
+            return to_device(tensor, device)
 
         with saved_tensors_hooks(pack, unpack):
             return forward(*given, **named)

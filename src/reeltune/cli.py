@@ -219,7 +219,7 @@ def _sample(recipe: Recipe) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
     )
@@ -230,7 +230,12 @@ def _plan(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(recipe_help("plan") + "\n" + parser.format_help().partition("\n\n")[2], end="")
         return 0
-    own, rest = parser.parse_known_args(argv)
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as wrong:
+        raise UserError(
+            "plan", f"{wrong.argument_name}: {wrong.message}; reeltune plan --help tells what it takes"
+        ) from wrong
     recipe = recipe_of(rest, "plan")
 
     from reeltune.forecast.main import Machines

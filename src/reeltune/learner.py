@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +65,7 @@ class Learner:
         if engine.context > 1 and family.split is not None:
             family.split(parts.net, engine.context_mesh())
         select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
-        self._save_memory(memory, gradient_checkpointing)
+        self.swapped = self._save_memory(memory, gradient_checkpointing)
         self.plain = engine.shard(parts.net, family.blocks)
         groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
@@ -98,7 +98,8 @@ class Learner:
         parameters = self.parts.net.named_parameters()
         Shared(found).fill(whole(f"weights/{self.names[name]}", weight) for name, weight in parameters)
 
-    def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> None:
+    def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> list[nn.Module]:
+        """Returns the blocks that wait in the CPU's memory."""
         refuse(
             "recipe",
             [
@@ -114,6 +115,7 @@ class Learner:
             recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
         if memory.offload_activations:
             offload_activations(self.parts.net)
+        return swapped
 
     @property
     def counts(self) -> dict[str, int]:

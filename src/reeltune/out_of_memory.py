@@ -49,13 +49,20 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
         yield "low_vram: true, which takes frozen networks off the device"
     if doing == "forward" and not training.gradient_checkpointing:
         yield "gradient_checkpointing: true"
+    whole_on_each = recipe.parallel.engine in (None, "ddp")
+    if doing == "forward" and whole_on_each and not recipe.memory.offload_activations:
+        yield "offload_activations: true"
+    if doing == "encode" and not recipe.memory.vae_tiling:
+        yield "vae_tiling: true"
     if doing == "validate":
         yield "preview_count: 0"
     if doing in ("forward", "step"):
         if model.trained_weights == "fp32" and training.mixed_precision == "bf16":
             yield "trained_weights: bf16_stochastic"
-        if not (optimization.use_8bit_adam or optimization.use_came):
-            yield "use_8bit_adam: true or use_came: true"
+        if not recipe.memory.step_in_backward and whole_on_each:
+            yield "step_in_backward: true, with one device"
+        if not (optimization.use_8bit_adam or optimization.use_came or optimization.use_adafactor):
+            yield "use_8bit_adam: true, use_came: true or use_adafactor: true"
         if optimization.use_ema:
             yield "use_ema: false"
     if doing != "step":

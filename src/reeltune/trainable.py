@@ -34,14 +34,14 @@ def select(
             ("trainable_modules_low_learning_rate", low_rate_patterns),
         )
         for pattern in given
-        if not any(_matches(pattern, name) for name in names.values())
+        if not any(matches(pattern, name) for name in names.values())
     ]
     if unused or not (patterns or low_rate_patterns):
         raise UserError("recipe", unused or "trainable_modules is empty, so nothing would learn; '.' is everything")
     full, low = [], []
     for name, parameter in net.named_parameters():
-        is_low = any(_matches(pattern, names[name]) for pattern in low_rate_patterns)
-        is_full = any(_matches(pattern, names[name]) for pattern in patterns)
+        is_low = any(matches(pattern, names[name]) for pattern in low_rate_patterns)
+        is_full = any(matches(pattern, names[name]) for pattern in patterns)
         parameter.requires_grad_(is_low or is_full)
         if is_low:
             low.append(parameter)
@@ -51,7 +51,7 @@ def select(
     return [group for group in groups if group["params"]]
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     return pattern == "." or pattern in name
 
 

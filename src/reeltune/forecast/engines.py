@@ -45,8 +45,7 @@ def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
     parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": found.number_bytes * share}
     if phase == "step":
         parts["gradients"] += FULL * share  # fp32 gradients of the share that this GPU steps
-    # One is filled while the other is sent (overlap_comm).
-    parts["buckets"] = 2 * found.number_bytes * min(BUCKET, found.trainable)
+    parts["buckets"] = found.number_bytes * BUCKET  # whole, however small the network (stage_1_and_2.py, setup_buckets)
     return parts
 
 

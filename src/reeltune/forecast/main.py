@@ -9,17 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from reeltune.ahead import wanted
 from reeltune.data.plan import Plan
 from reeltune.engine import PEAK_FLOPS
-from reeltune.errors import UserError
+from reeltune.errors import UserError, refuse
 from reeltune.forecast import engines, pace
 from reeltune.forecast.data import DataForecast, forecast_data
 from reeltune.forecast.engines import ENGINES
 from reeltune.forecast.parts import Rehearsal
-from reeltune.forecast.rehearsal import ALL, CHANGES, TRAINED, rehearse
-from reeltune.forecast.verdict import Change, Offer, Verdict, changes, judge, search
-from reeltune.inputs import Inputs, choose_family, gather, size_rules
-from reeltune.recipe import Recipe
+from reeltune.forecast.rehearsal import ALL, CHANGES, SEEN, TRAINED, rehearse
+from reeltune.forecast.verdict import MARGIN, Change, Offer, Verdict, changes, judge, search
+from reeltune.inputs import Inputs, check_split, choose_family, gather, size_rules
+from reeltune.learner import ALONE
+from reeltune.recipe import Parallel, Recipe
 from reeltune.settings import build, flat
 from reeltune.train import steps_of
 from reeltune.types import Draw, Shape
@@ -36,6 +38,8 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
+BESIDE = {"forward", "backward", "step"}  # phases in which the next batch may be encoded
+MOST_TFLOPS = 100_000  # of one device; more is a slip of units
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
 
@@ -52,11 +56,14 @@ class Machines:
     @property
     def size_bytes(self) -> int:
         size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", self.device)
-        if size:
+        if size and float(size[1]) > 0:
             return int(float(size[1]) * GB)
         if self.device in DEVICES:
             return DEVICES[self.device] * GB
-        raise UserError("device", f"{self.device!r} is neither a size such as 48GB nor one of {', '.join(DEVICES)}")
+        raise UserError(
+            "plan",
+            f"device is {self.device!r}, not one of {', '.join(DEVICES)}, nor a size; give one, such as 48GB",
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Forecast:
 def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = lambda _: None) -> Forecast:
     """told: what is being done now. Raises UserError for what training would refuse, and for unknown machines."""
     engine = engines.name_of(recipe.parallel.engine, machines.gpus)
-    check(machines, recipe.parallel.context_parallel)
+    check(recipe, machines)
     family, mode, _ = choose_family(recipe)
     world = machines.gpus // recipe.parallel.context_parallel  # that take samples of their own
     inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * world)
@@ -96,13 +103,19 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
     steps = steps_of(recipe, data.micro_steps)
 
+    known: dict[Any, Rehearsal] = {}
+
     def rehearsed(
         recipe: Recipe, engine: str, draws: list[Draw], phases: Set[str], like: Rehearsal | None
     ) -> Rehearsal:
         if ENGINES[engine].own_copies and recipe.training.mixed_precision != "no":
             recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
         captions = [inputs.train[draw.record].text for draw in draws]
-        return rehearse(recipe, draws, captions, phases=phases, like=like)
+        alike = replace(recipe, parallel=replace(Parallel(), context_parallel=recipe.parallel.context_parallel))
+        key = (alike, draws[0].shape, len(draws), frozenset(phases))
+        if key not in known:  # engines and their numbers of devices share what one device does
+            known[key] = rehearse(recipe, draws, captions, phases=phases, like=like)
+        return known[key]
 
     def first_draws(recipe: Recipe, gpus: int) -> list[Draw]:
         """Of the first rank in the first micro-step, which is the largest."""
@@ -116,7 +129,10 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         """(recipe, devices, settings) with these changes. Raises UserError if they do not go with the rest."""
         settings = {name: value for change in changed for name, value in change.settings.items()}
         gpus = settings.pop("gpus", machines.gpus)
-        return build({**flat(recipe), **settings}), gpus, settings
+        other = build({**flat(recipe), **settings})
+        check(other, replace(machines, gpus=gpus))
+        check_split(family, other.parallel.context_parallel)
+        return other, gpus, settings
 
     def goes(changed: tuple[Change, ...]) -> bool:
         try:
@@ -151,13 +167,18 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: pace.Curve([*sizes], [found.flops.get(phase, 0) for found in sizes.values()])
         for phase in ("encode", "forward", "backward")
     }
-    whole = pace.Curve([*sizes], [sum(found.flops.get(phase, 0) for phase in curves) for found in sizes.values()])
+    together = recipe.parallel.context_parallel  # devices of which each does its part of a clip
+    whole = pace.Curve(
+        [*sizes], [together * sum(found.flops.get(phase, 0) for phase in curves) for found in sizes.values()]
+    )
     mean = {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    candidates = [change for change in changes(recipe, engine, machines.gpus) if goes((change,))]
-    offers = [] if verdict.safe else search(candidates, goes, partial(attempt, base=base), (verdict, base))
+    possible = changes(recipe, engine, machines.gpus, base.still_blocks, tiles=family.vae_tiles)
+    helpful = [change for change in possible if goes((change,)) and could_help(change, verdict, recipe)]
+    candidates = [] if verdict.safe else helpful
+    offers = search(candidates, goes, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
         mode=mode,
@@ -176,27 +197,57 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         host_bytes=host_bytes(recipe, base, draws, family.needs[mode], machines.gpus, kept_back_bytes),
         disk_bytes=disk_bytes(recipe, base, steps, data, len(inputs.train), sizes),
         step_flops=mean,
-        run_flops=sum(mean.values()) * steps * accumulate * world,
+        run_flops=sum(mean.values()) * steps * accumulate * machines.gpus,
         throughput=throughput(machines, whole, len(draws)),
         verdict=verdict,
         offers=offers,
     )
 
 
-def check(machines: Machines, together: int) -> None:
-    """together: devices that share a clip. Raises UserError for machines that there are not."""
+def check(recipe: Recipe, machines: Machines) -> None:
+    """Raises UserError for machines that there are not, and for what so many cannot do."""
     machines.size_bytes  # noqa: B018
-    if machines.gpus < 1:
-        raise UserError("gpus", f"{machines.gpus} devices train nothing; give 1 or more")
-    if machines.gpus % together:
-        raise UserError("gpus", f"{machines.gpus} devices are no whole number of groups of context_parallel {together}")
+    gpus, together, given = machines.gpus, recipe.parallel.context_parallel, machines.throughput_tflops
+    problems = []
+    if gpus < 1:
+        problems.append(f"gpus is {gpus}, and so many devices train nothing; give 1 or more")
+    elif gpus % together:
+        problems.append(
+            f"gpus is {gpus} and context_parallel is {together}, of which gpus must be a multiple; give "
+            f"{-(-gpus // together) * together}, or leave context_parallel out"
+        )
+    if given is not None and not 0 < given < MOST_TFLOPS:
+        problems.append(
+            f"throughput is {given:g} TFLOP/s; it must be more than 0 and less than {MOST_TFLOPS:,}; leave it out "
+            "where it is not known"
+        )
+    if given is not None and machines.measured is not None:
+        problems.append("throughput and measured are both given, and say the same; leave one out")
+    if gpus > 1:
+        problems += [
+            f"{name} is {getattr(recipe.memory, name)} and gpus is {gpus}; devices that train together must have all "
+            "gradients and weights at once; leave it out, or plan for one"
+            for name in ALONE
+            if getattr(recipe.memory, name)
+        ]
+    refuse("plan", problems)
+
+
+def could_help(change: Change, verdict: Verdict, recipe: Recipe) -> bool:
+    """Not, where all that it changes fits already."""
+    passing = (recipe.training.low_vram and "cache_folder" in change.settings) or "vae_tiling" in change.settings
+    return not passing or any(verdict.totals.get(phase, 0) * (1 + MARGIN) > verdict.have_bytes for phase in SEEN)
 
 
 def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
-    """As engines.peaks, of the recipe's engine."""
+    """As engines.peaks, of the recipe's engine; and where the next batch is encoded beside training, that too."""
     parallel = recipe.parallel
     name = engines.name_of(parallel.engine, gpus)
-    return engines.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    peaks, host = engines.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    if wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
+        encoding = peaks.get("encode", {}).get("encode", 0)
+        peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
+    return peaks, host
 
 
 def with_preview(recipe: Recipe, inputs: Inputs) -> bool:
@@ -241,12 +292,22 @@ def host_bytes(
     batch = len(draws) * frames * height * width * per_pixel
     workers = recipe.data.dataloader_num_workers
     frozen = sum(size for name, size in found.weight_bytes.items() if name != "network")
-    kept_back = {"what offload keeps there": gpus * kept_back_bytes} if kept_back_bytes else {}
-    return kept_back | {
-        "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
-        "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
-        * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),
+    waiting = {
+        "what offload keeps there": kept_back_bytes,
+        "activations that wait there": found.offloaded_bytes,
+        "weights of swapped blocks": found.swapped_bytes,
     }
+    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, found)}
+    copies = copies if recipe.output.save_in_background else {}
+    return (
+        {what: gpus * size for what, size in waiting.items() if size}
+        | copies
+        | {
+            "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
+            "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
+            * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),
+        }
+    )
 
 
 def disk_bytes(
@@ -254,8 +315,7 @@ def disk_bytes(
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
     average = 4 * found.trainable if recipe.optimization.use_ema else 0
-    network = found.weight_bytes["network"]
-    one = network + found.state_bytes + average + (network + average if average else 0)
+    one = saved_bytes(recipe, found) + (found.weight_bytes["network"] + average if average else 0)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
     encoded = pace.Curve([*sizes], [rehearsal.encoded_bytes for rehearsal in sizes.values()])
@@ -266,6 +326,12 @@ def disk_bytes(
         f"the {kept} kept, and the next while it is written": one * (kept + 1),
         f"a cache of {clips:,} clips, each in {ways} way{'s' if ways > 1 else ''}, at most": int(mean * clips * ways),
     }
+
+
+def saved_bytes(recipe: Recipe, found: Rehearsal) -> int:
+    """Weights, optimizer state and moving average, each once."""
+    average = 4 * found.trainable if recipe.optimization.use_ema else 0
+    return found.weight_bytes["network"] + found.state_bytes + average
 
 
 def throughput(machines: Machines, batch_flops: pace.Curve, batch_size: int) -> pace.Throughput | None:

@@ -46,6 +46,10 @@ class Rehearsal:
     gradient_bytes: int
     state_bytes: int
     """Of the optimizer."""
+    offloaded_bytes: int
+    """Activations that wait in the machine's own memory."""
+    swapped_bytes: int
+    """Weights of blocks that do."""
     parameters: int
     trainable: int
     number_bytes: int
@@ -54,6 +58,8 @@ class Rehearsal:
     """name -> bytes of the trained network ("network") and of each frozen one."""
     block_parameters: int
     """Of the largest block, which an engine that shards gathers whole."""
+    still_blocks: int
+    """Blocks of which nothing learns."""
     other_parameters: int
     """Outside of blocks."""
     encoded_bytes: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 ROUND_BYTES = 512  # CUDA's allocator gives whole blocks of it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 ELSEWHERE = "elsewhere"  # the part of what is not on the device
+HOST = "host"  # the part of what has left it for the machine's own memory
+AWAY = (ELSEWHERE, HOST)
 WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is told apart, as "casts"
 FACTORIES = ("::empty", "::zeros", "::full", "::rand", "::randn", "::randint")
 VALUED = 2**20  # numbers; tensors made of nothing of more than that are noise or room, and nobody looks at them
@@ -57,8 +59,10 @@ class Tracker(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self._phase = ""
         self._known: dict[int, _Block] = {}  # by the storage's id
-        self._total = 0  # of `live`, but ELSEWHERE
+        self._total = 0  # of `live`, but AWAY
         self._fullest: Counter[str] = Counter()  # phase -> most that it was
+        self._times, self._seen = 1, True
+        self._made: list[_Block] = []  # while it stands for more
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -71,14 +75,34 @@ class Tracker(TorchDispatchMode):
         finally:
             self._phase = before
 
-    def own(self, tensors: Iterable[Tensor], part: str) -> None:
-        """These are `part` from now on, whoever made them. ELSEWHERE: they are not on the device."""
+    def own(self, tensors: Iterable[Tensor], part: str, times: Callable[[Tensor], int] = lambda _: 1) -> None:
+        """These are `part` from now on, whoever made them. ELSEWHERE: they are not on the device.
+
+        times: tensor -> how many such there would be.
+        """
         for tensor in tensors:
             block = self._block(tensor)
             self._add(block.part, -block.size_bytes)
-            block.part = part
+            block.part, block.times = part, max(block.times, times(tensor))
             self._add(part, block.size_bytes)
         self._look()
+
+    def stand_for(self, times: int, *, unseen: bool = False) -> None:
+        """What runs from now on runs so often. unseen: and its moments are none of the fullest."""
+        self._times, self._seen = times, not unseen
+
+    def multiply(self, times: int, part: str | None = None) -> None:
+        """Of what ran last for more, what is still there, of that part or of all, is there so often."""
+        for block in self._made:
+            if id(block.reference()) in self._known and part in (None, block.part):
+                self._add(block.part, -block.size_bytes)
+                block.times = times
+                self._add(block.part, block.size_bytes)
+        self._made.clear()
+        self._look()
+
+    def part_of(self, tensor: Tensor) -> str:
+        return self._block(tensor).part
 
     def rename(self, old: str, new: str) -> None:
         """All that is still there of one part belongs to the other."""
@@ -101,7 +125,7 @@ class Tracker(TorchDispatchMode):
             self.own([out], "casts")
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
-            self.flops[self._phase] += int(formula(*args, **kwargs, out_val=out))
+            self.flops[self._phase] += self._times * int(formula(*args, **kwargs, out_val=out))
         return out
 
     def _made_of_nothing(self, func, args, kwargs) -> Tensor | None:
@@ -117,7 +141,10 @@ class Tracker(TorchDispatchMode):
         key = id(storage)
         if key not in self._known:
             size_bytes = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
-            self._known[key] = _Block(weakref.ref(storage, lambda _: self._gone(key)), self._phase, size_bytes)
+            block = _Block(weakref.ref(storage, lambda _: self._gone(key)), self._phase, size_bytes)
+            self._known[key] = block
+            if self._times > 1 and self._seen:
+                self._made.append(block)
             self._add(self._phase, size_bytes)
             self._look()
         return self._known[key]
@@ -128,15 +155,15 @@ class Tracker(TorchDispatchMode):
 
     def _add(self, part: str, size_bytes: int) -> None:
         self.live[part] += size_bytes
-        if part != ELSEWHERE:
+        if part not in AWAY:
             self._total += size_bytes
 
     def _look(self) -> None:
         """Keeps this moment if it is the fullest of its phase."""
-        if self._phase and self._total > self._fullest[self._phase]:
+        if self._phase and self._seen and self._total > self._fullest[self._phase]:
             self._fullest[self._phase] = self._total
             live = self.live.items()
-            self.peaks[self._phase] = {part: count for part, count in live if count and part != ELSEWHERE}
+            self.peaks[self._phase] = {part: count for part, count in live if count and part not in AWAY}
 
 
 @dataclass
@@ -145,4 +172,9 @@ class _Block:
 
     reference: weakref.ref
     part: str
-    size_bytes: int
+    one_bytes: int
+    times: int = 1  # that it is there
+
+    @property
+    def size_bytes(self) -> int:
+        return self.one_bytes * self.times
