@@ -181,7 +181,8 @@ def test_devices_that_share_a_clip_have_their_part_of_the_activations(tmp_path, 
     alone, two, four = (lean(tmp_path, Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
     assert not torch.distributed.is_initialized()
     blocks = [found.peaks["forward"]["forward"] for found in (alone, two, four)]
-    assert blocks[1] / blocks[0] == pytest.approx(0.5, abs=0.1)
-    assert blocks[2] / blocks[1] == pytest.approx(0.5, abs=0.15)
+    clip = [bytes_ - 2 * blocks[2] + blocks[1] for bytes_ in blocks]  # without what each holds whole, as text
+    assert clip[1] / clip[0] == pytest.approx(0.5, abs=0.1)
+    assert blocks[2] < blocks[1] < 0.7 * blocks[0]
     assert two.flops["forward"] / alone.flops["forward"] == pytest.approx(0.5, abs=0.1)
     assert two.flops["encode"] == alone.flops["encode"]
