@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def writing(given: Recipe) -> float:
     folder = Path(str(given.cache.cache_folder))
     work = Work.of(keys, inputs, Store(folder), rank=0, world=1)
     encoder, opened = Encoder(given, family, mode, inputs, torch.device("cpu")), Opened(inputs)
-    clips = replace(work, null=None, texts={}, items=work.items * 4)
+    clips = replace(work, null=None, texts={})
     batches = [opened[item] for item in clips.items]
 
     def bare() -> None:
@@ -116,17 +117,20 @@ def writing(given: Recipe) -> float:
         writer.close()
 
     list(encoder.of_clip(*batches[0]))  # loads the networks
-    return fastest(bare) / fastest(whole)
+    bare_s, whole_s = by_turns(bare, whole)
+    return bare_s / whole_s
 
 
-def fastest(act: Callable[[], None]) -> float:
-    """Seconds, the least of three times."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        act()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def by_turns(*acts: Callable[[], None], before: Callable[[], None] = lambda: None) -> list[float]:
+    """Seconds of each, the least of ROUNDS; by turns, because other programs use processor and disk too."""
+    seconds: list[list[float]] = [[] for _ in acts]
+    for _ in range(ROUNDS):
+        for act, taken in zip(acts, seconds, strict=True):
+            before()
+            began = time.perf_counter()
+            act()
+            taken.append(time.perf_counter() - began)
+    return [min(taken) for taken in seconds]
 
 
 def forget(folder: Path) -> None:
@@ -158,14 +162,7 @@ def reading(folder: Path) -> tuple[float, float]:
         for i in order:
             joined([Encoded.of(store.read(f"{i:032}", "train"))])
 
-    seconds: dict[Callable[[], None], list[float]] = {plain: [], ours: []}
-    for _ in range(ROUNDS):  # by turns, because other programs use the disk too
-        for read, taken in seconds.items():
-            forget(folder / "shards")
-            began = time.perf_counter()
-            read()
-            taken.append(time.perf_counter() - began)
-    plain_s, ours_s = (min(taken) for taken in seconds.values())
+    plain_s, ours_s = by_turns(plain, ours, before=partial(forget, folder / "shards"))
     return plain_s / ours_s, writer.bytes / ours_s / 1e9
 
 

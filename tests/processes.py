@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -55,18 +55,6 @@ def end(process: subprocess.Popen, limit_seconds: float = LIMIT_SECONDS) -> tupl
     return process.returncode, told
 
 
-def ranks(count: int, *words: str) -> list[subprocess.Popen]:
-    """`python words` in so many processes that know of each other, as launchers start them."""
-    port = str(free_port())
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-
-    def one(rank: int) -> subprocess.Popen:
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        return start([sys.executable, *words], env=environment(**meeting, **place))
-
-    return [one(rank) for rank in range(count)]
-
-
 def ends(processes: list[subprocess.Popen], limit_seconds: float = LIMIT_SECONDS) -> list[tuple[int, str]]:
     """(exit code, what it printed) of each; all are ended if one is not done in time."""
     with ThreadPoolExecutor(len(processes)) as pool:
@@ -111,40 +99,48 @@ class Run:
         return "\n".join(f"---- rank {rank}\n{path.read_text()}" for rank, path in enumerate(self.told))
 
 
-def forked(recipes: list[Recipe], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:
-    """Trains by one recipe after another in the same `count` processes, which print into files in `folder`.
+Work = Recipe | Callable[[], int]  # which returns an exit code
+
+
+def forked(work: Sequence[Work], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:
+    """One thing after another in the same `count` processes, which print into files in `folder`.
 
     before: is called in each, with its rank; a function of a module's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     told = [folder / f"{port}-rank-{rank}.txt" for rank in range(count)]
-    forks = [FORKS.Process(target=_one, args=(rank, count, port, recipes, told[rank], before)) for rank in range(count)]
+    forks = [FORKS.Process(target=_one, args=(rank, count, port, work, told[rank], before)) for rank in range(count)]
     for fork in forks:
         fork.start()
     return Run(forks, told)
 
 
-def _one(rank: int, count: int, port: int, recipes: list[Recipe], told: Path, before: Callable | None) -> None:
+def _one(rank: int, count: int, port: int, work: Sequence[Work], told: Path, before: Callable | None) -> None:
     with told.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    module.report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
     if before is not None:
         before(rank)
-    for recipe in recipes:
-        code = cli.guarded(partial(module.train, recipe))
+    for one in work:
+        code = cli.guarded(partial(_train, one) if isinstance(one, Recipe) else one)
         if code:
             raise SystemExit(code)
 
 
-def train(recipes: list[Recipe], count: int, folder: Path, before: Callable[[int], None] | None = None) -> None:
+def _train(recipe: Recipe) -> int:
+    module.report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
+    return module.train(recipe)
+
+
+def train(work: Sequence[Work], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:
     """As `forked`, to the end."""
-    run = forked(recipes, count, folder, before)
+    run = forked(work, count, folder, before)
     assert run.end() == [0] * count, run.print()
+    return run
 
 
 def hasty(rank: int) -> None:

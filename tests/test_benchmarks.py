@@ -31,7 +31,7 @@ def test_a_missed_goal_is_said(monkeypatch):
     assert set(benchmarks.MODULES) >= {"idle", "engines"}
 
 
-@pytest.mark.golden
+@pytest.mark.golden("released_keys/Wan2.1-Fun-V1.1-14B-Control.json.gz")
 def test_the_networks_of_a_gpu_are_of_released_width(goldens):
     with torch.device("meta"):
         whole = gpu.outline(replace(gpu.SIZES["14b_cut"], layers=40))

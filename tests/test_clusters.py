@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from processes import end, ends, environment, free_port, start
-from reeltune.settings import dump
+from reeltune.settings import dump, settings
 from small_run import data_set, recipe
 from test_compat import ROOT
 
@@ -19,6 +22,32 @@ SRUN = """#!/bin/sh
 for machine in 0 1; do SLURM_NODEID=$machine "$@" & pids="$pids $!"; done
 for pid in $pids; do wait $pid || exit 1; done
 """
+
+
+COMMANDS = [
+    (page.name, found)
+    for page in (ROOT / "README.md", ROOT / "docs/clusters.md", ROOT / "docs/context_parallel.md")
+    for text in re.findall(r"```(?:sh|bash|yaml)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for found in re.findall(
+        r"(?:torchrun|accelerate launch) [^`']+?(?=\n *[a-z]+:|'|\n[^ ]|\Z)", text.replace("\\\n", " ")
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_what_launchers_and_reeltune_are_told_is_known_to_them(page, command):
+    words = shlex.split(re.sub(r"\$\w+", "1", command))
+    parsers = {"torchrun": torchrun_parser, "accelerate": launch_command_parser}
+    told, unknown = parsers[words[0]]().parse_known_args(words[1 + (words[0] == "accelerate") :])
+    assert told.module and told.training_script == "reeltune" and not unknown
+    action, recipe, *flags = told.training_script_args
+    assert action == "train" and recipe.endswith(".yaml")
+    assert {flag.removeprefix("--") for flag in flags if flag.startswith("--")} <= set(settings())
+
+
+def test_there_are_commands_for_all():
+    assert [name for name, _ in COMMANDS].count("clusters.md") == 5
+    assert {"README.md", "clusters.md", "context_parallel.md"} == {name for name, _ in COMMANDS}
 
 
 def block(kind: str, word: str) -> str:

@@ -138,7 +138,8 @@ def test_a_curve_goes_through_what_was_found_and_is_quadratic_between():
 
 def run_folder(folder, seconds, processes=2):
     rows = [{"kind": "step", "step_s": s, "samples": 4, "tokens": 400} for s in seconds]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    half = '{"kind": "step", "step_s": 1'  # of a run that still writes
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half)
     (folder / "run.json").write_text(json.dumps({"processes": processes}))
     return folder
 

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from processes import end, ends, environment, free_port, ranks, start
+from processes import end, ends, environment, free_port, start, train
 from reeltune import compat
 from reeltune.checkpoint import is_shared
 from reeltune.families import weights
@@ -140,23 +141,25 @@ def argv_of(goldens, media, seeds, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(argv_of, seeds, tmp_path_factory):
     """Every command trained in the same two processes, as starting them is what takes long."""
-    folder = tmp_path_factory.mktemp("commands")
-    patch = pytest.MonkeyPatch()
-    files = []
-    for i, name in enumerate(name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"):
+    commands = []
+    for name in [name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]:
         launch, script, _ = printed(seeds, name)
-        told = {"environ": environ_of(launch, patch), "script": script, "argv": argv_of(name)[0]}
+        environ = environ_of(launch, pytest.MonkeyPatch())
         for given in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
-            told["environ"].pop(given, None)
-        files.append(folder / f"{i}.json")
-        files[-1].write_text(json.dumps(told))
-    script = str(Path(__file__).with_name("several_commands.py"))
-    with patch.context() as here:
-        here.chdir(ROOT)
-        ended = ends(ranks(2, script, *map(str, files)), limit_seconds=600)
-    for code, told in ended:
-        assert code == 0, told
-    return ended[0][1]
+            environ.pop(given, None)
+        commands.append(partial(command, environ, script, argv_of(name)[0]))
+    return train(commands, 2, tmp_path_factory.mktemp("commands")).told[0].read_text()
+
+
+def command(environ: dict[str, str], script: str, argv: list[str]) -> int:
+    """In a process that the launcher would have told so."""
+    before = dict(os.environ)
+    os.environ.update(environ)
+    os.chdir(ROOT)
+    code = compat.train(script, argv)
+    os.environ.clear()
+    os.environ.update(before)
+    return code
 
 
 def assert_trained(name: str, out: Path, goldens: Path, world: int = 2):

@@ -25,6 +25,7 @@ LAYERS = (  # from the bottom; a name covers what is below it too
     ("out_of_memory",),
     (
         "train",
+        "apart",
         "learner",
         "validate",
         "sample",

@@ -6,7 +6,7 @@ from every_family import SHOWN
 from reeltune.data.loader import stream
 from reeltune.errors import UserError
 from reeltune.inputs import choose_family, gather
-from reeltune.parallel import Rhythm, rhythm
+from reeltune.parallel import Rhythm, engine_of, rhythm
 from reeltune.train import train
 from reeltune.types import Progress
 from small_run import data_set, recipe
@@ -40,6 +40,16 @@ def test_the_micro_step_is_kept():
     }
     for world, pace in kept.items():
         assert world * pace.parts * pace.batch == pace.group == 8
+
+
+@pytest.mark.parametrize(("engine", "told"), [("zero2", 1), ("fsdp", 1), ("ddp", 0)])
+def test_one_process_with_an_engine_is_told_that_it_deals_out_nothing(engine, told, asked, monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    notices = engine_of(asked("one", engine=engine)).notices
+    assert [f"engine is {engine}, but one process was started" in line for line in notices] == [True] * told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine_of(asked("one", engine=engine)).notices == ()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,26 @@ def test_what_is_offered_fits_when_it_is_done(place, toy, tmp_path):
         assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
 
 
+def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path):
+    own = {"pretrained_model_name_or_path": str(toy), "use_ema": False}
+    both, apart, waits = (
+        forecast(run_of(place, tmp_path / "out", **own, **more), Machines(device="1GB"))
+        for more in ({}, {"encode_ahead": False}, {"low_vram": True, "save_in_background": False})
+    )
+    encoding = both.peaks["encode"]["encode"]
+    assert encoding > 0
+    for phase in ("forward", "backward", "step"):
+        assert both.peaks[phase] == {**apart.peaks[phase], "encode": encoding}
+        assert "encode" not in waits.peaks[phase]
+    assert both.peaks["encode"] == apart.peaks["encode"]
+    copies = "copies of what is saved, while it is written"
+    assert both.host_bytes[copies] == 4 * both.rehearsal.trainable + both.rehearsal.state_bytes
+    assert copies not in waits.host_bytes
+    tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")
+    offers = forecast(run_of(place, tmp_path / "out", **own), tight).offers
+    assert {"encode_ahead": False} in [change.settings for offer in offers for change in offer.changes]
+
+
 @pytest.mark.parametrize(
     ("machines", "words"),
     [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "not one of B200")],

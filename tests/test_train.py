@@ -21,7 +21,7 @@ from reeltune.inputs import with_levels
 from reeltune.interrupt import Interrupt
 from reeltune.recipe import Loss
 from reeltune.settings import dump
-from reeltune.train import refuse_apart, train
+from reeltune.train import train
 from small_run import data_set, recipe
 from tiny_wan import tiny_checkpoint
 
@@ -287,9 +287,3 @@ def test_a_stopwatch_splits_all_of_the_time():
     assert parts["c"] == 0
     assert parts["a"] > parts["b"] > 0
     assert sum(parts.values()) == pytest.approx(watch.marks[-1][1] - watch.marks[0][1])
-
-
-def test_processes_that_found_other_records_are_named():
-    refuse_apart(["a", "a", "a"])
-    with pytest.raises(UserError, match="rank 1, 3 found other records than rank 0"):
-        refuse_apart(["a", "b", "a", "b"])

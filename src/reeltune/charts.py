@@ -9,12 +9,12 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:  # only who draws waits for it
+    from matplotlib.axes import Axes
 
 WHOLE, HALF, THIRD = (12.3, 2.5), (6.0, 2.9), (3.9, 2.3)  # inches of 72 units: one scale for type at each page width
 BINS = 300  # points of a line; longer runs are averaged
@@ -168,6 +168,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 @contextmanager
 def drawing(label: str, size: tuple[float, float], *, xlabel: str = "step") -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on; afterwards the list holds the SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     svg: list[str] = []
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")

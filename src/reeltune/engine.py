@@ -51,7 +51,15 @@ class Engine:
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
         handlers = [InitProcessGroupKwargs(timeout=patience)]
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
+        try:
+            self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
+        except torch.distributed.DistError as missing:
+            world, place = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
+            raise UserError(
+                "launch",
+                f"{world} processes were to meet at {place} and did not within rank_timeout_seconds + 60 "
+                f"({str(missing).splitlines()[0]}); start as many as each is told of: {START}",
+            ) from missing
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world:
             raise UserError(
@@ -65,8 +73,9 @@ class Engine:
                 f"context_parallel is {self.context}, of which the number of processes, {self.world}, is no multiple; "
                 + START,
             )
-        # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is.
-        self.cpu_group = torch.distributed.new_group(timeout=patience, backend="gloo") if self.sharded else None
+        # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is. Without
+        # shares too: processes that were told of different engines must come as far as to compare that.
+        self.cpu_group = torch.distributed.new_group(timeout=patience, backend="gloo") if self.world > 1 else None
         self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from reeltune.errors import UserError, refuse
-from reeltune.launch import Wish, chosen
+from reeltune.launch import START, Wish, chosen
 from reeltune.recipe import Recipe
 from reeltune.rules import broken_rules
 
@@ -16,7 +17,10 @@ def engine_of(recipe: Recipe) -> Wish:
     wish = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
     asked = replace(recipe, parallel=replace(parallel, engine=wish.engine))
     refuse("launch", [line for _, line in broken_rules(asked)])
-    return replace(wish, context=parallel.context_parallel)
+    notices = wish.notices
+    if wish.engine != "ddp" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        notices = *notices, f"engine is {wish.engine}, but one process was started: it has nothing to deal out. {START}"
+    return replace(wish, context=parallel.context_parallel, notices=notices)
 
 
 @dataclass(frozen=True)

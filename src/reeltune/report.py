@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -279,6 +280,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
     return {"chosen": chosen, "left": left}
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Of this package's pages."""
     environment = jinja2.Environment(

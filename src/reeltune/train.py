@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reeltune import checkpoint, report
 from reeltune.ahead import Ahead, wanted
+from reeltune.apart import refuse_apart, refuse_other_records
 from reeltune.cache.wanted import open_cache
 from reeltune.data.loader import stream
 from reeltune.diffusion.loss import Loss, diffusion_loss
@@ -56,6 +57,7 @@ def train(recipe: Recipe) -> int:
 
 def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = ()) -> int:
     """What each of its processes does."""
+    refuse_apart(engine, recipe)
     out = Path(recipe.output.output_dir)
     found = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, found)
@@ -73,7 +75,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     with engine.main_first():  # which scans; the others find what it found
         own = {"show_progress": engine.main, "just_scanned": not engine.main}
         inputs = gather(recipe, family, mode, group=pace.group, **own)
-    refuse_apart(engine.gather(inputs.train.digest()))
+    refuse_other_records(engine, inputs.train)
     cache = open_cache(recipe, family, mode, inputs)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
     transformer = None if found is None or checkpoint.is_shared(found) else found / "transformer"
@@ -204,17 +206,6 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             duties.validate(progress)
         watch.doing("end", progress.step)
     return code
-
-
-def refuse_apart(digests: Sequence[str]) -> None:
-    """Raises UserError where the records of a process, one digest each, are not those of the first."""
-    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if other:
-        raise UserError(
-            "train_data_meta",
-            f"rank {', '.join(map(str, other[:8]))} found other records than rank 0, so they would train apart; give "
-            "all machines the same train_data_dir and train_data_meta, and an output_dir that all of them share",
-        )
 
 
 def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:

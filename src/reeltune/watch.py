@@ -131,11 +131,11 @@ class Watch:
         return f"no sign of life for {seconds:g} s: {_named(lost, told)}" if lost else None
 
     def _late(self, told: dict[int, dict]) -> str | None:
-        """The processes furthest behind, once one has been at the same thing for too long.
+        """The processes furthest behind, once none has come to another thing for too long.
 
         Of those that are at the same, the late one has begun fewer exchanges than those that wait for it in one.
         """
-        if max(one["seconds"] for one in told.values()) <= self.patience_seconds:
+        if min(one["seconds"] for one in told.values()) <= self.patience_seconds:
             return None
         last = min(one["place"] for one in told.values())
         behind = [rank for rank, one in told.items() if one["place"] == last]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from reeltune.ahead import wanted
 from reeltune.data.plan import Plan
 from reeltune.engine import PEAK_FLOPS
 from reeltune.errors import UserError, refuse
@@ -37,6 +38,7 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
+BESIDE = {"forward", "backward", "step"}  # phases in which the next batch may be encoded
 MOST_TFLOPS = 100_000  # of one device; more is a slip of units
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
@@ -173,7 +175,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
     }
-    possible = changes(recipe, engine, machines.gpus, base.still_blocks)
+    possible = changes(recipe, engine, machines.gpus, base.still_blocks, tiles=family.vae_tiles)
     helpful = [change for change in possible if goes((change,)) and could_help(change, verdict, recipe)]
     candidates = [] if verdict.safe else helpful
     offers = search(candidates, goes, partial(attempt, base=base), (verdict, base))
@@ -238,10 +240,14 @@ def could_help(change: Change, verdict: Verdict, recipe: Recipe) -> bool:
 
 
 def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
-    """As engines.peaks, of the recipe's engine."""
+    """As engines.peaks, of the recipe's engine; and where the next batch is encoded beside training, that too."""
     parallel = recipe.parallel
     name = engines.name_of(parallel.engine, gpus)
-    return engines.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    peaks, host = engines.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    if wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
+        encoding = peaks.get("encode", {}).get("encode", 0)
+        peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
+    return peaks, host
 
 
 def with_preview(recipe: Recipe, inputs: Inputs) -> bool:
@@ -291,11 +297,17 @@ def host_bytes(
         "activations that wait there": found.offloaded_bytes,
         "weights of swapped blocks": found.swapped_bytes,
     }
-    return {what: gpus * size for what, size in waiting.items() if size} | {
-        "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
-        "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
-        * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),
-    }
+    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, found)}
+    copies = copies if recipe.output.save_in_background else {}
+    return (
+        {what: gpus * size for what, size in waiting.items() if size}
+        | copies
+        | {
+            "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
+            "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
+            * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),
+        }
+    )
 
 
 def disk_bytes(
@@ -303,8 +315,7 @@ def disk_bytes(
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
     average = 4 * found.trainable if recipe.optimization.use_ema else 0
-    network = found.weight_bytes["network"]
-    one = network + found.state_bytes + average + (network + average if average else 0)
+    one = saved_bytes(recipe, found) + (found.weight_bytes["network"] + average if average else 0)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
     encoded = pace.Curve([*sizes], [rehearsal.encoded_bytes for rehearsal in sizes.values()])
@@ -315,6 +326,12 @@ def disk_bytes(
         f"the {kept} kept, and the next while it is written": one * (kept + 1),
         f"a cache of {clips:,} clips, each in {ways} way{'s' if ways > 1 else ''}, at most": int(mean * clips * ways),
     }
+
+
+def saved_bytes(recipe: Recipe, found: Rehearsal) -> int:
+    """Weights, optimizer state and moving average, each once."""
+    average = 4 * found.trainable if recipe.optimization.use_ema else 0
+    return found.weight_bytes["network"] + found.state_bytes + average
 
 
 def throughput(machines: Machines, batch_flops: pace.Curve, batch_size: int) -> pace.Throughput | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from reeltune.errors import UserError
+from reeltune.report import read_metrics
 
 # Share of a device's peak that large training runs reached, least and best of table 3 in
 # https://arxiv.org/abs/2204.02311 (GPT-3 21 %, Gopher 33 %, Megatron-Turing 30 %, PaLM 46 %).
@@ -64,15 +65,13 @@ def measured(run: Path, batch_flops: Curve, batch_size: int) -> Throughput:
     file, about = run / "metrics.jsonl", run / "run.json"
     if not file.is_file() or not about.is_file():
         raise UserError("measured", f"{str(run)!r} has no metrics.jsonl and run.json; give the output_dir of a run")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["kind"] == "step" and row.get("step_s")][WARM_UP:]
+    columns = [read_metrics(file).steps.get(name, []) for name in ("step_s", "samples", "tokens")]
+    steps = [row for row in zip(*columns, strict=True) if row[0]][WARM_UP:]
     if len(steps) < 2:
         raise UserError("measured", f"{run} has {len(steps)} timed steps after the first {WARM_UP}; let it make 4")
-    gpus = json.loads(about.read_text(encoding="utf-8")).get("processes", 1)
-    taken_s = np.array([row["step_s"] for row in steps])
-    flops = np.array(
-        [row["samples"] / batch_size * batch_flops(row["tokens"] / row["samples"]) / gpus for row in steps]
-    )
+    gpus = json.loads(about.read_text(encoding="utf-8"))["processes"]
+    taken_s = np.array([step_s for step_s, _, _ in steps])
+    flops = np.array([samples / batch_size * batch_flops(tokens / samples) / gpus for _, samples, tokens in steps])
     rate = flops.sum() / taken_s.sum()
     error = CONFIDENCE * (taken_s - flops / rate).std(ddof=1) / math.sqrt(len(steps)) / taken_s.mean()
     told = f"measured in {len(steps)} steps of {run}, within {error:.0%} (95 % band)"

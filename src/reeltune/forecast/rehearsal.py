@@ -46,6 +46,7 @@ CHANGES = {  # setting -> the phases in which it changes more than what is there
     "blocks_to_swap": TRAINED | {"preview"},
     "step_in_backward": TRAINED | {"step"},
     "vae_tiling": SEEN,
+    "encode_ahead": frozenset[str](),
     "offload": frozenset[str](),
     "video_sample_n_frames": TRAINED | SEEN,
     "low_vram": SEEN,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from reeltune.ahead import wanted
 from reeltune.forecast.parts import Rehearsal
 from reeltune.recipe import Recipe
 from reeltune.rules import shown
@@ -114,8 +115,8 @@ ALONE = {"step_in_backward": False, "blocks_to_swap": 0}
 WHOLE = {**dict.fromkeys(STATE, False), "trained_weights": "fp32", "offload_activations": False, **ALONE}
 
 
-def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int) -> Iterator[Change]:
-    """All that this run could change, one by one. still_blocks: of which nothing learns."""
+def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int, *, tiles: bool) -> Iterator[Change]:
+    """All that this run could change, one by one. still_blocks: of which nothing learns. tiles: the VAE has them."""
     training, optimization, memory = recipe.training, recipe.optimization, recipe.memory
     whole_on_each = engine in ("one", "ddp")
     if training.train_batch_size > 1:
@@ -127,6 +128,8 @@ def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int) -> Iterat
         settings = {"cache_folder": f"{recipe.output.output_dir}/cache", "cache_variants": VARIANTS}
         words = f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more"
         yield Change(settings, SAME + 0.2, says(words))
+    if recipe.cache.cache_folder is None and wanted(memory.encode_ahead, on_gpu=True, low_vram=training.low_vram):
+        yield Change({"encode_ahead": False}, SAME + 0.05, says("nothing is encoded while the network trains"))
     if not training.low_vram and recipe.cache.cache_folder is None:
         yield Change({"low_vram": True}, SAME + 0.1, visits)
     if not training.gradient_checkpointing:
@@ -145,7 +148,7 @@ def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int) -> Iterat
     if gpus > 1 and whole_on_each:
         yield Change({"engine": "zero2"}, SAME + 0.4, says("bf16 copies compute; gradients and state are shared out"))
         yield Change({"engine": "fsdp"}, SAME + 0.5, says("weights are gathered block by block in each pass"))
-    if not memory.vae_tiling and recipe.cache.cache_folder is None:
+    if tiles and not memory.vae_tiling and recipe.cache.cache_folder is None:
         yield Change({"vae_tiling": True}, OTHER - 0.1, says("latents differ a little near the seams of tiles"))
     if optimization.use_ema:
         yield Change({"use_ema": False}, OTHER, says("no moving average of the weights"))
