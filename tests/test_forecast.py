@@ -180,8 +180,9 @@ def test_devices_that_share_a_clip_have_their_part_of_the_activations(tmp_path, 
     monkeypatch.setattr(tracker, "ROUND_BYTES", 1)
     alone, two, four = (lean(tmp_path, Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
     assert not torch.distributed.is_initialized()
-    blocks = [found.peaks["forward"]["forward"] for found in (alone, two, four)]
-    assert blocks[1] / blocks[0] == pytest.approx(0.5, abs=0.1)
-    assert blocks[2] / blocks[1] == pytest.approx(0.5, abs=0.15)
-    assert two.flops["forward"] / alone.flops["forward"] == pytest.approx(0.5, abs=0.1)
+    work = [found.flops["forward"] for found in (alone, two, four)]
+    room = [found.peaks["forward"]["forward"] for found in (alone, two, four)]
+    for one, half, quarter in (work, room):  # of what is divided; each has text whole
+        assert (half - quarter) / (one - half) == pytest.approx(0.5, abs=0.1)
+        assert half < 0.7 * one
     assert two.flops["encode"] == alone.flops["encode"]

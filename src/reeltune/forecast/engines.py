@@ -42,9 +42,9 @@ def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
     """bf16 weights whole; fp32 copies, state and gradients shared out (https://arxiv.org/abs/1910.02054, section 5)."""
     share = -(-found.trainable // gpus)
     parts = _computed_in_copies(found, phase)
-    parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": found.number_bytes * share}
+    parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": FULL * share}
     if phase == "step":
-        parts["gradients"] += FULL * share  # fp32 gradients of the share that this GPU steps
+        parts["gradients"] += FULL * share  # once more, in one piece
     parts["buckets"] = found.number_bytes * BUCKET  # whole, however small the network (stage_1_and_2.py, setup_buckets)
     return parts
 

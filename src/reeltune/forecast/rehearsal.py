@@ -348,6 +348,7 @@ def own_state(tracker: Tracker, learner: Learner, times: Times) -> None:
 @contextmanager
 def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times: Times) -> Iterator[None]:
     def arrived(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
         tracker.own([parameter.grad], "gradients", lambda _: times(parameter))
 
     hooks = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
