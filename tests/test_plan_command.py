@@ -180,7 +180,8 @@ def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeyp
     assert found.rehearsal.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
     assert found.verdict.safe
     assert found.verdict.need_bytes < 70e9
-    assert found.step_flops["backward"] == pytest.approx(3 * found.step_flops["forward"], rel=0.05)
+    # Recomputed once, then two products for each of the forward pass; in attention five for its two.
+    assert 3.2 < found.step_flops["backward"] / found.step_flops["forward"] < 3.4
 
 
 @pytest.mark.parametrize(
