@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from reeltune.diffusion.loss import diffusion_loss
 from reeltune.engine import Engine
 from reeltune.forecast import tracker
-from reeltune.forecast.rehearsal import ALL, CHANGES, empty_batch, rehearse
+from reeltune.forecast.rehearsal import ALL, CHANGES, rehearse
+from reeltune.forecast.stand_ins import empty_batch
 from reeltune.inputs import choose_family, encode_options, load_parts
 from reeltune.learner import Learner
 from reeltune.sample import Setup

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from itertools import compress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from reeltune import blocks
 from reeltune.diffusion.loss import Loss, diffusion_loss, settle
 from reeltune.engine import Engine
-from reeltune.errors import UserError
 from reeltune.families import weights
-from reeltune.families.spec import Family, Parts
 from reeltune.forecast import depth
+from reeltune.forecast.holdings import (
+    give_gradients,
+    gradients_owned,
+    host_apart,
+    own_state,
+    own_what_is_there,
+    tensors_in,
+)
 from reeltune.forecast.parts import PHASES, Rehearsal
+from reeltune.forecast.stand_ins import (
+    counts_of,
+    empty_batch,
+    first_of,
+    one_of,
+    renewed,
+    size_bytes,
+    still_matching,
+    tensors_of,
+    weights_of,
+)
 from reeltune.forecast.tracker import ELSEWHERE, HOST, Tracker
 from reeltune.inputs import choose_family, encode_options, load_parts
 from reeltune.learner import Learner
-from reeltune.recipe import Model, Recipe
+from reeltune.recipe import Recipe
 from reeltune.sample import Setup, at_rest
-from reeltune.trainable import matches, released_names, select
-from reeltune.types import Batch, Draw, Encoded, Posterior
+from reeltune.types import Draw, Encoded
 
-MOST_BYTES = 2**34  # of pixels in a step
 RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
 ALL = frozenset(PHASES)
 TRAINED = frozenset({"forward", "backward"})
@@ -79,19 +86,6 @@ def rehearse(
     engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
     with one_of(recipe.parallel.context_parallel) as mesh:
         return _rehearse(engine, mesh, recipe, draws, captions, phases, like, whole)
-
-
-@contextmanager
-def one_of(count: int) -> Iterator[DeviceMesh | None]:
-    """As the first of so many processes that share a clip; the others, with whom it speaks, are not there."""
-    if count == 1:
-        yield None
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    try:
-        yield init_device_mesh("cpu", (1, 1, count), mesh_dim_names=("data", "ring", "ulysses"))
-    finally:
-        dist.destroy_process_group()
 
 
 def _rehearse(
@@ -235,158 +229,6 @@ def _rehearse(
     )
 
 
-def empty_batch(
-    family: Family, mode: str, draws: Sequence[Draw], captions: Sequence[str], stand_ins: AbstractContextManager
-) -> Batch:
-    """Clips of zeros. Those that may be looked at by more than networks have values; the others need none.
-
-    Raises UserError for clips that no machine could read.
-    """
-    (frames, height, width), B, needs = draws[0].shape, len(draws), family.needs[mode]
-    if B * frames * 3 * height * width > MOST_BYTES:
-        raise UserError(
-            "recipe",
-            f"the largest step has {B} x {frames} frames of {width} x {height}, more than {MOST_BYTES / 1e9:.0f} GB of "
-            "pixels before anything is computed; lower the sample sizes, video_sample_n_frames or train_batch_size",
-        )
-    pixels = torch.zeros(B, frames, 3, height, width, dtype=torch.uint8)
-    with stand_ins:
-        return Batch(
-            draws=list(draws),
-            text=list(captions),
-            pixels_BFCHW=pixels,
-            ref_frame_B=torch.zeros(B, dtype=torch.int64),
-            keep={name: torch.ones(B, dtype=torch.bool) for name in ("text", *family.drop)},
-            control_BFCHW=torch.zeros(pixels.shape, dtype=torch.uint8) if "control" in needs else None,
-            camera_BFCHW=torch.zeros(B, frames, 6, height, width) if "camera" in needs else None,
-            mask_BFHW=torch.ones(B, frames, height, width, dtype=torch.bool) if "mask" in needs else None,
-        )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of the whole network."""
-
-    names: dict[str, str]  # ours -> released
-    parameters: int
-    trainable: int
-    network_bytes: int
-    block_parameters: int  # of the largest block
-    other_parameters: int  # outside of blocks
-    still_blocks: int  # of which nothing learns
-
-
-def counts_of(family: Family, parts: Parts, model: Model) -> Counts:
-    """After saying what learns. Raises UserError for patterns that match nothing."""
-    net = parts.net
-    names = released_names(net, partial(family.to_released, config=parts.config))
-    select(net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
-    found = blocks.blocks_of(net, family.blocks)
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in found]
-    whole = sum(weight.numel() for weight in net.parameters())
-    return Counts(
-        names=names,
-        parameters=whole,
-        trainable=sum(weight.numel() for weight in net.parameters() if weight.requires_grad),
-        network_bytes=size_bytes(weights_of(net)),
-        block_parameters=max(sizes),
-        other_parameters=whole - sum(sizes),
-        still_blocks=sum(not any(weight.requires_grad for weight in block.parameters()) for block in found),
-    )
-
-
-def still_matching(model: Model, net: nn.Module, names: dict[str, str]) -> Model:
-    """Without the patterns that match only blocks that were taken out."""
-    left = [names[name] for name, _ in net.named_parameters()]
-
-    def some(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(one for one in patterns if any(matches(one, name) for name in left))
-
-    low = some(model.trainable_modules_low_learning_rate)
-    return replace(model, trainable_modules=some(model.trainable_modules), trainable_modules_low_learning_rate=low)
-
-
-Times = Callable[[Tensor], int]
-
-
-def own_what_is_there(
-    tracker: Tracker, parts: Parts, learner: Learner, batch: Batch, times: Times, *, visiting: bool
-) -> None:
-    """visiting: frozen networks are on the device only while they are borrowed."""
-    tensors = weights_of(parts.net)
-    learning = {id(parameter) for parameter in learner.learning}
-    tracker.own((tensor for tensor in tensors if id(tensor) in learning), "weights", times)
-    tracker.own((tensor for tensor in tensors if id(tensor) not in learning), "still", times)
-    for block in learner.swapped:
-        tracker.own(weights_of(block), ELSEWHERE)
-    tracker.own(parts.null.values(), "batch")
-    tracker.own(tensors_in(vars(batch)), ELSEWHERE)  # in the host's memory until Batch.to
-    if learner.average is not None:
-        for name, average in learner.average.weights.items():
-            count = times(learner.average.trained[name])
-            tracker.own([average], "average", lambda _, count=count: count)
-    for module in parts.frozen.values():
-        tracker.own(weights_of(module), ELSEWHERE if visiting else "frozen")
-    if visiting:
-
-        @contextmanager
-        def borrow(name: str) -> Iterator[nn.Module]:
-            module = parts.frozen[name]
-            tracker.own(weights_of(module), "frozen")
-            yield module
-            tracker.own(weights_of(module), ELSEWHERE)
-
-        parts.borrow = borrow
-
-
-def own_state(tracker: Tracker, learner: Learner, times: Times) -> None:
-    states = learner.optimizer.state_dict()
-    for i, state in states.get("optimizer", states)["state"].items():
-        tracker.own(tensors_in(state), "optimizer", lambda _, i=i: times(learner.learning[i]))
-
-
-@contextmanager
-def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times: Times) -> Iterator[None]:
-    def arrived(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        tracker.own([parameter.grad], "gradients", lambda _: times(parameter))
-
-    hooks = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-def give_gradients(
-    parameters: Sequence[nn.Parameter], tracker: Tracker, times: Times, stand_ins: FakeTensorMode
-) -> None:
-    """As a backward pass would have left them."""
-    for parameter in parameters:
-        with stand_ins:
-            parameter.grad = torch.empty_like(parameter)
-        tracker.own([parameter.grad], "gradients", lambda _, parameter=parameter: times(parameter))
-
-
-@contextmanager
-def host_apart(tracker: Tracker) -> Iterator[None]:
-    """What goes to the machine's own memory is not on the device, though here both are one."""
-    to_host, to_device = blocks.to_host, blocks.to_device
-
-    def gone(tensor: Tensor) -> Tensor:
-        copy = to_host(tensor)
-        tracker.own([copy], HOST)
-        return copy
-
-    def back(tensor: Tensor, device: torch.device) -> Tensor:
-        return tensor.clone() if tracker.part_of(tensor) == HOST else to_device(tensor, device)
-
-    blocks.to_host, blocks.to_device = gone, back
-    try:
-        yield
-    finally:
-        blocks.to_host, blocks.to_device = to_host, to_device
-
-
 def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:
     """A preview's heaviest moments: one denoising pass of one clip, and decoding it."""
     one = first_of(encoded)
@@ -395,50 +237,3 @@ def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:
         x0 = setup.denoise(net, x0, torch.ones(1, device=x0.device), cond)
         del cond
         setup.family.decode(setup.parts, x0)
-
-
-def first_of(encoded: Encoded) -> Encoded:
-    def first(value: Tensor | Posterior) -> Any:
-        return Posterior(value.mean[:1], value.logvar[:1]) if isinstance(value, Posterior) else value[:1]
-
-    cond = {name: first(value) for name, value in encoded.cond.items()}
-    null = {name: value[:1] for name, value in encoded.null.items()}
-    return Encoded(first(encoded.x0), cond, {name: keep_B[:1] for name, keep_B in encoded.keep.items()}, null=null)
-
-
-def renewed(encoded: Encoded, stand_ins: FakeTensorMode) -> Encoded:
-    """The same, its tensors without values made anew, since each loading has its own kind of them."""
-
-    def new(value: Any) -> Any:
-        if isinstance(value, Posterior):
-            return Posterior(new(value.mean), new(value.logvar))
-        if not isinstance(value, FakeTensor):
-            return value
-        with stand_ins:
-            return torch.empty(value.shape, dtype=value.dtype)
-
-    def all_new(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: new(value) for name, value in values.items()}
-
-    keep, null = all_new(encoded.keep), all_new(encoded.null)
-    return Encoded(new(encoded.x0), all_new(encoded.cond), keep, new(encoded.loss_mask), null)
-
-
-def tensors_of(encoded: Encoded) -> list[Tensor]:
-    values = [encoded.x0, *encoded.cond.values()]
-    return [
-        one for value in values for one in ((value.mean, value.logvar) if isinstance(value, Posterior) else (value,))
-    ]
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def weights_of(net: nn.Module) -> list[Tensor]:
-    """Each once, though it may have several names."""
-    return [*net.parameters(), *net.buffers()]
-
-
-def size_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
