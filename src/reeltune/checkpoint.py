@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune import shards
 from reeltune.errors import UserError
+from reeltune.files import flush_folder
 from reeltune.shards import Piece
 from reeltune.types import Progress
 
@@ -146,7 +147,7 @@ def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, 
     if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
         _delete(final)
     partial.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
     for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
         _delete(old)
     return final, size_bytes
@@ -201,14 +202,6 @@ def _flush(folder: Path) -> int:
                 os.fsync(file.fileno())
             size_bytes += path.stat().st_size
         else:
-            _flush_folder(path)
-    _flush_folder(folder)
+            flush_folder(path)
+    flush_folder(folder)
     return size_bytes
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
