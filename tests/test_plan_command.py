@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.errors import UserError
 from reeltune.families import weights
 from reeltune.forecast.main import Machines, forecast
+from reeltune.forecast.page import rounded, write_page
+from reeltune.forecast.verdict import Change, Offer
 from reeltune.inputs import choose_family, gather
 from reeltune.settings import build, flat, read
 from small_run import data_set, recipe
@@ -75,6 +78,23 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     assert drawn.count("<svg") == 2
     assert "It fits." in drawn
     assert "H100" in drawn
+
+
+def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
+    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
+    whole = forecast(run, Machines(device="1GB"))
+    found = replace(
+        whole, offers=[Offer(tuple(Change({name: 1}, 0, str) for name in "ab"), whole.verdict, ("x<", "y"))]
+    )
+    drawn = write_page(found, tmp_path / "plan.html").read_text()
+    assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
+    assert "<td>x&lt;<br>y</td>" in drawn
+    assert [rounded(number) for number in (0.0123456, 5.678, 1834.2, 5621234.0)] == [
+        "0.0123",
+        "5.68",
+        "1,830",
+        "5,620,000",
+    ]
 
 
 def as_flag(name, value) -> list[str]:

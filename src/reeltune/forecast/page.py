@@ -144,17 +144,17 @@ def other_memory(found: Forecast) -> Table:
 def time_table(found: Forecast) -> Table:
     whole = sum(found.step_flops.values())
     rows = [
-        (f"{PHASES[phase]} of a mean micro-step", f"{flops / 1e12:,.3g} TFLOP", f"{flops / whole:.0%}")
+        (f"{PHASES[phase]} of a mean micro-step", f"{rounded(flops / 1e12)} TFLOP", f"{flops / whole:.0%}")
         for phase, flops in found.step_flops.items()
     ]
-    rows.append((f"all {found.steps:,} steps", f"{found.run_flops / 1e15:,.3g} PFLOP", ""))
+    rows.append((f"all {found.steps:,} steps", f"{rounded(found.run_flops / 1e15)} PFLOP", ""))
     note = "No throughput is known for this device: give --throughput or --measured for the time."
     if found.throughput is not None:
         least, most = pace.seconds(found.run_flops, found.throughput, found.machines.gpus)
         told = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
         rows.append(("time for them", told, ""))
         rates = (found.throughput.low, found.throughput.high)
-        told = " to ".join(dict.fromkeys(f"{rate / 1e12:,.3g}" for rate in rates))
+        told = " to ".join(dict.fromkeys(rounded(rate / 1e12) for rate in rates))
         note = f"At {told} TFLOP/s of each device: {found.throughput.source}."
     return Table("Time", ("", "", ""), rows, 1, note)
 
@@ -162,6 +162,11 @@ def time_table(found: Forecast) -> Table:
 def size(count: float) -> str:
     """Bytes in GB, as devices are sold."""
     return f"{count / 1e9:,.1f} GB" if count >= 5e8 else f"{count / 1e6:,.1f} MB"
+
+
+def rounded(number: float) -> str:
+    """To three digits."""
+    return f"{float(f'{number:.3g}'):,.10g}"
 
 
 def span(seconds: float) -> str:
