@@ -51,7 +51,8 @@ def run(model: Path, data: Path, folder: Path, engines: tuple[str, ...], **chang
         torch.set_num_threads(1)
         assert train(recipes["alone"]) == 0
     shared = [made for engine, made in recipes.items() if engine != "alone"]
-    processes.train(shared, 2, folder, limit_seconds=900)
+    started = processes.forked(shared, 2, folder)
+    assert started.end(limit_seconds=900) == [0, 0], started.print()
     files = {engine: folder / engine / "metrics.jsonl" for engine in engines}
     return {engine: [json.loads(line) for line in file.read_text().splitlines()] for engine, file in files.items()}
 

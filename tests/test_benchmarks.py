@@ -1,8 +1,11 @@
 """The page of benchmarks: a section each, in one order, of which some may be written anew."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,14 @@ def test_a_section_is_written_and_the_others_stay(tmp_path):
     assert "load average" in told
     assert re.findall(r"^## (\w+)", told, re.MULTILINE) == ["data_read", "loop", "idle"]
     assert re.findall(r"^\| (\w) \|$", told, re.MULTILINE) == ["b", "d", "c"]
+
+
+def test_every_benchmark_can_be_read_as_it_is_run():
+    read = "import importlib; from benchmarks.__main__ import MODULES; "
+    read += "[importlib.import_module(f'benchmarks.{name}').main for name in MODULES]"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", read], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missed_goal_is_said(monkeypatch):
