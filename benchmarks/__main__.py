@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose files import each other by bare names
-
 from benchmarks import idle
 
 

@@ -18,21 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tests.conftest import BESIDE
-from tests.every_family import pairs
-from tests.small_run import recipe
-from tests.tiny_wan import tiny_checkpoint
 
 from reeltune import families
+from reeltune.cache.entries import keys_of
 from reeltune.cache.fill import Encoder, Opened, Work, fill
 from reeltune.cache.store import Store, Writer, _mapped
-from reeltune.cache.wanted import keys_of
+from reeltune.config.recipe import Recipe
+from reeltune.core.types import Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
-from reeltune.inputs import choose_family, gather
-from reeltune.recipe import Recipe
-from reeltune.train import train
-from reeltune.types import Encoded
+from reeltune.run.inputs import choose_family, gather
+from reeltune.training.loop import train
+from tests.conftest import BESIDE
+from tests.families.every_family import pairs
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import recipe
 
 SIDES, FRAMES, CLIPS, STEPS, WARM_UP = (64, 128), 9, 8, 10, 3
 ENTRIES, ENTRY_MIB = 64, 16  # of the reading: a gigabyte

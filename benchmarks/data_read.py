@@ -18,8 +18,8 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from reeltune.core.types import Crop, Shape
 from reeltune.data.media import read_frames, write_clip
-from reeltune.types import Crop, Shape
 
 CLIPS, CLIP_FRAMES, HEIGHT, WIDTH = 4, 120, 720, 1280
 FRAMES = range(0, 98, 2)  # 49 at stride 2

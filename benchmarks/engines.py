@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tests import processes
-from tests.small_run import data_set, recipe
-from tests.tiny_wan import tiny_checkpoint
 
 from reeltune.families import weights
-from reeltune.train import train
+from reeltune.training.loop import train
+from tests.distributed import processes
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import data_set, recipe
 
 SHARDED = ("fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 GROUP, STEPS, WARM_UP = 4, 16, 4

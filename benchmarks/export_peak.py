@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.peak import Peak
 
-from reeltune.export import export
+from benchmarks.peak import Peak
+from reeltune.export.main import export
 
 NOWHERE = "nowhere"  # without its model, no forward pass: the files alone
 

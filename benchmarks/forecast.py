@@ -8,14 +8,14 @@ import tracemalloc
 from pathlib import Path
 
 from benchmarks.cache import checkpoints
-from tests import test_forecast, test_plan
-from tests.small_run import recipe
-
+from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
-from reeltune.forecast import tracker
-from reeltune.forecast.data import forecast_data
-from reeltune.forecast.rehearsal import ALL, rehearse
-from reeltune.types import Shape
+from reeltune.estimate import memory_tracker
+from reeltune.estimate.epoch import forecast_data
+from reeltune.estimate.fake_step import ALL, rehearse
+from tests.runs import test_estimate
+from tests.runs.small_run import recipe
+from tests.unit import test_plan
 
 ROWS = (10**4, 10**6)
 SHAPE = Shape(9, 64, 96)
@@ -36,9 +36,9 @@ def count_rows(rows: int) -> tuple[float, float]:
 def predicted_over_measured(checkpoint: Path, mode: str, folder: Path) -> float:
     """Of weights, gradients, optimizer state and kept activations together, in bf16 without recomputation."""
     run = recipe(checkpoint, folder, folder / "out", train_mode=mode, mixed_precision="bf16")
-    found = rehearse(run, test_forecast.draws(SHAPE), test_forecast.CAPTIONS, phases=ALL - {"preview"})
+    found = rehearse(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, phases=ALL - {"preview"})
     predicted = found.peaks["step"]["weights"] + found.gradient_bytes + found.state_bytes + found.saved_bytes
-    return predicted / sum(test_forecast.real_step(run, SHAPE).values())
+    return predicted / sum(test_estimate.real_step(run, SHAPE).values())
 
 
 def main() -> dict[str, float]:
@@ -47,12 +47,12 @@ def main() -> dict[str, float]:
         power = len(str(rows)) - 1
         found[f"plan_rows_1e{power}_s"], found[f"plan_rows_1e{power}_gb"] = count_rows(rows)
         print(f"{rows:,} rows: {found[f'plan_rows_1e{power}_s']:.2f} s, {found[f'plan_rows_1e{power}_gb']:.3f} GB")
-    rounded, tracker.ROUND_BYTES = tracker.ROUND_BYTES, 1  # blocks of this allocator
+    rounded, memory_tracker.ROUND_BYTES = memory_tracker.ROUND_BYTES, 1  # blocks of this allocator
     try:
         with tempfile.TemporaryDirectory() as place:
             for name, checkpoint, mode in checkpoints(Path(place)):
                 found[f"plan_memory_{name}"] = predicted_over_measured(checkpoint, mode, Path(place))
                 print(f"{name}: {found[f'plan_memory_{name}']:.4f}")
     finally:
-        tracker.ROUND_BYTES = rounded
+        memory_tracker.ROUND_BYTES = rounded
     return found

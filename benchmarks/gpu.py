@@ -20,15 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import swap_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
-from reeltune.blocks import blocks_of
+from reeltune.config.recipe import Memory, Model, Optimization
+from reeltune.core.types import Encoded, Posterior, Shape
 from reeltune.diffusion.loss import diffusion_loss, settle
-from reeltune.engine import Engine, peak_flops
+from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.families.spec import Parts
 from reeltune.families.wan_fun.family import CONTROL_V1_1 as FAMILY
 from reeltune.families.wan_fun.net import WanFunTransformer
-from reeltune.learner import Learner
-from reeltune.recipe import Memory, Model, Optimization
-from reeltune.types import Encoded, Posterior, Shape
+from reeltune.memory.blocks import blocks_of
+from reeltune.training.learner import Learner
 
 CHANNELS, TEXT, TEXT_WIDTH, IMAGE, IMAGE_WIDTH = 16, 512, 4096, 257, 1280
 ROUNDS, WARM_UP = 6, 3

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from reeltune.core.types import Geometry
 from reeltune.data.plan import Measures, Plan
 from reeltune.data.shapes import SizeRules
-from reeltune.types import Geometry
 
 RANKS = (8, 64, 256, 1024)
 RECORDS, SEED = 200_000, 0

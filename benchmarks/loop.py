@@ -19,17 +19,17 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tests.tiny_wan import tiny_checkpoint
 from torch.nn.functional import mse_loss
 
-from reeltune import train as training
+from reeltune.config.recipe import Data, Model, Optimization, Output, Recipe, Sizes, Training, Validation
+from reeltune.core.types import Batch, Encoded
 from reeltune.data.media import write_clip
 from reeltune.diffusion.loss import gaussian, settle
-from reeltune.engine import Stopwatch
-from reeltune.log import Log
-from reeltune.recipe import Data, Model, Optimization, Output, Recipe, Sizes, Training, Validation
-from reeltune.sample import Setup
-from reeltune.types import Batch, Encoded
+from reeltune.distributed.engine import Stopwatch
+from reeltune.reporting.log import Log
+from reeltune.sampling.sample import Setup
+from reeltune.training import loop as training
+from tests.families.tiny_wan import tiny_checkpoint
 
 FRAMES, SIDE, BATCH = 9, 224, 2
 STEPS, WARM_UP = 34, 4

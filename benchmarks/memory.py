@@ -19,15 +19,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from tests.tiny_wan import tiny_checkpoint
 from torch import nn
 
-from reeltune import blocks, families
-from reeltune.engine import Engine
-from reeltune.fused import StepInBackward
-from reeltune.learner import Learner
-from reeltune.optim import StochasticRounding, build_optimizer
-from reeltune.recipe import Memory, Model, Optimization
+from reeltune import families
+from reeltune.config.recipe import Memory, Model, Optimization
+from reeltune.distributed.engine import Engine
+from reeltune.memory import blocks
+from reeltune.optim.optimizers import StochasticRounding, build_optimizer
+from reeltune.optim.step_in_backward import StepInBackward
+from reeltune.training.learner import Learner
+from tests.families.tiny_wan import tiny_checkpoint
 
 WEIGHTS = ("fp32", "bf16_stochastic")
 OPTIMIZERS = {

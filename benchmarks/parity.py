@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reeltune import families
+from reeltune.core.types import Batch, Encoded, Posterior, Shape
 from reeltune.data import camera
 from reeltune.diffusion import loss as losses
 from reeltune.families import text as captions_to
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import family as wan
-from reeltune.types import Batch, Encoded, Posterior, Shape
 
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings

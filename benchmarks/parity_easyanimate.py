@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
-from benchmarks.parity_hunyuan import MSL, loaded, settings_of, to_u8
 from torch import Tensor, nn
 
+from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
+from benchmarks.parity_hunyuan import MSL, loaded, settings_of, to_u8
+from reeltune.core.types import Posterior
 from reeltune.diffusion import loss as losses
 from reeltune.diffusion.objective import Flow, Objective
 from reeltune.families import latents
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.easyanimate import prompts
 from reeltune.families.spec import Family, Parts
-from reeltune.types import Posterior
 
 MODES = {"control_camera_ref": "control_ref_camera"}  # the reference's name: ours
 OUTLIER = 50.0  # the reference's threshold

@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
 from torch import Tensor
 
+from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
 from reeltune import families
 from reeltune.diffusion import loss as losses
 from reeltune.families.hunyuan_video import family as hunyuan

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from reeltune.rules import ABOVE_ZERO, ANY, DECAYS, RANGES, shown
-from reeltune.settings import Setting, expected, sentences, settings
+from reeltune.config.parse import Setting, expected, sentences, settings
+from reeltune.config.rules import ABOVE_ZERO, ANY, DECAYS, RANGES, shown
 
 HEAD = """\
 # Settings of a run
 
-Written by `make docs` from `src/reeltune/recipe.py`; change it there.
+Written by `make docs` from `src/reeltune/config/recipe.py`; change it there.
 
 A recipe is a flat YAML file of these names. Each is also a flag of `reeltune train`, `check` and `sample`, and a flag
 wins over the file: `--learning_rate 1e-5` or `--learning_rate=1e-5`; a switch may stand alone, `--low_vram`; a list

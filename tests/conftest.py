@@ -26,7 +26,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("file", files or [None], ids=names or ["absent"])
     for name in ("pair", "any_checkpoint", "one_of_a_family"):
         if name in metafunc.fixturenames:
-            from every_family import one_each, pairs  # here: tests without networks need not wait for their libraries
+            from tests.families.every_family import (  # here: tests without networks need not wait for their libraries
+                one_each,
+                pairs,
+            )
 
             goldens = Path(metafunc.config.getoption("--goldens")).resolve()
             found = one_each(goldens) if name == "one_of_a_family" else pairs(goldens, modes=name == "pair")

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from train_start import FIRST_SEED, OBJECTIVE, TOKENS, conditions, window
 
+from reeltune.core.rng import dice, seed_of
 from reeltune.demo.checkpoint import WEIGHTS, shipped, text_encoder, tokenizer, transformer, vae
 from reeltune.demo.clips import scene
-from reeltune.dice import dice, seed_of
 from reeltune.families.text import embed
 from reeltune.families.wan_fun.family import denoise, encode_clip
 from reeltune.families.wan_fun.net import TEXT_LENGTH

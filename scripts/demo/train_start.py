@@ -19,10 +19,10 @@ from pytorch_optimizer import SOAP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reeltune.core.rng import dice, seed_of
 from reeltune.demo.checkpoint import WEIGHTS, shipped, text_encoder, tokenizer, transformer, vae
 from reeltune.demo.clips import FRAMES, SIDE, Scene, draw_scene, scene
 from reeltune.demo.main import TRAINED_FRAMES
-from reeltune.dice import dice, seed_of
 from reeltune.diffusion import denoise
 from reeltune.diffusion.objective import Flow
 from reeltune.families.spec import Parts

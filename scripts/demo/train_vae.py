@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reeltune.core.rng import dice
 from reeltune.demo.clips import draw_scene, scene
-from reeltune.dice import dice
 
 WEIGHTS = Path(__file__).parents[2] / "src/reeltune/demo/weights/vae.safetensors"
 FIRST_SEED = 1_000_000  # scenes of the data set have smaller seeds

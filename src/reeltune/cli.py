@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reeltune.errors import UserError
-from reeltune.recipe import Recipe
-from reeltune.rules import shown
-from reeltune.settings import TRUTH, Setting, build, nearest, read, sentences, settings
+from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentences, settings
+from reeltune.config.recipe import Recipe
+from reeltune.config.rules import shown
+from reeltune.core.errors import UserError
 
 USAGE = """\
 usage: reeltune COMMAND ...
@@ -170,13 +170,13 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def _train(recipe: Recipe) -> int:
-    from reeltune.train import train
+    from reeltune.training.loop import train
 
     return train(recipe)
 
 
 def _check(recipe: Recipe) -> int:
-    from reeltune.check import check
+    from reeltune.estimate.check import check
 
     for line in check(recipe):
         print(line)
@@ -190,14 +190,14 @@ def _cache(recipe: Recipe) -> int:
 
 
 def _verify(recipe: Recipe) -> int:
-    from reeltune.cache.care import verify
+    from reeltune.cache.maintenance import verify
 
     print(verify(recipe))
     return 0
 
 
 def _prune(recipe: Recipe) -> int:
-    from reeltune.cache.care import prune
+    from reeltune.cache.maintenance import prune
 
     print(prune(recipe))
     return 0
@@ -211,7 +211,7 @@ def _cache_command(argv: Sequence[str]) -> int:
 
 
 def _sample(recipe: Recipe) -> int:
-    from reeltune.sample import sample_clips
+    from reeltune.sampling.sample import sample_clips
 
     for path in sample_clips(recipe):
         print(path)
@@ -238,8 +238,8 @@ def _plan(argv: Sequence[str]) -> int:
         ) from wrong
     recipe = recipe_of(rest, "plan")
 
-    from reeltune.forecast.main import Machines
-    from reeltune.forecast.page import tell
+    from reeltune.estimate.main import Machines
+    from reeltune.estimate.page import tell
 
     tell(recipe, Machines(own.gpus, own.device, own.throughput, own.measured), own.html)
     return 0
@@ -257,7 +257,7 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="folder of the run (output_dir)")
     wanted = parser.parse_args(argv)
 
-    from reeltune.report import write
+    from reeltune.reporting.report import write
 
     if not wanted.run.is_dir():
         raise UserError("report", f"{str(wanted.run)!r} is no folder; give the output_dir of a run")
@@ -289,7 +289,7 @@ def _export(argv: Sequence[str]) -> int:
 
 def exported(checkpoint: Path, out: Path, **settings: Any) -> int:
     """Prints what was written and proven. Returns the exit code."""
-    from reeltune.export import export
+    from reeltune.export.main import export
 
     for line in export(checkpoint, out, **settings):
         print(line)

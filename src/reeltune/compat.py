@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reeltune.cli import REQUIRED, exported, flags, guarded, size
-from reeltune.recipe import Recipe, TrainMode
-from reeltune.settings import build
+from reeltune.config.parse import build
+from reeltune.config.recipe import Recipe, TrainMode
 
 notices = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
     def act() -> int:
         recipe = recipe_of(script, sys.argv[1:] if argv is None else argv)
 
-        from reeltune.train import train
+        from reeltune.training.loop import train
 
         return train(recipe)
 

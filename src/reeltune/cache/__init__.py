@@ -2,6 +2,6 @@
 
 keys      what an entry is known by: everything that it was made of
 store     the folder: shards, and the manifest that says what is in them
-wanted    the entries that a recipe asks for; reading them in training
+entries   the entries that a recipe asks for; reading them in training
 fill      `reeltune cache`: making those that are not there
 """

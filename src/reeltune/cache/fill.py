@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from reeltune.cache.entries import Item, keys_of, splits, wanted, ways
 from reeltune.cache.keys import Keys, Split
-from reeltune.cache.pace import Pace
+from reeltune.cache.progress import Pace
 from reeltune.cache.store import Store, Tensors, Writer
-from reeltune.cache.wanted import Item, keys_of, splits, wanted, ways
+from reeltune.config.recipe import Recipe
+from reeltune.core.interrupt import Interrupt
+from reeltune.core.types import Batch, Described
 from reeltune.data.camera import CameraError
 from reeltune.data.loader import Reader, collate, read_ahead
 from reeltune.data.media import MediaError
-from reeltune.engine import place_in_launch
+from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
-from reeltune.inputs import Inputs, choose_family, encode_options, gather, load_parts
-from reeltune.interrupt import Interrupt
-from reeltune.recipe import Recipe
-from reeltune.types import Batch, Described
+from reeltune.run.inputs import Inputs, choose_family, encode_options, gather, load_parts
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 

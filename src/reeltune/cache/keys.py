@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reeltune.files import whole_file
-from reeltune.types import Draw, Record
+from reeltune.core.files import whole_file
+from reeltune.core.types import Draw, Record
 
 READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
 Split = Literal["train", "held_out"]

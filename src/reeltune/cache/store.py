@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reeltune.errors import UserError, refuse
-from reeltune.files import flush_folder, whole_file
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.files import flush_folder, whole_file
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most

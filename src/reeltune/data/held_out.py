@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
+from reeltune.core.errors import UserError
+from reeltune.core.rng import seed_of
+from reeltune.core.types import Draw, Record, Shape
 from reeltune.data.shapes import SizeRules, Source, centre_crop, frame_indices, frame_window, outcomes
-from reeltune.dice import seed_of
-from reeltune.errors import UserError
-from reeltune.types import Draw, Record, Shape
 
 NAMED = 10  # files that a message names
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reeltune.errors import UserError
+from reeltune.core.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".csv")
 COLUMNS = ("file_path", "text")  # that a CSV header must name

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from reeltune.core.errors import UserError
+from reeltune.core.rng import dice
+from reeltune.core.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.masks import draw_mask
 from reeltune.data.media import MediaError, read_frames
 from reeltune.data.plan import Plan
-from reeltune.dice import dice
-from reeltune.errors import UserError
-from reeltune.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
 T = TypeVar("T")

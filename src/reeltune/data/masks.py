@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from reeltune.dice import seed_of
-from reeltune.types import MaskLaw, Shape
+from reeltune.core.rng import seed_of
+from reeltune.core.types import MaskLaw, Shape
 
 MOST_GIVEN = 4  # frames given at an end of the clip
 

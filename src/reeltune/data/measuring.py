@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from reeltune.core.files import whole_file
 from reeltune.data.camera import CameraError, read_poses
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure
-from reeltune.files import whole_file
 
 INDEX_VERSION = 1  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring

@@ -23,7 +23,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from reeltune.types import Crop, Kind, Shape
+from reeltune.core.types import Crop, Kind, Shape
 
 DecodeCheck = Literal["ends", "full", "header"]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reeltune.core.types import Kind
 from reeltune.data.lists import Misshapen, kind_of
 from reeltune.data.records import Records
-from reeltune.types import Kind
 
 __all__ = ["Folder", "LeftOut", "Problem", "Records", "Row", "check_row", "shown"]
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from reeltune.core.rng import dice, permutation, seed_of, uniform
+from reeltune.core.types import Draw, Kind, Record, Shape
 from reeltune.data.shapes import (
     BUCKETS,
     SQUARE,
@@ -27,8 +29,6 @@ from reeltune.data.shapes import (
     rungs_for,
     shapes_of,
 )
-from reeltune.dice import dice, permutation, seed_of, uniform
-from reeltune.types import Draw, Kind, Record, Shape
 
 # Steps of two sequences over [0, 1) whose pairs fill the square evenly, however many are taken: the plastic number's
 # inverse and its square (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences/).

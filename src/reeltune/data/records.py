@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from reeltune.types import Record
+from reeltune.core.types import Record
 
 _NUMBERS = {
     "entry": np.int64,

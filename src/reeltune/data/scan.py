@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from reeltune.core.errors import UserError
+from reeltune.core.files import whole_file
+from reeltune.core.types import Record
 from reeltune.data.lists import rows
 from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
 from reeltune.data.records import Records
-from reeltune.errors import UserError
-from reeltune.files import whole_file
-from reeltune.types import Record
 
 SCAN_VERSION = 2  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do

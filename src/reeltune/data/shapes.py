@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from reeltune.types import Crop, Geometry, Kind, Shape, SizeLaw
+from reeltune.core.types import Crop, Geometry, Kind, Shape, SizeLaw
 
 # Aspect buckets: height / width -> pixels at side 512. Nearness is measured to the two-decimal key, as released.
 BUCKETS: dict[float, tuple[int, int]] = {

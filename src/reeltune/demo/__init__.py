@@ -1,0 +1,1 @@
+"""A small real run, made here in a few minutes."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from reeltune.core.rng import dice
+from reeltune.core.types import Kind
 from reeltune.data.media import write_clip
-from reeltune.dice import dice
-from reeltune.types import Kind
 
 Point = tuple[float, float]
 

@@ -10,14 +10,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from reeltune import report
-from reeltune.agreement import write_agreement
 from reeltune.cache.fill import fill
+from reeltune.config.recipe import Cache, Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
+from reeltune.core.errors import UserError
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
-from reeltune.errors import UserError
-from reeltune.recipe import Cache, Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
-from reeltune.train import train
+from reeltune.demo.edge_agreement import write_agreement
+from reeltune.reporting import report
+from reeltune.training.loop import train
 
 TRAINED_FRAMES = 13  # of the 17 that a clip has
 RANDOM = "its weights were random, the VAE's too, so that previews are not to be recognised; the losses are real"

@@ -1,0 +1,1 @@
+"""Noise in, loss out: the objective that trains and samples."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reeltune.dice import seed_of
+from reeltune.core.rng import seed_of
+from reeltune.core.types import Encoded, Posterior
 from reeltune.diffusion.objective import Objective
-from reeltune.types import Encoded, Posterior
 
 Cond = dict[str, Tensor]
 Denoise = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]

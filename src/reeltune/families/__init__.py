@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from reeltune.errors import UserError
+from reeltune.core.errors import UserError
 from reeltune.families.spec import Family
 
 MODULES = {  # each has find(folder, settings) -> Family | None

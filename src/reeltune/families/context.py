@@ -14,7 +14,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from reeltune.errors import UserError
+from reeltune.core.errors import UserError
 
 
 def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from reeltune.core.types import Batch, Posterior
 from reeltune.diffusion.loss import gaussian
 from reeltune.families.latents import to_cells
-from reeltune.types import Batch, Posterior
 
 
 def condition(

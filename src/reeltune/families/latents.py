@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reeltune.types import Posterior
+from reeltune.core.types import Posterior
 
 
 def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reeltune.core.errors import refuse
 from reeltune.diffusion.objective import Ddpm, Flow, Objective
-from reeltune.errors import refuse
 from reeltune.families import weights
 
 DDPM = ("DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")

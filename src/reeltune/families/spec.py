@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 from reeltune.diffusion.objective import Objective
-from reeltune.errors import UserError
-from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 
 
 @dataclass

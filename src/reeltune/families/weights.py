@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reeltune.errors import UserError, refuse
+from reeltune.core.errors import UserError, refuse
 
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files in a folder, as diffusers and transformers name them
 SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")

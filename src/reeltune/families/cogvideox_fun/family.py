@@ -17,13 +17,13 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Ddpm
-from reeltune.errors import UserError
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
 from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.text import embed_padded
-from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "CogVideoXTransformer3DModel"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")

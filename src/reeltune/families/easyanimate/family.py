@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.errors import UserError, refuse
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Loading, Parts
-from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)

@@ -30,13 +30,13 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.errors import UserError
 from reeltune.families import context, schedule, weights
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
-from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)

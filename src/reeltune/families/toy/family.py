@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, interpolate, silu
 
-from reeltune.dice import seed_of
+from reeltune.core.rng import seed_of
+from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
 from reeltune.families import weights
 from reeltune.families.spec import Family, Loading, Parts
-from reeltune.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 
 GEOMETRY = Geometry(time_stride=4, space_stride=8, patch=2, channels=3)
 TEXT = 16  # width of a text vector

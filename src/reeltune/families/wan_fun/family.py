@@ -22,14 +22,14 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.errors import UserError
 from reeltune.families import context, text, weights
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Family, Loading, Parts
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
-from reeltune.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 
 MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from reeltune.errors import refuse
+from reeltune.core.errors import refuse
 from reeltune.families import weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer

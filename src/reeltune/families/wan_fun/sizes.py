@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import CLIPVisionConfig, UMT5Config
 
-from reeltune.errors import UserError, refuse
+from reeltune.core.errors import UserError, refuse
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
 State = dict[str, Tensor]

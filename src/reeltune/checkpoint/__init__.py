@@ -1,0 +1,1 @@
+"""A checkpoint's folder and state."""

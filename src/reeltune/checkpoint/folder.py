@@ -1,0 +1,207 @@
+"""A checkpoint is a folder `checkpoint-N`: written beside, renamed when whole; `progress.json` is its last file.
+
+transformer/          the trained network under its released names, loadable by the original tools
+transformer_ema/      its moving average, if kept
+optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
+shares/               in place of these, where several processes share the weights: what each of them keeps
+ledger.npz            times each record was used
+progress.json         step, epoch, cursor, group; without it the folder is not a checkpoint
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+from reeltune.core.errors import UserError
+from reeltune.core.files import flush_folder
+from reeltune.core.types import Progress
+from reeltune.distributed import sharded_io
+from reeltune.distributed.sharded_io import Piece
+
+SHARES = "shares"
+NAME = re.compile(r"checkpoint-(\d+)$")
+PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
+
+
+def complete(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest step first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
+    return sorted((path for path in found if (path / "progress.json").is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = NAME.match(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def find(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from: `latest` in output_dir, or a folder by path or by name.
+
+    None if nothing was asked for, or `latest` of a run that has none yet.
+    Raises UserError for a path that is no complete checkpoint.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        return next(reversed(complete(output_dir)), None)
+    for path in (Path(wanted), Path(output_dir) / wanted):
+        if (path / "progress.json").is_file():
+            return path
+    have = ", ".join(path.name for path in complete(output_dir)) or "none"
+    raise UserError(
+        "resume",
+        f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint (a folder with progress.json); "
+        f"complete ones in {output_dir}: {have}; or use latest",
+    )
+
+
+def save(
+    output_dir: Path,
+    progress: Progress,
+    *,
+    write_weights: Callable[[Path], None],
+    optimizer_state: dict,
+    write_more: Callable[[Path], None],
+    keep: int | None,
+) -> tuple[Path, int]:
+    """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, bytes).
+
+    Raises UserError if the disk is full or refuses; what was there before stays as it was.
+    """
+    with _partial(output_dir, progress.step, main=True) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        torch.save(optimizer_state, partial / "optimizer.pt")
+        write_more(partial)
+        return _finish(partial, progress, keep)
+
+
+def save_shares(
+    output_dir: Path,
+    progress: Progress,
+    pieces: Iterable[Piece],
+    group: ProcessGroup,
+    *,
+    write_more: Callable[[Path], None],
+    keep: int | None,
+) -> tuple[Path, int] | None:
+    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps. The first of them
+    does what is to be done once: write_more is called there alone, and what is returned, in it alone, is the whole's.
+    """
+    main = dist.get_rank(group) == 0
+    with _partial(output_dir, progress.step, main=main) as partial:
+        sharded_io.write(partial / SHARES, pieces, group)  # makes the folder, and returns once all have written
+        if not main:
+            return None
+        write_more(partial)
+        return _finish(partial, progress, keep)
+
+
+def _folder(output_dir: Path, step: int) -> Path:
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+@contextmanager
+def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
+    """Where to make a folder and write a checkpoint into it; the main process removes it if that fails."""
+    final = _folder(output_dir, step)
+    partial = Path(output_dir) / f".{final.name}.partial"
+    try:
+        yield partial
+    except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        causes = [broken]
+        if isinstance(broken, CheckpointException):  # of all processes
+            causes = [cause for cause, _ in broken.failures.values()]
+        if not any(map(_is_disk_error, causes)):
+            raise
+        last = next(reversed(complete(output_dir)), None)
+        raise UserError(
+            "save",
+            f"{final.name} could not be written ({causes[0]}); free space in {output_dir}, or bring it back, and run "
+            f"again with resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
+        ) from broken
+
+
+def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, int]:
+    """Progress, the new name, and the end of older ones. Returns (folder, bytes)."""
+    final = _folder(partial.parent, progress.step)
+    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    size_bytes = _flush(partial)
+    if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
+        _delete(final)
+    partial.rename(final)
+    flush_folder(final.parent)
+    for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
+        _delete(old)
+    return final, size_bytes
+
+
+def _delete(checkpoint: Path) -> None:
+    """Its mark of being whole first, so that a kill in between leaves nothing that seems to be."""
+    (checkpoint / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+# ---- reading
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def load(checkpoint: Path) -> dict:
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
+    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def is_shared(checkpoint: Path) -> bool:
+    """Whether several processes wrote it."""
+    return (checkpoint / SHARES).is_dir()
+
+
+def sweep(output_dir: Path) -> None:
+    """Deletes what a kill in the middle of a save left behind."""
+    for path in Path(output_dir).glob(".checkpoint-*.partial"):
+        if PARTIAL.match(path.name):
+            shutil.rmtree(path)
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """torch and safetensors wrap the operating system's error in their own, with its words."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+    lost = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN}
+    if isinstance(error, OSError) and error.errno in full | lost:
+        return True
+    words = str(error)
+    return any(os.strerror(number) in words for number in full | lost) or "file write failed" in words
+
+
+def _flush(folder: Path) -> int:
+    """Everything in it reaches the disk. Returns its size in bytes."""
+    size_bytes = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            size_bytes += path.stat().st_size
+        else:
+            flush_folder(path)
+    flush_folder(folder)
+    return size_bytes

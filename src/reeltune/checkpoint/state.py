@@ -1,0 +1,125 @@
+"""What a checkpoint holds, by released name, whichever engine wrote it; read by whichever engine goes on from it.
+
+Names of tensors: weights/NAME, optimizer/NAME/KEY, average/NAME.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltune.checkpoint.folder import SHARES
+from reeltune.core.errors import refuse
+from reeltune.distributed import sharded_io
+from reeltune.distributed.ddp import numbers
+from reeltune.distributed.sharded_io import Piece
+from reeltune.families import weights
+
+OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimizer's state
+
+
+class Shared:
+    """A checkpoint that several processes wrote."""
+
+    def __init__(self, checkpoint: Path):
+        self.folder = checkpoint / SHARES
+        self._metadata = sharded_io.metadata_of(self.folder)
+        self.sizes = sharded_io.sizes(self._metadata)
+        outline = json.loads((self.folder / OUTLINE).read_text())
+        self.shapes: dict[str, list[int]] = outline["shapes"]
+        self._scalars: dict[str, dict[str, float]] = outline["scalars"]
+        self._keys: dict[str, list[str]] = {}
+        for name in self.sizes:
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                of, _, key = rest.rpartition("/")
+                self._keys.setdefault(of, []).append(key)
+
+    @staticmethod
+    def write_outline(
+        partial: Path, shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        (partial / SHARES / OUTLINE).write_text(json.dumps({"shapes": shapes, "scalars": scalars}) + "\n")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sizes
+
+    def keys(self, name: str) -> list[str]:
+        """The kinds of optimizer state of that weight's shape."""
+        return self._keys.get(name, [])
+
+    def scalars(self, name: str) -> dict[str, float]:
+        """What of its optimizer state is one number."""
+        return self._scalars.get(name, {})
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Raises UserError naming what is not held, or is of another size."""
+        sharded_io.read(self.folder, pieces, self._metadata)
+
+    def weights(self, *, average: bool = False) -> Weights:
+        """By released name; with `average` those of the moving average, where there are."""
+        held = {name: f"average/{name}" for name in self.shapes if average and f"average/{name}" in self}
+        return Weights(self, {name: held.get(name, f"weights/{name}") for name in self.shapes})
+
+
+class Weights(Mapping[str, Tensor]):
+    """Each read whole, as stored, when asked for; `outline` has them on the meta device."""
+
+    def __init__(self, shared: Shared, held: Mapping[str, str]):
+        self._shared, self._held = shared, held
+        self.outline = {name: self._empty(name, "meta") for name in held}
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        _, dtype = self._shared.sizes[self._held[name]]
+        return torch.empty(self._shared.shapes[name], dtype=dtype, device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        kept = self._empty(name, "cpu")
+        self._shared.fill([sharded_io.whole(self._held[name], kept)])
+        return kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Whole:
+    """A checkpoint that one process wrote. learning: the released names in the order of the optimizer's parameters."""
+
+    def __init__(self, checkpoint: Path, state: Mapping[str, Any], learning: Sequence[str], names: Mapping[str, str]):
+        self.where = str(checkpoint)
+        self._state = {learning[i]: held for i, held in state["optimizer"]["state"].items()}
+        self._tensors = {f"weights/{name}": w for name, w in weights.read(checkpoint / "transformer").items()}
+        for name, held in self._state.items():
+            self._tensors |= {f"optimizer/{name}/{key}": held[key] for key in self._elementwise(name)}
+        for name, average in (state["average"] or {}).items():
+            self._tensors[f"average/{names[name]}"] = average
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def _elementwise(self, name: str) -> list[str]:
+        shape = self._tensors[f"weights/{name}"].shape
+        state = self._state.get(name, {})
+        return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
+
+    def keys(self, name: str) -> list[str]:
+        return self._elementwise(name)
+
+    def scalars(self, name: str) -> dict[str, float]:
+        return numbers(self._state.get(name, {}))
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Raises UserError naming what is not held."""
+        wanted = list(pieces)
+        refuse(self.where, [f"{piece.name} is missing" for piece in wanted if piece.name not in self._tensors])
+        for piece in wanted:
+            held_N = self._tensors[piece.name].reshape(-1)
+            piece.values_N.copy_(held_N[piece.start : piece.start + piece.values_N.numel()])

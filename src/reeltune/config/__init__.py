@@ -1,0 +1,1 @@
+"""A run as the user wrote it: fields, rules, parsing. (no torch)"""

@@ -1,0 +1,242 @@
+"""What the values of a Recipe may be, alone and together.  (no torch)"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from reeltune.config.recipe import Recipe
+
+ANY = math.inf
+RANGES: dict[str, tuple[float, float]] = {  # least and greatest
+    "held_out_share": (0, 0.5),
+    "max_bad_share": (0, 1),
+    "text_drop_ratio": (0, 1),
+    "video_repeat": (0, ANY),
+    "dataloader_num_workers": (0, ANY),
+    "video_sample_n_frames": (1, ANY),
+    "video_sample_stride": (1, ANY),
+    "video_sample_size": (16, ANY),  # one patch of 2 cells of 8 pixels
+    "image_sample_size": (16, ANY),
+    "token_sample_size": (16, ANY),
+    "train_batch_size": (1, ANY),
+    "gradient_accumulation_steps": (1, ANY),
+    "num_train_epochs": (1, ANY),
+    "max_train_steps": (1, ANY),
+    "seed": (0, ANY),
+    "vae_mini_batch": (0, ANY),
+    "gradient_checkpointing_share": (0, 1),
+    "blocks_to_swap": (0, ANY),
+    "cache_variants": (0, ANY),
+    "motion_sub_loss_ratio": (0, 1),
+    "learning_rate": (0, ANY),
+    "lr_warmup_steps": (0, ANY),
+    "lr_num_cycles": (1, ANY),
+    "adam_weight_decay": (0, ANY),
+    "initial_grad_norm_ratio": (1, ANY),
+    "abnormal_norm_clip_start": (1, ANY),
+    "checkpointing_steps": (1, ANY),
+    "checkpoints_total_limit": (1, ANY),
+    "logging_steps": (1, ANY),
+    "validation_steps": (1, ANY),
+    "preview_count": (0, ANY),
+    "preview_steps": (1, ANY),
+    "guidance_scale": (0, ANY),
+    "held_out_levels": (1, ANY),
+    "context_parallel": (1, ANY),
+}
+ABOVE_ZERO = (
+    "rank_timeout_seconds",
+    "video_sample_fps",
+    "logit_std",
+    "loss_outlier_threshold",
+    "lr_power",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
+OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
+DEALT_OUT = {"keep_gathered": ("fsdp",), "offload": ("zero2", "zero3", "fsdp")}  # switch -> engines that have it
+DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
+STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
+
+
+def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(fields concerned, what is wrong with its rule and remedy), one by one."""
+    values = {name: value for section in vars(recipe).values() for name, value in vars(section).items()}
+    defaults = {name: value for section in vars(Recipe()).values() for name, value in vars(section).items()}
+
+    def out_of_range(name: str, rule: str) -> tuple[tuple[str], str]:
+        return (name,), f"{name} is {values[name]}; it must be {rule}; the default is {shown(defaults[name])}"
+
+    for name, (least, greatest) in RANGES.items():
+        if values[name] is not None and not least <= values[name] <= greatest:
+            rule = f"at least {least}" if greatest == ANY else f"between {least} and {greatest}"
+            yield out_of_range(name, rule)
+    for name in ABOVE_ZERO:
+        if values[name] is not None and not values[name] > 0:
+            yield out_of_range(name, "more than 0")
+    for name in DECAYS:
+        if not 0 <= values[name] < 1:
+            yield out_of_range(name, "at least 0 and less than 1")
+    yield from _together(recipe)
+
+
+def shown(value: object) -> str:
+    """A value as it is written in a recipe."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "empty"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "empty"
+
+
+def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, sizes, validation = recipe.model, recipe.data, recipe.sizes, recipe.validation
+    optimization = recipe.optimization
+    if not model.trainable_modules and not model.trainable_modules_low_learning_rate:
+        yield ("trainable_modules",), "trainable_modules is empty, so nothing would learn; write . for everything"
+    if model.add_full_ref_image_in_self_attention and model.train_mode not in (None, "control_ref"):
+        yield (
+            ("add_full_ref_image_in_self_attention", "train_mode"),
+            f"add_full_ref_image_in_self_attention is true and train_mode is {model.train_mode}; only control_ref "
+            "has such a reference picture; leave one of the two out",
+        )
+    if model.trained_weights == "bf16_stochastic" and recipe.training.mixed_precision != "bf16":
+        yield (
+            ("trained_weights", "mixed_precision"),
+            f"trained_weights is bf16_stochastic and mixed_precision is {recipe.training.mixed_precision}; weights in "
+            "bf16 are computed with in bf16; set mixed_precision to bf16, or trained_weights to fp32",
+        )
+    if recipe.cache.cache_folder is not None and not recipe.cache.cache_variants:
+        yield (
+            ("cache_folder", "cache_variants"),
+            f"cache_folder is {recipe.cache.cache_folder} and cache_variants is 0; it keeps a fixed number of ways in "
+            "which a clip is read; set cache_variants, to 1 for pictures and clips of one window, to 4 for longer ones",
+        )
+    if data.validation_data_meta is not None and data.held_out_share:
+        yield (
+            ("validation_data_meta", "held_out_share"),
+            f"validation_data_meta is {data.validation_data_meta} and held_out_share is {data.held_out_share}; "
+            "held-out clips come from one of them; leave the other out",
+        )
+    if sizes.fix_sample_size is not None:
+        if min(sizes.fix_sample_size) < 16:
+            yield (
+                ("fix_sample_size",),
+                f"fix_sample_size is {shown(sizes.fix_sample_size)}; height and width must be at least 16 pixels; "
+                "give both, as 480 832",
+            )
+        if sizes.random_ratio_crop:
+            yield (
+                ("fix_sample_size", "random_ratio_crop"),
+                "fix_sample_size and random_ratio_crop are both given; a fixed size leaves no ratio to draw; "
+                "leave one of the two out",
+            )
+    by_budget = sizes.random_hw_adapt and sizes.training_with_video_token_length and sizes.fix_sample_size is None
+    if by_budget and sizes.video_sample_size > sizes.image_sample_size:
+        yield (
+            ("video_sample_size", "image_sample_size"),
+            f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
+            "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
+        )
+    yield from _dealt_out(recipe)
+    optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
+    if len(optimizers) > 1:
+        yield (
+            tuple(optimizers),
+            f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
+        )
+    yield from _lean(recipe)
+    if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
+        yield (
+            ("uniform_sampling", "weighting_scheme"),
+            f"uniform_sampling is true and weighting_scheme is {recipe.loss.weighting_scheme}; each is a density of "
+            "noise levels; leave one of the two out",
+        )
+    rules = optimization.lr_step_rules
+    if (rules is not None) != (optimization.lr_scheduler == "piecewise_constant"):
+        yield (
+            ("lr_step_rules", "lr_scheduler"),
+            f"lr_step_rules is {shown(rules)} and lr_scheduler is {optimization.lr_scheduler}; lr_step_rules and "
+            "piecewise_constant need each other; give both or neither",
+        )
+    if rules is not None and not STEP_RULES.fullmatch(rules):
+        yield (
+            ("lr_step_rules",),
+            f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
+        )
+    prompts, paths = len(validation.validation_prompts), len(validation.validation_paths)
+    if paths and paths != prompts:
+        yield (
+            ("validation_prompts", "validation_paths"),
+            f"validation_prompts has {prompts} and validation_paths {paths}; each prompt has one path; give as many",
+        )
+
+
+def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with ways of saving memory."""
+    training, memory, optimization = recipe.training, recipe.memory, recipe.optimization
+    if memory.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
+        yield (
+            ("gradient_checkpointing_share", "gradient_checkpointing"),
+            f"gradient_checkpointing_share is {memory.gradient_checkpointing_share} and gradient_checkpointing is "
+            "false; it is a share of what that recomputes; set gradient_checkpointing to true",
+        )
+    if memory.step_in_backward:
+        reasons = {
+            "gradient_accumulation_steps": (
+                training.gradient_accumulation_steps > 1,
+                "it keeps no gradients to add to; use 1, or leave step_in_backward out",
+            ),
+            "mixed_precision": (
+                training.mixed_precision == "fp16",
+                "whose loss scale is known only when all gradients are there; use bf16",
+            ),
+        }
+        values = vars(training)
+        for name, (wrong, reason) in reasons.items():
+            if wrong:
+                yield (name, "step_in_backward"), f"step_in_backward is true and {name} is {values[name]}; {reason}"
+    if memory.encode_ahead and training.low_vram:
+        yield (
+            ("encode_ahead", "low_vram"),
+            "encode_ahead and low_vram are true; the one has encoders at work while the network trains, the other has "
+            "them off the device then; leave one of the two out",
+        )
+    if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
+        yield (
+            ("max_grad_norm", "abnormal_norm_clip_start"),
+            f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
+            "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
+        )
+
+
+def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with an engine that deals out weights or optimizer state."""
+    engine, optimization = recipe.parallel.engine, recipe.optimization
+    if engine is None:
+        return
+    for name, engines in DEALT_OUT.items():
+        if getattr(recipe.parallel, name) and engine not in engines:
+            known = " or ".join(engines)
+            yield (name, "engine"), f"{name} is true and engine is {engine}; it is of {known}; use one, or leave it out"
+    if engine == "ddp":
+        return
+    wholes = {
+        "mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16"),
+        "use_8bit_adam": (optimization.use_8bit_adam, "true", "leave it out: the state is dealt out already"),
+        "trained_weights": (recipe.model.trained_weights == "bf16_stochastic", "bf16_stochastic", "use fp32"),
+        "use_adafactor": (optimization.use_adafactor, "true", "use AdamW, or engine ddp"),
+        "offload_activations": (recipe.memory.offload_activations, "true", "use gradient_checkpointing, or engine ddp"),
+    }
+    if engine == "fsdp":
+        wholes["use_came"] = (optimization.use_came, "true", "use AdamW, or engine ddp")
+    else:
+        start = optimization.abnormal_norm_clip_start
+        wholes["use_ema"] = (optimization.use_ema, "true", "use engine fsdp or ddp")
+        wholes["abnormal_norm_clip_start"] = (start is not None, shown(start), "use engine fsdp or ddp")
+    for name, (given, value, remedy) in wholes.items():
+        if given:
+            yield (name, "engine"), f"{name} is {value} and engine is {engine}, which has no such thing; {remedy}"

@@ -1,0 +1,1 @@
+"""Types, errors, files, chance, signals: what every room stands on. (no torch)"""

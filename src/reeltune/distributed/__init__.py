@@ -1,0 +1,1 @@
+"""How processes share a run: engines, launches, the watchdog."""

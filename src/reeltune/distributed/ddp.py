@@ -1,0 +1,121 @@
+"""One process, DDP and FSDP: torch's optimizer on the network's own parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from reeltune.distributed.sharded_io import Piece, share, whole
+
+
+class Direct:
+    """`net` is what to call in training; under DDP every process has all of it, under FSDP each its share.
+
+    accelerator: accelerate's, which knows the devices and fp16's loss scale.
+    """
+
+    def __init__(self, accelerator: Any, net: nn.Module, optimizer: Any, *, ddp: bool):
+        self.accelerator, self.plain = accelerator, net
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.ddp = None
+        if ddp:
+            devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+            # Some parameters are unused in some modes, such as ref_conv without full_ref.
+            self.ddp = DistributedDataParallel(net, device_ids=devices, find_unused_parameters=True)
+        self.net = net if self.ddp is None else Called(net, self.ddp)
+        is_torch = isinstance(optimizer, torch.optim.Optimizer)  # others step without a loss scale
+        self.optimizer = accelerator.prepare_optimizer(optimizer) if is_torch else optimizer
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds gradients. DDP exchanges them only at the last micro-step of a step; FSDP, which keeps no more than its
+        share of them, always."""
+        with contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync():
+            self.accelerator.backward(loss)
+
+    def step(
+        self,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        soften: Callable[[list[nn.Parameter], Tensor], None] | None = None,
+    ) -> Tensor:
+        """Clips to max_norm, steps and clears the gradients. Returns their norm before clipping, still on the device.
+
+        soften: what is done with clipped gradients, given their parameters and that norm, before the step.
+        """
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if soften is not None:
+            soften(parameters, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    # ---- what this process keeps
+
+    def make_state(
+        self,
+        names: Mapping[str, str],
+        keys: Callable[[str], list[str]],
+        scalars: Callable[[str], Mapping[str, float]],
+    ) -> None:
+        """Optimizer state, all zero, of the kinds that each parameter is said to have; names: ours -> released."""
+        for name, parameter in self._learning():
+            filled = {key: torch.zeros_like(parameter) for key in keys(names[name])}
+            if filled:
+                told = {key: torch.tensor(value) for key, value in scalars(names[name]).items()}
+                self._inner.state[parameter] = filled | told
+
+    def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
+        """Weights and optimizer state, views of what trains."""
+        for name, parameter in self.plain.named_parameters():
+            yield self._piece(f"weights/{names[name]}", parameter)
+        for name, parameter in self._learning():
+            for key, value in self._inner.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    yield self._piece(f"optimizer/{names[name]}/{key}", value)
+
+    def scalars(self, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Released name -> what its optimizer state has that is one number."""
+        states = ((name, self._inner.state.get(parameter, {})) for name, parameter in self._learning())
+        return {names[name]: numbers(state) for name, state in states if state}
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, w) for name, w in self.plain.named_parameters() if w.requires_grad)
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        return piece(name, tensor, self.rank, self.world)
+
+
+class Called:
+    """A network as its family sees it: called through what wraps it in training, all else its own."""
+
+    def __init__(self, plain: nn.Module, call: Callable):
+        self._plain, self._call = plain, call
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+
+def piece(name: str, tensor: Tensor, rank: int, world: int) -> Piece:
+    """What this process keeps of a tensor, dealt out or not."""
+    if not isinstance(tensor, DTensor):
+        return whole(name, tensor)
+    return share(name, tensor.to_local(), tensor.shape, rank, world)
+
+
+def numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """What of an optimizer's state is one number."""
+    return {key: float(value) for key, value in state.items() if not isinstance(value, Tensor) or value.ndim == 0}

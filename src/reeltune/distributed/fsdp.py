@@ -1,0 +1,47 @@
+"""Weights, gradients and optimizer state dealt out over the processes: torch's fully_shard (FSDP, version 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from reeltune.core.errors import refuse
+
+
+def shard(
+    net: nn.Module,
+    blocks: Sequence[str],
+    *,
+    device: torch.device,
+    world: int,
+    dtype: torch.dtype,
+    keep_gathered: bool,
+    offload: bool,
+) -> None:
+    """Deals out every block of these class names, then the rest of `net`, in place; parameters become DTensors.
+
+    Blocks are gathered in `dtype`, to which the network autocasts anyway; the rest, and all gradients, in fp32.
+    Raises UserError for a class name that the network has not.
+    """
+    held = sorted({type(module).__name__ for module in net.modules()})
+    nearest = [name for name in held if name.endswith("Block")] or held
+    refuse(
+        "launch",
+        [
+            f"{name} is no class in this network, to wrap by; it has {', '.join(nearest)}"
+            for name in blocks
+            if name not in held
+        ],
+    )
+    mesh = init_device_mesh(device.type, (world,))
+    offload_policy = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
+    reshard = not keep_gathered
+    cast = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in list(net.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=cast, offload_policy=offload_policy, reshard_after_forward=reshard)
+    fully_shard(net, mesh=mesh, offload_policy=offload_policy, reshard_after_forward=reshard)

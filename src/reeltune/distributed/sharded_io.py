@@ -1,0 +1,145 @@
+"""Tensors written by all processes at once, in torch's distributed checkpoint format.
+
+Every tensor is flattened, and each process writes the pieces that it keeps. A reader asks for other pieces: another
+number of processes, another engine, or one process that wants a tensor whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from reeltune.core.errors import refuse
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start` on of a flattened tensor of `total` elements."""
+
+    name: str
+    values_N: Tensor  # a view of what trains: reading fills it
+    start: int
+    total: int
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values_N.numel()]))
+
+
+def whole(name: str, tensor: Tensor) -> Piece:
+    """All of a tensor that this process alone keeps, or keeps as all others do. It must be contiguous."""
+    return Piece(name, tensor.detach().view(-1), 0, tensor.numel())
+
+
+def share(name: str, local: Tensor, shape: torch.Size, rank: int, world: int) -> Piece:
+    """What a process keeps of a tensor of that shape whose rows are dealt out as torch.chunk does."""
+    rows = -(-shape[0] // world) * rank
+    per_row = shape.numel() // shape[0]
+    return Piece(name, local.detach().view(-1), min(rows, shape[0]) * per_row, shape.numel())
+
+
+def write(folder: Path, pieces: Iterable[Piece], group: ProcessGroup | None) -> None:
+    """All processes of `group` call this; None: this one alone. Empty pieces are left out."""
+    held = {piece.name: piece for piece in pieces if piece.values_N.numel()}
+    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    dcp.save(
+        held,
+        storage_writer=writer,
+        planner=_Writing(flatten_state_dict=False),
+        process_group=group,
+        no_dist=group is None,
+    )
+
+
+def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None) -> None:
+    """Fills the pieces; each process reads for itself. Raises UserError naming what is missing or of another size.
+
+    metadata: as `metadata_of` gives it, where it has been read before.
+    """
+    wanted = {piece.name: piece for piece in pieces if piece.values_N.numel()}
+    reader = _Known(folder, metadata or metadata_of(folder))
+    entries = reader.read_metadata().state_dict_metadata
+    held = {name: entries[name].size.numel() for name in wanted if name in entries}
+    refuse(
+        str(folder),
+        [
+            f"{name} is {f'{held[name]} elements' if name in held else 'missing'}; the network has {piece.total}"
+            for name, piece in wanted.items()
+            if held.get(name) != piece.total
+        ],
+    )
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads in one process
+        dcp.load(wanted, storage_reader=reader, planner=_Reading(), no_dist=True)
+
+
+def metadata_of(folder: Path) -> Metadata:
+    """What is held, and where it lies: as large as the checkpoint has pieces."""
+    return dcp.FileSystemReader(folder).read_metadata()
+
+
+def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
+    """Elements and dtype of every tensor in it."""
+    entries = metadata.state_dict_metadata
+    return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in entries.items()}
+
+
+class _Known(dcp.FileSystemReader):
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        return self._metadata
+
+
+class _Writing(dcp.DefaultSavePlanner):
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
+        self.state_dict, self.is_coordinator = state_dict, is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([self._item(piece) for piece in self.state_dict.values()])
+        return self.plan
+
+    @staticmethod
+    def _item(piece: Piece) -> WriteItem:
+        properties = TensorProperties.create_from_tensor(piece.values_N)
+        data = TensorWriteData(chunk=piece.chunk, properties=properties, size=torch.Size([piece.total]))
+        return WriteItem(MetadataIndex(piece.name, piece.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.state_dict[write_item.index.fqn].values_N
+
+
+class _Reading(dcp.DefaultLoadPlanner):
+    def set_up_planner(self, state_dict, metadata: Metadata | None = None, is_coordinator=False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        entries = self.metadata.state_dict_metadata
+        pieces = self.state_dict.items()
+        found = [create_read_items_for_chunk_list(name, entries[name], [piece.chunk]) for name, piece in pieces]
+        return LoadPlan([item for items in found for item in items])
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        values_N = self.state_dict[read_item.dest_index.fqn].values_N
+        return values_N.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: what was read lies in place."""

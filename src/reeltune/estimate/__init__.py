@@ -1,0 +1,1 @@
+"""`plan` and `check`: what a run will see, take and cost."""

@@ -1,0 +1,107 @@
+"""What an epoch is made of, from the measurements alone: sizes, tokens, what is cut off, repeated or left out.
+
+Counted over whole arrays, so that a million clips take seconds.  (no torch)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt
+
+import numpy as np
+
+from reeltune.core.types import Geometry, Shape
+from reeltune.data.plan import Measures, Plan
+from reeltune.data.shapes import ROUNDING, SizeRules, sampled_step
+
+CUT = 0.01  # share of a picture that may go by rounding to whole patches without its being called cropped
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """All samples of one shape."""
+
+    shape: Shape
+    samples: int
+    micro_steps: int
+    tokens: int  # of one sample
+
+    @property
+    def aspect(self) -> str:
+        """Width to height, in small whole numbers near it."""
+        near = Fraction(self.shape.width, self.shape.height).limit_denominator(16)
+        return f"{near.numerator}:{near.denominator}"
+
+    @property
+    def side(self) -> int:
+        """Pixels of the square of the same area."""
+        return isqrt(self.shape.height * self.shape.width)
+
+
+@dataclass(frozen=True)
+class DataForecast:
+    """The first epoch. Shares are of its samples."""
+
+    buckets: list[Bucket]  # most tokens first
+    samples: int
+    micro_steps: int
+    step_tokens: tuple[float, float, float]
+    """Of an optimizer step over all processes: mean, 95th percentile, most."""
+    cropped: float
+    picture_lost: float  # mean share of the picture that cropping takes
+    repeated: float
+    footage_s: float
+
+
+def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate: int = 1) -> DataForecast:
+    """Counts over all micro-steps of `plan`, which is of these records."""
+    shapes, which, record, repeated = plan.outline()
+    group = record.shape[1]
+    tokens = np.array([rules.geometry.tokens(shape) for shape in shapes])
+    micro_steps = np.bincount(which, minlength=len(shapes))
+    buckets = [
+        Bucket(shape, int(count) * group, int(count), int(each))
+        for shape, count, each in zip(shapes, micro_steps, tokens, strict=True)
+        if count
+    ]
+    per_micro = tokens[which] * group
+    whole = len(per_micro) - len(per_micro) % accumulate or len(per_micro)
+    per_step = np.add.reduceat(per_micro[:whole], np.arange(0, whole, accumulate))
+    lost = picture_lost(records, rules, shapes, which, record)
+    return DataForecast(
+        buckets=sorted(buckets, key=lambda bucket: -bucket.tokens),
+        samples=record.size,
+        micro_steps=len(which),
+        step_tokens=(float(per_step.mean()), float(np.percentile(per_step, 95)), float(per_step.max())),
+        cropped=float((lost > CUT).mean()),
+        picture_lost=float(lost.mean()),
+        repeated=float(repeated.mean()),
+        footage_s=footage_s(records, rules, shapes, which, record),
+    )
+
+
+def picture_lost(
+    records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray
+) -> np.ndarray:
+    """float[steps, group]: share of each sample's picture that is cut off; fix_sample_size stretches instead."""
+    if rules.fix_sample_size is not None:
+        return np.zeros(record.shape)
+    wanted = np.array([shape.width / shape.height for shape in shapes])[which][:, None]
+    ratio = np.divide(records.width, records.height)[record] / wanted
+    return 1 - np.minimum(ratio, 1 / ratio)
+
+
+def footage_s(records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray) -> float:
+    """Seconds from the first frame taken to the end of the last, over all samples; stills have none."""
+    frames = np.array([shape.frames for shape in shapes])[which][:, None]
+    fps = np.asarray(records.fps, dtype=np.float64)[record]
+    span = np.floor((frames - 1) * sampled_step(rules, fps) + ROUNDING) + 1
+    moving = np.asarray(records.kind_video)[record] & (fps > 0)
+    return float(np.divide(span, fps, out=np.zeros(span.shape), where=moving).sum())
+
+
+def cells(geometry: Geometry, shape: Shape) -> int:
+    """Latent cells of a clip."""
+    T, h, w = geometry.latent(shape)
+    return T * h * w

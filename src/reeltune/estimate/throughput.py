@@ -1,0 +1,83 @@
+"""How much arithmetic a run is, and how long it takes at a given or measured throughput.  (no torch)"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reeltune.core.errors import UserError
+from reeltune.reporting.report import read_metrics
+
+# Share of a device's peak that large training runs reached, least and best of table 3 in
+# https://arxiv.org/abs/2204.02311 (GPT-3 21 %, Gopher 33 %, Megatron-Turing 30 %, PaLM 46 %).
+REACHED = (0.21, 0.46)
+WARM_UP = 2  # steps of a measured run left out: its first ones choose kernels and fill memory
+CONFIDENCE = 1.96  # standard errors to a side of a 95 % band
+
+
+class Curve:
+    """A quantity of a micro-step by its tokens: the polynomial through what was found at up to three sizes.
+
+    Exact where it was found; between, as exact as the quantity is a sum of what grows with the tokens and, in
+    attention, with their square.
+    """
+
+    def __init__(self, tokens: Sequence[int], values: Sequence[float]):
+        self.scale = max(tokens)
+        self.factors = np.polyfit(np.divide(tokens, self.scale), np.array(values, dtype=np.float64), len(tokens) - 1)
+
+    def __call__(self, tokens: float) -> float:
+        return float(np.polyval(self.factors, tokens / self.scale))
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """FLOP/s of one device, as low and as high as it may be, and where that is from."""
+
+    low: float
+    high: float
+    source: str
+
+    @property
+    def middle(self) -> float:
+        return math.sqrt(self.low * self.high)
+
+
+def given(flops_per_s: float) -> Throughput:
+    return Throughput(flops_per_s, flops_per_s, "as given, taken as exact")
+
+
+def of_peak(peak_flops: float, device: str) -> Throughput:
+    low, high = (share * peak_flops for share in REACHED)
+    return Throughput(low, high, f"{REACHED[0]:.0%} to {REACHED[1]:.0%} of {device}'s peak; not measured")
+
+
+def measured(run: Path, batch_flops: Curve, batch_size: int) -> Throughput:
+    """Of the steps that a run has left in metrics.jsonl, their encoding and waiting included.
+
+    batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of one. Raises UserError if it has too few.
+    """
+    file, about = run / "metrics.jsonl", run / "run.json"
+    if not file.is_file() or not about.is_file():
+        raise UserError("measured", f"{str(run)!r} has no metrics.jsonl and run.json; give the output_dir of a run")
+    columns = [read_metrics(file).steps.get(name, []) for name in ("step_s", "samples", "tokens")]
+    steps = [row for row in zip(*columns, strict=True) if row[0]][WARM_UP:]
+    if len(steps) < 2:
+        raise UserError("measured", f"{run} has {len(steps)} timed steps after the first {WARM_UP}; let it make 4")
+    gpus = json.loads(about.read_text(encoding="utf-8"))["processes"]
+    taken_s = np.array([step_s for step_s, _, _ in steps])
+    flops = np.array([samples / batch_size * batch_flops(tokens / samples) / gpus for _, samples, tokens in steps])
+    rate = flops.sum() / taken_s.sum()
+    error = CONFIDENCE * (taken_s - flops / rate).std(ddof=1) / math.sqrt(len(steps)) / taken_s.mean()
+    told = f"measured in {len(steps)} steps of {run}, within {error:.0%} (95 % band)"
+    return Throughput(rate * max(1 - error, 0.01), rate * (1 + error), told)
+
+
+def seconds(run_flops: float, throughput: Throughput, gpus: int) -> tuple[float, float]:
+    """(at least, at most)"""
+    return run_flops / throughput.high / gpus, run_flops / throughput.low / gpus

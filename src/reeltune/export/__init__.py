@@ -1,0 +1,1 @@
+"""Weights out, in every dialect, proven."""

@@ -1,0 +1,157 @@
+"""`reeltune export`: a checkpoint's weights in a folder of their own, read back, compared and tried.
+
+Whoever wrote the checkpoint, one process or many: tensors pass through memory one at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltune import families
+from reeltune.checkpoint import folder as checkpoints
+from reeltune.checkpoint.state import Shared
+from reeltune.config.parse import build, read
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError, refuse
+from reeltune.export import forward_check, streamed
+from reeltune.families import weights
+from reeltune.families.spec import Family, check_mode
+from reeltune.memory.host import room_bytes
+
+DTYPES = {"as_stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "bf16",
+    max_shard_size: str = "80GB",
+    diffusers: bool = False,
+    ema: bool = False,
+    pretrained_model_name_or_path: str | None = None,
+) -> Iterator[str]:
+    """Writes config.json and weights to `out`; yields what was written and proven. `out` is there once all is proven.
+
+    The weights have the names that the original tools load, or diffusers' with `diffusers`, which needs the model
+    that was trained: that of the run's recipe, or pretrained_model_name_or_path. So does the forward pass of the
+    proof, which is left out, with a line that says why, where the model is not there or does not fit into memory.
+    Raises UserError if `checkpoint` is none or lacks what is asked for, or `out` has something in it, and RuntimeError
+    if what was written does not come back equal.
+    """
+    refuse("export", list(_problems(checkpoint, out, ema)))
+    recipe = _recipe(checkpoint, pretrained_model_name_or_path)
+    source = _source(checkpoint, ema)
+    outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
+    config = weights.read_config(checkpoint / "transformer")
+    family = _family(recipe) if diffusers else None
+    if family is not None and family.save is None:
+        raise UserError("export", f"{family.name} has no form for diffusers; leave --diffusers out")
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    theirs = _named(outline, family, config)
+    if family is None:
+        shutil.copyfile(checkpoint / "transformer" / "config.json", partial / "config.json")
+    else:
+        family.save(partial, {name: outline[own] for name, own in theirs.items()}, config, diffusers=True)
+    files = streamed.write(
+        partial,
+        {name: outline[own] for name, own in theirs.items()},
+        lambda name: _cast(source[theirs[name]], dtype),
+        int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]],
+    )
+    proof = _proof(source, partial, theirs, dtype)
+    tried = _tried(recipe, partial, outline)
+    if out.exists():
+        out.rmdir()  # empty, or it would have been refused
+    partial.rename(out)
+    for file in files:
+        yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e6:,.1f} MB"
+    names = "released" if family is None else "diffusers'"
+    yield f"{proof}, {dtype}, {names} names: all read back equal"
+    yield tried
+
+
+def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
+    if not (checkpoint / "progress.json").is_file():
+        have = ", ".join(str(path) for path in checkpoints.complete(checkpoint)) or "none"
+        yield f"{checkpoint} is no complete checkpoint-N folder; complete ones in it: {have}"
+    elif ema and not _has_average(checkpoint):
+        yield f"{checkpoint} has no moving average; it is kept by runs with use_ema"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        yield f"{out} is there already and is not an empty folder; give another"
+
+
+def _has_average(checkpoint: Path) -> bool:
+    if checkpoints.is_shared(checkpoint):
+        return any(name.startswith("average/") for name in Shared(checkpoint).sizes)
+    return weights.has_weights(checkpoint / "transformer_ema")
+
+
+def _source(checkpoint: Path, ema: bool) -> Any:
+    """The tensors by released name, each read when asked for; `outline` has them on the meta device."""
+    if checkpoints.is_shared(checkpoint):
+        return Shared(checkpoint).weights(average=ema)
+    return streamed.Stored(checkpoint / ("transformer_ema" if ema else "transformer"))
+
+
+def _recipe(checkpoint: Path, model: str | None) -> Recipe:
+    """The run's, where there is one, with another place of its model if one is given."""
+    file = next(
+        (path / "recipe.yaml" for path in (checkpoint, checkpoint.parent) if (path / "recipe.yaml").is_file()), None
+    )
+    given = {} if model is None else {"pretrained_model_name_or_path": model}
+    return build({} if file is None else read(file), given)
+
+
+def _family(recipe: Recipe) -> Family:
+    return families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    return tensor.to(DTYPES[dtype] or tensor.dtype)
+
+
+def _named(outline: Mapping[str, Tensor], family: Family | None, config: dict) -> dict[str, str]:
+    """Name to write -> released name."""
+    if family is None:
+        return {name: name for name in outline}
+    own = {id(meta): name for name, meta in outline.items()}
+    return {name: own[id(meta)] for name, meta in family.from_released(dict(outline), config).items()}
+
+
+def _proof(source: Mapping[str, Tensor], folder: Path, theirs: Mapping[str, str], dtype: str) -> str:
+    """Raises RuntimeError naming the tensors that do not come back equal."""
+    written = streamed.Stored(folder)
+    unlike = sorted(theirs.keys() ^ written.keys())
+    for name in theirs.keys() & written.keys():
+        if not torch.equal(written[name], _cast(source[theirs[name]], dtype)):
+            unlike.append(name)
+    if unlike:
+        raise RuntimeError(f"{folder} does not hold what was written: {', '.join(unlike)}")
+    return f"{len(written)} tensors"
+
+
+def _tried(recipe: Recipe, folder: Path, outline: Mapping[str, Tensor]) -> str:
+    """What came of a forward pass, or why there was none."""
+    model = recipe.model.pretrained_model_name_or_path
+    if not model or not Path(model).is_dir():
+        remedy = "--pretrained_model_name_or_path says where it is"
+        return f"no forward pass: the model that was trained is not at {model!r}; {remedy}"
+    needed, room = forward_check.needed_bytes(Path(model), folder), room_bytes()
+    if needed > room:
+        return f"no forward pass: it takes {needed / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB are free"
+    family = _family(recipe)
+    mode = check_mode(family, recipe.model.train_mode)
+    widest = max((meta.dtype for meta in outline.values()), key=lambda dtype: dtype.itemsize)
+    shape = forward_check.forward(Path(model), family, mode, folder, widest)
+    return f"a forward pass of {family.name} on a clip of {'x'.join(map(str, shape))}: finite"

@@ -1,0 +1,1 @@
+"""Memory levers: recomputed, swapped and offloaded blocks, the host's room."""

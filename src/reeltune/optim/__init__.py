@@ -1,0 +1,1 @@
+"""Optimizers, which weights learn, the step taken within the backward pass."""

@@ -1,0 +1,225 @@
+"""Optimizers, the learning rate's course, weights kept in bf16, and their moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from reeltune.core.errors import UserError
+from reeltune.core.rng import seed_of
+
+
+def build_optimizer(
+    groups: list[dict],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    use_8bit_adam: bool = False,
+    use_came: bool = False,
+    use_adafactor: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (fused where there is a GPU), 8-bit AdamW (bitsandbytes), CAME (pytorch_optimizer) or Adafactor (torch).
+
+    A group's "rate" multiplies the learning rate. Raises UserError for a missing package.
+    """
+    groups = [{**group, "lr": learning_rate * group["rate"]} for group in groups]
+    if use_came:
+        from pytorch_optimizer import CAME
+
+        # CAME has a third decay and two epsilons: https://arxiv.org/abs/2307.02047, section 4.1.
+        decays = {"betas": (*betas, 0.9999), "weight_decay": weight_decay}
+        # All weights at once would take 8 bytes more for each of them (measured, 2026-11).
+        return CAME(groups, lr=learning_rate, **decays, eps1=1e-30, eps2=1e-16, foreach=False)
+    if use_adafactor:
+        # No first moment, and a decay of the second that only its step decides: https://arxiv.org/abs/1804.04235.
+        return torch.optim.Adafactor(groups, lr=learning_rate, weight_decay=weight_decay)
+    if use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as missing:
+            raise UserError(
+                "recipe", "use_8bit_adam needs bitsandbytes; pip install 'reeltune[eight-bit]'"
+            ) from missing
+        return AdamW8bit(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    fused = groups[0]["params"][0].device.type == "cuda"
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused or None
+    )
+
+
+def rate_curve(
+    name: str, *, warmup_steps: int, total_steps: int, num_cycles: int, power: float, step_rules: str | None
+) -> Callable[[int], float]:
+    """Step -> factor on the learning rate, by diffusers' schedulers of that name.
+
+    A pure function of the step, so that a resume has no scheduler state to restore.
+    """
+    bystander = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        name,
+        bystander,
+        step_rules=step_rules,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=num_cycles,
+        power=power,
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
+
+
+def soften_outliers(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Shrinks an already clipped gradient again where its norm was over 5 times max_norm, by that ratio up to 10.
+
+    The rule of the original training scripts (measured, 2026-11).
+    """
+    ratio = norm / max_norm
+    factor = torch.where(ratio > 5, 1 / ratio.clamp(max=10), torch.ones_like(ratio))
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+
+
+def clip_ceiling(step: int, max_norm: float, start_ratio: float, steps: int | None) -> float:
+    """The norm to clip at: start_ratio * max_norm at step 0, falling linearly to max_norm over `steps`."""
+    if steps is None or step >= steps:
+        return max_norm
+    return max_norm * (start_ratio + (1 - start_ratio) * step / steps)
+
+
+PartStep = Callable[[Sequence[nn.Parameter]], None]
+
+
+@contextmanager
+def in_parts(optimizer: torch.optim.Optimizer) -> Iterator[PartStep]:
+    """Hands out what steps some of its parameters. Called once for each of them, that is one step, bit for bit.
+
+    It knows those alone whose turn it is, so that no time goes to the others; one that counts its steps counts one.
+    """
+    groups = optimizer.param_groups
+    members = [group["params"] for group in groups]
+    counters = [group.get("step") for group in groups]
+    place = {id(parameter): i for i, group in enumerate(members) for parameter in group}
+
+    def step(some: Sequence[nn.Parameter]) -> None:
+        for i, (group, counter) in enumerate(zip(groups, counters, strict=True)):
+            group["params"] = [parameter for parameter in some if place[id(parameter)] == i]
+            if counter is None:
+                group.pop("step", None)
+            else:
+                group["step"] = counter
+        optimizer.step()
+
+    try:
+        yield step
+    finally:
+        for group, parameters in zip(groups, members, strict=True):
+            group["params"] = parameters
+
+
+class StochasticRounding:
+    """Trains bf16 parameters with an optimizer that sees fp32.
+
+    Each step lifts some parameters and gradients at a time to fp32, steps there, and rounds back up or down with
+    a probability equal to the remainder, so that small updates are kept on average (https://arxiv.org/abs/2010.06192).
+    `build` makes the optimizer over the fp32 stand-ins; its state stays fp32.
+    """
+
+    CHUNK = 2**26  # elements lifted at a time: 512 MiB of fp32 weights and gradients
+
+    def __init__(self, groups: list[dict], build: Callable[[list[dict]], torch.optim.Optimizer], seed: int):
+        self.seed = seed
+        self.steps = 0
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        self.stand_ins = [nn.Parameter(p.detach().new_empty(0, dtype=torch.float32)) for p in self.parameters]
+        self.optimizer = build([{**group, "params": self._standing_in(group["params"])} for group in groups])
+
+    def step(self) -> None:
+        with self.in_parts() as step:
+            for chunk in self._chunks():
+                step(chunk)
+
+    @contextmanager
+    def in_parts(self) -> Iterator[PartStep]:
+        """As the function of that name."""
+        with in_parts(self.optimizer) as step_stand_ins:
+
+            @torch.no_grad()
+            def step(some: Sequence[nn.Parameter]) -> None:
+                stand_ins = self._standing_in(some)
+                for parameter, stand_in in zip(some, stand_ins, strict=True):
+                    stand_in.data = parameter.detach().float()
+                    stand_in.grad = None if parameter.grad is None else parameter.grad.float()
+                step_stand_ins(stand_ins)
+                generator = torch.Generator(some[0].device)
+                for parameter, stand_in in zip(some, stand_ins, strict=True):
+                    generator.manual_seed(seed_of(self.seed, "rounding", self.steps, self.places[id(parameter)]))
+                    parameter.data.copy_(round_stochastically(stand_in.data, generator))
+                self._release(stand_ins)
+
+            yield step
+        self.steps += 1
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _standing_in(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        return [self.stand_ins[self.places[id(parameter)]] for parameter in parameters]
+
+    def _chunks(self) -> Iterator[list[nn.Parameter]]:
+        chunk: list[nn.Parameter] = []
+        for parameter in self.parameters:
+            chunk.append(parameter)
+            if sum(one.numel() for one in chunk) >= self.CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    @staticmethod
+    def _release(stand_ins: Sequence[nn.Parameter]) -> None:
+        for stand_in in stand_ins:
+            stand_in.grad = None
+            stand_in.data = torch.empty(0, device=stand_in.device)
+
+
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 -> bf16: a random number below one unit in the last bf16 place is added, then the low 16 bits are cut."""
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits = x.contiguous().view(torch.int32) + noise
+    return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+class MovingAverage:
+    """fp32 average of the trained weights: a = decay * a + (1 - decay) * w after each step."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.decay = decay
+        self.trained = {name: w for name, w in net.named_parameters() if w.requires_grad}
+        self.weights = {name: w.detach().float().clone() for name, w in self.trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, weight in self.trained.items():  # one by one: bf16 weights are lifted to fp32 for it
+            self.weights[name].lerp_(weight.detach().float(), 1 - self.decay)

@@ -1,0 +1,81 @@
+"""The optimizer's step inside the backward pass, so that no full set of gradients is ever held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from reeltune.optim.optimizers import PartStep, StochasticRounding, in_parts
+
+
+class StepInBackward:
+    """Steps each parameter as soon as its gradient is whole, and frees that gradient.
+
+    A step ends in the same bits as one after the backward pass. Where gradients are clipped by their norm, which is
+    known only when all have been there, the backward pass runs twice over the same activations: for the norm, then
+    for the step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | StochasticRounding, parameters: Sequence[nn.Parameter]):
+        self.optimizer, self.parameters = optimizer, parameters
+        self.loss: Tensor | None = None
+        self._arrived: Callable[[nn.Parameter], None]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def backward(self, loss: Tensor) -> None:
+        """Keeps the loss until `step`, which needs the learning rate."""
+        self.loss = loss
+
+    def step(self, max_norm: float, soften: Callable[[list[nn.Parameter], Tensor], None] | None = None) -> Tensor:
+        """Returns the norm of all gradients before clipping, still on the device.
+
+        soften: what is done with clipped gradients, given their parameters and that norm, before they step.
+        """
+        assert self.loss is not None
+        norms: dict[int, Tensor] = {}
+        clip = None
+        if max_norm != math.inf:
+            self._run(partial(_measure, norms), keep=True)
+            norm = self._total(norms)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+
+            def clip(parameter: nn.Parameter) -> None:
+                parameter.grad.mul_(factor)
+                if soften is not None:
+                    soften([parameter], norm)
+
+        parts = self.optimizer.in_parts if isinstance(self.optimizer, StochasticRounding) else self._parts
+        with parts() as step:
+            self._run(partial(_step, clip or partial(_measure, norms), step))
+        self.loss = None
+        return self._total(norms)
+
+    def _parts(self):
+        return in_parts(self.optimizer)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        self._arrived(parameter)
+        parameter.grad = None
+
+    def _run(self, arrived: Callable[[nn.Parameter], None], *, keep: bool = False) -> None:
+        self._arrived = arrived
+        self.loss.backward(retain_graph=keep)
+
+    def _total(self, norms: dict[int, Tensor]) -> Tensor:
+        """In the order and form of torch.nn.utils.get_total_norm, for the same bits."""
+        found = [norms[id(parameter)] for parameter in self.parameters if id(parameter) in norms]
+        return torch.linalg.vector_norm(torch.stack(found))
+
+
+def _measure(norms: dict[int, Tensor], parameter: nn.Parameter) -> None:
+    norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad)
+
+
+def _step(before: Callable[[nn.Parameter], None], step: PartStep, parameter: nn.Parameter) -> None:
+    before(parameter)
+    step([parameter])

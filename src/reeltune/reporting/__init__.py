@@ -1,0 +1,1 @@
+"""What a run tells: log, ledger, report, charts, first batch."""

@@ -1,0 +1,318 @@
+"""The run as one HTML page that needs nothing beside itself: is it learning, what does it make, what did it see."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from reeltune.config.recipe import Recipe
+from reeltune.core.files import whole_file
+from reeltune.reporting import charts
+
+EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
+PROBLEM_ROWS = 100  # entries listed in the page; ledger.csv has all
+TYPES = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
+PARTS = (  # of a step's time: field of metrics.jsonl, colour, name
+    ("forward_backward_s", "now", "forward and backward"),
+    ("optimizer_s", "optimizer", "optimizer"),
+    ("encode_s", "encode", "encoding"),
+    ("data_s", "data", "waiting for data"),
+)
+
+
+@dataclass
+class Metrics:
+    """metrics.jsonl, by kind; steps as columns."""
+
+    steps: dict[str, list] = field(default_factory=dict)
+    validations: list[dict] = field(default_factory=list)
+    notices: list[dict] = field(default_factory=list)
+    saves: list[dict] = field(default_factory=list)
+
+
+def write(output_dir: Path) -> Path:
+    """Reads what a run left in its folder and writes report.html there. Whatever is not there is left out."""
+    run = Path(output_dir)
+    metrics = read_metrics(run / "metrics.jsonl")
+    album = Album(run, EMBED_BYTES)
+    agreement = _json(run / "agreement.json")
+    previews = read_previews(run, album, agreement)
+    page = (
+        environment()
+        .get_template("reporting/report.html")
+        .render(
+            name=run.resolve().name,
+            run=_json(run / "run.json"),
+            verdict=verdict(metrics),
+            numbers=headline(metrics, agreement),
+            previews=previews,
+            agreement=agreement,
+            curves=curves(metrics),
+            split=time_split(metrics),
+            first_batch=first_batch(run, album),
+            ledger=_json(run / "ledger.json"),
+            problem_rows=PROBLEM_ROWS,
+            recipe=recipe_rows(run / "recipe.yaml"),
+            notices=metrics.notices,
+            saves=metrics.saves,
+            linked=album.linked,
+        )
+    )
+    return write_whole(run / "report.html", page)
+
+
+def write_whole(path: Path, page: str) -> Path:
+    """Returns the path. The file is there whole or not at all."""
+    with whole_file(path) as file:
+        file.write(page)
+    return path
+
+
+def read_metrics(path: Path) -> Metrics:
+    found = Metrics()
+    if not path.exists():
+        return found
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):  # a run that was killed, or writes it just now
+                break
+            row = json.loads(line)
+            kind = row.pop("kind")
+            if kind == "step":
+                for name, value in row.items():
+                    found.steps.setdefault(name, []).append(value)
+            else:
+                {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
+    return found
+
+
+def verdict(metrics: Metrics) -> dict[str, str]:
+    """Is it learning? The held-out loss answers if its 95 % band leaves zero out; a training loss alone cannot."""
+    after = [row for row in metrics.validations if row["step"] > row["start_step"]]
+    if not after:
+        return {
+            "tone": "open",
+            "answer": "Nobody can say yet.",
+            "reason": "No held-out loss was measured after training began, and a training loss alone is no proof. "
+            "Set held_out_share or validation_data_meta.",
+        }
+    last = after[-1]
+    low, high = last["band95"] or (-math.inf, math.inf)
+    tone, answer = "open", "Not shown yet."
+    if high < 0:
+        tone, answer = "good", "It is learning."
+    elif low > 0:
+        tone, answer = "bad", "It got worse."
+    start, now = f"{last['loss_start']:.4f}", f"{last['loss']:.4f}"
+    moved = (
+        f"stayed at {now}" if start == now else f"{'fell' if last['difference'] < 0 else 'rose'} from {start} to {now}"
+    )
+    reason = (
+        f"On clips it never trained on, the loss {moved} between "
+        f"step {last['start_step']} and step {last['step']}, with the same noise: "
+    )
+    if last["band95"] is None:
+        reason += "on one clip alone, which may be chance. Hold out more clips."
+    else:
+        reason += (
+            f"a mean change of {_signed(last['difference'])}, 95 % band {_signed(low)} to {_signed(high)}, "
+            f"over {last['n']} clips."
+        )
+        if tone == "open":
+            reason += " The band holds zero, so this may be chance: train longer, or hold out more clips."
+    return {"tone": tone, "answer": answer, "reason": reason}
+
+
+def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
+    """The few numbers at the top: what, value, and what it was at the start."""
+    told, steps = [], metrics.steps
+    if metrics.validations:
+        last = metrics.validations[-1]
+        told.append({"what": "held-out loss", "now": f"{last['loss']:.4f}", "start": f"{last['loss_start']:.4f}"})
+    if steps:
+        tenth = math.ceil(len(steps["loss"]) / 10)
+        told.append(
+            {
+                "what": "training loss",
+                "now": f"{_mean(steps['loss'][-tenth:]):.4f}",
+                "start": f"{_mean(steps['loss'][:tenth]):.4f}",
+                "note": f"mean of the last and first {tenth}" if tenth > 1 else "last and first step",
+            }
+        )
+    if agreement:
+        now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
+        first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
+        best = f"own control the best match of {first}, {first_before} before"
+        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
+    if steps:
+        samples = f"{sum(steps['samples']):,}"
+        told.append({"what": "steps", "now": f"{steps['step'][-1]:,}", "note": f"{samples} samples, {_took(steps)}"})
+    return told
+
+
+def curves(metrics: Metrics) -> list[dict]:
+    drawn, steps, validations = [], metrics.steps, metrics.validations
+    if validations:
+        at = [row["step"] for row in validations]
+        drawn.append({"title": "Held-out loss", "kind": "pair", "svg": charts.held_out(at, validations)})
+        drawn.append(
+            {"title": "By noise level", "kind": "bars", "svg": charts.noise_bands(validations[-1]["per_band"])}
+        )
+    drawn += [
+        {"title": title, "kind": "line", "svg": draw(steps["step"], steps[name], title)}
+        for name, title, draw in (
+            ("loss", "Training loss", charts.noisy),
+            ("grad_norm", "Gradient norm", charts.noisy),
+            ("lr", "Learning rate", charts.exact),
+        )
+        if name in steps
+    ]
+    return [{**curve, "svg": Markup(curve["svg"])} for curve in drawn]
+
+
+def time_split(metrics: Metrics) -> dict | None:
+    """Shares of the run's time by part, and the stacked chart."""
+    steps = metrics.steps
+    if "step_s" not in steps:
+        return None
+    whole_s = sum(steps["step_s"])
+    parts = [(colour, steps[name]) for name, colour, _ in PARTS]
+    known_mfu = [value for value in steps.get("mfu", ()) if value is not None]
+    return {
+        "svg": Markup(charts.time_split(steps["step"], parts)),
+        "shares": [
+            {"name": told, "colour": colour, "share": sum(steps[name]) / whole_s} for name, colour, told in PARTS
+        ],
+        "rates": {
+            "per step": f"{whole_s / len(steps['step_s']):.3g} s",
+            "samples": f"{sum(steps['samples']) / whole_s:,.3g} / s",
+            "tokens": f"{sum(steps['tokens']) / whole_s:,.0f} / s",
+            **({"MFU": f"{100 * _mean(known_mfu):.0f} %"} if known_mfu else {}),
+            **({"peak memory": _bytes(max(steps["peak_memory_bytes"]))} if "peak_memory_bytes" in steps else {}),
+        },
+    }
+
+
+def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
+    """Per preview: control, before and after training, ground truth; prompt, seed and settings; its agreement."""
+    folders = {int(path.name.removeprefix("step-")): path for path in (run / "previews").glob("step-*")}
+    if not folders:
+        return []
+    first, last = min(folders), max(folders)
+    found = []
+    for i, told in enumerate(sorted(folders[last].glob("*.json"), key=lambda path: int(path.stem))):
+        settings = _json(told)
+        clips = [("control", run / "previews/control" / f"{told.stem}.mp4")]
+        if first < last:
+            name = "before training" if first == 0 else f"step {first}"
+            clips.append((name, folders[first] / f"{told.stem}.mp4"))
+        name = "the starting weights" if last == 0 else f"after {last} steps"
+        clips.append((name, folders[last] / f"{told.stem}.mp4"))
+        clips.append(("ground truth", run / "previews/truth" / f"{told.stem}.mp4"))
+        found.append(
+            {
+                "prompt": settings.pop("prompt", ""),
+                "control": clips[0][1].exists(),
+                "settings": {name: _short(value) for name, value in settings.items() if value is not None},
+                "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
+                "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
+                if agreement
+                else None,
+            }
+        )
+    return found
+
+
+def first_batch(run: Path, album: Album) -> list[dict]:
+    """Per sample: its pictures, clips and text, as the network was given them."""
+    samples: dict[str, dict] = {}
+    order = ("pixels", "control", "reference")  # what else there is follows
+    for path in sorted((run / "first_batch").glob("*_*")):
+        index, _, what = path.stem.partition("_")
+        sample = samples.setdefault(index, {"media": [], "text": ""})
+        if path.suffix == ".txt":
+            sample["text"] = path.read_text(encoding="utf-8").strip()
+        elif path.suffix in TYPES:
+            sample["media"].append({"what": what, **album.place(path)})
+    for sample in samples.values():
+        sample["media"].sort(key=lambda item: order.index(item["what"]) if item["what"] in order else len(order))
+    return [samples[index] for index in sorted(samples, key=int)]
+
+
+class Album:
+    """Pictures and clips put into the page, until it is full; the rest is linked to by its place in the folder."""
+
+    def __init__(self, run: Path, room_bytes: int):
+        self.run, self.room_bytes = run, room_bytes
+        self.linked: list[str] = []
+
+    def place(self, path: Path) -> dict[str, str]:
+        size_bytes = path.stat().st_size
+        link = path.relative_to(self.run).as_posix()
+        if size_bytes > self.room_bytes:
+            self.linked.append(link)
+            return {"link": link, "size": _bytes(size_bytes)}
+        self.room_bytes -= size_bytes
+        data = base64.b64encode(path.read_bytes()).decode()
+        return {"type": TYPES[path.suffix], "data": f"data:{TYPES[path.suffix]};base64,{data}"}
+
+
+def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """The recipe as (field, value), those that differ from the defaults apart."""
+    if not path.exists():
+        return {}
+    usual = {setting.name: setting.default for section in fields(Recipe) for setting in fields(section.default_factory)}
+    chosen, left = [], []
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        value = tuple(value) if isinstance(value, list) else value
+        told = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        (left if name in usual and usual[name] == value else chosen).append((name, told))
+    return {"chosen": chosen, "left": left}
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """Of this package's pages."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("reeltune", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bytes"] = _bytes
+    return environment
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _short(value: object) -> str:
+    return Path(value).name if isinstance(value, str) else str(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 4) + 0:+.4f}".replace("-", "−")  # + 0: no minus before zero
+
+
+def _took(steps: dict[str, list]) -> str:
+    return str(timedelta(seconds=round(sum(steps["step_s"])))) if "step_s" in steps else "untimed"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

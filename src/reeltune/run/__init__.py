@@ -1,0 +1,1 @@
+"""What a recipe reads, and the run's folder."""

@@ -1,0 +1,88 @@
+"""The folder of a run: its recipe, and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.config.parse import build, dump, flat, read
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.files import whole_file
+
+# Settings beside all sizes that decide which sample comes when, and with which noise.
+ORDERING = (
+    "seed",
+    "video_repeat",
+    "held_out_share",
+    "control_ref_image",
+    "text_drop_ratio",
+    "uniform_sampling",
+    "cache_variants",
+    "context_parallel",
+)
+LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
+
+
+def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
+    """Raises UserError if output_dir holds checkpoints that this run would mix its own with."""
+    there = checkpoint.complete(output_dir)
+    if there and resumed_from is None:
+        raise UserError(
+            "recipe",
+            f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
+            "latest, or give another output_dir",
+        )
+
+
+def refuse_other_model(found: Path, facts: dict[str, str]) -> None:
+    """Raises UserError if checkpoint `found` is of a run of another family or mode than `facts` say."""
+    about = found.parent / "run.json"
+    before = json.loads(about.read_text()) if about.is_file() else {}
+    refuse(
+        f"resume from {found}: the run is another model's; give another output_dir",
+        [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
+    )
+
+
+def changes_since(found: Path, recipe: Recipe) -> list[str]:
+    """Settings that differ from the checkpoint's, in words.
+
+    Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none.
+    """
+    before, now = (flat(r) for r in (build(read(found / "recipe.yaml")), recipe))
+    changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
+    ordering = {*vars(recipe.sizes), *ORDERING}
+    problems = [words for name, words in changed.items() if name in ordering]
+    remedy = f"restore them, or start a new run from its weights: transformer_path {found} and another output_dir"
+    if problems:
+        raise UserError(f"resume from {found}: the samples would not go on where they were; {remedy}", problems)
+    return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
+
+
+def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
+    """Writes recipe.yaml (every field but where it went on from) and run.json (versions, machine and `facts`)."""
+    anew = replace(recipe, output=replace(recipe.output, resume_from_checkpoint=None))
+    with whole_file(output_dir / "recipe.yaml") as file:
+        file.write(dump(anew))
+    on_gpu = torch.cuda.is_available()
+    about = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        **facts,
+    }
+    with whole_file(output_dir / "run.json") as file:
+        file.write(json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Noise to clip: prompts, previews, held-out loss."""

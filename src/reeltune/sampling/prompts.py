@@ -1,0 +1,124 @@
+"""What to make clips of: prompts of the recipe, each perhaps with a file that it follows or begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.types import Batch, Draw, Kind, Record, Sample, Shape
+from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.data.held_out import fixed_draw
+from reeltune.data.loader import Reader, collate
+from reeltune.data.media import MediaError, measure, read_frames
+from reeltune.data.plan import Plan
+from reeltune.data.shapes import SizeRules
+from reeltune.families.spec import Family
+
+GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
+    "control": "a control clip or picture",
+    "camera": "a pose file",
+    "ref": "a picture to begin with",
+    "mask": "a picture to begin with",
+}
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make."""
+
+    prompt: str
+    batch: Callable[[], Batch]  # of one sample, on the CPU
+    seed: int
+    fps: float
+    control: str | None = None  # the path of the control clip, pose file or first picture
+    entry: int | None = None  # place in the metadata of a held-out clip
+
+
+def prompt_requests(
+    family: Family, mode: str, prompts: Sequence[str], paths: Sequence[str], rules: SizeRules, *, seed: int
+) -> list[Request]:
+    """Clips for prompts, each with the file that its mode needs. Conditions that no file gives are dropped.
+
+    A mode that needs a mask alone makes all of the clip, or all after the picture where pictures are given.
+    Raises UserError for paths that are too few or too many, of the wrong kind, or cannot be read.
+    """
+    needs = frozenset(family.needs[mode])
+    guide = next((name for name in GUIDES if name in needs), None)
+    wanted = {len(prompts)} if guide else {0}
+    if guide == "mask":
+        wanted.add(0)
+    if len(paths) not in wanted:
+        rule = f"give {GUIDES[guide]} for each prompt" if guide else f"train_mode {mode} takes none"
+        rule += ", or none at all" if guide == "mask" else ""
+        raise UserError("validation_paths", f"{len(prompts)} prompts and {len(paths)} paths; {rule}")
+    records, problems = [], []
+    for i, (prompt, path) in enumerate(zip(prompts, paths or [""] * len(prompts), strict=True)):
+        try:
+            records.append(prompt_record(i, prompt, path, rules, guide, family.native_fps))
+        except (MediaError, CameraError) as error:
+            problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref']}")
+    refuse("validation_paths", problems)
+    begun = bool(paths) and guide in ("ref", "mask")
+    drop = {name: float(name != "control" and not begun) for name in family.drop}
+    plan = partial(Plan, records, rules, group=1, seed=seed)  # never asked for: these draws are fixed
+    reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
+    make = read_one if guide == "control" else from_picture
+    requests = []
+    for i, record in enumerate(records):
+        batch = partial(make, reader, fixed_draw(record, i, rules))
+        requests.append(Request(record.text, batch, seed + i, played(record, rules), paths[i] if paths else None))
+    return requests
+
+
+def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: str | None, native_fps: float) -> Record:
+    """What stands for the clip to be made: its control clip, or a clip of the recipe's length as its picture is
+    shaped; without either it is square."""
+    stride, side = rules.video_sample_stride, rules.video_sample_size
+    frames, fps = rules.video_sample_n_frames * stride, (rules.video_sample_fps or native_fps) * stride
+    if guide == "control":
+        kind: Kind = "image" if path.lower().endswith(PICTURES) else "video"
+        seen = measure(path, kind)
+        return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)
+    if guide == "camera":
+        read_poses(path)
+        return Record(entry, "", prompt, "video", frames, fps, side, side, camera_path=path)
+    if path:
+        seen = measure(path, "image")
+        return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width)
+    return Record(entry, "", prompt, "video", frames, fps, side, side)
+
+
+def read_one(reader: Reader, draw: Draw) -> Batch:
+    """A batch of one, on the CPU, read as training does. Raises UserError if the file has broken since the scan."""
+    try:
+        return collate([reader.open(draw)])
+    except (MediaError, CameraError) as error:
+        path = reader.records[draw.record].path
+        raise UserError("validation", f"{path} {error}; mend or replace it") from error
+
+
+def from_picture(reader: Reader, draw: Draw) -> Batch:
+    """A batch of a prompt, with the first frame and the poses that there are: the rest is black, and to be made."""
+    record, (frames, height, width) = reader.records[draw.record], draw.shape
+    made = Sample(draw, record.text, torch.zeros(frames, 3, height, width, dtype=torch.uint8))
+    made.keep = {name: p < 1 for name, p in reader.drop.items()}
+    if "mask" in reader.needs:
+        made.mask_FHW = torch.ones(frames, height, width, dtype=torch.bool)
+        made.mask_FHW[: bool(record.path)] = False
+    if record.path:
+        first_FCHW = read_frames(record.path, (0,), draw.crop, Shape(1, height, width))
+        made.pixels_FCHW[:1] = torch.from_numpy(first_FCHW)
+    if record.camera_path is not None:
+        poses = resample(read_poses(record.camera_path), frames, range(frames))
+        made.camera_FCHW = torch.from_numpy(rays(poses, height, width)).permute(0, 3, 1, 2).contiguous()
+    return collate([made])
+
+
+def played(record: Record, rules: SizeRules) -> float:
+    """Frames per second at which the frames taken move as fast as in the file."""
+    return 1.0 if record.kind == "image" else rules.video_sample_fps or record.fps / rules.video_sample_stride

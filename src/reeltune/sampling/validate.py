@@ -1,0 +1,209 @@
+"""Is it learning? The held-out loss and previews, made by the very functions that train.
+
+Neither touches a global generator, a gradient or the network's modes, so that training goes on as if they had not
+been. Both run on the main process alone; the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError
+from reeltune.core.files import whole_file
+from reeltune.core.types import Batch, Draw
+from reeltune.data.held_out import fixed_draw
+from reeltune.data.loader import Reader
+from reeltune.data.shapes import SizeRules
+from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
+from reeltune.sampling.prompts import Request, played, prompt_requests, read_one
+from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
+
+
+@dataclass
+class HeldOut:
+    """The loss of clips that are never trained on, always at the same noise levels with the same noise.
+
+    Every number is paired with that of the starting weights, kept in validation/start.json, because clips and levels
+    differ far more from each other than a training run changes them.
+    """
+
+    setup: Setup
+    draws: list[Draw]
+    names: list[str]  # a name for each draw, to know the start's clips by
+    read: Callable[[Draw], Batch]
+    held_out_levels: int
+    output_dir: Path
+
+    @classmethod
+    def build(
+        cls, setup: Setup, reader: Reader, rules: SizeRules, *, held_out_levels: int, output_dir: str | Path
+    ) -> HeldOut:
+        """reader: of the held-out records, one at least, dropping nothing."""
+        draws = [fixed_draw(record, row, rules) for row, record in enumerate(reader.records)]
+        names = [Path(record.path).name for record in reader.records]
+        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir))
+
+    @property
+    def levels(self) -> list[float]:
+        """The middles of equal shares of the schedule, noisiest first."""
+        count = self.held_out_levels
+        return [self.setup.objective.quantile((i + 0.5) / count) for i in range(count)]
+
+    def measure(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
+        """One row for metrics.jsonl. The first measurement of a run, or one at step 0, is the start.
+
+        Without `write` nothing is kept and None returned: the work alone, in step with a process that writes.
+        """
+        losses = self._losses(net)
+        if not write:
+            return None
+        start_step, start = self._start(step, losses)
+        differences = (losses - start).mean(1)  # per clip, because levels of one clip are not independent
+        bands = zip(self.levels, losses.mean(0).tolist(), start.mean(0).tolist(), strict=True)
+        return {
+            "kind": "validation",
+            "step": step,
+            "start_step": start_step,
+            "loss": float(losses.mean()),
+            "loss_start": float(start.mean()),
+            "difference": float(differences.mean()),
+            "band95": band95(differences),
+            "per_band": [{"level": level, "loss": loss, "loss_start": before} for level, loss, before in bands],
+            "n": len(losses),
+        }
+
+    def _losses(self, net: nn.Module) -> np.ndarray:
+        """float64[clips, levels]: mean square errors, unweighted, so that runs of all settings compare."""
+        setup, rows = self.setup, []
+        with at_rest(net):
+            for draw in self.draws:
+                encoded = setup.encode(self.read(draw))
+                x0, cond = settle(encoded, [draw.seed], setup.parts.null)
+                for band, level in enumerate(self.levels):
+                    noise = gaussian(x0, [draw.seed], "noise", str(band))
+                    level_B = torch.full((1,), level, device=x0.device)
+                    error = error_at(setup.denoise, net, setup.objective, x0, cond, noise, level_B)
+                    rows.append(mean_square(error, encoded.loss_mask))
+        return torch.cat(rows).double().cpu().numpy().reshape(len(self.draws), -1)
+
+    def _start(self, step: int, losses: np.ndarray) -> tuple[int, np.ndarray]:
+        """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
+        path = self.output_dir / "validation" / "start.json"
+        told = {"clips": self.names, "levels": self.levels}
+        if step == 0 or not path.is_file():
+            with whole_file(path) as file:
+                file.write(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
+            return step, losses
+        kept = json.loads(path.read_text())
+        changed = [name for name in told if kept[name] != told[name]]
+        if changed:
+            raise UserError(
+                str(path),
+                f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
+                "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
+            )
+        return kept["step"], np.array(kept["losses"])
+
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+Z_975 = 1.959964  # and of the normal distribution
+
+
+def band95(differences: np.ndarray) -> list[float] | None:
+    """95 % confidence interval of the mean of independent differences, by Student's t; None for fewer than two."""
+    freedom = len(differences) - 1
+    if freedom < 1:
+        return None
+    if freedom <= len(T_975):
+        t = T_975[freedom - 1]
+    else:  # Abramowitz and Stegun, 26.7.5
+        z = Z_975
+        t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    mean, half = differences.mean(), t * differences.std(ddof=1) / math.sqrt(len(differences))
+    return [float(mean - half), float(mean + half)]
+
+
+@dataclass
+class Previews:
+    """Clips made on the way, beside the control clip they follow and, if held out, the clip itself."""
+
+    setup: Setup
+    requests: list[Request]
+    preview_steps: int
+    guidance_scale: float
+
+    def make(self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True) -> None:
+        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
+        folder = Path(output_dir) / "previews"
+        for i, request in enumerate(self.requests):
+            batch = request.batch()
+            path = folder / f"step-{step}" / f"{i}.mp4"
+            settings = {"steps": self.preview_steps, "guidance_scale": self.guidance_scale}
+            make_clip(self.setup, net, request, batch, path, write=write, **settings)
+            if not write:
+                continue
+            if batch.control_BFCHW is not None:
+                write_pixels(folder / "control" / f"{i}.mp4", batch.control_BFCHW, request.fps)
+            if request.entry is not None:
+                write_pixels(folder / "truth" / f"{i}.mp4", batch.pixels_BFCHW, request.fps)
+
+
+def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int) -> list[Request]:
+    """The first `count` held-out files, clips before pictures, with all their conditions."""
+    records = reader.records
+    rows = sorted(range(len(records)), key=lambda row: (records[row].kind == "image", row))[:count]
+    requests = []
+    for i, row in enumerate(rows):
+        record, batch = records[row], partial(read_one, reader, fixed_draw(records[row], row, rules))
+        control = {"control": record.control_path, "camera": record.camera_path}
+        guide = next((path for name, path in control.items() if name in reader.needs), None)
+        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry))
+    return requests
+
+
+@dataclass
+class Validation:
+    """What a run checks at its start, every validation_steps and at its end."""
+
+    held_out: HeldOut | None
+    previews: Previews
+    output_dir: Path
+
+    @classmethod
+    def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
+        """reader: of the held-out records, perhaps none. Raises UserError for unusable validation_paths."""
+        wanted, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
+        held_out = None
+        if len(reader.records):
+            levels = wanted.held_out_levels
+            held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
+        if wanted.validation_prompts:
+            prompts, paths = wanted.validation_prompts, wanted.validation_paths
+            requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
+        else:
+            requests = held_out_requests(reader, rules, count=wanted.preview_count, seed=seed)
+        previews = Previews(setup, requests, wanted.preview_steps, wanted.guidance_scale)
+        return cls(held_out, previews, output_dir)
+
+    def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
+        """Makes the previews and returns the row for metrics.jsonl, None without held-out clips.
+
+        `net` is the unwrapped network. The main process calls this; where the network answers only to all processes
+        at once all do, the others without `write`.
+        """
+        row = None if self.held_out is None else self.held_out.measure(net, step, write=write)
+        self.previews.make(net, step, self.output_dir, write=write)
+        return row

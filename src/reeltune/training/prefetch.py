@@ -1,0 +1,90 @@
+"""Batches with what the encoders make of them; where that pays, the next one while the network trains on the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+
+from reeltune.core.types import Batch, Encoded
+
+Placed = tuple[Batch, int, int]  # a batch, its epoch, and the cursor after it
+
+
+class Ahead:
+    """For each micro-step: `batch`, `encoded`, and `begin_next` before the network is asked.
+
+    beside: the next batch is read and encoded by a thread, on a GPU in a stream of its own. Nothing else may use the
+    encoders meanwhile: `rest` waits for that. What goes wrong there is raised where that batch is asked for. Without
+    it, all is done when asked for.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Placed],
+        encode: Callable[[Batch], Encoded],
+        *,
+        device: torch.device,
+        beside: bool,
+    ):
+        self._batches, self._encode = batches, encode
+        self._thread = ThreadPoolExecutor(1, "encode") if beside else None
+        self._stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
+        self._now: Batch | None = None
+        self._next: tuple[Future[Placed | None], Future[Encoded | None]] | None = None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def batch(self) -> Placed:
+        """The first is read by the thread that asks, which alone may set up workers' signals."""
+        placed = next(self._batches) if self._next is None else self._next[0].result()
+        assert placed is not None, "asked for more batches than there are"
+        self._now = placed[0]
+        return placed
+
+    def encoded(self) -> Encoded:
+        """Of the batch that `batch` gave last."""
+        assert self._now is not None
+        if self._next is None:
+            return self._encode(self._now)
+        encoded, self._next = self._next[1].result(), None
+        assert encoded is not None
+        if self._stream is not None:
+            here = torch.cuda.current_stream(self._stream.device)
+            here.wait_stream(self._stream)
+            for tensor in encoded.tensors().values():
+                if tensor.is_cuda:
+                    tensor.record_stream(here)  # or its memory would be given away while this stream reads it
+        return encoded
+
+    def begin_next(self) -> None:
+        if self._thread is not None:
+            placed = self._thread.submit(next, self._batches, None)
+            self._next = placed, self._thread.submit(self._encode_beside, placed)
+
+    def rest(self) -> None:
+        """Returns when nothing is under way."""
+        if self._next is not None:
+            self._next[1].exception()
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _encode_beside(self, coming: Future[Placed | None]) -> Encoded | None:
+        placed = coming.result()
+        if placed is None:
+            return None
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return self._encode(placed[0])
+
+
+def wanted(asked: bool | None, *, on_gpu: bool, low_vram: bool) -> bool:
+    """Whether to encode beside training. asked: by the recipe; None: on a GPU, unless it is short of memory. On a CPU
+    both would share the cores."""
+    return asked if asked is not None else on_gpu and not low_vram

@@ -1,0 +1,123 @@
+"""Processes that would not train one run are refused before they train: other settings, files or folders on one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from reeltune.config.parse import flat
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError, refuse
+from reeltune.data.records import Records
+from reeltune.distributed.engine import Engine
+from reeltune.run.folder import LIBRARIES
+
+SAMPLES, SAMPLE_BYTES = 16, 4096  # read of each file of a checkpoint, over all of it
+CLIPS = 64  # of which the sizes are compared
+APPEARS_SECONDS = 10.0  # after which a file server shows to one machine what another has written
+
+
+def refuse_apart(engine: Engine, recipe: Recipe) -> None:
+    """Raises UserError, in all processes, where one has not what rank 0 has."""
+    if engine.world > 1:
+        refuse_other_settings(engine, recipe)
+        refuse_other_checkpoint(engine, recipe)
+        refuse_other_folder(engine, Path(recipe.output.output_dir))
+
+
+def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:
+    """Raises UserError where a process was started with other settings, engine or libraries than rank 0."""
+    wish = engine.wish
+    asked = {"engine": wish.engine, "keep_gathered": wish.keep_gathered, "offload": wish.offload}
+    others = {"DeepSpeed's settings": wish.deepspeed, "blocks to wrap": wish.blocks}
+    versions = {f"the version of {name}": version(name) for name in LIBRARIES}
+    refuse(
+        "launch: processes of one run take the same command, and the same environment, on every machine",
+        differences(engine.gather({**flat(recipe), **asked, **others, **versions})),
+    )
+
+
+def refuse_other_checkpoint(engine: Engine, recipe: Recipe) -> None:
+    """Raises UserError where a process finds another checkpoint, by samples of its files, than rank 0."""
+    model = recipe.model
+    paths = [path for path in (model.pretrained_model_name_or_path, model.transformer_path) if path is not None]
+    found = {str(file): sampled(file) for path in paths for file in files_of(Path(path))}
+    refuse(
+        "pretrained_model_name_or_path: processes would train from other weights; give all machines the same files",
+        differences(engine.gather(found)),
+    )
+
+
+def refuse_other_folder(engine: Engine, output_dir: Path) -> None:
+    """Raises UserError where a process does not see in output_dir what rank 0 writes there."""
+    mark = output_dir / engine.first(f".seen-by-all-{os.getpid()}-{time.time_ns()}")
+    if engine.main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    engine.wait()
+    until = time.monotonic() + APPEARS_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(engine.gather(seen)) if not sees]
+    if engine.main:
+        mark.unlink()
+    if blind:
+        raise UserError(
+            "launch",
+            f"output_dir {str(output_dir)!r} is another folder for {_ranks(blind)} than for rank 0; give one that all "
+            "machines share, as each writes its part of a checkpoint there",
+        )
+
+
+def refuse_other_records(engine: Engine, records: Records) -> None:
+    """Raises UserError where a process has other records than rank 0, or finds other files, by some of their sizes."""
+    if engine.world == 1:
+        return
+    looked_at = range(0, len(records), max(1, len(records) // CLIPS))
+    found = {path: os.path.getsize(path) for path in (records[i].path for i in looked_at) if os.path.exists(path)}
+    refuse(
+        "train_data_meta: processes would train on other clips; give all machines the same files",
+        differences(engine.gather({"the list of usable clips": records.digest(), **found})),
+    )
+
+
+def differences(of_ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the first rank to differ has otherwise than rank 0, and which ranks differ."""
+    other = [rank for rank, one in enumerate(of_ranks) if one != of_ranks[0]]
+    if not other:
+        return []
+    ours, theirs = of_ranks[0], of_ranks[other[0]]
+    names = [name for name in {**ours, **theirs} if ours.get(name, "missing") != theirs.get(name, "missing")]
+    said = [
+        f"{name} is {theirs.get(name, 'missing')} for {_ranks(other)}, {ours.get(name, 'missing')} for rank 0"
+        for name in names[:8]
+    ]
+    return [*said, *([f"and {len(names) - 8} more"] if len(names) > 8 else [])]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Not those in hidden folders, where downloads keep their notes."""
+    inside = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    hidden = [any(part.startswith(".") for part in path.relative_to(folder).parts) for path in inside]
+    return [path for path, notes in zip(inside, hidden, strict=True) if path.is_file() and not notes]
+
+
+def sampled(file: Path) -> str:
+    """Its size, and a hash of bytes from all over it: weights of another training differ everywhere."""
+    size = file.stat().st_size
+    hashed = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as opened:
+        for k in range(SAMPLES):
+            opened.seek(k * size // SAMPLES)
+            hashed.update(opened.read(SAMPLE_BYTES))
+    return f"{size} bytes ({hashed.hexdigest()})"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank {', '.join(map(str, ranks[:8]))}{more}"

@@ -1,0 +1,33 @@
+"""Runs that leave the live network's weights at their end in gathered.safetensors: for `before` of processes.forked.
+
+They are gathered as each engine's own library does it, under the names that diffusers or the toy have.
+"""
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from reeltune.families import weights
+from reeltune.training.learner import Learner
+from reeltune.training.loop import Duties
+
+
+def leave_gathered(rank: int) -> None:
+    def save(duties: Duties, progress, *args, real=Duties.save, **named):
+        real(duties, progress, *args, **named)
+        if progress.step == duties.recipe.training.max_train_steps:
+            state = gathered(duties.learner)
+            if rank == 0:
+                weights.write(state, duties.out / "gathered.safetensors")
+
+    Duties.save = save
+
+
+def gathered(learner: Learner) -> dict[str, torch.Tensor]:
+    if learner.engine.name == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(learner.plain.parameters())):
+            return {name: weight.detach().clone() for name, weight in learner.plain.named_parameters()}
+    if learner.engine.name == "fsdp":
+        return get_model_state_dict(learner.plain, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return learner.plain.state_dict()

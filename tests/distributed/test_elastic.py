@@ -1,0 +1,100 @@
+"""A run goes on with another number of processes: the same samples, each once, or it is refused with the numbers."""
+
+import pytest
+
+from reeltune.core.errors import UserError
+from reeltune.core.types import Progress
+from reeltune.data.loader import stream
+from reeltune.run.inputs import choose_family, gather
+from reeltune.training.engine_choice import Rhythm, engine_of, rhythm
+from reeltune.training.loop import train
+from tests.families.every_family import SHOWN
+from tests.runs.small_run import data_set, recipe
+
+GROUP = 4
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "toy").mkdir()
+    model, data = SHOWN["toy"].write(folder / "toy"), data_set(folder / "data")
+    return lambda name, **changes: recipe(model, data, folder / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def reader(asked):
+    wanted = asked("read")
+    family, mode, _ = choose_family(wanted)
+    return gather(wanted, family, mode, group=GROUP).reader
+
+
+def test_the_micro_step_is_kept():
+    assert rhythm(2, 4) == Rhythm(group=8, parts=1, batch=2)
+    kept = {world: rhythm(2, world, 8) for world in (1, 2, 4, 8)}
+    assert {world: (pace.parts, pace.batch) for world, pace in kept.items()} == {
+        1: (4, 2),
+        2: (2, 2),
+        4: (1, 2),
+        8: (1, 1),  # each takes fewer
+    }
+    for world, pace in kept.items():
+        assert world * pace.parts * pace.batch == pace.group == 8
+
+
+@pytest.mark.parametrize(("engine", "told"), [("zero2", 1), ("fsdp", 1), ("ddp", 0)])
+def test_one_process_with_an_engine_is_told_that_it_deals_out_nothing(engine, told, asked, monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    notices = engine_of(asked("one", engine=engine)).notices
+    assert [f"engine is {engine}, but one process was started" in line for line in notices] == [True] * told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine_of(asked("one", engine=engine)).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "group", "fits"),
+    [(2, 3, 8, "1, 2, 4, 8"), (2, 16, 8, "1, 2, 4, 8"), (3, 1, 8, "4, 8"), (4, 5, 12, "1, 3, 4, 6, 12")],
+)
+def test_what_does_not_come_out_even_is_refused_with_the_numbers_that_do(batch, world, group, fits):
+    with pytest.raises(UserError) as error:
+        rhythm(batch, world, group)
+    (told,) = error.value.problems
+    assert f"takes {group} samples in a micro-step" in told
+    assert f"processes: {world} and train_batch_size: {batch};" in told
+    assert told.endswith(f"as many processes as one of {fits}")
+    for count in map(int, fits.split(", ")):
+        assert rhythm(batch, count, group).group == group
+
+
+def taken(reader, start, micro_steps, world, train_batch_size):
+    """The draws of so many micro-steps from `start` on, in the plan's order, and where they end."""
+    pace = rhythm(train_batch_size, world, GROUP)
+    found = []
+    for rank in range(world):
+        batches = stream(reader, start, workers=0, rank=rank, world=world, parts=pace.parts)
+        mine = [next(batches) for _ in range(micro_steps * pace.parts)]
+        assert all(len(batch.draws) == pace.batch for batch, *_ in mine)
+        found.append([mine[k * pace.parts : (k + 1) * pace.parts] for k in range(micro_steps)])
+        _, epoch, cursor = mine[-1]
+    draws = [draw for k in range(micro_steps) for steps in found for batch, *_ in steps[k] for draw in batch.draws]
+    return draws, Progress(epoch=epoch, cursor=cursor, group=GROUP)
+
+
+def test_the_same_samples_in_the_same_order_whoever_takes_them(reader):
+    per_epoch = len(reader.plan(0))
+    whole, _ = taken(reader, Progress(), 2 * per_epoch, 1, 4)
+    assert len({(draw.record, draw.seed) for draw in whole}) > per_epoch  # they are told apart by what is compared
+    here, found = Progress(), []
+    moves = [(2, 2, 1), (1, 2, per_epoch - 2), (4, 1, 2), (1, 1, 1), (2, 1, per_epoch - 2)]  # over an epoch's end too
+    for world, train_batch_size, micro_steps in moves:
+        draws, here = taken(reader, here, micro_steps, world, train_batch_size)
+        found += draws
+    assert found == whole
+    assert (here.epoch, here.cursor) == (1, per_epoch)
+
+
+def test_a_run_that_cannot_be_taken_evenly_is_refused(asked):
+    assert train(asked("run", train_batch_size=4, max_train_steps=1)) == 0
+    with pytest.raises(UserError, match=r"takes 4 samples .* processes: 1 and train_batch_size: 3; .* one of 2, 4"):
+        train(asked("run", train_batch_size=3, max_train_steps=2, resume_from_checkpoint="latest"))

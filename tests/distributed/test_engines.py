@@ -1,0 +1,240 @@
+"""The matrix: every family on every engine is trained, killed, gone on with elsewhere, and exported."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import statistics
+import time
+
+import pytest
+import torch
+
+from reeltune import families
+from reeltune.checkpoint.folder import is_shared
+from reeltune.core.rng import dice
+from reeltune.distributed.watchdog import EXIT_CODE
+from reeltune.export.main import export
+from reeltune.families import MODULES, weights
+from reeltune.training import loop as module
+from tests.distributed.gathered import leave_gathered
+from tests.distributed.processes import forked, hasty, train
+from tests.runs.same_run import assert_same_end
+from tests.runs.small_run import data_set, recipe
+
+STEPS, HALF = 20, 10
+BF16 = {"mixed_precision": "bf16", "max_train_steps": HALF}
+GROUP = 4  # samples of a micro-step over all processes
+TOLERANCE = 1e-5  # relative, in fp32
+BAND = 1e-2  # relative, in bf16, whose own losses differ from fp32's by up to 2.8e-3; at most 3.2e-3 was measured
+BAND_OF_TOY = 2e-3  # at most 3.5e-4 (both on a CPU, torch 2.13, 2026-11-21)
+with_deepspeed = importlib.util.find_spec("deepspeed") is not None
+EVERY = ("ddp", "fsdp", "zero2", "zero3")
+ENGINES = EVERY if with_deepspeed else EVERY[:2]
+of_engines = pytest.mark.parametrize("engine", EVERY)
+KILLED = ("all", "one", "all within a save", "one within a save")  # of the processes; `one` is either by chance
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"))
+
+
+class Runs:
+    """Of one family: `engine`, `engine-bf16`, and `engine-from-other`, the second half of what another engine began;
+    in two processes, `alone` in one."""
+
+    def __init__(self, pair, data, folder):
+        (folder / "checkpoint").mkdir()
+        self.checkpoint, self.mode = pair.lay_out(folder / "checkpoint"), pair.mode
+        self.data, self.folder, self.family = data, folder, pair.family
+
+    @property
+    def is_toy(self):
+        return self.family == "toy"
+
+    def recipe(self, name, processes=2, **changes):
+        engine = name.partition("-")[0]
+        settings = {
+            "engine": None if engine == "alone" else engine,
+            "train_mode": self.mode,
+            "train_batch_size": GROUP // processes,
+            "max_train_steps": STEPS,
+            "checkpointing_steps": HALF,
+            "held_out_share": 0.2 if self.is_toy else 0.0,
+        }
+        return recipe(self.checkpoint, self.data, self.folder / name, **{**settings, **changes})
+
+    def half_of(self, name):
+        return str(self.folder / name / f"checkpoint-{HALF}")
+
+    def make(self):
+        torch.set_num_threads(1)
+        assert module.train(self.recipe("alone", processes=1)) == 0
+        assert module.train(self.recipe("alone-bf16", processes=1, **BF16)) == 0
+        recipes = []
+        for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
+            recipes.append(self.recipe(engine))
+            recipes.append(self.recipe(f"{engine}-from-{other}", resume_from_checkpoint=self.half_of(other)))
+            recipes.append(self.recipe(f"{engine}-bf16", **BF16))
+        train(recipes, 2, self.folder, leave_gathered)
+        for engine in ENGINES if self.is_toy else ENGINES[-1:]:
+            name = f"alone-from-{engine}"
+            assert module.train(self.recipe(name, resume_from_checkpoint=self.half_of(engine))) == 0
+
+    def begin(self, engine, name):
+        """The first half of that engine's run, in a folder of its own. Returns the folder."""
+        ours = shutil.ignore_patterns(f"checkpoint-{STEPS}")
+        return shutil.copytree(self.folder / engine, self.folder / name, ignore=ours)
+
+    def rows(self, name, kind="step"):
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+    def losses(self, name):
+        return {row["step"]: row["loss"] for row in self.rows(name)}
+
+    def second_half(self, name):
+        return {step: loss for step, loss in self.losses(name).items() if step > HALF}
+
+    def live(self, engine):
+        """The weights at the run's end, gathered on the spot, by their released names."""
+        state = weights.read(self.folder / engine / "gathered.safetensors")
+        config = weights.read_config(self.folder / engine / f"checkpoint-{STEPS}" / "transformer")
+        return families.find(self.checkpoint).to_released(state, config)
+
+
+@pytest.fixture(scope="module")
+def runs(one_of_a_family, data, tmp_path_factory):
+    made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("engines"))
+    made.make()
+    return made
+
+
+def made_by(engine):
+    if engine not in ENGINES:
+        pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
+
+
+# ---- trained
+
+
+@of_engines
+def test_trained_in_fp32_its_losses_are_those_of_one_process(engine, runs):
+    made_by(engine)
+    ours, alone = runs.losses(engine), runs.losses("alone")
+    assert list(ours) == list(range(1, STEPS + 1))
+    assert ours == pytest.approx(alone, rel=TOLERANCE)
+    norms = [[row["grad_norm"] for row in runs.rows(name)] for name in (engine, "alone")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    held_out = [[row["loss"] for row in runs.rows(name, "validation")] for name in (engine, "alone")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+
+
+@of_engines
+def test_trained_in_bf16_they_are_within_the_band(engine, runs):
+    made_by(engine)
+    ours = runs.losses(f"{engine}-bf16")
+    assert ours == pytest.approx(runs.losses("alone-bf16"), rel=BAND_OF_TOY if runs.is_toy else BAND)
+    assert any(loss != runs.losses(engine)[step] for step, loss in ours.items())
+
+
+@of_engines
+def test_who_shares_writes_shares(engine, runs):
+    made_by(engine)
+    folder = runs.folder / engine / f"checkpoint-{STEPS}"
+    assert is_shared(folder) == (engine != "ddp")
+    assert (folder / "transformer" / "config.json").is_file()
+    assert (folder / "optimizer.pt").is_file() == (engine == "ddp")
+    saved = runs.rows(engine, "save")[-1]
+    assert saved["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert saved["seconds"] > 0
+
+
+# ---- killed
+
+
+def kind_of(family, engine):
+    """How it is killed, one of KILLED."""
+    return KILLED[(list(MODULES).index(family) + EVERY.index(engine)) % len(KILLED)]
+
+
+def test_each_is_killed_in_each_way():
+    for engine in EVERY:
+        assert {kind_of(family, engine) for family in MODULES} == set(KILLED)
+    for family in MODULES:
+        assert {kind_of(family, engine) for engine in EVERY} == set(KILLED)
+
+
+def on_a_slow_disk(rank):
+    hasty(rank)
+
+    def fsync(handle, real=os.fsync):
+        time.sleep(0.05)
+        real(handle)
+
+    os.fsync = fsync
+
+
+@of_engines
+def test_killed_and_started_again_it_ends_in_the_same_bits(engine, runs):
+    made_by(engine)
+    kind, chance = kind_of(runs.family, engine), dice(4, "kill", runs.family, engine)
+    name = f"{engine}-killed"
+    out = runs.begin(engine, name)
+    recipes = [runs.recipe(name, checkpointing_steps=2, resume_from_checkpoint="latest")]
+    step, rank = HALF + 2 * chance.randint(1, 2), chance.randrange(2)
+    saved, partial = out / f"checkpoint-{step}", out / f".checkpoint-{step}.partial"
+
+    run = forked(recipes, 2, runs.folder, on_a_slow_disk if "save" in kind else hasty)
+    run.until(partial.exists if "save" in kind else saved.exists)
+    if "save" not in kind:
+        time.sleep(chance.uniform(0, 4) * statistics.median(row["step_s"] for row in runs.rows(engine)))
+    at = time.monotonic()
+    if "all" in kind:
+        run.kill()
+        assert run.end() == [-signal.SIGKILL] * 2
+        assert ("save" in kind) == (not saved.exists())
+    else:
+        run.kill(rank)
+        codes = run.end(60)
+        assert time.monotonic() - at < 30
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] in (2, EXIT_CODE), run.print()
+        told = run.told[1 - rank].read_text()
+        assert f"rank {rank}" in told.replace(f"rank {1 - rank} stops", ""), told
+        assert "resume_from_checkpoint latest" in told, told
+
+    train(recipes, 2, runs.folder)
+    assert not list(out.glob(".checkpoint*"))
+    assert_same_end(out, runs.folder / engine, STEPS)
+
+
+# ---- gone on with elsewhere
+
+
+@of_engines
+def test_another_engine_goes_on_with_the_same_samples(engine, runs):
+    made_by(engine)
+    other = ["alone", *ENGINES][ENGINES.index(engine)]
+    names = [f"{engine}-from-{other}"]
+    if (runs.folder / f"alone-from-{engine}").is_dir():
+        names.append(f"alone-from-{engine}")
+    for name in names:
+        assert runs.losses(name) == pytest.approx(runs.second_half("alone"), rel=TOLERANCE)
+        assert (runs.folder / name / "ledger.csv").read_text() == (runs.folder / "alone" / "ledger.csv").read_text()
+
+
+# ---- exported
+
+
+@of_engines
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_exported_it_is_the_network_that_was_trained(dtype, engine, runs, tmp_path):
+    made_by(engine)
+    *_, proof, tried = export(runs.folder / engine / f"checkpoint-{STEPS}", tmp_path / "out", dtype=dtype)
+    ours, live = weights.read(tmp_path / "out"), runs.live(engine)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert ours.keys() == live.keys() and {weight.dtype for weight in ours.values()} == {kind}
+    assert not [key for key in live if not torch.equal(ours[key], live[key].to(kind))]
+    assert proof.startswith(f"{len(live)} tensors, {dtype}") and tried.endswith("finite")

@@ -1,0 +1,77 @@
+"""Every tensor of every CogVideoX-Fun golden file, within the bounds of benchmarks/parity_cogvideox.py."""
+
+import pytest
+import torch
+from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+from benchmarks.parity import Golden
+from benchmarks.parity_cogvideox import golden_files, loaded, measure
+from reeltune.families import latents
+from reeltune.families.cogvideox_fun import net as corrections
+
+pytestmark = pytest.mark.golden("multi/golden/cogvideox*/*.safetensors")
+
+INPUTS = {  # what is read and not computed; the latents are compared as draws
+    "scheduler": set(),
+    "vae": {"x", "z"},
+    "text": set(),
+    "transformer": {"hidden_states", "inpaint_latents", "encoder_hidden_states", "timestep", "loss_weight"},
+    "train": {"pixel_values", "mask", "mask_latents", "latents", "noise", "t2v_flag"},
+}
+
+
+def test_within_bounds(goldens, file):
+    rows = measure(file)
+    above = [f"{row.tensor}: {row.absolute:.2e} absolute, {row.relative:.2e} relative" for row in rows if not row.ok]
+    assert not above
+    compared = {row.tensor for row in rows}
+    for name in Golden(file).tensors:
+        assert name in compared or name.split(".")[-1] in INPUTS[file.stem.split("_")[0]], name
+
+
+def files_of(goldens, stem, *, rotary):
+    """Those of networks with rotary positions but no time patches, or with a table of positions."""
+    for path in golden_files(goldens):
+        config = loaded(path.parent)[1].net.config
+        if path.stem == stem and config.patch_size_t is None and config.use_rotary_positional_embeddings == rotary:
+            yield path
+
+
+def off(path):
+    return {row.tensor for row in measure(path) if not row.ok}
+
+
+def test_without_the_table_resized_the_answers_are_others(goldens, monkeypatch):
+    paths = list(files_of(goldens, "transformer", rotary=False))
+    for path in paths:
+        patch = loaded(path.parent)[1].net.patch_embed
+        monkeypatch.setattr(patch, "__class__", CogVideoXPatchEmbed)
+        assert "a.out" in off(path)
+        monkeypatch.undo()
+        assert not off(path)
+    assert paths
+
+
+def test_without_the_open_grid_the_answers_are_others(goldens, monkeypatch):
+    paths = list(files_of(goldens, "transformer", rotary=True))
+    monkeypatch.setattr(corrections, "open_grid", lambda start, stop, counts: (start, stop))
+    for path in paths:
+        assert {"a.out", "b.out", "c.out"} & off(path)
+    assert paths
+
+
+def test_the_decoder_as_diffusers_has_it_gives_other_pixels(goldens):
+    """Equal for a single frame alone; for 2 latent frames it is 8 frames long instead of 5."""
+    paths = [path for path in golden_files(goldens) if path.stem == "vae"]
+    for path in paths:
+        golden, vae = Golden(path), loaded(path.parent)[1].frozen["vae"]
+        for case in golden.cases(".z"):
+            z, theirs = golden[f"{case}.z"], golden[f"{case}.dec"]
+            plain = latents.decode_clip(vae, z * vae.config.scaling_factor).transpose(1, 2)
+            if z.shape[2] == 1:
+                torch.testing.assert_close(plain, theirs, rtol=0, atol=5e-5)
+            elif z.shape[2] % 2 == 0:
+                assert plain.shape[2] == 4 * z.shape[2] != theirs.shape[2]
+            else:
+                assert (plain - theirs).abs().max() > 0.1
+    assert paths

@@ -1,0 +1,68 @@
+"""Every tensor of every EasyAnimate golden file, within the bounds of benchmarks/parity_easyanimate.py."""
+
+import pytest
+from diffusers.models.transformers.transformer_easyanimate import (
+    EasyAnimateAttnProcessor2_0,
+    EasyAnimateRotaryPosEmbed,
+)
+
+from benchmarks.parity import Golden
+from benchmarks.parity_easyanimate import golden_files, loaded, measure
+
+pytestmark = pytest.mark.golden("multi/golden/easyanimate_v*/*.safetensors")
+
+INPUTS = {  # what is read and not computed, or told for information; the latents are compared as draws
+    "scheduler": set(),
+    "vae": {"x", "z"},
+    "text": {name for i in ("", "_2") for name in (f"pipeline_input_ids{i}", f"pipeline_prompt_embeds{i}")},
+    "transformer": {
+        *("hidden_states", "control_latents", "encoder_hidden_states", "encoder_hidden_states_t5"),
+        *("text_mask", "timestep", "loss_weight", "out_with_newer_diffusers_rope"),
+    },
+    "train": {
+        *("pixel_values", "control_pixel_values", "ref_pixel_values", "control_camera_values"),
+        *("latents", "ref_latents", "noise", "timestep_indices", "zero_flags", "proj_out_multiplier"),
+    },
+}
+
+
+def test_within_bounds(goldens, file):
+    rows = measure(file)
+    above = [f"{row.tensor}: {row.absolute:.2e} absolute, {row.relative:.2e} relative" for row in rows if not row.ok]
+    assert not above
+    compared = {row.tensor for row in rows}
+    for name in Golden(file).tensors:
+        assert name in compared or name.split(".")[-1] in INPUTS[file.stem.split("_")[0]], name
+
+
+def outputs_off(path):
+    return {row.tensor for row in measure(path) if not row.ok}
+
+
+def test_without_the_rotary_grid_the_answers_are_others(goldens, monkeypatch):
+    for path in [path for path in golden_files(goldens) if path.stem == "transformer"]:
+        rope = loaded(path.parent)[1].net.rope_embedding
+        plain = EasyAnimateRotaryPosEmbed.get_resize_crop_region_for_grid
+        with monkeypatch.context() as patch:
+            patch.setattr(type(rope), "get_resize_crop_region_for_grid", plain)
+            off = outputs_off(path)
+        assert {"a.rope_cos", "a.out"} & off or {"b.rope_cos", "b.out"} & off
+
+
+def test_without_the_texts_projection_the_answers_are_others(goldens):
+    """Where blocks share their weights between text and clip, and their text is read by a later block."""
+    shared = []
+    for path in [path for path in golden_files(goldens) if path.stem == "transformer"]:
+        blocks = loaded(path.parent)[1].net.transformer_blocks[:-1]
+        joint = [block.attn1 for block in blocks if block.attn1.add_q_proj is None]
+        if joint:
+            ours = joint[0].processor
+            for attention in joint:
+                attention.set_processor(EasyAnimateAttnProcessor2_0())
+            try:
+                assert "a.out" in outputs_off(path)
+            finally:
+                for attention in joint:
+                    attention.set_processor(ours)
+            shared.append(path)
+    assert shared

@@ -1,0 +1,74 @@
+"""Few blocks rehearsed for many, against all of them."""
+
+import pytest
+
+from reeltune import families
+from reeltune.core.types import Shape
+from reeltune.demo.main import FAMILIES as SHOWN
+from reeltune.estimate import memory_tracker
+from reeltune.estimate.fake_step import ALL, rehearse
+from reeltune.estimate.repeated_blocks import shorten
+from reeltune.run.inputs import choose_family, load_parts
+from tests.families.every_family import OWN, derive
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import recipe
+from tests.runs.test_estimate import CAPTIONS, draws
+
+DEPTH = 6  # of each kind of block
+SAME = 1e-3  # a step in the backward pass gathers a small tensor for each weight, which are not counted for all blocks
+LEAN = {"trained_weights": "bf16_stochastic", "use_adafactor": True, "step_in_backward": True}
+
+
+SETTINGS = {
+    "recomputed": {"gradient_checkpointing": True, "use_ema": True},
+    "elsewhere": {"offload_activations": True},
+    "in_backward": {"gradient_checkpointing": True, **LEAN},
+}
+SLOW = [pytest.param(name, "recomputed", marks=pytest.mark.slow) for name in OWN]
+
+
+def deep(name, place):
+    if name == "wan_fun":
+        return tiny_checkpoint(place, "control_v1.1", layers=DEPTH)
+    (source := place / "source").mkdir()
+    (folder := place / "deep").mkdir()
+    changes = {"num_layers": DEPTH, "mmdit_layers": DEPTH, "num_single_layers": DEPTH}
+    return derive(SHOWN[name].write(source), folder, changes=changes)
+
+
+@pytest.mark.parametrize(("name", "setting"), [*(("wan_fun", setting) for setting in SETTINGS), *SLOW])
+def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        memory_tracker, "ROUND_BYTES", 1
+    )  # or small tensors, such as norms, would be large in so small a net
+    model = deep(name, tmp_path)
+    mode = families.find(model).modes[0]
+    run = recipe(model, tmp_path, tmp_path / "out", train_mode=mode, mixed_precision="bf16", **SETTINGS[setting])
+    phases = ALL - {"preview"} if setting == "in_backward" else ALL
+    few, all_ = (
+        rehearse(run, draws(Shape(5, 32, 48)), CAPTIONS, phases=phases, whole=whole) for whole in (False, True)
+    )
+    assert few.flops == all_.flops
+    assert few.saved_bytes == all_.saved_bytes
+    assert (few.parameters, few.trainable, few.weight_bytes) == (all_.parameters, all_.trainable, all_.weight_bytes)
+    assert few.state_bytes == all_.state_bytes
+    assert few.gradient_bytes == all_.gradient_bytes
+    for phase, parts in all_.peaks.items():
+        assert sum(few.peaks[phase].values()) == pytest.approx(sum(parts.values()), rel=SAME), phase
+        for part in ("weights", "gradients", "optimizer", "average"):
+            assert few.peaks[phase].get(part, 0) == pytest.approx(parts.get(part, 0), rel=SAME), (phase, part)
+
+
+def test_blocks_that_differ_are_left_and_keep_their_names(tmp_path):
+    model = tiny_checkpoint(tmp_path, "control_v1.1", layers=9)
+    net = load_parts(recipe(model, tmp_path, tmp_path), choose_family(recipe(model, tmp_path, tmp_path))[0], "cpu").net
+    for weight in net.blocks[6].parameters():
+        weight.requires_grad_(False)
+    [stand] = shorten(net, ("WanTransformerBlock",))
+    assert stand.times == 3
+    assert [name for name, _ in net.blocks.named_children()] == ["0", "1", "4", "5", "6", "7", "8"]
+    rest = {"trainable_modules": ["blocks.3."], "mixed_precision": "bf16"}
+    found = rehearse(
+        recipe(model, tmp_path, tmp_path, **rest), draws(Shape(5, 32, 32)), CAPTIONS, phases=ALL - {"preview"}
+    )
+    assert found.trainable == sum(weight.numel() for weight in net.blocks[0].parameters())

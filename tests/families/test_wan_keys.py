@@ -1,0 +1,116 @@
+"""Key maps: every released tensor lands exactly once, and back under its own name."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import CLIPVisionModel, UMT5EncoderModel
+
+from reeltune.core.errors import UserError
+from reeltune.families import weights
+from reeltune.families.wan_fun import keys, sizes
+from reeltune.families.wan_fun.net import WanFunTransformer
+from tests.families.tiny_wan import CHANNELS, VARIANTS, filled, network
+
+
+def shapes(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_keeps_the_very_tensors(variant):
+    ours = network(variant).state_dict()
+    released = keys.to_released(ours)
+    assert len(released) == len(ours)
+    back = keys.from_released(released)
+    assert list(back) == list(ours)
+    assert all(back[name] is ours[name] for name in ours)
+    assert not [name for name in released if name.startswith(("condition_embedder", "proj_out", "scale_shift"))]
+
+
+def test_the_two_norms_are_not_exchanged():
+    """Released norm3 is the one with weights, which diffusers calls norm2."""
+    released = keys.to_released(network("control_v1.0").state_dict())
+    assert {name for name in released if ".norm" in name and "attn" not in name} == {
+        f"blocks.{i}.norm3.{kind}" for i in range(2) for kind in ("weight", "bias")
+    }
+
+
+def test_vae_round_trip_is_bit_equal():
+    ours = filled(AutoencoderKLWan(base_dim=4), 0).state_dict()
+    released = keys.vae_to_released(ours)
+    assert "decoder.upsamples.4.shortcut.weight" in released
+    assert "decoder.upsamples.7.time_conv.bias" in released
+    back = keys.vae_from_released(released)
+    assert back.keys() == ours.keys()
+    assert all(back[name] is ours[name] for name in ours)
+
+
+def test_names_of_two_forms_together_are_refused():
+    mixed = {"head.head.weight": torch.zeros(1), "proj_out.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match="two names become one"):
+        keys.from_released(mixed)
+
+
+# ---- the released lists at full size
+
+
+@pytest.fixture(scope="module")
+def released(goldens):
+    """name -> outlines of the released tensors, on the meta device."""
+
+    def outlines(path):
+        names = json.loads(gzip.decompress(path.read_bytes()))
+        return {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+
+    return {
+        path.name.removesuffix(".json.gz"): outlines(path) for path in (goldens / "released_keys").glob("*.json.gz")
+    }
+
+
+@pytest.mark.golden("released_keys/Wan2.1-Fun*")
+def test_transformers_at_full_size(released):
+    for file in [name for name in released if name.startswith("Wan2.1-Fun")]:
+        given = released[file]
+        ours = keys.from_released(given)
+        with torch.device("meta"):
+            net = WanFunTransformer(**sizes.transformer(ours, {}, file))  # no config.json: 128 channels a head
+        assert weights.differences(net.state_dict(), ours) == []
+        assert shapes(keys.to_released(net.state_dict())) == shapes(given)
+        assert net.config.in_channels in {CHANNELS + extra for extra, *_ in VARIANTS.values()}
+
+
+@pytest.mark.golden("released_keys/Wan*VAE.json.gz")
+def test_vae_at_full_size(released):
+    for given in [outlines for name, outlines in released.items() if name.startswith("Wan") and name.endswith("VAE")]:
+        ours = keys.vae_from_released(given)
+        with torch.device("meta"):
+            net = AutoencoderKLWan(**sizes.vae(ours, {}, "vae"))
+        assert weights.differences(net.state_dict(), ours) == []
+        assert shapes(keys.vae_to_released(net.state_dict())) == shapes(given)
+
+
+@pytest.mark.golden("released_keys/umt5*")
+def test_text_encoder_at_full_size(released):
+    for given in [outlines for name, outlines in released.items() if name.startswith("umt5")]:
+        ours = keys.text_from_released(given)
+        with torch.device("meta"):
+            net = UMT5EncoderModel(sizes.text(ours, "text"))
+        assert weights.differences(net.state_dict(), ours) == []
+        assert shapes(keys.text_to_released(net.state_dict())) == shapes(given)
+
+
+@pytest.mark.golden("released_keys/clip*")
+def test_picture_tower_at_full_size(released):
+    for given in [outlines for name, outlines in released.items() if name.startswith("clip")]:
+        used = {name: tensor for name, tensor in given.items() if not name.startswith(keys.IMAGE_LEFT)}
+        assert all(name.startswith("visual.") for name in used)
+        left = {name.split(".")[0] if name.startswith("textual") else name for name in given.keys() - used.keys()}
+        assert left == {"textual", "log_scale", "visual.head"}
+        ours = keys.image_from_released(given)
+        with torch.device("meta"):
+            net = CLIPVisionModel(sizes.image(ours, {}, "image"))
+        assert weights.differences(getattr(net, "vision_model", net).state_dict(), ours) == []
+        assert shapes(keys.image_to_released(ours)) == shapes(used)

@@ -1,0 +1,79 @@
+"""Whether two runs are one: the same weights, optimizer state, numbers and account, bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import reeltune.training.loop as module
+from reeltune.checkpoint.state import Shared
+from reeltune.distributed.sharded_io import whole
+from reeltune.reporting.log import DETERMINISTIC
+
+
+class StopAfter:
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __enter__(self):
+        def step(learner, step, rate, real=module.Learner.step):
+            if step == self.step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(learner, step, rate)
+
+        self.real_step = module.Learner.step
+        module.Learner.step = step
+
+    def __exit__(self, *_):
+        module.Learner.step = self.real_step
+
+
+def rows(out: Path, kinds=tuple(DETERMINISTIC)) -> list[dict]:
+    """The lines of metrics.jsonl, without clock and memory."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row.get(name) for name in DETERMINISTIC[row["kind"]]} for row in lines if row["kind"] in kinds]
+
+
+def assert_same_end(ours: Path, theirs: Path, step: int = 6, kinds=tuple(DETERMINISTIC)) -> None:
+    a, b = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
+    for name in ("transformer", "transformer_ema"):
+        assert (a / name).is_dir() == (b / name).is_dir()
+        for path in (a / name).glob("*.safetensors"):
+            assert_equal(load_file(path), load_file(b / name / path.name))
+    if (a / "shares").is_dir():
+        assert_equal(shares(a), shares(b))
+    else:
+        assert_equal(*(torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)))
+    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+    assert rows(ours, kinds) == rows(theirs, kinds)
+    assert (ours / "ledger.json").read_text() == (theirs / "ledger.json").read_text()
+    assert (ours / "ledger.csv").read_text() == (theirs / "ledger.csv").read_text()
+
+
+def shares(checkpoint: Path) -> dict:
+    """All that several processes wrote: every tensor, flattened and whole, and the numbers beside them."""
+    held = Shared(checkpoint)
+    tensors = {name: torch.empty(count, dtype=dtype) for name, (count, dtype) in held.sizes.items()}
+    held.fill(whole(name, tensor) for name, tensor in tensors.items())
+    return tensors | json.loads((held.folder / "outline.json").read_text())
+
+
+def assert_equal(a, b) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,121 @@
+"""What `check` prints, against data whose answer is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reeltune import cli
+from reeltune.core.errors import UserError
+from reeltune.core.types import Record
+from reeltune.data.media import write_clip
+from reeltune.data.records import Records
+from reeltune.data.shapes import SizeRules
+from reeltune.estimate.check import check
+from reeltune.run.inputs import short_clips
+from tests.families.tiny_wan import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Three clips of 20 frames at 10 per second, one still, one row without a file."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny_checkpoint(folder / "model", "inp")
+    ramp = np.arange(20 * 64 * 96 * 3, dtype=np.uint32).reshape(20, 64, 96, 3)
+    rows = [{"file_path": f"{i}.mp4", "text": "a ramp", "type": "video"} for i in range(3)]
+    for i, row in enumerate(rows):
+        write_clip(folder / row["file_path"], (ramp * (i + 3) % 251).astype(np.uint8), 10.0)
+    Image.fromarray(ramp[0].astype(np.uint8)).save(folder / "still.png")
+    rows += [{"file_path": "still.png", "text": "still", "type": "image"}]
+    rows += [{"file_path": "gone.mp4", "text": "nothing", "type": "video"}]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return folder
+
+
+def lines_of(given, tmp_path, *words, **more) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": given / "model",
+        "train_data_dir": given,
+        "train_data_meta": given / "metadata.json",
+        "output_dir": tmp_path,
+        "video_sample_size": 64,
+        "image_sample_size": 64,
+        "video_sample_n_frames": 9,
+        "max_bad_share": 0.2,
+    }
+    argv = [f"--{name}={value}" for name, value in (flags | more).items()]
+    return list(check(cli.recipe_of([*argv, *words], "check")))
+
+
+def test_counts_reasons_and_sizes(given, tmp_path):
+    lines = lines_of(given, tmp_path, gradient_accumulation_steps=3, num_train_epochs=5)
+    said = "\n".join(lines)
+    assert lines[0] == "model    wan_fun/inp, train_mode inpaint"
+    assert "5 entries; usable: 3 videos and 1 image" in lines[1]
+    assert lines[2] == "left out 1 (20.0%; up to 20.0%)" and "entry 4, gone.mp4: " in lines[3]
+    assert "held out 0 clips" in lines
+    assert "epoch    4 micro-steps of 1 sample, 0 repeats to fill groups" in lines
+    assert "run      6 optimizer steps of 3 micro-steps" in lines  # 4 * 5 // 3
+    video, still = (line.split() for line in lines[-2:])
+    assert video == ["3", "9", "64", "64", "48", "1.70"]  # 3 x 4 x 4 tokens; frames 0 to 16 of a stride of 2 at 10/s
+    assert still == ["1", "1", "64", "64", "16", "still"]
+    assert "notice" not in said
+
+
+def test_seconds_of_footage_by_frame_rate(given, tmp_path):
+    lines = lines_of(given, tmp_path, video_sample_fps=5.0, video_sample_n_frames=5, train_batch_size=2)
+    assert "epoch    3 micro-steps of 2 samples, 2 repeats to fill groups" in lines
+    assert lines[-2].split() == ["4", "5", "64", "64", "32", "0.90"]  # frames 0, 2, 4, 6, 8
+
+
+def test_clips_shorter_than_asked_for_are_told(given, tmp_path):
+    def told(**more):
+        return [line for line in lines_of(given, tmp_path, **more) if line.startswith("notice")]
+
+    words = "the clip has fewer than {} frames at {}, and is used as it is"
+    assert told(video_sample_n_frames=12) == []  # of which 9 are used, and there are 10
+    assert told(video_sample_n_frames=13) == ["notice   3 entries (0, 1, 2): " + words.format(13, "stride 2")]
+    by_time = told(video_sample_fps=2.0, video_sample_n_frames=5)  # 20 frames at 10 per second are 4
+    assert by_time == ["notice   3 entries (0, 1, 2): " + words.format(5, "2 per second")]
+    clips = Records.of(Record(i, "a", "", "video", frames, 8.0, 64, 64) for i, frames in enumerate((96, 97, 98, 1)))
+    (line,) = short_clips(clips, SizeRules(video_sample_n_frames=49, video_sample_stride=2))
+    assert line.startswith("2 entries (0, 1): ")  # 97 are 48 pairs; 1 is none, which the plan tells
+
+
+def test_a_second_list_is_told_of_too(given, tmp_path):
+    rows = json.loads((given / "metadata.json").read_text())
+    lists = {"train.json": rows[:2], "val.json": [rows[2] | {"text": ""}, *rows[3:]]}
+    for name, listed in lists.items():
+        (tmp_path / name).write_text(json.dumps(listed))
+    metas = {"train_data_meta": tmp_path / "train.json", "validation_data_meta": tmp_path / "val.json"}
+    lines = lines_of(given, tmp_path, **metas, max_bad_share=0.5)
+    told = [line.removeprefix("notice   ") for line in lines if line.startswith("notice")]
+    assert [line.partition(": ")[0] for line in told] == ["val.json"] * 2
+    assert "entry 2, gone.mp4: the file cannot be opened" in told[0] and "the caption is empty" in told[1]
+    with pytest.raises(UserError, match=r"train_data_meta has 4 of its files too: .*/0\.mp4"):
+        lines_of(given, tmp_path, validation_data_meta=given / "metadata.json", max_bad_share=0.5)
+
+
+def test_what_training_would_refuse(given, tmp_path):
+    with pytest.raises(UserError, match=r"gone\.mp4"):
+        lines_of(given, tmp_path, max_bad_share=0.1)
+    with pytest.raises(UserError, match="it can do inpaint and i2v; set train_mode to inpaint"):
+        lines_of(given, tmp_path, train_mode="control_ref")
+
+
+def test_all_that_does_not_suit_the_model_is_told_at_once(given, tmp_path):
+    size = "--fix_sample_size", "50", "70"
+    with pytest.raises(UserError) as error:
+        more = {"loss_type": "ddpm", "add_full_ref_image_in_self_attention": True}
+        lines_of(given, tmp_path, *size, train_mode="control_ref", video_sample_n_frames=4, **more)
+    assert [problem.split(" is ")[0] for problem in error.value.problems] == [
+        "train_mode",
+        "loss_type",
+        "video_sample_n_frames",
+        "fix_sample_size",
+        "add_full_ref_image_in_self_attention",
+    ]
+    assert "takes multiples of 16; set it to 48 64" in error.value.problems[3]
+    assert lines_of(given, tmp_path, "--fix_sample_size", "48", "64")[-1].split()[2:4] == ["48", "64"]

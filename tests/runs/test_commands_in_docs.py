@@ -1,0 +1,123 @@
+"""Every command in the documents is run, with small sizes, on a tiny checkpoint and a small data set."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from reeltune import cli, compat
+from reeltune.config.parse import settings
+from scripts.recipe_page import page
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import data_set
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = {
+    "video_sample_n_frames": 5,
+    "video_sample_stride": 1,
+    "video_sample_size": 32,
+    "image_sample_size": 32,
+    "token_sample_size": 32,
+    "max_train_steps": 2,
+    "mixed_precision": "no",
+    "dataloader_num_workers": 0,
+    "preview_count": 0,
+    "preview_steps": 1,
+    "held_out_levels": 1,
+    "report_to": "none",
+}
+
+
+def commands_of(page: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def newest(match: re.Match) -> str:
+    """A checkpoint of the folder named, whichever step it is of."""
+    found = sorted(Path(match[1]).glob("checkpoint-*"))
+    assert found, f"{match[0]}: no run before it has written a checkpoint there"
+    return str(found[-1])
+
+
+def reeltune_words(command: str) -> list[str] | None:
+    """What `reeltune` is given, if the command starts it."""
+    words = shlex.split(re.sub(r"(\S+)/checkpoint-\d+", newest, command))
+    if words[0] == "reeltune":
+        return words[1:]
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        rest = words[words.index("reeltune") + 1 :]  # in one process here, which shares nothing
+        return rest if "--engine" not in rest else [word for word in rest if word not in ("--engine", "fsdp", "zero3")]
+    return None
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder in which the paths that the documents name are there."""
+    tiny_checkpoint(tmp_path / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
+    data_set(tmp_path / "datasets" / "mine")
+    for name in ("recipes", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+def test_commands_run(page, place):
+    for command in commands_of(page):
+        kept = {"mixed_precision"} if "--mixed_precision" in command else set()
+        small = [f"--{name}={value}" for name, value in SMALL.items() if name not in kept]
+        if "bf16_stochastic" in command:
+            small.append("--mixed_precision=bf16")
+        script = re.search(r" scripts/(\S+\.py) (.*)", command)
+        argv = reeltune_words(command) if script is None else shlex.split(script[2])
+        if argv is None:
+            assert_known(command)
+        elif script is not None:
+            assert compat.train(script[1], [*argv, *small]) == 0, command
+        elif argv[0] in (*cli.RUN, "plan"):
+            assert cli.main([*argv, *small]) == 0, command
+        else:
+            assert cli.main(argv) == 0, command
+
+
+def assert_known(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    else:
+        assert words[0] == "export", f"a document has a command that no test runs: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_settings_named_in_the_documents_exist():
+    """Words in code marks that look like a setting."""
+    known = set(settings())
+    parts = {word for name in known for word in name.split("_")}
+    for file in PAGES:
+        for word in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){2,})`", file.read_text(encoding="utf-8")):
+            if set(word.split("_")) <= parts:
+                assert word in known, f"{file.name} names {word}"
+
+
+def test_the_page_of_settings_is_up_to_date():
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == page(), "run make docs"
+
+
+def test_the_page_of_original_commands_has_every_script_and_flag():
+    page = (ROOT / "docs" / "original_commands.md").read_text(encoding="utf-8")
+    for script, own in compat.SCRIPTS.items():
+        assert f"`scripts/{script}`" in page
+        for name, what in own.refused.items():
+            assert f"| `--{name}`, of `scripts/{script}` | {what} |" in page
+    for name, what in (compat.ACCEPTED | compat.REFUSED).items():
+        assert f"| `--{name}` | {what} |" in page

@@ -1,0 +1,223 @@
+"""The demo: scenes, data set, checkpoint, the number for following, a small run from end to end."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from reeltune import cli, families
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Crop, Draw, Posterior, Shape
+from reeltune.data.media import write_clip
+from reeltune.demo import clips
+from reeltune.demo.checkpoint import WEIGHTS, shipped, tokenizer, transformer, vae, write_checkpoint
+from reeltune.demo.clips import HELD_OUT_SEED, SIDE, draw_scene, scene, write_data_set
+from reeltune.demo.edge_agreement import agreement, write_agreement
+from reeltune.demo.main import FAMILIES, clear, run
+from reeltune.demo.tiny import easyanimate, hunyuan_video
+from reeltune.families.hunyuan_video import prompts
+from reeltune.families.wan_fun.family import decode, encode_clip
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Eight held-out (clip, control) pairs, 9 frames."""
+    return [draw_scene(scene(HELD_OUT_SEED + i), 9, SIDE, SIDE) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def test_a_scene_is_its_seed():
+    first, again, other = (draw_scene(scene(seed), 3, 32, 32) for seed in (5, 5, 6))
+    assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_scenes_move_and_controls_are_white_on_black(drawn):
+    for clip, control in drawn:
+        assert clip.shape == control.shape == (9, SIDE, SIDE, 3)
+        assert np.abs(clip[-1].astype(int) - clip[0]).mean() > 2
+        assert 0.005 < (control > 128).mean() < 0.2 and control.max() == 255 and np.median(control) == 0
+
+
+def test_every_word_of_a_caption_is_a_token():
+    words = tokenizer()
+    for seed in range(40):
+        ids = words(scene(seed).caption).input_ids
+        assert len(ids) == len(scene(seed).caption.split()) + 2  # full stop, end
+        assert words.unk_token_id not in ids
+
+
+def test_data_set_is_in_the_guides_form(tmp_path):
+    meta, held_out = write_data_set(tmp_path, clips=2, stills=1, held_out=1)
+    rows, apart = json.loads(meta.read_text()), json.loads(held_out.read_text())
+    assert meta.name == "metadata_control.json"
+    assert [row["type"] for row in rows] == ["video", "video", "image"] and len(apart) == 1
+    for row in [*rows, *apart]:
+        assert set(row) == {"file_path", "control_file_path", "text", "type"}
+        for path in (row["file_path"], row["control_file_path"]):
+            with av.open(str(tmp_path / path)) as file:
+                stream = file.streams.video[0]
+                assert (stream.width, stream.height) == (SIDE, SIDE)
+                if row["type"] == "video":
+                    assert stream.codec_context.name == "h264"
+                    assert (stream.frames, stream.average_rate) == (clips.FRAMES, clips.FPS)
+    assert not {row["file_path"] for row in rows} & {row["file_path"] for row in apart}
+
+
+def test_agreement_is_high_for_truth_and_only_with_its_own_control(drawn):
+    scores = np.array([agreement(clip, [control for _, control in drawn]) for clip, _ in drawn])
+    own = np.diag(scores)
+    others = scores[~np.eye(len(drawn), dtype=bool)]
+    assert own.min() > 0.7 and others.max() < 0.5 and others.mean() < 0.15
+
+
+def test_agreement_of_random_previews_has_no_margin(drawn):
+    rng = np.random.RandomState(0)
+    controls = [control for _, control in drawn]
+    noise = [rng.randint(0, 256, drawn[0][0].shape).astype(np.uint8) for _ in controls]
+    unrelated = [draw_scene(scene(seed), 9, SIDE, SIDE)[0] for seed in range(len(controls))]
+    for previews in (noise, unrelated):
+        scores = np.array([agreement(preview, controls) for preview in previews])
+        margins = np.diag(scores) - (scores.sum(1) - np.diag(scores)) / (len(controls) - 1)
+        assert abs(margins.mean()) < 0.1
+
+
+def test_agreement_falls_with_the_distance_of_preview_and_control(drawn):
+    clip, control = drawn[0]
+    scores = [agreement(np.roll(clip, by, axis=2), [control])[0] for by in (0, 2, 4, 10)]
+    assert scores == sorted(scores, reverse=True) and scores[0] - scores[-1] > 0.5
+    assert agreement(np.zeros_like(clip), [control]) == [0.0]
+
+
+def test_agreement_of_a_run(tmp_path, drawn):
+    """Before: previews follow each other's controls; after: their own."""
+    for i, (clip, control) in enumerate(drawn[:3]):
+        for name, frames in (("step-0", drawn[(i + 1) % 3][0]), ("step-7", clip), ("control", control)):
+            (tmp_path / "previews" / name).mkdir(parents=True, exist_ok=True)
+            write_clip(tmp_path / "previews" / name / f"{i}.mp4", frames, 8)
+    found = write_agreement(tmp_path)
+    assert found == json.loads((tmp_path / "agreement.json").read_text())
+    assert (found["before"]["step"], found["after"]["step"]) == (0, 7)
+    assert (found["before"]["first"], found["after"]["first"]) == (0.0, 1.0)
+    assert found["before"]["margin"] < 0 and found["after"]["margin"] > 0.5
+    assert [len(row["others"]) for row in found["after"]["previews"]] == [2, 2, 2]
+
+
+def test_shipped_weights_are_small():
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 6e6
+    assert all(file.stat().st_size <= 3e6 for file in WEIGHTS.iterdir())
+
+
+def test_checkpoint_is_the_released_layout(checkpoint):
+    assert {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} >= {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        "google/umt5-xxl/tokenizer.json",
+    }
+    assert families.find(str(checkpoint)).name == "wan_fun/control_v1.1"
+
+
+@torch.no_grad()
+def test_vae_shows_clips_and_controls_as_they_are(drawn):
+    parts = families.spec.Parts(transformer(), {"vae": shipped(vae(), "vae").eval()})
+    for pair in drawn[:3]:
+        for clip, least in zip(pair, (22, 18), strict=True):
+            x = torch.from_numpy(clip).permute(0, 3, 1, 2)[None] / 127.5 - 1
+            latents = encode_clip(parts.frozen["vae"], x)
+            error = (decode(parts, latents.mean) - x).square().mean() / 4  # of pixels in [0, 1]
+            assert -10 * error.log10() > least
+            assert 0.3 < latents.mean.std() < 1.5 and latents.mean.mean().abs() < 0.5
+
+
+@torch.no_grad()
+def test_the_start_takes_no_notice_of_control_and_reference(checkpoint, drawn):
+    family = families.find(str(checkpoint))
+    parts = family.load(str(checkpoint))
+
+    def answer(control: np.ndarray) -> torch.Tensor:
+        draw = Draw(0, Shape(9, SIDE, SIDE), Crop(SIDE, SIDE, 0, 0), tuple(range(9)), 0, 0)
+        pixels = [torch.from_numpy(frames).permute(0, 3, 1, 2)[None] for frames in (drawn[0][0], control)]
+        batch = Batch([draw], ["A red ball"], pixels[0], torch.tensor([0]), {}, pixels[1]).to("cpu")
+        options = {"add_full_ref_image_in_self_attention": True}
+        encoded = family.encode(parts, batch, "control_ref", options=options)
+        cond = {name: value.mean if isinstance(value, Posterior) else value for name, value in encoded.cond.items()}
+        noise = torch.randn(encoded.x0.mean.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return family.denoise(parts.net, noise, torch.tensor([1000.0]), cond)
+
+    assert torch.equal(answer(drawn[0][1]), answer(drawn[1][1]))
+    parts.net.patch_embedding.weight.data[:, 16:32] = 0.05
+    assert not torch.allclose(answer(drawn[0][1]), answer(drawn[1][1]))
+
+
+def test_only_an_earlier_demo_is_cleared_away(tmp_path):
+    (tmp_path / "run").mkdir()
+    clear(tmp_path)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        clear(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
+    assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=2) == 0
+    page = (tmp_path / "demo/run/report.html").read_text()
+    assert "agreement with control" in page
+    told = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "reeltune train recipes/wan2.1_fun_v1.1_1.3b_control.yaml" in told
+    assert (tmp_path / "demo/run/checkpoint-2/progress.json").exists()
+
+
+def test_captions_are_cut_where_their_families_cut_them():
+    caption = scene(5).caption
+    words = hunyuan_video.tokenizer()
+    ids, _ = prompts.tokens_of(words, prompts.TEMPLATE, [caption], prompts.TEXT_LENGTH + prompts.CROP)
+    assert words.decode(ids[0, prompts.CROP :]).startswith(caption.split()[0])
+    assert words.decode(ids[0, prompts.CROP - 1]) == "\n\n"
+    chat = easyanimate.tokenizer()
+    turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}]]
+    (said,) = chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said.endswith(f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n")
+    for made in (words, chat, hunyuan_video.tokenizer_2()):
+        assert made.unk_token_id not in made(caption).input_ids
+
+
+def test_every_family_can_be_shown():
+    assert set(cli.DEMOS) == set(FAMILIES) == set(families.MODULES)
+    recipes = Path(__file__).parents[2] / "recipes"
+    for name, shown in FAMILIES.items():
+        assert name == "toy" or f"huggingface.co/{shown.model}" in (recipes / shown.recipe).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(cli.DEMOS) - {"wan_fun"}))
+def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys):
+    clips, last = (24, 60) if family == "toy" else (4, 8)
+    assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
+    out = tmp_path / "demo/run"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps, held_out = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
+    assert sum(row["loss"] for row in steps[-3:]) < sum(row["loss"] for row in steps[:3])
+    assert held_out[-1]["band95"][1] < 0
+    assert families.find(tmp_path / "demo/model").name in (out / "report.html").read_text()
+    assert {path.name for path in (out / "previews" / f"step-{last}").iterdir()} == {
+        "0.mp4",
+        "0.json",
+        "1.mp4",
+        "1.json",
+    }
+    said = capsys.readouterr().out
+    assert f"held-out loss {held_out[0]['loss']:.4f} before, {held_out[-1]['loss']:.4f} after training" in said
+    assert ("random" in said and "not to be recognised" in said) == (family != "toy")

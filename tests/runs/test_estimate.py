@@ -1,0 +1,189 @@
+"""What `reeltune plan` foretells, against what then happens."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from reeltune.core.types import Crop, Draw, Shape
+from reeltune.diffusion.loss import diffusion_loss
+from reeltune.distributed.engine import Engine
+from reeltune.estimate import memory_tracker
+from reeltune.estimate.fake_step import ALL, CHANGES, rehearse
+from reeltune.estimate.fakes import empty_batch
+from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.sampling.sample import Setup
+from reeltune.training.learner import Learner
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import recipe
+
+CAPTIONS = ["a red kite", "a dog on a beach"]
+NEAR = 0.05  # the count and the allocator's
+
+
+def draws(shape: Shape) -> list[Draw]:
+    crop = Crop(shape.height, shape.width, 0, 0)
+    return [Draw(0, shape, crop, tuple(range(shape.frames)), 0, seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def model(any_checkpoint, tmp_path_factory):
+    (folder := tmp_path_factory.mktemp("model")).mkdir(exist_ok=True)
+    return any_checkpoint.lay_out(folder)
+
+
+class Allocated:
+    """Bytes that the CPU's allocator gave within, less those it took back."""
+
+    def __enter__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        events = self.profile.profiler.kineto_results.events()
+        self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def real_step(run, shape: Shape) -> dict[str, int]:
+    """Bytes by part of a step with real weights, by the allocator's count."""
+    family, mode, objective = choose_family(run)
+    engine = Engine(run.training.mixed_precision)
+    parts = load_parts(run, family, engine.device)
+    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
+    checkpointing = run.training.gradient_checkpointing
+    learner = Learner(
+        family,
+        parts,
+        engine,
+        run.model,
+        run.optimization,
+        run.memory,
+        seed=0,
+        gradient_checkpointing=checkpointing,
+        batch=2,
+        accumulate=1,
+    )
+    stand = draws(shape)
+    batch = empty_batch(family, mode, stand, CAPTIONS, torch.no_grad())
+    encoded = setup.encode(batch)
+    strata = [draw.stratum for draw in stand]
+    forward_pass = partial(
+        diffusion_loss, family.denoise, learner.net, objective, encoded, parts.null, batch.seeds, strata
+    )
+    forward_pass()  # what is made once and kept, such as tables
+    gc.collect()
+    with Allocated() as forward:
+        loss = forward_pass()
+    with Allocated() as backward:
+        learner.backward(loss.value, last=True)
+        del loss
+    gradients = backward.bytes + forward.bytes  # all that the forward pass kept is gone
+    with Allocated() as step:
+        learner.step(0, 1e-3)
+    recomputed = checkpointing * sum(type(module).__name__ in family.blocks for module in parts.net.modules())
+    return {
+        "weights": learner.held_bytes()["weights"],
+        "gradients": gradients,
+        "state": step.bytes + gradients,
+        "kept": forward.bytes - recomputed * torch.get_rng_state().nbytes,  # the host's, on a GPU too
+    }
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
+def test_a_rehearsal_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)  # of this allocator
+    settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
+    run, shape = recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48)
+    found, real = rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"}), real_step(run, shape)
+    assert found.peaks["step"]["weights"] == pytest.approx(real["weights"], rel=NEAR)
+    assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
+    assert found.state_bytes == pytest.approx(real["state"], rel=NEAR)
+    assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
+
+
+def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
+    settings = {"mixed_precision": "bf16", "use_ema": True, "gradient_checkpointing": True}
+
+    def make(**changed):
+        return recipe(model, tmp_path, tmp_path / "out", **{**settings, **changed})
+
+    shape = Shape(5, 32, 32)
+    base = rehearse(make(), draws(shape), CAPTIONS)
+    for changed in ({"gradient_checkpointing": False}, {"use_ema": False}, {"low_vram": True}):
+        [name] = changed
+        whole = rehearse(make(**changed), draws(shape), CAPTIONS)
+        part = rehearse(make(**changed), draws(shape), CAPTIONS, phases=CHANGES[name], like=base)
+        for phase in whole.peaks:
+            total, known = sum(part.peaks[phase].values()), sum(whole.peaks[phase].values())
+            assert total == pytest.approx(known, rel=NEAR), (changed, phase)
+        assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=NEAR)
+        assert part.state_bytes == whole.state_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
+def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(tmp_path, optimizer):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
+    settings = {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic", optimizer: True}
+    plain, fused = (
+        rehearse(
+            recipe(model, tmp_path, tmp_path / "out", step_in_backward=inside, **settings),
+            draws(Shape(5, 32, 32)),
+            CAPTIONS,
+            phases=ALL - {"preview"},
+        )
+        for inside in (False, True)
+    )
+    assert fused.state_bytes == plain.state_bytes
+    assert fused.gradient_bytes == 0 < plain.gradient_bytes
+    assert "gradients" not in fused.peaks["step"]
+    assert plain.peaks["step"]["gradients"] == plain.gradient_bytes
+
+
+def lean(tmp_path, shape, **settings):
+    (folder := tmp_path / "-".join(f"{name}={value}" for name, value in settings.items())).mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1", width=192, heads=4, layers=6)
+    settings = {"mixed_precision": "bf16", "trainable_modules": ["patch_embedding"], **settings}
+    run = recipe(model, tmp_path, tmp_path / "out", **settings)
+    return rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"})
+
+
+def test_blocks_that_are_swapped_are_on_the_host_and_come_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
+    shape = Shape(5, 32, 32)
+    plain, swapped = (lean(tmp_path, shape, blocks_to_swap=n, gradient_checkpointing=True) for n in (0, 6))
+    assert plain.still_blocks == 6
+    assert (plain.swapped_bytes, swapped.swapped_bytes) == (0, 6 * 4 * plain.block_parameters)
+    for phase in plain.peaks:
+        gone = plain.peaks[phase]["still"] - swapped.peaks[phase]["still"]
+        assert gone == swapped.swapped_bytes, phase
+    one = swapped.peaks["forward"]["forward"] - plain.peaks["forward"]["forward"]
+    assert one == pytest.approx(4 * plain.block_parameters, rel=0.2)  # a block at work
+
+
+def test_offloaded_activations_are_on_the_host_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
+    monkeypatch.setattr("reeltune.memory.blocks.LEAST_BYTES", 2**10)
+    plain, away = (lean(tmp_path, Shape(9, 64, 96), offload_activations=on) for on in (False, True))
+    assert plain.offloaded_bytes == 0
+    assert away.saved_bytes < 0.2 * plain.saved_bytes
+    assert away.offloaded_bytes > 0.8 * plain.saved_bytes
+    assert away.peaks["backward"]["backward"] > 0  # they are on the device while they are needed
+
+
+def test_devices_that_share_a_clip_have_their_part_of_the_activations(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
+    alone, two, four = (lean(tmp_path, Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
+    assert not torch.distributed.is_initialized()
+    work = [found.flops["forward"] for found in (alone, two, four)]
+    room = [found.peaks["forward"]["forward"] for found in (alone, two, four)]
+    for one, half, quarter in (work, room):  # of what is divided; each has text whole
+        assert (half - quarter) / (one - half) == pytest.approx(0.5, abs=0.1)
+        assert half < 0.7 * one
+    assert two.flops["encode"] == alone.flops["encode"]

@@ -1,0 +1,85 @@
+"""Exports of a tiny checkpoint: both forms, shards, dtypes, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from reeltune.config.parse import dump
+from reeltune.config.recipe import Model, Recipe
+from reeltune.core.errors import UserError
+from reeltune.export import streamed
+from reeltune.export.main import export
+from reeltune.families import weights
+from tests.families.tiny_wan import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder with a checkpoint-3 whose weights are in fp32."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_checkpoint(folder / "model", "control_v1.1")
+    saved = folder / "checkpoint-3" / "transformer"
+    saved.mkdir(parents=True)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        shutil.copyfile(model / name, saved / name)
+    (folder / "checkpoint-3" / "progress.json").write_text('{"step": 3}')
+    (folder / "recipe.yaml").write_text(dump(Recipe(model=Model(pretrained_model_name_or_path=str(model)))))
+    return folder
+
+
+def test_released_names_in_bf16(run, tmp_path):
+    source = weights.read(run / "checkpoint-3" / "transformer")
+    *files, proof, tried = export(run / "checkpoint-3", tmp_path / "out")
+    written = weights.read(tmp_path / "out")
+    assert tried == "a forward pass of wan_fun/control_v1.1 on a clip of 5x64x64: finite"
+    assert len(files) == 1 and proof.startswith(f"{len(source)} tensors, bf16")
+    assert written.keys() == source.keys() and "blocks.0.self_attn.q.weight" in written
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in source.items())
+    assert (tmp_path / "out/config.json").read_text() == (run / "checkpoint-3/transformer/config.json").read_text()
+
+
+def test_shards_hold_each_tensor_once(run, tmp_path):
+    source = weights.read(run / "checkpoint-3" / "transformer")
+    list(export(run / "checkpoint-3", tmp_path / "out", dtype="as_stored", max_shard_size="200KB"))
+    shards = weights.files_of(tmp_path / "out")
+    assert len(shards) > 2
+    assert sum(len(weights.read(file)) for file in shards) == len(source)
+    written = weights.read(tmp_path / "out")
+    assert all(torch.equal(written[name], tensor) for name, tensor in source.items())
+
+
+@pytest.mark.parametrize("max_shard_size", ["80GB", "200KB"])
+def test_diffusers_loads_its_form(run, tmp_path, max_shard_size):
+    from diffusers import WanTransformer3DModel
+
+    list(export(run / "checkpoint-3", tmp_path / "out", dtype="fp32", diffusers=True, max_shard_size=max_shard_size))
+    assert json.loads((tmp_path / "out/config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+    net, report = WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    source = weights.read(run / "checkpoint-3" / "transformer")
+    mine, theirs = source["blocks.1.cross_attn.k.weight"], net.state_dict()["blocks.1.attn2.to_k.weight"]
+    assert torch.equal(mine, theirs)
+
+
+def test_a_written_tensor_that_differs_is_told(run, tmp_path, monkeypatch):
+    def spoil(folder, outline, tensor, max_shard_bytes, real=streamed.write):
+        return real(folder, outline, lambda name: tensor(name) + (name == "head.head.bias"), max_shard_bytes)
+
+    monkeypatch.setattr("reeltune.export.streamed.write", spoil)
+    with pytest.raises(RuntimeError, match=r"does not hold what was written: head\.head\.bias$"):
+        list(export(run / "checkpoint-3", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_refused(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError) as told:
+        list(export(run, tmp_path / "full"))
+    assert len(told.value.problems) == 2 and "checkpoint-3" in told.value.problems[0]
+    with pytest.raises(UserError, match="use_ema"):
+        list(export(run / "checkpoint-3", tmp_path / "out", ema=True))
+    assert not (tmp_path / "out").exists()

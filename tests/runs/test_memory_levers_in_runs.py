@@ -1,0 +1,155 @@
+"""Ways of saving memory, in every family: the bits of the plain run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError
+from reeltune.diffusion.loss import diffusion_loss
+from reeltune.distributed.engine import Engine
+from reeltune.memory import blocks
+from reeltune.memory.blocks import blocks_of
+from reeltune.optim.trainable import released_names
+from reeltune.run.inputs import choose_family, encode_options, gather
+from reeltune.sampling.sample import Setup
+from reeltune.training.learner import Learner
+from tests.families.every_family import Pair
+from tests.runs.same_run import assert_equal
+from tests.runs.small_run import data_set, recipe
+
+STEPS = 3
+KINDS = {
+    "fp32": {"use_ema": True, "max_grad_norm": 1e-3},
+    "bf16_stochastic": {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "max_grad_norm": None},
+}
+HALF = {"gradient_checkpointing": True, "gradient_checkpointing_share": 0.5}
+WAYS = {  # what is saved with, and the kind of run
+    "half_recomputed": ("fp32", HALF),
+    "all_recomputed": ("bf16_stochastic", {"gradient_checkpointing": True}),
+    "offloaded": ("fp32", {"offload_activations": True}),
+    "stepped_in_backward": ("fp32", {"step_in_backward": True}),
+    "all_of_it": ("bf16_stochastic", {**HALF, "offload_activations": True, "step_in_backward": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"), clips=6)
+
+
+@pytest.fixture(scope="module")
+def start(any_checkpoint: Pair, data, tmp_path_factory):
+    """(family, recipe, batch of its first step)."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "model").mkdir()
+    model = any_checkpoint.lay_out(folder / "model")
+    made = recipe(model, data, folder / "out", train_mode=any_checkpoint.mode, fix_sample_size=(32, 48))
+    family, mode, objective = choose_family(made)
+    batch = gather(made, family, mode, show_progress=False).reader[0, 0, 0, 1]
+    setup = Setup(family, mode, family.load(model), objective, options=encode_options(made))
+    return family, made, setup.encode(batch), setup.parts.null, batch
+
+
+def steps(start, **changes) -> tuple[list, Learner]:
+    """(loss and gradient norm of each step, what learned)."""
+    family, made, encoded, null, batch = start
+    made = with_changes(made, changes)
+    engine = Engine(made.training.mixed_precision)
+    dtype = torch.float32 if made.model.trained_weights == "fp32" else torch.bfloat16
+    parts = family.load(made.model.pretrained_model_name_or_path, dtype=dtype, encoders=False)
+    checkpointing = made.training.gradient_checkpointing
+    learner = Learner(
+        family,
+        parts,
+        engine,
+        made.model,
+        made.optimization,
+        made.memory,
+        seed=1,
+        gradient_checkpointing=checkpointing,
+        batch=2,
+        accumulate=1,
+    )
+    _, _, objective = choose_family(made)
+    told = []
+    for step in range(STEPS):
+        seeds = [seed + step for seed in batch.seeds]
+        strata = [draw.stratum for draw in batch.draws]
+        loss = diffusion_loss(family.denoise, learner.net, objective, encoded, null, seeds, strata)
+        learner.backward(loss.value, last=True)
+        told.append((loss.value.item(), learner.step(step, 1e-3).item()))
+    return told, learner
+
+
+def with_changes(made: Recipe, changes: dict) -> Recipe:
+    """The recipe with these fields, whichever their sections."""
+    sections = {
+        name: replace(section, **{field: value for field, value in changes.items() if field in vars(section)})
+        for name, section in vars(made).items()
+    }
+    return replace(made, **sections)
+
+
+def assert_same(ours: tuple[list, Learner], theirs: tuple[list, Learner]) -> None:
+    assert ours[0] == theirs[0]
+    assert_equal(dict(ours[1].plain.state_dict()), dict(theirs[1].plain.state_dict()))
+    assert_equal(ours[1].state(), theirs[1].state())
+
+
+@pytest.fixture(scope="module")
+def plain(start):
+    return {kind: steps(start, **changes) for kind, changes in KINDS.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_bits_of_the_plain_run(way, start, plain, monkeypatch):
+    kind, changes = WAYS[way]
+    monkeypatch.setattr(blocks, "LEAST_BYTES", 0)
+    told, learner = plain[kind]
+    assert all(loss > 0 and norm > 0 for loss, norm in told)
+    if kind == "fp32":
+        assert all(norm > 1e-3 for _, norm in told)  # so that it is clipped
+    assert_same(steps(start, **KINDS[kind], **changes), (told, learner))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypatch):
+    family, made, *_ = start
+    net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net
+    names, found = released_names(net, lambda state: family.to_released(state, {})), blocks_of(net, family.blocks)
+    ours = {id(weight): name for name, weight in net.named_parameters()}
+    first = tuple(names[ours[id(weight)]] for weight in found[0].parameters())  # so that gradients pass all others
+    assert len(found) > 1
+    settings = {"trainable_modules": first, "gradient_checkpointing": recomputed}
+    visits = []
+    visiting = blocks.visiting
+    monkeypatch.setattr(blocks, "visiting", lambda *given: visits.append(len(given[0])) or visiting(*given))
+    still = steps(start, **settings)
+    assert not visits
+    assert_same(steps(start, blocks_to_swap=1, **settings), still)
+    assert len(visits) == 2 * STEPS
+    with pytest.raises(UserError, match=f"blocks_to_swap is {len(found)}, but"):
+        steps(start, blocks_to_swap=len(found), **settings)
+
+
+class Several(Engine):
+    """As if there were two processes."""
+
+    @property
+    def world(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("alone", [{"step_in_backward": True}, {"blocks_to_swap": 1}], ids=str)
+def test_what_only_one_process_can_do_is_refused_to_several(alone, start, monkeypatch):
+    def engine(precision, real=Engine):
+        found = real(precision)
+        found.__class__ = Several
+        return found
+
+    monkeypatch.setitem(steps.__globals__, "Engine", engine)
+    with pytest.raises(UserError, match=f"{next(iter(alone))} is .* and there are 2 processes"):
+        steps(start, **alone)

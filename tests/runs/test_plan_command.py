@@ -1,0 +1,300 @@
+"""`reeltune plan` whole: what it prints and draws, that what it offers fits, and what is said when memory runs out."""
+
+import re
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reeltune import cli
+from reeltune.config.parse import build, flat, read
+from reeltune.core.errors import UserError
+from reeltune.demo.main import FAMILIES as SHOWN
+from reeltune.estimate.main import Machines, forecast
+from reeltune.estimate.page import rounded, write_page
+from reeltune.estimate.remedies import Change, Offer
+from reeltune.families import weights
+from reeltune.run.inputs import choose_family, gather
+from reeltune.training import loop as train
+from tests.families.full_size import released, wan_checkpoint
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.small_run import data_set, recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny_checkpoint(folder / "model", "control_v1.1")
+    data_set(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return SHOWN["toy"].write(tmp_path_factory.mktemp("toy"))
+
+
+TOY = {"video_sample_n_frames": 9, "token_sample_size": 128, "video_sample_size": 128, "image_sample_size": 128}
+
+
+def run_of(place: Path, out: Path, **changes):
+    return recipe(place / "model", place / "data", out, **{"mixed_precision": "bf16", "use_ema": True, **changes})
+
+
+def unread(monkeypatch) -> None:
+    """Whoever reads a weight fails."""
+    read = weights._read
+
+    def read_on_meta(path, device):
+        assert device == "meta", f"{path} is read"
+        return read(path, device)
+
+    monkeypatch.setattr(weights, "_read", read_on_meta)
+
+
+def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, capsys):
+    unread(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    settings = {"preview_count": 1, "use_ema": False, "engine": "zero2"}
+    run, page = run_of(place, tmp_path / "out", **settings), tmp_path / "pages/plan.html"
+    flags = [word for name, value in flat(run).items() if value not in (None, (), []) for word in as_flag(name, value)]
+    code = cli.main(["plan", *flags, "--gpus", "2", "--device", "H100", "--html", str(page)])
+    told, errors = capsys.readouterr()
+    assert code == 0, errors
+    family, mode, _ = choose_family(run)
+    inputs = gather(run, family, mode, group=4, show_progress=False)
+    samples = 4 * len(inputs.plan(0))
+    assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
+    assert re.search(r"steps +6\b", told)
+    assert "ZeRO-2, shared out by arithmetic" in told
+    assert "It fits." in told
+    for words in ("gradients being exchanged", "frozen networks", "preview", "host:", "disk:"):
+        assert words in told, words
+    drawn = page.read_text()
+    assert drawn.count("<svg") == 2
+    assert "It fits." in drawn
+    assert "H100" in drawn
+
+
+def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
+    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
+    whole = forecast(run, Machines(device="1GB"))
+    found = replace(
+        whole, offers=[Offer(tuple(Change({name: 1}, 0, str) for name in "ab"), whole.verdict, ("x<", "y"))]
+    )
+    drawn = write_page(found, tmp_path / "plan.html").read_text()
+    assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
+    assert "<td>x&lt;<br>y</td>" in drawn
+    assert [rounded(number) for number in (0.0123456, 5.678, 1834.2, 5621234.0)] == [
+        "0.0123",
+        "5.68",
+        "1,830",
+        "5,620,000",
+    ]
+
+
+def as_flag(name, value) -> list[str]:
+    return [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
+
+
+def test_what_is_offered_fits_when_it_is_done(place, toy, tmp_path):
+    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
+    whole = forecast(run, Machines(device="1GB"))  # of any device
+    assert whole.verdict.safe
+    assert not whole.offers
+    tight = Machines(device=f"{whole.verdict.need_bytes * 0.75 / 1e9}GB")
+    found = forecast(run, tight)
+    assert not found.verdict.fits
+    assert len(found.offers) >= 2
+    for offer in found.offers:
+        settings = {name: value for change in offer.changes for name, value in change.settings.items()}
+        gpus = settings.pop("gpus", 1)
+        done = forecast(build({**flat(run), **settings}), Machines(gpus, tight.device))
+        assert done.verdict.safe, settings
+        assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
+
+
+def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path):
+    own = {"pretrained_model_name_or_path": str(toy), "use_ema": False}
+    both, apart, waits = (
+        forecast(run_of(place, tmp_path / "out", **own, **more), Machines(device="1GB"))
+        for more in ({}, {"encode_ahead": False}, {"low_vram": True, "save_in_background": False})
+    )
+    encoding = both.peaks["encode"]["encode"]
+    assert encoding > 0
+    for phase in ("forward", "backward", "step"):
+        assert both.peaks[phase] == {**apart.peaks[phase], "encode": encoding}
+        assert "encode" not in waits.peaks[phase]
+    assert both.peaks["encode"] == apart.peaks["encode"]
+    copies = "copies of what is saved, while it is written"
+    assert both.host_bytes[copies] == 4 * both.rehearsal.trainable + both.rehearsal.state_bytes
+    assert copies not in waits.host_bytes
+    tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")
+    offers = forecast(run_of(place, tmp_path / "out", **own), tight).offers
+    assert {"encode_ahead": False} in [change.settings for offer in offers for change in offer.changes]
+
+
+@pytest.mark.parametrize(
+    ("machines", "words"),
+    [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "not one of B200")],
+)
+def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, words):
+    with pytest.raises(UserError, match=words):
+        forecast(run_of(place, tmp_path / "out"), machines)
+
+
+@pytest.mark.golden("released_keys/Wan2.1-Fun-1.3B-Control.json.gz", "released_keys/umt5-xxl-enc.json.gz")
+def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypatch):
+    """1.3 B parameters in files of nothing but holes: what AdamW in fp32 takes, and an outline of the time."""
+    unread(monkeypatch)
+    name = "Wan2.1-Fun-1.3B-Control"
+    (folder := tmp_path / "model").mkdir()
+    wan_checkpoint(folder, goldens, name)
+    run = recipe(
+        folder, place / "data", tmp_path / "out", mixed_precision="bf16", low_vram=True, gradient_checkpointing=True
+    )
+    began = time.process_time()
+    found = forecast(run, Machines(device="A100"))
+    assert time.process_time() - began < 60
+    psi = sum(torch.Size(shape).numel() for shape in released(goldens, name).values())
+    assert found.rehearsal.trainable == psi
+    step = found.peaks["step"]
+    for part, size in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
+        assert step[part] == pytest.approx(size, rel=0.001), part
+    text = sum(torch.Size(shape).numel() for shape in released(goldens, "umt5-xxl-enc").values())
+    assert found.rehearsal.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
+    tokens = found.data.buckets[0].tokens * found.batch + 512 * found.batch
+    forward = found.rehearsal.flops["forward"]
+    assert 2 * psi * found.data.buckets[0].tokens * found.batch < forward < 2 * psi * tokens  # text passes some of it
+    assert found.rehearsal.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeypatch):
+    """81 frames of 832 x 480, by the recipe made for it; by the plain one no, by far."""
+    unread(monkeypatch)
+    name = "Wan2.1-Fun-V1.1-14B-Control"
+    if not (goldens / "released_keys" / f"{name}.json.gz").is_file():
+        pytest.skip(f"no list of {name}'s tensors")
+    (folder := tmp_path / "model").mkdir()
+    wan_checkpoint(folder, goldens, name)
+    data = data_set(tmp_path / "data", clips=2, stills=0, frames=81)
+    where = {
+        "pretrained_model_name_or_path": str(folder),
+        "train_data_dir": str(data),
+        "train_data_meta": str(data / "metadata_control.json"),
+        "output_dir": str(tmp_path / "out"),
+        "video_sample_stride": 1,
+        "fix_sample_size": [480, 832],
+        "held_out_share": 0.0,
+    }
+    found = forecast(
+        build(read(str(RECIPES / "wan2.1_fun_v1.1_14b_control_80gb.yaml")), where), Machines(device="H100")
+    )
+    assert found.data.buckets[0].tokens == 32760
+    assert found.rehearsal.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
+    assert found.verdict.safe
+    assert found.verdict.need_bytes < 70e9
+    # Recomputed once, then two products for each of the forward pass; in attention five for its two.
+    assert 3.2 < found.step_flops["backward"] / found.step_flops["forward"] < 3.4
+
+
+@pytest.mark.parametrize(
+    ("settings", "machines", "words"),
+    [
+        ({"context_parallel": 2}, Machines(gpus=3), "gpus is 3 and context_parallel is 2.*give 4"),
+        ({"step_in_backward": True}, Machines(gpus=2), "step_in_backward is True and gpus is 2.*plan for one"),
+        ({}, Machines(throughput_tflops=-3), "throughput is -3 TFLOP/s; it must be more than 0"),
+        ({}, Machines(throughput_tflops=float("nan")), "throughput is nan"),
+        ({}, Machines(throughput_tflops=3, measured=Path("x")), "leave one out"),
+        ({}, Machines(device="0GB"), "not one of B200"),
+        ({}, Machines(measured=Path("none")), r"has no metrics\.jsonl"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_its_remedy(place, tmp_path, settings, machines, words):
+    with pytest.raises(UserError, match=words):
+        forecast(run_of(place, tmp_path / "out", **settings), machines)
+
+
+def spoilt(name, run, folder):
+    """What is wrong with the run, done to copies of its files: flags."""
+    model = shutil.copytree(run.model.pretrained_model_name_or_path, folder / "model")
+    meta, flags = folder / "metadata.json", [f"--pretrained_model_name_or_path={model}"]
+    if name == "no entries":
+        meta.write_text("[]")
+        flags.append(f"--train_data_meta={meta}")
+    elif name == "no weights":
+        (model / "diffusion_pytorch_model.safetensors").unlink()
+    elif name == "config":
+        (model / "config.json").write_text("{")
+    elif name == "no model":
+        shutil.rmtree(model)
+    else:
+        flags += name.split()
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no entries", "metadata.json"),
+        ("no weights", "supported family"),
+        ("config", "is not JSON"),
+        ("no model", "model"),
+        ("--gpus abc", "--gpus: invalid int value: 'abc'"),
+        ("--gpus", "--gpus: expected one argument"),
+        ("--gpus 2 --engine zero9", "zero9"),
+        ("--gpus 2 --engine fsdp --use_came true", "use_came is true and engine is fsdp"),
+        ("--device H10", "'H10', not one of B200"),
+        ("--video_sample_size 100000 --image_sample_size 100000", "GB of pixels before anything"),
+    ],
+)
+def test_bad_inputs_are_told_without_a_traceback(place, tmp_path, capsys, name, words):
+    run = run_of(place, tmp_path / "out", use_ema=False)
+    flags = [word for key, value in flat(run).items() if value not in (None, (), []) for word in as_flag(key, value)]
+    assert cli.main(["plan", *flags, *spoilt(name, run, tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+
+
+# ---- when memory runs out all the same
+
+
+def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch):
+    settings = {"mixed_precision": "bf16", "low_vram": True, "token_sample_size": 64, "video_sample_size": 64}
+    run = recipe(toy, place / "data", tmp_path / "out", **settings)
+    family, mode, _ = choose_family(run)
+    plan = gather(run, family, mode, show_progress=False).plan(0)
+    largest = max((step[0].shape for step in plan), key=family.geometry.tokens)
+    seen = []
+
+    def full(*args, **kwargs):
+        seen.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train, "diffusion_loss", full)
+    with pytest.raises(UserError) as told:
+        train.train(run)
+    words = str(told.value)
+    assert "the forward and backward pass of step 0" in words
+    assert f"at {largest.frames} frames of {largest.width} x {largest.height}" in words
+    assert "activations and gradients grew" in words
+    assert "train_batch_size below 2" in words
+    assert "gradient_checkpointing: true" in words
+    assert "low_vram" not in words  # it is on
+    assert "encode_ahead" not in words  # so this is off
+    assert len(seen) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(train.Learner, "step", full)
+    with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
+        seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
+    settings["low_vram"] = False
+    with pytest.raises(UserError, match=r"encode_ahead: false, .*low_vram: true"):
+        train.train(recipe(toy, place / "data", tmp_path / "third", **settings))

@@ -1,0 +1,199 @@
+"""A killed run, resumed, ends in the same bits as an unbroken one."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from reeltune.checkpoint.folder import complete
+from reeltune.core.errors import UserError
+from reeltune.core.rng import dice
+from reeltune.training.loop import train
+from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.same_run import StopAfter, assert_same_end
+from tests.runs.small_run import data_set, recipe
+
+MODES = {  # train mode -> the checkpoint it is run on, and settings that go with it
+    "control_ref": ("control_v1.1", {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}),
+    "control": ("control_v1.0", {}),
+    "control_ref_camera": ("control_camera", {}),
+    "inpaint": ("inp", {}),
+    "i2v": ("inp", {}),
+    "toy": ("toy", {}),
+}
+WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["reeltune.training.loop", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"]
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for variant, _ in MODES.values():
+        if variant == "toy":
+            (folder / "toy").mkdir()
+            (folder / "toy" / "toy.json").write_text("{}")
+        else:
+            tiny_checkpoint(folder / variant, variant)
+    return folder
+
+
+def settings_of(mode, **changes):
+    _, more = MODES[mode]
+    return {"train_mode": None if mode == "toy" else mode, **more, **changes}
+
+
+def run(settings, *where):
+    torch.set_num_threads(1)
+    return train(recipe(*where, **settings))
+
+
+def child(settings, *where):
+    os.setpgrp()  # so that a kill takes its reading processes with it
+    raise SystemExit(run(settings, *where))
+
+
+def run_and_kill(when, settings, *where):
+    """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
+    process = PROCESSES.Process(target=child, args=(settings, *where))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not when(where[-1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    killed = process.is_alive()
+    if killed:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return killed
+
+
+def after_a_step(out):
+    """The first step's line is on the disk, so the second is under way."""
+    path = out / "metrics.jsonl"
+    return path.is_file() and '"kind": "step"' in path.read_text()
+
+
+def in_a_save(step):
+    return lambda out: (out / f".checkpoint-{step}.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, checkpoints, tmp_path_factory):
+    """mode, settings -> the folder of a run that nothing disturbed; made once."""
+    made = {}
+
+    def get(mode, **changes):
+        key = (mode, *sorted(changes.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("unbroken") / "run"
+            assert run(settings_of(mode, **changes), checkpoints / MODES[mode][0], data, out) == 0
+            made[key] = out
+        return made[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / MODES[mode][0], data, tmp_path / "run"
+    extra = dice(7, "kill", mode).uniform(0, 0.02 if mode == "toy" else 0.5)  # seconds
+
+    def moment(out):
+        if after_a_step(out):
+            time.sleep(extra)
+            return True
+        return False
+
+    run_and_kill(moment, settings_of(mode, dataloader_num_workers=WORKERS[mode]), *where)
+    assert run(settings_of(mode, resume_from_checkpoint="latest"), *where) == 0
+    assert_same_end(tmp_path / "run", unbroken(mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_within_a_save(step, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    assert run_and_kill(in_a_save(step), settings_of("toy"), *where)
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-2"][: step // 4]
+    assert run(settings_of("toy", resume_from_checkpoint="latest"), *where) == 0
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+    assert_same_end(tmp_path / "run", unbroken("toy"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(workers, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    settings = settings_of("toy", dataloader_num_workers=workers)
+    run_and_kill(in_a_save(4), settings, *where)
+    assert run({**settings, "resume_from_checkpoint": "latest"}, *where) == 0
+    assert_same_end(tmp_path / "run", unbroken("toy"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16"},
+        {"use_ema": True, "ema_decay": 0.9},
+        {"use_came": True},
+        {"step_in_backward": True, "trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "use_ema": True},
+        {"max_grad_norm": None, "step_in_backward": True, "use_adafactor": True},
+        {"offload_activations": True, "gradient_checkpointing": True, "gradient_checkpointing_share": 0.5},
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+        {"uniform_sampling": True, "motion_sub_loss": True, "random_frame_crop": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_in_two_parts_is_the_run(changes, data, checkpoints, unbroken, tmp_path):
+    where = checkpoints / "toy", data, tmp_path / "run"
+    with StopAfter(3):
+        assert run(settings_of("toy", checkpointing_steps=100, **changes), *where) == 128 + signal.SIGTERM
+    assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-3"]
+    assert run(settings_of("toy", checkpointing_steps=100, resume_from_checkpoint="latest", **changes), *where) == 0
+    assert_same_end(tmp_path / "run", unbroken("toy", checkpointing_steps=100, **changes))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, checkpoints, unbroken):
+    out = unbroken("toy")
+    with pytest.raises(UserError, match="already holds checkpoint-6"):
+        run(settings_of("toy"), checkpoints / "toy", data, out)
+
+
+def test_latest_of_nothing_starts_anew_with_a_notice(data, checkpoints, tmp_path):
+    out = tmp_path / "run"
+    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=1)
+    assert run(settings, checkpoints / "toy", data, out) == 0
+    assert "a new run starts" in (out / "metrics.jsonl").read_text()
+
+
+def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(data, checkpoints, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken("toy"), out)
+    where = checkpoints / "toy", data, out
+    more = {"resume_from_checkpoint": "latest", "max_train_steps": 7}
+    with pytest.raises(UserError) as error:
+        run(settings_of("toy", **more, seed=1, video_sample_size=48), *where)
+    assert sorted(line.split(" ")[0] for line in error.value.problems) == ["seed", "video_sample_size"]
+    assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
+    assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
+    assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()
+
+
+def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
+    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
+    with pytest.raises(UserError, match=r"mode was control and is normal"):
+        run(settings, checkpoints / "toy", data, unbroken("toy"))

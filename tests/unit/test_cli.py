@@ -1,0 +1,171 @@
+"""The command line: flags in all their forms, help, exit codes, and nothing heavy before it is needed."""
+
+import resource
+import subprocess
+import sys
+import types
+
+import pytest
+
+from reeltune import cli
+from reeltune.config.parse import sentences, settings
+from reeltune.core.errors import UserError
+
+NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--train_data_meta=d/m.json"]
+
+
+def made(*argv):
+    return cli.recipe_of([*argv, *NEEDED], "train")
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--seed", "3"], 3),
+        (["--seed=3"], 3),
+        (["--low_vram"], True),
+        (["--low_vram", "false"], False),
+        (["--low_vram=True"], True),
+        (["--trainable_modules", "."], (".",)),
+        (["--trainable_modules", "attn", "ref_conv"], ("attn", "ref_conv")),
+        (["--trainable_modules=attn"], ("attn",)),
+        (["--fix_sample_size", "480", "832"], (480, 832)),
+        (["--logit_mean", "-0.5"], -0.5),
+        (["--output_dir="], ""),
+        (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
+    ],
+)
+def test_forms_of_flags(argv, value):
+    name = argv[0][2:].partition("=")[0]
+    assert getattr(getattr(made(*argv), settings()[name].section), name) == value
+
+
+def test_the_recipe_file_may_stand_anywhere_but_after_a_list(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 5\nenable_bucket: true\n")
+    for argv in ([str(file), "--low_vram"], ["--low_vram", str(file)], ["--lr_power", "2", str(file)]):
+        recipe = made(*argv, "--enable_bucket", "false")
+        assert recipe.training.seed == 5 and recipe.sizes.enable_bucket is False
+
+
+def test_flags_that_are_wrong_are_told_together():
+    with pytest.raises(UserError) as told:
+        cli.recipe_of(["--lerning_rate", "3", "--seed", "--low_vram=2", "--train_data_dir", "d"], "train")
+    assert told.value.problems == [
+        "seed has no value; write --seed VALUE",
+        "lerning_rate is no setting; the nearest is learning_rate",
+        "low_vram is '2'; expected true or false",
+        "pretrained_model_name_or_path is missing; it has no default, so give it",
+        "train_data_meta is missing; it has no default, so give it",
+    ]
+
+
+def test_words_that_are_no_flags(tmp_path):
+    (tmp_path / "r.yaml").touch()
+    with pytest.raises(UserError, match="extra is neither a flag nor the recipe"):
+        made(str(tmp_path / "r.yaml"), "extra")
+
+
+@pytest.mark.parametrize("command", ["train", "check", "sample"])
+def test_help_has_every_field_once_with_its_sentence(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    words = " ".join(said.split())
+    for name, setting in settings().items():
+        assert sum(line.split()[:1] == [f"--{name}"] for line in lines) == 1
+        assert " ".join(sentences()[name].split()) in words
+        assert f"{setting.section}:" in lines
+    assert "[0.0001]" in said and "--fix_sample_size N N" in said
+    assert max(map(len, lines)) <= 120
+
+
+def test_help_of_the_program(capsys):
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert cli.main([]) == 0 and capsys.readouterr().out == listed
+    assert all(f"\n  {command} " in listed for command in cli.COMMANDS)
+
+
+def test_a_command_that_there_is_not(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "trian is no command; the nearest is train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--seed", "x"]])
+def test_answers_come_without_torch_and_numpy(argv):
+    code = (
+        "import sys; from reeltune.cli import main; main(sys.argv[1:]);"
+        "print(*{'torch', 'numpy', 'diffusers'} & {name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines()[-1] == ""
+
+
+def test_help_takes_less_than_0_3_seconds():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "reeltune", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3  # of a processor: others may run
+
+
+def test_python_dash_m_is_the_same_command(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "reeltune", "train", "--seed", "x"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("command line: 4 problems\n  - seed is 'x'; expected a whole number\n")
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "name", "given", "code"),
+    [
+        ("train", "training.loop", "train", 143, 143),
+        ("check", "estimate.check", "check", ["a line"], 0),
+        ("sample", "sampling.sample", "sample_clips", ["a.mp4"], 0),
+    ],
+)
+def test_commands_of_a_recipe_hand_it_on(monkeypatch, capsys, command, module, name, given, code):
+    seen = []
+    stand_in = types.ModuleType(f"reeltune.{module}")
+    setattr(stand_in, name, lambda recipe: seen.append(recipe) or given)
+    monkeypatch.setitem(sys.modules, f"reeltune.{module}", stand_in)
+    assert cli.main([command, *NEEDED, "--validation_prompts", "a", "--seed", "9"]) == code
+    assert [recipe.training.seed for recipe in seen] == [9]
+    assert capsys.readouterr().out.splitlines() == (given if isinstance(given, list) else [])
+
+
+def test_a_recipe_that_does_not_suit_is_named_by_its_file(monkeypatch, capsys, tmp_path):
+    def refuses(recipe):
+        raise UserError("recipe", "one")
+
+    stand_in = types.ModuleType("reeltune.training.loop")
+    stand_in.train = refuses
+    monkeypatch.setitem(sys.modules, "reeltune.training.loop", stand_in)
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    assert cli.main(["train", str(tmp_path / "mine.yaml"), *NEEDED]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'mine.yaml'}: 1 problem\n  - one\n"
+
+
+def failing(error):
+    def act():
+        raise error
+
+    return act
+
+
+def test_what_the_user_can_mend_has_no_traceback(capsys):
+    assert cli.guarded(failing(UserError("recipe", ["one", "two"]))) == 2
+    assert capsys.readouterr().err == "recipe: 2 problems\n  - one\n  - two\n"
+    assert cli.guarded(failing(KeyboardInterrupt())) == 130
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.guarded(lambda: 1 // 0)
+
+
+def test_report_needs_a_run(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "is no folder" in capsys.readouterr().err

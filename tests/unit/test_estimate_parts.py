@@ -1,0 +1,197 @@
+"""What a forecast is put together from: counts of the data, shares of an engine, rates, the search for what fits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from reeltune.core.errors import UserError
+from reeltune.core.types import Shape
+from reeltune.data.plan import Plan
+from reeltune.data.shapes import SizeRules
+from reeltune.estimate import sharding, throughput
+from reeltune.estimate.epoch import forecast_data
+from reeltune.estimate.remedies import MARGIN, Change, judge, says, search
+from reeltune.estimate.result import Rehearsal
+from tests.unit.test_plan import RULES, Measured, mixed
+
+GB = 10**9
+
+
+# ---- data
+
+
+def test_an_epoch_counted_by_hand():
+    """Two wide clips cut to squares, one square clip, one picture; two to a batch."""
+    records = Measured([True, True, True, False], [40, 40, 40, 1], [64, 64, 64, 64], [128, 128, 64, 64], fps=8.0)
+    rules = SizeRules(video_sample_n_frames=5, video_sample_size=64, image_sample_size=64, video_sample_stride=2)
+    found = forecast_data(Plan(records, rules, group=2, seed=0), records, rules)
+    assert [(b.shape, b.samples, b.micro_steps, b.tokens, b.aspect, b.side) for b in found.buckets] == [
+        (Shape(5, 64, 64), 4, 2, 2 * 16, "1:1", 64),
+        (Shape(1, 64, 64), 2, 1, 16, "1:1", 64),
+    ]
+    assert found.samples == 6
+    assert found.micro_steps == 3
+    assert found.repeated == pytest.approx(2 / 6)  # one clip and one picture fill their groups
+    clips = [draw.record for step in Plan(records, rules, group=2, seed=0) for draw in step if draw.record < 3]
+    wide = sum(record < 2 for record in clips)
+    assert found.cropped == pytest.approx(wide / 6)
+    assert found.picture_lost == pytest.approx(wide / 6 / 2)
+    assert found.footage_s == pytest.approx(4 * 9 / 8)  # frames 0, 2, 4, 6, 8 of each
+    assert found.step_tokens == (pytest.approx((64 + 64 + 32) / 3), 64, 64)
+
+
+def test_counts_are_those_of_the_draws():
+    records = mixed(300)
+    plan = Plan(records, RULES, group=4, seed=3, largest_first=True)
+    found = forecast_data(plan, records, RULES, accumulate=3)
+    draws = [draw for step in plan for draw in step]
+    tokens = [4 * RULES.geometry.tokens(step[0].shape) for step in plan]
+    per_step = [sum(tokens[i : i + 3]) for i in range(0, len(tokens) - 2, 3)]
+    assert {b.shape: b.samples for b in found.buckets} == {
+        shape: sum(draw.shape == shape for draw in draws) for shape in {draw.shape for draw in draws}
+    }
+    assert found.step_tokens == pytest.approx((np.mean(per_step), np.percentile(per_step, 95), max(per_step)))
+    assert found.repeated == pytest.approx(plan.repeats / len(draws))
+    lost = [1 - 1 / (max(d.crop.width / d.shape.width, 1) * max(d.crop.height / d.shape.height, 1)) for d in draws]
+    assert found.picture_lost == pytest.approx(np.mean(lost), abs=0.01)  # a crop is of whole pixels
+    assert found.buckets[0].shape == plan[0][0].shape
+
+
+# ---- engines
+
+PSI = 1000
+STEP = {"weights": 4 * PSI, "gradients": 4 * PSI, "optimizer": 8 * PSI, "activations": 700, "frozen": 90}
+
+
+def rehearsed(**changes) -> Rehearsal:
+    found = Rehearsal(
+        peaks={"backward": STEP},
+        flops={},
+        saved_bytes=700,
+        gradient_bytes=4 * PSI,
+        state_bytes=8 * PSI,
+        offloaded_bytes=0,
+        swapped_bytes=0,
+        parameters=PSI,
+        trainable=PSI,
+        number_bytes=2,
+        weight_bytes={"network": 4 * PSI},
+        block_parameters=100,
+        still_blocks=0,
+        other_parameters=40,
+        encoded_bytes=0,
+        reached=(),
+        encoded=None,
+    )
+    return replace(found, **changes)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "shared"),
+    [
+        ("one", 1, 16 * PSI),
+        ("ddp", 4, 20 * PSI),  # gradients once more in buckets
+        ("zero2", 4, 2 * PSI + (4 + 8 + 4) * PSI // 4 + 2 * sharding.BUCKET),
+        ("zero3", 4, 2 * PSI // 4 + (4 + 8 + 4) * PSI // 4 + 2 * sharding.BUCKET + 2 * PSI),
+        ("fsdp", 4, (4 + 8 + 4) * PSI // 4 + 2 * 2 * 100 + 4 * 40 + (2 + 4) * 100),
+    ],
+)
+def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, shared):
+    parts = sharding.peaks(rehearsed(), engine, gpus)[0]["backward"]
+    assert parts.pop("activations") == 700
+    assert parts.pop("frozen") == 90
+    assert sum(parts.values()) == shared
+
+
+def test_shards_shrink_with_devices_and_copies_do_not():
+    def total(engine, gpus):
+        return sum(sharding.peaks(rehearsed(), engine, gpus)[0]["backward"].values())
+
+    assert total("fsdp", 8) < total("fsdp", 4) < total("fsdp", 2) < total("ddp", 2) == total("ddp", 8)
+
+
+def test_copies_are_of_the_precision_that_computes():
+    half, full = (sharding.peaks(rehearsed(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
+    assert {part: full[part] / half[part] for part in half if full[part] != half[part]} == dict.fromkeys(
+        ("weights", "buckets"), 2
+    )
+
+
+def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
+    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, offload=True)
+    assert host == (4 + 8 + 4) * PSI // 4
+    assert peaks["backward"] == {"gathered": 4 * 100 + 4 * 40 + 6 * 100, "activations": 700, "frozen": 90}
+    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, keep_gathered=True)
+    assert host == 0
+    assert peaks["backward"]["gathered"] == 2 * (PSI - 40) + 4 * 40 + 6 * 100
+
+
+# ---- time
+
+
+def test_a_curve_goes_through_what_was_found_and_is_quadratic_between():
+    curve = throughput.Curve([100, 50, 10], [3 * n + 2 * n * n for n in (100, 50, 10)])
+    assert [curve(n) for n in (10, 30, 100)] == pytest.approx([3 * n + 2 * n * n for n in (10, 30, 100)])
+
+
+def run_folder(folder, seconds, processes=2):
+    rows = [{"kind": "step", "step_s": s, "samples": 4, "tokens": 400} for s in seconds]
+    half = '{"kind": "step", "step_s": 1'  # of a run that still writes
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half)
+    (folder / "run.json").write_text(json.dumps({"processes": processes}))
+    return folder
+
+
+def test_throughput_of_an_earlier_run_and_its_error(tmp_path):
+    """400 tokens in 4 samples are two micro-steps of two; 6 FLOPs a token, over two processes."""
+    batch_flops = throughput.Curve([100], [1200])
+    even = throughput.measured(run_folder(tmp_path, [9, 9, 2, 2, 2, 2]), batch_flops, 2)
+    assert (even.low, even.high) == pytest.approx((600, 600))
+    uneven = throughput.measured(run_folder(tmp_path, [9, 9, 1, 3, 1, 3]), batch_flops, 2)
+    error = 1.96 * np.std([1, 3, 1, 3], ddof=1) / 2 / 2
+    assert (uneven.low, uneven.high) == pytest.approx((600 * max(1 - error, 0.01), 600 * (1 + error)))
+    assert throughput.seconds(6000, uneven, 1)[0] == pytest.approx(6000 / uneven.high)
+    with pytest.raises(UserError, match="1 timed steps"):
+        throughput.measured(run_folder(tmp_path, [9, 9, 1]), batch_flops, 2)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        throughput.measured(tmp_path / "none", batch_flops, 2)
+
+
+# ---- verdict
+
+
+def test_what_has_less_room_than_the_error_is_not_called_safe():
+    near = judge({"forward": {"weights": 60}, "backward": {"weights": 60, "gradients": 38}}, 100)
+    assert (near.phase, near.need_bytes, near.spare_bytes) == ("backward", 98, 2)
+    assert near.fits
+    assert not near.safe
+    assert judge({"forward": {"weights": int(100 / (1 + MARGIN))}}, 100).safe
+
+
+def test_the_cheapest_sets_of_changes_that_fit_come_first():
+    """Each change takes its own bytes off; a pair is offered where no part of it is enough alone."""
+    savings = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
+    costs = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 10.0, "e": 100.0}
+    candidates = [Change({name: True}, costs[name], says(f"price of {name}")) for name in savings]
+    tried = []
+
+    def try_out(changes):
+        names = [name for change in changes for name in change.settings]
+        tried.append(names)
+        verdict = judge({"step": {"weights": 140 - sum(savings[name] for name in names)}}, 100)
+        return verdict, rehearsed()
+
+    before = judge({"step": {"weights": 140}}, 100), rehearsed()
+    offers = search(candidates, lambda changes: True, try_out, before)
+    assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
+        ["b", "c"],
+        ["d"],
+        ["e"],
+    ]
+    assert offers[0].prices == ("price of b", "price of c")
+    assert ["a", "b"] not in tried  # 10 and 25 are too few, which is known beforehand
+    # Where b goes with nothing else:
+    others = search(candidates, lambda changes: {"b": True} not in [c.settings for c in changes], try_out, before)
+    assert [[name for change in offer.changes for name in change.settings] for offer in others] == [["d"], ["e"]]

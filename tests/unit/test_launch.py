@@ -1,0 +1,145 @@
+"""Launches that would train in one process, or in several that know nothing of each other, are refused."""
+
+import json
+import sys
+
+import pytest
+
+from reeltune.config.parse import dump
+from reeltune.core.errors import UserError
+from reeltune.distributed.launch import Wish, chosen
+from tests.distributed.processes import end, start
+from tests.families.every_family import SHOWN
+from tests.runs.small_run import recipe
+
+SIMPLE = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}  # accelerate launch of one process
+SEVERAL = SIMPLE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # the same, told of more: it starts one
+RANK = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
+SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+RIGHT = r"torchrun --nproc_per_node N -m reeltune train"
+
+
+def wish(environ, engine=None):
+    return chosen(engine, keep_gathered=False, offload=False, environ=dict(environ))
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (SEVERAL, r"told of several processes but starts one"),
+        (SRUN, r"SLURM_NTASKS is 2, but this process was started without a rank"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"OMPI_COMM_WORLD_SIZE is 4"),
+        ({"PMI_SIZE": "4"}, r"PMI_SIZE is 4"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, r"WORLD_SIZE is 2"),
+    ],
+)
+def test_a_process_that_would_train_alone(environ, said):
+    with pytest.raises(UserError, match=said) as error:
+        wish(environ)
+    assert error.match(RIGHT)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
+def test_an_engine_without_a_launcher(engine):
+    with pytest.raises(UserError, match=rf"engine is {engine}, but this process .* alone; .*{RIGHT}"):
+        wish({}, engine)
+    for environ in (SIMPLE, RANK | {"WORLD_SIZE": "1"}):  # one process, but asked for
+        assert wish(environ, engine).engine == engine
+
+
+def test_launchers_that_do_not_meet():
+    with pytest.raises(UserError, match=r"srun started 2 launchers .* --nnodes and --rdzv_endpoint"):
+        wish(RANK | SRUN)
+    assert wish(RANK | SRUN | {"GROUP_WORLD_SIZE": "2"}) == Wish()
+
+
+@pytest.mark.parametrize("environ", [{}, SIMPLE, RANK, {"SLURM_NTASKS": "4"}, SRUN | {"SLURM_NTASKS": "1"}])
+def test_launches_that_are_as_meant(environ):
+    """The last but one is a shell of salloc, in which nothing was started side by side."""
+    assert wish(environ) == Wish()
+
+
+def fsdp(**more):
+    return RANK | {"ACCELERATE_USE_FSDP": "true"} | more
+
+
+def zero(**more):
+    names = {name: f"ACCELERATE_DEEPSPEED_{name.upper()}" for name in more}
+    return RANK | {"ACCELERATE_USE_DEEPSPEED": "true"} | {names[name]: value for name, value in more.items()}
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        (fsdp(FSDP_SHARDING_STRATEGY="FULL_SHARD"), ("fsdp", False, False)),
+        (fsdp(FSDP_SHARDING_STRATEGY="2", FSDP_OFFLOAD_PARAMS="true"), ("fsdp", True, True)),
+        (fsdp(FSDP_SHARDING_STRATEGY="NO_SHARD"), ("ddp", False, False)),
+        (fsdp(FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="false"), ("fsdp", True, False)),
+        (zero(), ("zero2", False, False)),
+        (zero(zero_stage="3", offload_optimizer_device="cpu"), ("zero3", False, True)),
+    ],
+)
+def test_what_accelerate_is_told_picks_the_engine(environ, told):
+    found = wish(environ)
+    assert (found.engine, found.keep_gathered, found.offload) == told
+
+
+def test_accelerate_does_not_act_on_it_beside_us():
+    for environ in (fsdp(), zero()):
+        chosen(None, keep_gathered=False, offload=False, environ=environ)
+        assert environ == RANK
+
+
+def test_blocks_to_wrap_are_those_given():
+    given = "HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock"
+    blocks = wish(fsdp(FSDP_TRANSFORMER_CLS_TO_WRAP=given)).blocks
+    assert blocks == ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock")
+
+
+@pytest.mark.parametrize(
+    ("environ", "engine", "said"),
+    [
+        (fsdp(FSDP_SHARDING_STRATEGY="HYBRID_SHARD"), None, "HYBRID_SHARD; supported are FULL_SHARD, SHARD_GRAD_OP"),
+        (zero(zero_stage="1"), None, "ZeRO stage 1 is not supported; use 2 or 3"),
+        (zero(offload_optimizer_device="nvme"), None, "device is nvme; supported are cpu and none"),
+        (zero(config_file="/nowhere/zero.json"), None, "/nowhere/zero.json cannot be read"),
+        (zero(), "fsdp", "engine is fsdp and accelerate launch was told zero2; leave one out"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(environ, engine, said):
+    with pytest.raises(UserError, match=said):
+        wish(environ, engine)
+
+
+def test_two_stages_are_refused(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=r"zero_stage is 3 and .*zero.json has stage 2; leave one out"):
+        wish(zero(zero_stage="3", config_file=str(file)))
+    assert wish(zero(zero_stage="2", config_file=str(file))).engine == "zero2"
+
+
+def test_accelerate_launch_without_multi_gpu_is_refused_with_the_right_command(tmp_path):
+    (tmp_path / "model").mkdir()
+    asked = recipe(SHOWN["toy"].write(tmp_path / "model"), tmp_path, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(dump(asked))
+    command = "accelerate.commands.accelerate_cli launch --num_processes 2 -m reeltune train"
+    code, told = end(start([sys.executable, "-m", *command.split(), str(tmp_path / "recipe.yaml")]))
+    assert code != 0
+    assert "accelerate launch was told of several processes but starts one" in told
+    assert "torchrun --nproc_per_node N -m reeltune train" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_recipe_says_beside_its_launcher_holds():
+    environ = RANK | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+    def asked(**recipe):
+        found = chosen("fsdp", environ=dict(environ), **{"keep_gathered": False, "offload": False, **recipe})
+        return found.keep_gathered, found.offload
+
+    assert asked() == (False, False)
+    assert asked(offload=True) == (False, True)
+    assert asked(keep_gathered=True) == (True, False)
+    environ |= {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert asked() == (True, True)

@@ -1,0 +1,130 @@
+"""Who may import whom, read from the source; and what no file may do."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scripts.import_graph import FLOORS, PACKAGE, arrows, imports_of, main, module_of, own_imports, tree_of, upward
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+NEVER = (  # (these, must not import those), beside what floors say
+    *((low, "config") for low in ("diffusion", "data", "memory", "optim", "families", "distributed")),
+    ("diffusion", "data"),
+    ("data", "diffusion"),
+    ("families", "data"),
+    *((f"reporting.{file}", "config") for file in ("log", "ledger", "charts", "first_batch")),
+)
+LIBRARIES = {  # library -> who may import it
+    "accelerate": ("distributed.engine",),
+    "deepspeed": ("distributed.zero",),
+    "diffusers": ("families", "diffusion.denoise", "optim.optimizers", "demo"),
+    "transformers": ("families", "demo"),
+}
+
+
+def within(module: str, name: str) -> bool:
+    return module == name or module.startswith(name + ".")
+
+
+def family_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "families" and len(parts) > 2 else None
+
+
+ids = pytest.mark.parametrize("file", FILES, ids=module_of)
+
+
+@ids
+def test_imports_point_downward(file):
+    module = module_of(file)
+    if not module:
+        assert not own_imports(file)
+        return
+    for name in own_imports(file):
+        arrow = module.partition(".")[0], name.partition(".")[0]
+        assert arrow[0] == arrow[1] or not upward(arrow), f"{module} imports {name}, which is not below it"
+        for low, high in NEVER:
+            assert not (within(module, low) and within(name, high)), f"{module} imports {name}"
+        families = {family_of(module), family_of(name)} - {None}
+        assert len(families) < 2, f"{module} imports {name}, another family"
+        by_name = ("families", "demo")  # all else finds a family by the checkpoint's own files
+        assert family_of(name) is None or any(within(module, user) for user in by_name), f"{module} imports {name}"
+
+
+def test_the_house_as_it_is_drawn(capsys):
+    rooms = {room for floor in FLOORS for room in floor}
+    assert {module_of(file).partition(".")[0] for file in FILES} == rooms
+    assert main() == 0
+    assert capsys.readouterr().out.endswith(f"{len(rooms)} rooms, {len(arrows())} arrows, 0 upward\n")
+
+
+@pytest.mark.parametrize("arrow", [("core", "data"), ("run", "cache"), ("data", "diffusion"), ("families", "training")])
+def test_an_arrow_upward_or_sideways_is_seen(arrow):
+    assert upward(arrow) and not upward(("training", arrow[0]))
+
+
+@ids
+def test_libraries_stay_where_they_belong(file):
+    for name in imports_of(file):
+        for library, users in LIBRARIES.items():
+            if within(name, library):
+                assert any(within(module_of(file), user) for user in users), f"{module_of(file)} imports {name}"
+
+
+DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "multinomial", "normal"}
+IN_PLACE = {"normal_", "uniform_", "bernoulli_", "random_", "exponential_"}
+GLOBAL = {"random": {"Random"}, "np.random": {"RandomState"}, "torch.random": set()}  # generator -> what is private
+
+
+@ids
+def test_no_global_random_generator(file):
+    for call in (node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)):
+        if not isinstance(call.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(call.func.value), call.func.attr
+        where = f"{module_of(file)}:{call.lineno} {owner}.{name}"
+        assert name not in ("manual_seed", "seed") or owner not in ("torch", "torch.cuda", "np.random", "random"), where
+        assert owner not in GLOBAL or name in GLOBAL[owner], where
+        if (name in DRAWS and owner == "torch") or name in IN_PLACE:
+            assert any(keyword.arg == "generator" for keyword in call.keywords), where
+
+
+@ids
+def test_no_question_about_a_familys_name(file):
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Compare):
+            sides = {ast.unparse(side) for side in (node.left, *node.comparators)}
+            assert not sides & {"family.name", "self.family.name"}, f"{module_of(file)}:{node.lineno}"
+
+
+@ids
+def test_nothing_is_caught_unnamed(file):
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None
+            assert not {"Exception", "BaseException"} & set(ast.unparse(node.type).strip("()").split(", ")), node.lineno
+
+
+def test_no_run_of_more_than_eight_lines_stands_in_two_families():
+    """Blank lines, imports and a Family's `encode_clips=encode_clips` aside: what families share lives beside them."""
+    where = {}
+    for file in FILES:
+        if family := family_of(module_of(file)):
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line for line in lines if line and not re.match(r"import |from |(\w+)=\1,$", line)]
+            for start in range(len(lines) - 8):
+                where.setdefault(tuple(lines[start : start + 9]), set()).add(family)
+    assert len(where) > 1000
+    assert not [(families, run[0]) for run, families in where.items() if len(families) > 1]
+
+
+def test_modules_that_say_no_torch_have_none():
+    torch_free = [module_of(file) for file in FILES if "(no torch)" in (ast.get_docstring(tree_of(file)) or "")]
+    assert {"core.errors", "core.rng", "config.parse", "config.rules", "data.plan", "data.shapes"} <= set(torch_free)
+    code = "import sys, importlib\nfor name in sys.argv[1:]:\n importlib.import_module('reeltune.' + name)\n"
+    code += " assert 'torch' not in sys.modules, name"
+    subprocess.run([sys.executable, "-c", code, *torch_free], check=True)

@@ -1,0 +1,319 @@
+"""Reading: the plan's choices and nothing else, the same with any number of workers, and files that break."""
+
+import os
+import pickle
+import random
+import signal
+import time
+from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, MaskLaw, Progress, Record
+from reeltune.data.camera import rays, read_poses, resample
+from reeltune.data.loader import ATTEMPTS, Reader, stream
+from reeltune.data.masks import draw_mask
+from reeltune.data.media import read_frames, write_clip
+from reeltune.data.plan import Plan
+from reeltune.data.records import Records
+from reeltune.data.shapes import SizeRules
+
+RULES = SizeRules(
+    video_sample_n_frames=5,
+    video_sample_size=32,
+    image_sample_size=48,
+    enable_bucket=True,
+    random_frame_crop=True,
+    control_ref_image="random",
+)
+POSES = "\n" + "\n".join(f"0 0.5 0.9 0.5 0.5 0 0 1 0 0 {0.1 * i} 0 1 0 0 0 0 1 {0.2 * i}" for i in range(6))
+
+
+def clip(path, frames: int, height: int, width: int, seed: int):
+    """Blobs that move, so that neighbouring frames differ."""
+    rows, columns = np.mgrid[:height, :width]
+    picture = 127 + 120 * np.sin((rows + columns * (1 + seed)) / 7)
+    moving = np.stack([np.roll(picture, 3 * i, axis=1) for i in range(frames)])
+    write_clip(path, np.repeat(moving[..., None], 3, axis=-1).astype(np.uint8), 12.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(5):
+        clip(folder / f"{i}.mp4", 14 + i, 48, 64, seed=i)
+        clip(folder / f"{i}_control.mp4", 14 + i, 48, 64, seed=9 + i)
+    for i in range(3):
+        Image.effect_noise((80, 60), 50 + i).convert("RGB").save(folder / f"{i}.png")
+    (folder / "path.txt").write_text(POSES)
+    return folder
+
+
+def rows(folder) -> list[Record]:
+    clips = [
+        Record(
+            entry=i,
+            path=str(folder / f"{i}.mp4"),
+            text=f"clip {i}",
+            kind="video",
+            frames=14 + i,
+            fps=12.0,
+            height=48,
+            width=64,
+            control_path=str(folder / f"{i}_control.mp4"),
+            camera_path=str(folder / "path.txt"),
+        )
+        for i in range(5)
+    ]
+    pictures = [
+        Record(5 + i, str(folder / f"{i}.png"), f"picture {i}", "image", 1, 0.0, 60, 80, str(folder / f"{i}.png"))
+        for i in range(3)
+    ]
+    return clips + pictures
+
+
+def reader(records, *, group=2, rules=RULES, seed=1, drop=None, needs=frozenset({"control"}), **more) -> Reader:
+    records = records if isinstance(records, Records) else Records.of(records)
+    plan = partial(Plan, records, rules, group=group, seed=seed)
+    return Reader(records, plan, group=group, drop=drop or {}, text_drop_ratio=0.1, needs=needs, **more)
+
+
+def same(one: Batch, other: Batch):
+    for name in (field.name for field in fields(Batch)):
+        left, right = getattr(one, name), getattr(other, name)
+        if isinstance(left, torch.Tensor):
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right), name
+        elif name == "keep":
+            assert {key: keep.tolist() for key, keep in left.items()} == {k: v.tolist() for k, v in right.items()}
+        else:
+            assert left == right, name
+
+
+def test_a_batch_is_what_its_draws_say(folder):
+    records = rows(folder)
+    read = reader(records, drop={"ref": 0.4})
+    plan = read.plan(0)
+    for k in range(len(plan)):
+        batch = read[0, k, 0, 1]
+        assert batch.draws == plan[k]
+        assert batch.pixels_BFCHW.shape == (2, batch.draws[0].shape.frames, 3, *batch.draws[0].shape[1:])
+        assert batch.text == [records[draw.record].text for draw in batch.draws]
+        assert batch.ref_frame_B.tolist() == [draw.ref_frame for draw in batch.draws]
+        assert batch.camera_BFCHW is batch.mask_BFHW is None
+        assert batch.keep.keys() == {"ref", "text"}
+        for i, draw in enumerate(batch.draws):
+            for pixels, path in (
+                (batch.pixels_BFCHW, records[draw.record].path),
+                (batch.control_BFCHW, records[draw.record].control_path),
+            ):
+                assert pixels.dtype == torch.uint8
+                np.testing.assert_array_equal(pixels[i], read_frames(path, draw.frames, draw.crop, draw.shape))
+
+
+def test_camera_and_mask(folder):
+    records = [replace(record, height=60) for record in rows(folder)[:5]]  # resized past the crop
+    read = reader(records, group=1, needs=frozenset({"camera", "mask"}))
+    for k in range(5):
+        batch = read[0, k, 0, 1]
+        [draw] = batch.draws
+        crop, shape, record = draw.crop, draw.shape, records[draw.record]
+        assert crop.height > shape.height
+        lines = rays(resample(read_poses(folder / "path.txt"), record.frames, draw.frames), crop.height, crop.width)
+        window = lines[:, crop.top : crop.top + shape.height, crop.left : crop.left + shape.width]
+        assert batch.camera_BFCHW.dtype == torch.float32
+        np.testing.assert_array_equal(batch.camera_BFCHW[0], window.transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(batch.mask_BFHW[0], draw_mask(draw.seed, shape, MaskLaw()))
+        assert batch.control_BFCHW is None
+    first_given = MaskLaw({"after_first": 1.0}, {"all": 1.0})
+    batch = reader(records, group=1, needs=frozenset({"mask"}), mask_law=first_given)[0, 0, 0, 1]
+    assert not batch.mask_BFHW[0, 0].any()
+    assert batch.mask_BFHW[0, 1:].all()
+
+
+def test_ranks_share_a_micro_step(folder):
+    whole, parts = reader(rows(folder), group=4), reader(rows(folder), group=4)
+    one = whole[1, 0, 0, 1]
+    shares = [parts[1, 0, rank, 4] for rank in range(4)]
+    assert [draw for share in shares for draw in share.draws] == one.draws
+    assert torch.equal(torch.cat([share.pixels_BFCHW for share in shares]), one.pixels_BFCHW)
+    assert torch.equal(torch.cat([share.keep["text"] for share in shares]), one.keep["text"])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(folder, workers):
+    def take(number, start, count):
+        return list(islice(stream(reader(rows(folder)), start, workers=number), count))
+
+    alone, many = take(0, Progress(), 9), take(workers, Progress(), 9)
+    steps = len(reader(rows(folder)).plan(0))
+    assert steps == 4 + 1
+    assert [place for _, *place in alone] == [[i // steps, i % steps + 1] for i in range(9)]
+    for (one, *where), (other, *there) in zip(alone, many, strict=True):
+        assert where == there
+        same(one, other)
+    resumed = take(workers, Progress(step=3, epoch=0, cursor=3), 6)
+    for (one, *where), (other, *there) in zip(alone[3:], resumed, strict=True):
+        assert where == there
+        same(one, other)
+    ended = take(0, Progress(epoch=0, cursor=steps), 1)
+    same(ended[0][0], alone[steps][0])
+
+
+def test_global_generators_stay_as_they_are(folder):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    list(islice(stream(reader(rows(folder), needs=frozenset({"mask"})), Progress(), workers=1), 2))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_drops_depend_on_the_sample_and_the_name_alone(folder, monkeypatch):
+    monkeypatch.setattr("reeltune.data.loader.read_frames", lambda path, frames, crop, shape: np.zeros(1))
+    records = rows(folder)[:1]
+
+    def keeps(drop, name):
+        read = reader(records, group=1, drop=drop)
+        return [bool(read.open(read.plan(epoch)[0][0]).keep[name]) for epoch in range(300)]
+
+    assert not any(keeps({"ref": 1.0}, "ref"))
+    assert all(keeps({"ref": 0.0}, "ref"))
+    alone, beside = keeps({"ref": 0.4}, "ref"), keeps({"clip": 0.4, "ref": 0.4}, "ref")
+    assert alone == beside != keeps({"clip": 0.4}, "clip")
+    assert abs(sum(alone) / 300 - 0.6) < 0.12  # four standard deviations
+    assert abs(sum(keeps({}, "text")) / 300 - 0.9) < 0.07
+    assert all(more <= less for more, less in zip(keeps({"ref": 0.6}, "ref"), alone, strict=True))
+
+
+def broken(folder, tmp_path, *numbers) -> list[Record]:
+    """The same records, some of whose files have become text since they were measured."""
+    records = rows(folder)
+    for number in numbers:
+        path = tmp_path / f"{number}.mp4"
+        path.write_text("not a clip")
+        records[number] = replace(records[number], path=str(path))
+    return records
+
+
+def test_a_file_that_breaks_is_stood_in_for(folder, tmp_path):
+    plan, position = reader(rows(folder)).plan(0), 1
+    k = next(k for k in range(len(plan)) if plan[k][0].record < 5 and not plan[k][1].repeat)
+    bad = plan[k][position].record
+    read = reader(broken(folder, tmp_path, bad))
+    batch = read[0, k, 0, 1]
+    [(record, reason)] = {failure for failure in batch.failures}
+    assert record == bad
+    assert "cannot be opened" in reason or "decode" in reason
+    assert batch.draws[position] == plan.stand_in(k, position, 1)
+    same(batch, read[0, k, 0, 1])
+    same(reader(broken(folder, tmp_path, bad))[0, k, position, 2], only(batch, position))
+    np.testing.assert_array_equal(batch.pixels_BFCHW[position], read.open(batch.draws[position]).pixels_FCHW)
+    other = read[0, (k + 1) % len(plan), 0, 1]
+    assert other.failures == () or all(failure[0] == bad for failure in other.failures)
+
+
+def only(batch: Batch, i: int) -> Batch:
+    """The i-th sample of a batch as a batch of its own, the others having no failures."""
+    return replace(
+        batch,
+        draws=[batch.draws[i]],
+        text=[batch.text[i]],
+        pixels_BFCHW=batch.pixels_BFCHW[i : i + 1],
+        control_BFCHW=batch.control_BFCHW[i : i + 1],
+        ref_frame_B=batch.ref_frame_B[i : i + 1],
+        keep={name: keep_B[i : i + 1] for name, keep_B in batch.keep.items()},
+    )
+
+
+def test_a_control_that_breaks_is_named(folder, tmp_path):
+    records = rows(folder)[:2]
+    (tmp_path / "control.mp4").write_text("not a clip")
+    records[0] = replace(records[0], control_path=str(tmp_path / "control.mp4"))
+    (tmp_path / "path.txt").write_text("\n1 2 3")
+    records[1] = replace(records[1], camera_path=str(tmp_path / "path.txt"))
+    batches = [
+        reader(records, group=1, needs=frozenset({need}))[0, k, 0, 1] for need in ("control", "camera") for k in (0, 1)
+    ]
+    [(record, reason)] = {failure for batch in batches[:2] for failure in batch.failures}
+    assert (record, "has a control that" in reason, "control.mp4" in reason) == (0, True, True)
+    [(record, reason)] = {failure for batch in batches[2:] for failure in batch.failures}
+    assert (record, "line 2: 3 columns" in reason, "path.txt" in reason) == (1, True, True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_file_left_is_an_error_that_lists_them(folder, tmp_path, workers):
+    records = broken(folder, tmp_path, 0, 1, 2)[:3]
+    with pytest.raises(UserError, match="files that the scan found sound") as caught:
+        next(stream(reader(records), Progress(), workers=workers))
+    assert len(caught.value.problems) == 3
+    assert all(str(tmp_path / f"{i}.mp4") in str(caught.value) for i in range(3))
+
+
+def test_attempts_are_bounded(folder, tmp_path):
+    (tmp_path / "bad.mp4").write_text("not a clip")
+    records = [replace(rows(folder)[0], path=str(tmp_path / "bad.mp4")) for _ in range(50)]
+    with pytest.raises(UserError, match=f"{ATTEMPTS} files were tried") as caught:
+        reader(records)[0, 0, 0, 1]
+    assert len(caught.value.problems) == ATTEMPTS
+
+
+def test_nothing_to_train_on(folder):
+    records = [replace(record, frames=1) for record in rows(folder)[:2]]
+    with pytest.raises(UserError, match=r"0\.mp4: its length is 1 frames"):
+        next(stream(reader(records), Progress(), workers=0))
+    with pytest.raises(UserError, match="no usable entry"):
+        next(stream(reader([]), Progress(), workers=0))
+
+
+class Signalled(Reader):
+    """Sends its worker a signal, twice for SIGTERM's second; in the third batch."""
+
+    number, times = signal.SIGINT, 1
+
+    def __getitem__(self, place):
+        if place[:2] == (0, 2):
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+                time.sleep(0.05)
+        return super().__getitem__(place)
+
+
+def signalled(folder, number, times) -> Reader:
+    read = reader(rows(folder))
+    read.__class__ = type("Sent", (Signalled,), {"number": number, "times": times})
+    return read
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_the_first_signal(folder, number):
+    batches = list(islice(stream(signalled(folder, number, 1), Progress(), workers=1), 4))
+    same(batches[2][0], reader(rows(folder))[0, 2, 0, 1])
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_a_worker_that_dies_is_an_error_with_a_remedy(folder, number, times):
+    with pytest.raises(UserError, match="process that reads clips died"):
+        list(islice(stream(signalled(folder, number, times), Progress(), workers=1), 4))
+
+
+def test_a_reader_can_be_sent_to_another_process(folder):
+    read = reader(rows(folder))
+    same(pickle.loads(pickle.dumps(read))[0, 0, 0, 1], read[0, 0, 0, 1])  # noqa: S301
+
+
+def test_pinning_reaches_every_tensor(folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor[None])
+    read = reader(rows(folder)[:5], needs=frozenset({"control", "camera", "mask"}))
+    batch = read[0, 0, 0, 1]
+    pinned = batch.pin_memory()
+    for name in (field.name for field in fields(Batch)):
+        before, after = getattr(batch, name), getattr(pinned, name)
+        if isinstance(before, torch.Tensor):
+            assert after.shape == (1, *before.shape), name
+    assert pinned.keep["text"].shape == (1, 2)
+    assert pinned.draws == batch.draws

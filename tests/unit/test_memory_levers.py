@@ -1,0 +1,239 @@
+"""Ways of saving memory end in the bits of the plain run: by optimizer and part here, by family in test_lean_runs."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from reeltune.core.errors import UserError
+from reeltune.memory import blocks
+from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.optim.optimizers import StochasticRounding, build_optimizer, set_rate, soften_outliers
+from reeltune.optim.step_in_backward import StepInBackward
+
+ADAM = {"learning_rate": 1e-2, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01}
+KINDS = {"adamw": {}, "came": {"use_came": True}, "adafactor": {"use_adafactor": True}, "8bit": {"use_8bit_adam": True}}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 96), nn.Linear(96, 64)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.two(torch.tanh(self.one(x)))
+
+
+class Net(nn.Module):
+    """`shared` is used by every block's input, `idle` by none."""
+
+    def __init__(self, dtype=torch.float32, depth=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.idle = nn.Parameter(torch.randn(64)), nn.Parameter(torch.randn(64))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.to(dtype)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x * self.shared)
+        return x
+
+
+def given(step, dtype):
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def optimizer_of(net, kind, rounding):
+    if kind == "8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    weights = list(net.parameters())
+    groups = [{"params": weights[::2], "rate": 1.0}, {"params": weights[1::2], "rate": 0.5}]
+    parameters = [weight for group in groups for weight in group["params"]]
+
+    def build(groups):
+        return build_optimizer(groups, **ADAM, **KINDS[kind])
+
+    return (StochasticRounding(groups, build, seed=3) if rounding else build(groups)), parameters
+
+
+def run(kind, *, rounding, in_backward, max_norm, soften=False, checkpointing=False, steps=4, half_way=None):
+    """(norm of each step, weights, optimizer state). half_way: replaces the state in the middle by one saved then."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    net = Net(dtype)
+    optimizer, parameters = optimizer_of(net, kind, rounding)
+    if checkpointing:
+        recompute(list(net.blocks))
+    fused = StepInBackward(optimizer, parameters) if in_backward else None
+    norms = []
+    for step in range(steps):
+        set_rate(optimizer, 1e-2 / (step + 1))
+        loss = net(given(step, dtype)).float().square().mean()
+
+        def shrink(parameters, norm):
+            soften_outliers(parameters, norm, max_norm)
+
+        if fused is not None:
+            fused.backward(loss)
+            norms.append(fused.step(max_norm, shrink if soften else None))
+        else:
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_(parameters, max_norm))
+            if soften:
+                shrink(parameters, norms[-1])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(weight.grad is None for weight in net.parameters())
+    return torch.stack(norms), net.state_dict(), optimizer.state_dict()
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rounding", [False, True], ids=["fp32", "bf16_stochastic"])
+@pytest.mark.parametrize("max_norm", [math.inf, 0.05], ids=["free", "clipped"])
+def test_a_step_inside_the_backward_pass_is_the_step_after_it(kind, rounding, max_norm):
+    after = run(kind, rounding=rounding, in_backward=False, max_norm=max_norm)
+    inside = run(kind, rounding=rounding, in_backward=True, max_norm=max_norm)
+    assert_same(inside, after)
+    norms, weights, _ = after
+    assert (norms > 0.05).all()  # so that 0.05 clips
+    start = Net(torch.bfloat16 if rounding else torch.float32).state_dict()
+    moved = {name for name in start if not torch.equal(start[name], weights[name])}
+    assert moved == start.keys() - {"idle"}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_so_it_is_with_harder_clipping_and_recomputed_blocks(checkpointing):
+    settings = {"rounding": False, "max_norm": 0.01, "soften": True, "checkpointing": checkpointing}
+    assert_same(run("adamw", in_backward=True, **settings), run("adamw", in_backward=False, **settings))
+    plain = run("adamw", in_backward=False, rounding=False, max_norm=0.01)
+    assert not torch.equal(plain[1]["shared"], run("adamw", in_backward=True, **settings)[1]["shared"])
+
+
+@pytest.mark.parametrize("max_norm", [math.inf, 0.05])
+def test_no_more_than_one_gradient_is_there_at_a_time(max_norm):
+    net = Net()
+    optimizer, parameters = optimizer_of(net, "adamw", False)
+    seen = []
+
+    def count(_):
+        seen.append(sum(one.grad is not None for one in parameters))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(count)
+    fused = StepInBackward(optimizer, parameters)
+    fused.backward(net(given(0, torch.float32)).square().mean())
+    fused.step(max_norm)
+    assert seen == [1] * (len(parameters) - 1) * (1 if max_norm == math.inf else 2)
+
+
+# ---- blocks
+
+
+def losses(net, steps=3):
+    """Of a run of the net, and its weights after it."""
+    optimizer = torch.optim.SGD([weight for weight in net.parameters() if weight.requires_grad], lr=1e-4)
+    found = []
+    for step in range(steps):
+        loss = net(given(step, torch.float32)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return torch.stack(found), net.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("share", "twice"), [(0.0, []), (0.25, [0]), (0.5, [0, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+)
+def test_a_share_of_the_blocks_is_recomputed(share, twice):
+    net = Net()
+    found = blocks_of(net, ("Block",))
+    assert found == list(net.blocks)
+    recompute(found, share)
+    assert_same(losses(net), losses(Net()))
+    assert [block.calls for block in net.blocks] == [6 if i in twice else 3 for i in range(4)]
+
+
+def test_activations_wait_elsewhere_and_weights_do_not(monkeypatch):
+    sent = []
+    monkeypatch.setattr(blocks, "LEAST_BYTES", 64 * 4 * 8)
+    monkeypatch.setattr(blocks, "to_host", lambda tensor: sent.append(tensor.shape) or tensor.clone())
+    net = Net()
+    offload_activations(net)
+    assert_same(losses(net, steps=1), losses(Net(), steps=1))
+    # of each block: its input, before and after `shared`, and what is between its layers, for tanh and for `two`
+    assert sorted(sent) == sorted([torch.Size([8, 64])] * 8 + [torch.Size([8, 96])] * 8)
+
+
+def test_a_copy_for_the_cpu_is_exact_and_its_own():
+    x = torch.randn(5, 7).bfloat16().t()
+    copy = blocks.to_host(x)
+    assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr() and not copy.is_pinned()
+
+
+def partly_still():
+    net = Net()
+    for block in net.blocks[:3]:
+        block.requires_grad_(False)
+    return net
+
+
+def test_blocks_that_do_not_learn_visit_one_by_one(monkeypatch):
+    net = partly_still()
+    homes = {name: weight.data_ptr() for name, weight in net.named_parameters()}
+    there, most = [0], [0]
+    visiting = blocks.visiting
+
+    def counted(*given):
+        there[0] += 1
+        most[0] = max(most[0], there[0])
+        there[0] -= 1
+        return visiting(*given)
+
+    monkeypatch.setattr(blocks, "visiting", counted)
+    swapped = swap(blocks_of(net, ("Block",)), 2, torch.device("cpu"))
+    assert swapped == [net.blocks[0], net.blocks[1]]
+    assert_same(losses(net), losses(partly_still()))
+    assert [block.calls for block in net.blocks] == [6, 6, 3, 3]
+    here = {name: weight.data_ptr() for name, weight in net.named_parameters()}
+    assert here == homes  # they came back
+
+
+def test_while_it_visits_a_block_computes_with_copies_on_the_device():
+    net = partly_still()
+    homes, seen = {w.data_ptr() for w in net.blocks[0].parameters()}, []
+    net.blocks[0].one.register_forward_pre_hook(lambda one, _: seen.append(one.weight.data_ptr()))
+    swap([net.blocks[0]], 1, torch.device("cpu"))
+    net(given(0, torch.float32)).sum().backward()
+    assert len(seen) == 2 and not homes & set(seen)
+
+
+def test_a_swapped_block_is_left_where_it_is():
+    net = partly_still()
+    swap([net.blocks[0]], 1, torch.device("cpu"))
+    net.to("meta")
+    assert {weight.device.type for weight in net.blocks[0].parameters()} == {"cpu"}
+    assert {weight.device.type for weight in net.blocks[1].parameters()} == {"meta"}
+
+
+def test_more_than_stand_still_cannot_be_swapped():
+    with pytest.raises(UserError, match="blocks_to_swap is 4, but of the network's 4 blocks 3 do not learn"):
+        swap(list(partly_still().blocks), 4, torch.device("cpu"))

@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from reeltune.core.errors import UserError
+from reeltune.optim.optimizers import (
+    MovingAverage,
+    StochasticRounding,
+    build_optimizer,
+    clip_ceiling,
+    rate_curve,
+    round_stochastically,
+    set_rate,
+    soften_outliers,
+)
+
+ADAM = {"learning_rate": 1e-2, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
+
+
+def train(parameters, optimizer, steps, first=0):
+    """Gradients depend on the step alone, so that runs can be compared."""
+    for step in range(first, first + steps):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("low", [1.0, -1.0, 2.0**-100, 1.9921875, -3.0 * 2**90])
+@pytest.mark.parametrize("part", [1 / 65536, 0.01, 0.25, 0.5, 0.9])
+def test_rounding_is_unbiased(low, part):
+    """The next bf16 away from zero is taken with the probability that is the part of the way to it."""
+    count, bits = 400_000, torch.tensor(low).view(torch.int32)
+    high = (bits + 2**16).view(torch.float32).item()
+    x = (bits + round(part * 2**16)).view(torch.float32)
+    part = round(part * 2**16) / 2**16
+    assert low + (high - low) * part == pytest.approx(x.item(), rel=1e-6)
+    rounded = round_stochastically(x.expand(count), torch.Generator().manual_seed(0)).float()
+    up = (rounded == high).double().mean().item()
+    assert up + (rounded == low).double().mean().item() == 1
+    assert abs(up - part) < 5 * math.sqrt(part * (1 - part) / count)
+
+
+def test_rounding_is_exact_on_what_bf16_can_hold():
+    exact = torch.tensor([0.0, -1.5, 3e38, -(2.0**-100)]).bfloat16().float()
+    assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(1)).float(), exact)
+
+
+def test_small_updates_survive_in_bf16_on_average():
+    parameter = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    build = lambda groups: torch.optim.SGD(groups, lr=1.0)  # noqa: E731
+    optimizer = StochasticRounding([{"params": [parameter], "rate": 1.0}], build, seed=3)
+    for _ in range(64):
+        parameter.grad = torch.full_like(parameter, -1e-4)
+        optimizer.step()
+    mean = parameter.float().mean().item()
+    assert abs(mean - 1.0064) < 5e-4  # plain rounding would leave it at 1
+
+
+@pytest.mark.parametrize("came", [False, True])
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_lifting_in_parts_is_the_same_as_lifting_all(chunk, came, monkeypatch):
+    def run(size):
+        monkeypatch.setattr(StochasticRounding, "CHUNK", size)
+        parameters = [
+            nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)).bfloat16()) for n in (7, 90, 30)
+        ]
+        optimizer = StochasticRounding(
+            [{"params": parameters, "rate": 1.0}], lambda groups: build_optimizer(groups, **ADAM, use_came=came), seed=1
+        )
+        train(parameters, optimizer, 5)
+        return parameters, optimizer.param_groups[0].get("step")
+
+    (parts, count), (whole, steps) = run(chunk), run(2**26)
+    assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
+    assert count == steps == (5 if came else None)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "came", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+
+    def fresh():
+        dtype = torch.bfloat16 if rounding else torch.float32
+        parameters = [
+            nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype))
+            for shape in ((64, 96), (31,))
+        ]
+        groups = [{"params": parameters, "rate": 1.0}]
+
+        def build(groups):
+            chosen = {"use_came": kind == "came", "use_adafactor": kind == "adafactor"}
+            return build_optimizer(groups, **ADAM, **chosen, use_8bit_adam=kind == "adamw8bit")
+
+        return parameters, StochasticRounding(groups, build, seed=9) if rounding else build(groups)
+
+    straight, optimizer = fresh()
+    train(straight, optimizer, 6)
+
+    broken, optimizer = fresh()
+    train(broken, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    weights = [p.detach().clone() for p in broken]
+
+    resumed, optimizer = fresh()
+    for p, w in zip(resumed, weights, strict=True):
+        p.data.copy_(w)
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(resumed, optimizer, 3, first=3)
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rate_is_a_function_of_the_step():
+    rate = rate_curve("constant_with_warmup", warmup_steps=4, total_steps=10, num_cycles=1, power=1.0, step_rules=None)
+    assert [rate(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = rate_curve("cosine", warmup_steps=0, total_steps=10, num_cycles=1, power=1.0, step_rules=None)
+    assert cosine(5) == pytest.approx(0.5)
+    piecewise = rate_curve(
+        "piecewise_constant", warmup_steps=0, total_steps=10, num_cycles=1, power=1.0, step_rules="1:3,0.1"
+    )
+    assert [piecewise(2), piecewise(3)] == [1.0, 0.1]
+
+
+def test_groups_keep_their_share_of_the_rate():
+    full, low = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = build_optimizer([{"params": [full], "rate": 1.0}, {"params": [low], "rate": 0.5}], **ADAM)
+    set_rate(optimizer, 3e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 1.5e-4]
+
+
+def test_outliers_are_clipped_harder():
+    parameter = nn.Parameter(torch.zeros(2))
+    for norm, factor in ((4.0, 1.0), (8.0, 1 / 8), (300.0, 1 / 10)):
+        parameter.grad = torch.ones(2)
+        soften_outliers([parameter], torch.tensor(norm), max_norm=1.0)
+        assert torch.allclose(parameter.grad, torch.full((2,), factor))
+    assert [clip_ceiling(step, 0.1, 5, 100) for step in (0, 50, 100, 500)] == pytest.approx([0.5, 0.3, 0.1, 0.1])
+    assert clip_ceiling(0, 0.1, 5, None) == 0.1
+
+
+def test_moving_average():
+    net = nn.Linear(2, 1)
+    net.bias.requires_grad_(False)
+    start = net.weight.detach().clone()
+    average = MovingAverage(net, decay=0.75)
+    with torch.no_grad():
+        net.weight += 4
+    average.update()
+    assert list(average.weights) == ["weight"]
+    assert torch.allclose(average.weights["weight"], start + 1)
+
+
+def test_missing_bitsandbytes_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"reeltune\[eight-bit\]"):
+        build_optimizer([{"params": [nn.Parameter(torch.ones(1))], "rate": 1.0}], **ADAM, use_8bit_adam=True)

@@ -1,0 +1,265 @@
+"""Recipes: every field described, strict building, every rule, YAML there and back."""
+
+import logging
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from reeltune.config.parse import build, dump, flat, nearest, read, sentences, settings
+from reeltune.config.recipe import Recipe
+from reeltune.config.rules import RANGES
+from reeltune.core.errors import UserError
+
+MODES = ("normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera")
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def problems(tree, **more) -> list[str]:
+    with pytest.raises(UserError) as told:
+        build(tree, **more)
+    return told.value.problems
+
+
+def test_every_field_has_a_sentence_and_one_name():
+    assert list(sentences()) == list(settings())
+    assert all(sentence.endswith((".", ")")) for sentence in sentences().values())
+    assert flat(Recipe())["adam_epsilon"] == 1e-8
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Recipe().training.seed = 3
+
+
+def test_defaults_keep_every_rule():
+    assert build({}) == Recipe()
+
+
+def test_overrides_win_and_text_takes_the_type_of_its_field():
+    recipe = build(
+        {"learning_rate": "2e-05", "seed": 7, "enable_bucket": "TRUE", "max_train_steps": "5"},
+        {"seed": "8", "max_train_steps": "none", "report_to": ["wandb", "tensorboard"], "trainable_modules": "."},
+    )
+    assert recipe.optimization.learning_rate == 2e-5
+    assert recipe.training.seed == 8 and recipe.training.max_train_steps is None
+    assert recipe.sizes.enable_bucket is True
+    assert recipe.output.report_to == ("wandb", "tensorboard") and recipe.model.trainable_modules == (".",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("seed", "4.5", "a whole number"),
+        ("seed", 4.0, "a whole number"),
+        ("seed", True, "a whole number"),
+        ("learning_rate", "fast", "a number"),
+        ("learning_rate", "nan", "a number"),
+        ("learning_rate", None, "a number"),
+        ("enable_bucket", "yes", "true or false"),
+        ("enable_bucket", 1, "true or false"),
+        ("train_mode", "controll", f"one of {', '.join(MODES)}, or none"),
+        ("loss_type", ["flow"], "one of flow, ddpm, sigma, or none"),
+        ("train_mode", ["control_ref"], f"one of {', '.join(MODES)}, or none"),
+        ("fix_sample_size", ["480"], "2 whole numbers, or none"),
+        ("report_to", ["wandb", "mlflow"], "a list, each one of tensorboard, wandb, trackio, none"),
+        ("output_dir", ["a", "b"], "text"),
+        ("max_train_steps", {"a": 1}, "a whole number, or none"),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_what_is_expected(name, value, expected):
+    (line,) = problems({name: value})
+    assert line.startswith(f"{name} is ") and line.endswith(f"; expected {expected}")
+
+
+def test_all_problems_are_told_at_once():
+    tree = {"lerning_rate": 1, "seed": "x", "text_drop_ratio": 1.5, "adam_beta1": 1, "zebra": 0}
+    assert problems(tree, required=["train_data_dir"], found=["before"]) == [
+        "before",
+        "lerning_rate is no setting; the nearest is learning_rate",
+        "seed is 'x'; expected a whole number",
+        "zebra is no setting; reeltune train --help lists all",
+        "text_drop_ratio is 1.5; it must be between 0 and 1; the default is 0.1",
+        "adam_beta1 is 1.0; it must be at least 0 and less than 1; the default is 0.9",
+        "train_data_dir is missing; it has no default, so give it",
+    ]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ends_of_ranges(name):
+    least, greatest = RANGES[name]
+    build({name: least, "gradient_checkpointing": True})  # which one of them needs
+    assert problems({name: least - 1})[0].startswith(
+        f"{name} is {settings()[name].alternatives[0](least - 1)}; it must"
+    )
+    if greatest < 2:
+        assert len(problems({name: greatest + 0.001})) == 1
+
+
+@pytest.mark.parametrize("name", ["video_sample_fps", "adam_epsilon", "max_grad_norm", "lr_power", "logit_std"])
+def test_what_must_be_more_than_zero(name):
+    assert "must be more than 0" in problems({name: 0})[0]
+
+
+@pytest.mark.parametrize(
+    ("tree", "names"),
+    [
+        ({"trainable_modules": []}, "trainable_modules"),
+        ({"add_full_ref_image_in_self_attention": True, "train_mode": "control"}, "train_mode"),
+        ({"validation_data_meta": "a.json", "held_out_share": 0.1}, "held_out_share"),
+        ({"add_full_ref_image_in_self_attention": True, "train_mode": "control_camera_ref"}, "control_ref_camera;"),
+        ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "mixed_precision is no"),
+        ({"fix_sample_size": [480, 8]}, "16 pixels"),
+        ({"fix_sample_size": [480, 832], "random_ratio_crop": True}, "no ratio to draw"),
+        (
+            {
+                "video_sample_size": 640,
+                "image_sample_size": 512,
+                "random_hw_adapt": True,
+                "training_with_video_token_length": True,
+            },
+            "raise image_sample_size",
+        ),
+        ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
+        ({"use_came": True, "use_adafactor": True}, "use_came and use_adafactor are true"),
+        ({"gradient_checkpointing_share": 0.5}, "set gradient_checkpointing to true"),
+        ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
+        ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
+        ({"max_grad_norm": "none", "abnormal_norm_clip_start": 10}, "give max_grad_norm"),
+        ({"engine": "zero3", "keep_gathered": True}, "it is of fsdp; use one, or leave it out"),
+        ({"engine": "ddp", "offload": True}, "it is of zero2 or zero3 or fsdp"),
+        ({"uniform_sampling": True, "weighting_scheme": "mode"}, "each is a density"),
+        ({"lr_step_rules": "1:10,0.1"}, "piecewise_constant"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
+        ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
+    ],
+)
+def test_rules_between_fields(tree, names):
+    (line,) = problems(tree)
+    assert names in line
+
+
+def test_rules_between_fields_allow_what_fits():
+    build({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:20,.01:30,0.005"})
+    build({"validation_prompts": ["a"], "validation_paths": ["a.mp4"]})
+    build({"video_sample_size": 640, "image_sample_size": 512})
+    build({"fix_sample_size": [480, 832]})  # with or without buckets
+    build({"trainable_modules": [], "trainable_modules_low_learning_rate": ["attn"]})
+    build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
+    build({"engine": "fsdp", "keep_gathered": True, "offload": True})
+    build({"engine": "zero2", "offload": True})
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("control_camera_ref", "control_ref_camera"), ("control_object", "control_ref")]
+)
+def test_other_names_of_train_modes(said, meant, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert build({"train_mode": said}).model.train_mode == meant
+    assert caplog.messages == [f"train_mode {said} means {meant}"]
+
+
+def other_value(setting):
+    """A value that is not the default."""
+    if setting.choices:
+        last = setting.choices[-1] if setting.choices[-1] != setting.default else setting.choices[0]
+        return [last, setting.choices[0]] if setting.is_list else last
+    (kind,) = setting.alternatives
+    if get_origin(kind) is tuple:
+        return ["a: b", "no"] if get_args(kind)[0] is str else [64, 32]
+    return {bool: not setting.default, int: 77, float: 0.125, str: "1e-4 # none: ä"}[kind]
+
+
+def test_yaml_there_and_back_with_every_field_changed(tmp_path):
+    tree = {name: other_value(setting) for name, setting in settings().items()}
+    tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
+    tree |= {
+        "use_came": False,
+        "use_8bit_adam": False,
+        "step_in_backward": False,
+        "encode_ahead": False,
+        "engine": "ddp",
+        "keep_gathered": False,
+        "offload": False,
+        "mixed_precision": "bf16",
+        "weighting_scheme": "cosmap",
+        "train_mode": "control_ref",
+        "lr_scheduler": "piecewise_constant",
+    }
+    recipe = build(tree)
+    same = {
+        "validation_data_meta",
+        "random_ratio_crop",
+        "use_came",
+        "use_8bit_adam",
+        "mixed_precision",
+        "step_in_backward",
+        "keep_gathered",
+        "offload",
+    }
+    assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
+    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    assert build(read(tmp_path / "recipe.yaml")) == recipe
+
+
+def test_yaml_says_what_it_says(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "mixed_precision: no\nlearning_rate: 1e-4\nreport_to: none\nmax_train_steps:\n", encoding="utf-8-sig"
+    )
+    recipe = build(read(file))
+    assert recipe.training.mixed_precision == "no" and recipe.optimization.learning_rate == 1e-4
+    assert recipe.output.report_to == ("none",) and recipe.training.max_train_steps is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nseed: 2\n", "seed written more than once"),
+        ("- seed\n", "lines of `name: value`"),
+        ("seed: [1\n", "cannot be read as a recipe"),
+    ],
+)
+def test_yaml_that_is_no_recipe(tmp_path, text, told):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=told):
+        read(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="No such file"):
+        read(tmp_path / "missing.yaml")
+
+
+def test_nearest_name():
+    assert nearest("video_sample_frames", settings()) == "; the nearest is video_sample_n_frames"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_build_and_name_themselves(file):
+    recipe = build(read(file))
+    said = file.read_text()
+    assert f"reeltune train recipes/{file.name}" in said
+    assert recipe.model.train_mode is not None and 0 < recipe.data.held_out_share < 0.5
+    assert recipe.model.add_full_ref_image_in_self_attention == (
+        file.name.startswith("wan2.1_fun_v1.1") and "camera" not in file.name
+    )
+    clipped = None if recipe.memory.step_in_backward else 0.05  # with it, clipping would be a second backward pass
+    assert (recipe.training.gradient_checkpointing, recipe.optimization.max_grad_norm) == (True, clipped)
+
+
+def test_every_variant_has_a_recipe():
+    control = {f"wan2.1_fun_{version}_{size}_control" for version in ("v1.0", "v1.1") for size in ("1.3b", "14b")}
+    others = {f"wan2.1_fun_v1.1_{size}_control_camera" for size in ("1.3b", "14b")}
+    inp = {f"wan2.1_fun_v1.0_{size}_inp" for size in ("1.3b", "14b")}
+    hunyuan = {f"hunyuan_video_{kind}" for kind in ("t2v", "i2v", "i2v_33ch")}
+    easyanimate = {f"easyanimate_v5.1_12b_{kind}" for kind in ("control", "control_camera", "inp", "t2v")}
+    easyanimate |= {"easyanimate_v5.1_7b_control", "easyanimate_v5_12b_control"}
+    cogvideox = {f"cogvideox_fun_{variant}_inp" for variant in ("2b", "5b", "v1.1_2b", "v1.1_5b", "v1.5_5b")}
+    cogvideox |= {f"cogvideox_{size}_t2v" for size in ("2b", "5b")}
+    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan | easyanimate | cogvideox
+
+
+def test_literal_fields_list_their_choices():
+    for setting in settings().values():
+        kinds = [kind for kind in setting.alternatives if get_origin(kind) is Literal]
+        assert all(set(get_args(kind)) == set(setting.choices) for kind in kinds)
