@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from reeltune.checkpoint import digests
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
@@ -84,3 +85,126 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
     checkpoint.sweep(tmp_path)
     assert not partial.exists()
     assert checkpoint.find(tmp_path, "latest").name == "checkpoint-1"
+
+
+# ---- bits
+
+
+def flip(path, place=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x40
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "optimizer.pt", "ledger.npz", "progress.json"])
+def test_one_flipped_bit_is_noticed_and_the_last_good_one_named(name, tmp_path):
+    for step in (1, 2, 3):
+        path, _ = save(tmp_path, step)
+    checkpoint.verify(path)
+    flip(path / name)
+    flip(tmp_path / "checkpoint-2" / "weights.bin")
+    with pytest.raises(UserError, match="resume_from_checkpoint checkpoint-1, the last good one") as error:
+        checkpoint.verify(path)
+    size_bytes = (path / name).stat().st_size
+    assert error.value.problems == [f"{name} has other bytes than were written, of the same number"]
+    (path / name).write_bytes((path / name).read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{name} has {size_bytes - 1:,} bytes, and was written with {size_bytes:,}"):
+        checkpoint.verify(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is gone"):
+        checkpoint.verify(path)
+
+
+def test_processes_share_the_reading(tmp_path):
+    path, _ = save(tmp_path, 1)
+    names = sorted(digests.read(path))
+    assert names == ["ledger.npz", "optimizer.pt", "progress.json", "weights.bin"]
+    for name in names:
+        flip(path / name)
+    found = [digests.damages(path, part=part, parts=3) for part in range(3)]
+    assert [len(lines) for lines in found] == [2, 1, 1]
+    assert sorted(line.partition(" ")[0] for lines in found for line in lines) == names
+
+
+def test_a_checkpoint_without_digests_is_taken_as_it_is(tmp_path):
+    path, _ = save(tmp_path, 1)
+    (path / "digests.json").unlink()
+    checkpoint.verify(path)
+    (path / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "cannot be read"),
+        ("[1]", "is not a table of"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"step": 3}', "is not a table of"),
+        ('{"step": 3, "epoch": 0, "cursor": 0, "more": 1}', "is not a table of"),
+        ('{"step": "3", "epoch": 0, "cursor": 0}', "has step '3', which is no whole number"),
+        ('{"step": 3, "epoch": -4, "cursor": 0}', "has epoch -4"),
+        ('{"step": 3, "epoch": 0, "cursor": 0.5}', "has cursor 0.5"),
+        ('{"step": 3, "epoch": true, "cursor": 0}', "has epoch True"),
+        ('{"step": 4, "epoch": 0, "cursor": 0}', "has step 4, and the folder is of step 3"),
+    ],
+)
+def test_progress_that_no_run_has_written(text, words, tmp_path):
+    for step in (2, 3):
+        path, _ = save(tmp_path, step)
+    (path / "progress.json").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        checkpoint.progress_of(path)
+    assert "resume_from_checkpoint checkpoint-2" in error.value.where
+
+
+def test_files_have_the_mode_that_the_user_makes_files_with(tmp_path):
+    def owners_alone(folder):
+        (folder / "weights.bin").chmod(0o600)
+
+    path, _ = save(tmp_path, 1, weights=owners_alone)
+    (tmp_path / "mine").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "mine").stat().st_mode}
+
+
+# ---- going back, and others
+
+
+def test_later_ones_are_set_aside_and_pruning_never_takes_what_was_just_written(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    assert checkpoint.set_later_aside(tmp_path, 6) == []
+    moved = checkpoint.set_later_aside(tmp_path, 2)
+    assert [path.relative_to(tmp_path).as_posix() for path in moved] == [
+        "set_aside/checkpoint-4",
+        "set_aside/checkpoint-6",
+    ]
+    save(tmp_path, 4)
+    assert [path.name for path in checkpoint.set_later_aside(tmp_path, 2)] == ["checkpoint-4.2"]
+    assert checkpoint.load(moved[0])["state"].tolist() == [4, 4, 4]
+    save(tmp_path, 9)
+    save(tmp_path, 3, keep=1)  # though a later one is there
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["checkpoint-3"]
+
+
+def test_folders_of_other_tools_are_never_written_over(tmp_path):
+    theirs = tmp_path / "checkpoint-50" / "transformer"
+    theirs.mkdir(parents=True)
+    (theirs / "diffusion_pytorch_model.safetensors").write_bytes(b"theirs")
+    save(tmp_path, 1)
+    assert checkpoint.of_other_tools(tmp_path) == [tmp_path / "checkpoint-50"]
+    assert checkpoint.their_weights(tmp_path / "checkpoint-50") == theirs
+    with pytest.raises(UserError, match=r"checkpoint-50 was made by another tool"):
+        save(tmp_path, 50)
+    assert (theirs / "diffusion_pytorch_model.safetensors").read_bytes() == b"theirs"
+
+
+def test_a_deletion_that_is_cut_short_leaves_nothing_that_seems_to_be_a_checkpoint(tmp_path, monkeypatch):
+    path, _ = save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed before it has begun
+        checkpoint._delete(path)
+    assert checkpoint.complete(tmp_path) == checkpoint.of_other_tools(tmp_path) == []
+    checkpoint.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,14 @@ import math
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from reeltune.core.errors import UserError
 from reeltune.optim.optimizers import (
     MovingAverage,
     StochasticRounding,
+    average_decay,
     build_optimizer,
     clip_ceiling,
     rate_curve,
@@ -147,12 +149,35 @@ def test_moving_average():
     net = nn.Linear(2, 1)
     net.bias.requires_grad_(False)
     start = net.weight.detach().clone()
-    average = MovingAverage(net, decay=0.75)
-    with torch.no_grad():
-        net.weight += 4
-    average.update()
+    average = MovingAverage(net, decay=0.2)
     assert list(average.weights) == ["weight"]
-    assert torch.allclose(average.weights["weight"], start + 1)
+    for step, expected in enumerate((4, 8 - 4 * 2 / 11, 12 - 0.2 * (4 + 4 * 2 / 11))):  # decays 0, 2/11, 0.2 (not 3/12)
+        with torch.no_grad():
+            net.weight += 4
+        average.update(step)
+        assert torch.allclose(average.weights["weight"], start + expected)
+
+
+def test_moving_average_is_that_of_diffusers():
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    average, ema = MovingAverage(ours, decay=0.99), EMAModel(theirs.parameters(), decay=0.99)
+    for step in range(1200):  # past the step, 890, from which the decay is the most
+        with torch.no_grad():
+            for net in (ours, theirs):
+                net.weight += step
+        average.update(step)
+        ema.step(theirs.parameters())
+    assert torch.allclose(average.weights["weight"], ema.shadow_params[0], rtol=1e-5)
+    assert average_decay(889, 0.99) < 0.99 == average_decay(890, 0.99)
+
+
+def test_nothing_of_the_start_is_in_the_moving_average():
+    net = nn.Linear(2, 1)
+    average = MovingAverage(net, decay=0.9999)
+    net.weight.data.fill_(0.0)
+    average.update(0)
+    assert average.weights["weight"].count_nonzero() == 0
 
 
 def test_missing_bitsandbytes_is_named(monkeypatch):

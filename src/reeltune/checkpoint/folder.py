@@ -5,7 +5,10 @@ transformer_ema/      its moving average, if kept
 optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
 shares/               in place of these, where several processes share the weights: what each of them keeps
 ledger.npz            times each record was used
+digests.json          sizes and hashes of all these files
 progress.json         step, epoch, cursor, group; without it the folder is not a checkpoint
+
+One that is no longer of the run, because it went on from an earlier one, is moved to `set_aside`, and never deleted.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
+from reeltune.checkpoint import digests
 from reeltune.core.errors import UserError
 from reeltune.core.files import flush_folder
 from reeltune.core.types import Progress
@@ -34,6 +39,8 @@ from reeltune.distributed.sharded_io import Piece
 SHARES = "shares"
 NAME = re.compile(r"checkpoint-(\d+)$")
 PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
+OURS = ("progress.json", "ledger.npz", "optimizer.pt", SHARES)  # of which no other tool's checkpoint has any
+SET_ASIDE = "set_aside"
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -46,6 +53,18 @@ def step_of(checkpoint: Path) -> int:
     match = NAME.match(checkpoint.name)
     assert match is not None
     return int(match[1])
+
+
+def of_other_tools(output_dir: Path) -> list[Path]:
+    """Folders with the name of a checkpoint that hold files and none of ours."""
+    named = (path for path in sorted(Path(output_dir).glob("checkpoint-*")) if NAME.match(path.name) and path.is_dir())
+    return [path for path in named if any(path.iterdir()) and not any((path / name).exists() for name in OURS)]
+
+
+def their_weights(checkpoint: Path) -> Path:
+    """Where another tool's checkpoint keeps the network: `transformer`, or the folder itself."""
+    inside = checkpoint / "transformer"
+    return inside if inside.is_dir() else checkpoint
 
 
 def find(output_dir: Path, wanted: str | None) -> Path | None:
@@ -106,10 +125,13 @@ def save_shares(
     main = dist.get_rank(group) == 0
     with _partial(output_dir, progress.step, main=main) as partial:
         sharded_io.write(partial / SHARES, pieces, group)  # makes the folder, and returns once all have written
+        own = digests.digest(partial, sorted((partial / SHARES).glob(f"__{dist.get_rank(group)}_*")))
+        gathered = [own] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, own, group)
         if not main:
             return None
         write_more(partial)
-        return _finish(partial, progress, keep)
+        return _finish(partial, progress, keep, {name: of for one in gathered for name, of in one.items()})
 
 
 def _folder(output_dir: Path, step: int) -> Path:
@@ -139,36 +161,128 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
         ) from broken
 
 
-def _finish(partial: Path, progress: Progress, keep: int | None) -> tuple[Path, int]:
-    """Progress, the new name, and the end of older ones. Returns (folder, bytes)."""
+def _finish(
+    partial: Path, progress: Progress, keep: int | None, shares: digests.Digests | None = None
+) -> tuple[Path, int]:
+    """Progress, digests, the new name, and the end of older ones. Returns (folder, bytes).
+
+    shares: digests that the processes which wrote them have made already.
+    """
     final = _folder(partial.parent, progress.step)
-    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    text = json.dumps(asdict(progress), indent=2) + "\n"
+    mark = partial / "progress.json"
+    mark.write_text(text)
+    _open_to_others(partial, mark.stat().st_mode)
+    known = {} if shares is None else shares
+    rest = [path for path in digests.files_of(partial) if path.relative_to(partial).as_posix() not in known]
+    digests.write(partial, known | digests.digest(partial, rest))
     size_bytes = _flush(partial)
-    if final.exists():  # an unfinished leftover, or the same step saved by an earlier run
+    if final.exists():  # an unfinished leftover, or the same step saved before
         _delete(final)
     partial.rename(final)
     flush_folder(final.parent)
-    for old in complete(final.parent)[: -max(keep, 1)] if keep is not None else []:
+    others = [path for path in complete(final.parent) if path != final]
+    for old in others[: len(others) + 1 - max(keep, 1)] if keep is not None else []:
         _delete(old)
     return final, size_bytes
 
 
+def _open_to_others(folder: Path, mode: int) -> None:
+    """All files get the mode that this process makes files with; safetensors' writer lets their owner alone read them."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode != mode:
+            path.chmod(mode)
+
+
 def _delete(checkpoint: Path) -> None:
-    """Its mark of being whole first, so that a kill in between leaves nothing that seems to be."""
-    (checkpoint / "progress.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    """Under a name that `sweep` knows, so that a kill in between leaves nothing that seems to be a checkpoint.
+
+    Raises UserError for a folder that another tool made.
+    """
+    if checkpoint in of_other_tools(checkpoint.parent):
+        raise UserError(
+            "save", f"{checkpoint} was made by another tool and is not written over; give another output_dir"
+        )
+    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def set_later_aside(output_dir: Path, step: int) -> list[Path]:
+    """Moves checkpoints later than `step` out of the run's line. Returns where they are now."""
+    moved = []
+    for later in complete(output_dir):
+        if step_of(later) > step:
+            aside = Path(output_dir) / SET_ASIDE
+            aside.mkdir(exist_ok=True)
+            taken = sum(1 for path in aside.iterdir() if path.name.partition(".")[0] == later.name)
+            moved.append(later.rename(aside / (f"{later.name}.{taken + 1}" if taken else later.name)))
+    return moved
 
 
 # ---- reading
 
 
 def progress_of(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    """Raises UserError that names the file and the last good checkpoint before it, for what no run can have written."""
+    path = checkpoint / "progress.json"
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as broken:
+        raise damaged(checkpoint, [f"{path.name} cannot be read ({broken})"]) from broken
+    names = {field.name for field in fields(Progress)}
+    if not isinstance(table, dict) or not {"step", "epoch", "cursor"} <= table.keys() <= names:
+        raise damaged(checkpoint, [f"{path.name} is not a table of {', '.join(sorted(names))}"])
+    lines = [
+        f"{path.name} has {name} {value!r}, which is no whole number from 0 on"
+        for name, value in table.items()
+        if type(value) is not int or value < 0
+    ]
+    if not lines and NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
+        lines = [f"{path.name} has step {table['step']}, and the folder is of step {step_of(checkpoint)}"]
+    if lines:
+        raise damaged(checkpoint, lines)
+    return Progress(**table)
+
+
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Raises UserError for files that are not as they were written, and names the last good checkpoint before it.
+
+    part: of `parts` processes, which share the reading.
+    """
+    if lines := digests.damages(checkpoint, part=part, parts=parts):
+        raise damaged(checkpoint, lines)
+
+
+def damaged(checkpoint: Path, lines: list[str]) -> UserError:
+    """What is wrong with it, and what to go on from instead."""
+    good = last_good_before(checkpoint)
+    instead = f"resume_from_checkpoint {good.name}, the last good one before it" if good else "no earlier one is good"
+    return UserError(f"{checkpoint} is damaged: {instead}", lines)
+
+
+def last_good_before(checkpoint: Path) -> Path | None:
+    """By its digests, which are all read."""
+    if not NAME.match(checkpoint.name):
+        return None
+    earlier = [path for path in complete(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    for path in reversed(earlier):
+        try:
+            progress_of(path)
+            if not digests.damages(path):
+                return path
+        except UserError:
+            continue
+    return None
 
 
 def load(checkpoint: Path) -> dict:
-    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
-    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError if it cannot be read."""
+    try:
+        return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as broken:
+        raise damaged(checkpoint, [f"optimizer.pt cannot be read ({str(broken).splitlines()[0]})"]) from broken
 
 
 def is_shared(checkpoint: Path) -> bool:

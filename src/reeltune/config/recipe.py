@@ -217,7 +217,7 @@ class Optimization:
     use_ema: bool = False
     """Keep an exponential moving average of the weights."""
     ema_decay: float = 0.9999
-    """Decay of that average per step."""
+    """Most decay of that average per step; it begins at 0 and rises to it as (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,16 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
+def average_decay(step: int, most: float) -> float:
+    """Of the moving average at optimizer step `step`, counted from 0: 0 at the first, so that nothing is left of the
+    weights that a run began with, then (1 + step) / (10 + step), at most `most`. As diffusers' EMAModel, which the
+    original scripts use as it comes.
+    """
+    return 0.0 if step == 0 else min((1 + step) / (10 + step), most)
+
+
 class MovingAverage:
-    """fp32 average of the trained weights: a = decay * a + (1 - decay) * w after each step."""
+    """fp32 average of the trained weights: a = d * a + (1 - d) * w after each step, d its `average_decay`."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
@@ -220,6 +228,8 @@ class MovingAverage:
         self.weights = {name: w.detach().float().clone() for name, w in self.trained.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int) -> None:
+        """step: of the optimizer, from 0, that was just taken."""
+        decay = average_decay(step, self.decay)
         for name, weight in self.trained.items():  # one by one: bf16 weights are lifted to fp32 for it
-            self.weights[name].lerp_(weight.detach().float(), 1 - self.decay)
+            self.weights[name].lerp_(weight.detach().float(), 1 - decay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +35,13 @@ LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av
 
 def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
     """Raises UserError if output_dir holds checkpoints that this run would mix its own with."""
+    if theirs := checkpoint.of_other_tools(output_dir):
+        raise UserError(
+            "recipe",
+            f"output_dir {str(output_dir)!r} holds {shown_names(theirs)} of another tool, where this run would write "
+            "its own; give another output_dir, and to go on from those weights "
+            f"transformer_path {checkpoint.their_weights(theirs[-1])}",
+        )
     there = checkpoint.complete(output_dir)
     if there and resumed_from is None:
         raise UserError(
@@ -41,6 +49,18 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
             "latest, or give another output_dir",
         )
+    if there and resumed_from is not None and Path(output_dir).resolve() not in resumed_from.resolve().parents:
+        raise UserError(
+            "recipe",
+            f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} holds "
+            f"{there[-1].name} of another run; give another output_dir",
+        )
+
+
+def shown_names(paths: Sequence[Path], most: int = 3) -> str:
+    """A few, and how many more there are."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(path.name for path in paths[:most]) + more
 
 
 def refuse_other_model(found: Path, facts: dict[str, str]) -> None:

@@ -167,7 +167,7 @@ class Learner:
             else self.fused.step(ceiling, soften)
         )
         if self.average is not None:
-            self.average.update()
+            self.average.update(step)
         return norm
 
     @property

@@ -1,0 +1,69 @@
+"""What each file of a checkpoint was when it was written, so that a changed bit is noticed before a step is taken.
+
+digests.json   path in the checkpoint -> [bytes, SHA-256], of every file but itself  (no torch)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from reeltune.core.errors import UserError
+
+NAME = "digests.json"
+Digests = dict[str, tuple[int, str]]
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """All of its files, in one order everywhere, without their digests' own."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / NAME)
+
+
+def digest(checkpoint: Path, files: Iterable[Path]) -> Digests:
+    """Reads the files."""
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(checkpoint).as_posix()] = path.stat().st_size, sha256
+    return digests
+
+
+def write(checkpoint: Path, digests: Mapping[str, tuple[int, str]]) -> None:
+    (checkpoint / NAME).write_text(json.dumps(digests, indent=1) + "\n")
+
+
+def read(checkpoint: Path) -> Digests | None:
+    """None for a checkpoint without them, as versions before 0.2 wrote. Raises UserError if they cannot be read."""
+    path = checkpoint / NAME
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_bytes())
+        return {str(name): (int(size_bytes), str(sha256)) for name, (size_bytes, sha256) in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as broken:
+        raise UserError(str(path), f"cannot be read ({broken}); take an earlier checkpoint") from broken
+
+
+def damages(checkpoint: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """What is not as it was written, a line for each file; nothing for a checkpoint without digests.
+
+    part: of `parts` processes that share the reading, each of every so-manieth file.
+    """
+    written = read(checkpoint)
+    if written is None:
+        return []
+    there = {path.relative_to(checkpoint).as_posix(): path for path in files_of(checkpoint)}
+    lines = []
+    for name in sorted(written)[part::parts]:
+        size_bytes, sha256 = written[name]
+        path = there.get(name)
+        if path is None:
+            lines.append(f"{name} is gone")
+        elif path.stat().st_size != size_bytes:
+            lines.append(f"{name} has {path.stat().st_size:,} bytes, and was written with {size_bytes:,}")
+        elif digest(checkpoint, [path])[name][1] != sha256:
+            lines.append(f"{name} has other bytes than were written, of the same number")
+    return lines
