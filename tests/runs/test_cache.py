@@ -448,21 +448,41 @@ def test_a_stop_keeps_what_was_made(run, tmp_path, monkeypatch, capfd):
 # ---- care
 
 
-def test_verify_finds_a_changed_bit(run, tmp_path, capfd):
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_changed_bit_is_found_in_training_and_by_verify(has_sums, run, tmp_path):
     given = cached(run("run"), tmp_path / "cache")
     fill.fill(given)
+    if not has_sums:  # as versions before 0.2 wrote
+        (manifest,) = (tmp_path / "cache/manifest").glob("*")
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        manifest.write_text("".join(json.dumps(line | {"crc32": None}) + "\n" for line in lines))
     assert "all whole" in maintenance.verify(given)
     (shard,) = (tmp_path / "cache/shards").glob("*")
     data = bytearray(shard.read_bytes())
-    data[-3] ^= 1
+    begin = 8 + int.from_bytes(data[:8], "little")
+    for place in range(begin, len(data), 4):  # of every entry, for a run need not read all
+        data[place] ^= 1
     shard.write_bytes(data)
-    assert train(given) == 0  # which reads lengths alone
+    with pytest.raises(UserError, match=f"{shard.name} is damaged.*reeltune cache verify"):
+        train(given)
     with pytest.raises(UserError, match="is not as it was written"):
         maintenance.verify(given)
     with pytest.raises(UserError, match="lacks"):
         train(cached(run("again"), tmp_path / "cache"))
     fill.fill(given)
     assert "all whole" in maintenance.verify(given)
+
+
+def test_a_checksum_is_of_names_types_shapes_and_bytes():
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(True), "c": torch.zeros(0)}
+    others = [
+        {**tensors, "a": torch.arange(6.0).view(3, 2)},
+        {**tensors, "a": torch.arange(6.0).view(2, 3).double()},
+        {**tensors, "b": torch.tensor(False)},
+        {("d" if name == "c" else name): tensor for name, tensor in tensors.items()},
+    ]
+    assert store.checksum(dict(reversed(tensors.items()))) == store.checksum(tensors)
+    assert len({store.checksum(one) for one in [tensors, *others]}) == 5
 
 
 def test_prune_keeps_what_the_recipe_asks_for(run, tmp_path):

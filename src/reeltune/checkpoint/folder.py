@@ -188,7 +188,7 @@ def _finish(
 
 
 def _open_to_others(folder: Path, mode: int) -> None:
-    """All files get the mode that this process makes files with; safetensors' writer lets their owner alone read them."""
+    """All files get the mode that this process makes files with: safetensors lets their owner alone read them."""
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
