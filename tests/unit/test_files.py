@@ -1,8 +1,11 @@
 """Files are whole or not there."""
 
+import errno
+import os
+
 import pytest
 
-from reeltune.core.files import whole_file
+from reeltune.core.files import CannotWriteError, whole_file, writing
 
 
 def test_a_file_is_whole_before_it_is_seen(tmp_path):
@@ -23,3 +26,33 @@ def test_a_failed_write_leaves_the_old_file(mode, half, tmp_path):
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0; file write failed"),
+        ValueError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_what_the_disk_refuses_names_the_path_the_room_and_what_is_good(error, tmp_path):
+    with pytest.raises(CannotWriteError) as raised, whole_file(tmp_path / "new" / "list.json"):
+        raise error
+    assert raised.value.where == str(tmp_path / "new" / "list.json")
+    assert " GB free); what was there before stays as it was; make room" in raised.value.problems[0]
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(CannotWriteError, match="all 3 are whole"), writing(tmp_path, "all 3 are whole"):
+        raise error
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CannotWriteError, match="taken/page"), whole_file(tmp_path / "taken" / "page"):
+        pass
+
+
+def test_other_errors_pass_through(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "page"):
+        raise ZeroDivisionError

@@ -324,7 +324,7 @@ def test_a_damaged_index_is_made_anew(folder, damage):
 
 def test_an_index_that_cannot_be_written_is_said(folder):
     (folder / "index").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="the index cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         scan(folder / "list.json", folder, needs=PLAIN, index_dir=folder / "index")
 
 

@@ -16,7 +16,7 @@ from reeltune.cache.keys import READING_VERSION, Keys, Split, digest, fingerprin
 from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.core.files import whole_file
+from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.types import Draw, Encoded, Record
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.measuring import stamps
@@ -145,7 +145,7 @@ def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cac
     found_complete = folder / "complete" / asked
     if not found_complete.is_file() or found_complete.read_text() != there:
         _refuse_missing(folder, keys, store, inputs)
-        with suppress(OSError), whole_file(found_complete) as file:  # or it is looked at again
+        with suppress(CannotWriteError), whole_file(found_complete) as file:  # or it is looked at again
             file.write(there)
     return Cache(store, keys)
 

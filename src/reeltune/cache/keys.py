@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reeltune.core.files import whole_file
+from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.types import Draw, Record
 
 READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
@@ -81,6 +81,6 @@ def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
 
     found = {name: of(path) for name, path in files.items()}
     if len(known) > before:
-        with suppress(OSError), whole_file(remembered) as file:  # or they are read again
+        with suppress(CannotWriteError), whole_file(remembered) as file:  # or they are read again
             json.dump(known, file, indent=1)
     return found

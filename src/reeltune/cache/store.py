@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import flush_folder, whole_file
+from reeltune.core.files import flush_folder, whole_file, writing
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
@@ -144,7 +144,7 @@ class Writer:
         self._clear()
         if not entries and not failed:
             return
-        try:
+        with writing(self.folder, "nothing in it is lost"):
             manifest = self._manifest or self._open()
             if entries:
                 self._number += 1
@@ -159,12 +159,6 @@ class Writer:
                 self.bytes += len(data)
             if failed:
                 _add_line(manifest, {"failed": failed})
-        except OSError as broken:
-            raise UserError(
-                "cache_folder",
-                f"{self.folder} cannot be written ({broken.strerror}); nothing in it is lost: make room and run the "
-                "same command again",
-            ) from broken
 
     def _open(self) -> FileIO:
         """The manifest of this process; the folder is locked as long as it is open."""

@@ -13,7 +13,6 @@ One that is no longer of the run, because it went on from an earlier one, is mov
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune.checkpoint import digests
 from reeltune.core.errors import UserError
-from reeltune.core.files import flush_folder
+from reeltune.core.files import flush_folder, is_disk_error
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
 from reeltune.distributed.sharded_io import Piece
@@ -151,7 +150,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
         causes = [broken]
         if isinstance(broken, CheckpointException):  # of all processes
             causes = [cause for cause, _ in broken.failures.values()]
-        if not any(map(_is_disk_error, causes)):
+        if not any(map(is_disk_error, causes)):
             raise
         last = next(reversed(complete(output_dir)), None)
         raise UserError(
@@ -295,16 +294,6 @@ def sweep(output_dir: Path) -> None:
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         if PARTIAL.match(path.name):
             shutil.rmtree(path)
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """torch and safetensors wrap the operating system's error in their own, with its words."""
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-    lost = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN}
-    if isinstance(error, OSError) and error.errno in full | lost:
-        return True
-    words = str(error)
-    return any(os.strerror(number) in words for number in full | lost) or "file write failed" in words
 
 
 def _flush(folder: Path) -> int:

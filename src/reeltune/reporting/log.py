@@ -18,12 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import whole_file
+from reeltune.core.files import whole_file, writing
 
 # Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
 DETERMINISTIC = {
@@ -45,9 +46,9 @@ REMEDIES = (
 class Log:
     """One per process; every process but the main one stays silent.
 
-    A row's values may be tensors on the device: they are read, and the device waited for, only every
-    `logging_steps` and at each `flush`. Until then rows are in memory, so `flush` before a checkpoint is written:
-    a run killed later then finds every line up to that step.
+    A row is in the file when `step` returns, and a kill after it does not take it. Where its values are tensors on a
+    GPU, their copies are begun and the row is written by the next `step`, so that the device is not waited for, or by
+    `flush`, which comes before a checkpoint is written.
 
     `resume_step` is the step of the checkpoint that the run goes on from; lines of later steps are cut.
     Raises UserError for a tracker that is not installed.
@@ -72,7 +73,7 @@ class Log:
         self.total_steps = total_steps
         self.peak_flops = peak_flops
         self.step_now = resume_step or 0
-        self.waiting: list[tuple[dict, Callable[[], dict[str, float]] | None]] = []
+        self.waiting: list[tuple[dict, torch.cuda.Event | None, Callable[[], dict[str, float]] | None]] = []
         self.shown: list[dict] = []  # rows since the last console line
         self.judged: list[dict] = []  # rows since the last verdict
         self.lines = 0
@@ -81,10 +82,11 @@ class Log:
         check_trackers(report_to)
         if not main:
             return
-        path = Path(output_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        moved = _start_over(path) if resume_step is None else _cut_after(path, resume_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = path = Path(output_dir) / "metrics.jsonl"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            moved = _start_over(path) if resume_step is None else _cut_after(path, resume_step)
+            self.file = path.open("a", encoding="utf-8")
         self.trackers = [_open_tracker(name, path.parent, project, resume_step) for name in report_to if name != "none"]
         if moved:
             self.notice(f"the metrics of an earlier run in this folder are kept as {moved}")
@@ -99,7 +101,9 @@ class Log:
         if not self.main:
             return
         self.step_now = row["step"]
-        self.waiting.append((row, seconds))
+        row, is_there = _copying(row)
+        self.waiting.append((row, is_there, seconds))
+        self._read_waiting(but=0 if is_there is None else 1)
         if self.step_now % self.logging_steps == 0 or self.step_now == self.total_steps:
             self._read_waiting()
             self._print_line()
@@ -141,8 +145,8 @@ class Log:
         """Every row so far is on the disk."""
         if self.main:
             self._read_waiting()
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with writing(self.path):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if not self.main or self.file.closed:
@@ -160,9 +164,13 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_waiting(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        for row, seconds in waiting:
+    def _read_waiting(self, but: int = 0) -> None:
+        """but: how many of the last stay."""
+        count = len(self.waiting) - but
+        waiting, self.waiting = self.waiting[:count], self.waiting[count:]
+        for row, is_there, seconds in waiting:
+            if is_there is not None:
+                is_there.synchronize()
             whole = {"kind": "step", **_floats(row), **self._rates(row, seconds() if seconds else {})}
             whole.pop("flops", None)
             self._line(whole)
@@ -189,14 +197,15 @@ class Log:
         """A line of its own, after those of the steps before it."""
         self._read_waiting()
         self._line(_floats(row))
-        self.file.flush()
 
     def _line(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        """Which a kill right after it does not take."""
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def _print_line(self) -> None:
         rows, self.shown = self.shown, []
-        self.file.flush()
         last, means = rows[-1], _means(rows)
         total = f"/{self.total_steps}" if self.total_steps else ""
         F, H, W = last["shape"]
@@ -278,6 +287,16 @@ def _open_tracker(name: str, output_dir: Path, project: str, resume_step: int | 
     module = importlib.import_module(name)  # wandb and trackio share these three calls
     run = module.init(project=project, name=output_dir.name)
     return Tracker(lambda values, step: run.log(values, step=step), run.finish)
+
+
+def _copying(row: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
+    """The row with copies of its GPU tensors under way to the host, and the event after which they are there."""
+    if not any(isinstance(value, Tensor) and value.is_cuda for value in row.values()):
+        return row, None
+    copies = {name: v.to("cpu", non_blocking=True) if isinstance(v, Tensor) else v for name, v in row.items()}
+    is_there = torch.cuda.Event()
+    is_there.record()
+    return copies, is_there
 
 
 def _floats(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from reeltune.core.errors import UserError
+from reeltune.core.files import writing
 
 NAME = ".lock"
 
@@ -22,8 +23,10 @@ def locked(output_dir: Path) -> Iterator[str | None]:
 
     Gives a notice where the file system has no locks. Raises UserError that names the process which holds it.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / NAME).open("a+") as file:
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / NAME).open("a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as busy:
