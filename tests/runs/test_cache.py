@@ -1,6 +1,5 @@
 """The cache: the same bits as live, whatever kills a process that writes it; never a stale or a held-out entry."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -19,10 +18,12 @@ from reeltune.cache import entries, fill, maintenance, store
 from reeltune.cache.keys import Keys
 from reeltune.config.parse import dump
 from reeltune.core.errors import UserError
+from reeltune.core.files import CannotWriteError
 from reeltune.core.rng import dice
 from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data import loader
 from reeltune.data.media import MediaError
+from reeltune.estimate.check import check
 from reeltune.families.spec import Parts
 from reeltune.run.inputs import choose_family, gather
 from reeltune.training.loop import train
@@ -350,10 +351,11 @@ def test_shares_are_disjoint_and_whole(run, tmp_path, monkeypatch, capfd):
 def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, capfd):
     given = cached(run("run"), tmp_path / "cache")
     monkeypatch.setattr(fill, "Writer", lambda folder, facts: store.Writer(folder, facts, shard_bytes=1))
+    list(check(given))  # so that the data is measured
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # bytes of a file: captions fit, clips do not
     try:
-        with pytest.raises(UserError, match=r"\(File too large; .* GB free\); what was there before stays"):
+        with pytest.raises(UserError, match=r"cache.*\(File too large; .* GB free\); what was there"):
             fill.fill(given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -421,7 +423,7 @@ def test_a_cache_that_cannot_be_written_is_read(run, tmp_path, monkeypatch):
     (tmp_path / "cache/fingerprints.json").unlink()
 
     def refuse(path):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        raise CannotWriteError(str(path), "cannot be written")
 
     monkeypatch.setattr("reeltune.cache.entries.whole_file", refuse)
     monkeypatch.setattr("reeltune.cache.keys.whole_file", refuse)

@@ -32,7 +32,7 @@ class CannotWriteError(UserError):
 
 
 class writing:
-    """Within, what the disk refuses becomes CannotWriteError: the path, the reason, the room there, and what stays good.
+    """Within, what the disk refuses becomes CannotWriteError: path, reason, the room there, and what stays good.
 
     Libraries wrap the system's error in one of their own, so its words count too. Other errors pass through.
     """
