@@ -19,7 +19,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Batch, Progress, Shape
 from reeltune.data.loader import stream
-from reeltune.diffusion.loss import Loss, diffusion_loss
+from reeltune.diffusion.loss import Loss
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch, peak_flops
 from reeltune.distributed.watchdog import Watch
 from reeltune.reporting import report
@@ -33,6 +33,7 @@ from reeltune.sampling.validate import Validation
 from reeltune.training.background_save import Saving
 from reeltune.training.engine_choice import engine_of, rhythm
 from reeltune.training.learner import Learner
+from reeltune.training.loss import training_loss
 from reeltune.training.out_of_memory import explained
 from reeltune.training.prefetch import Ahead, wanted
 from reeltune.training.rank_checks import refuse_apart, refuse_other_records
@@ -116,7 +117,6 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     passes = recipe.training.gradient_accumulation_steps * pace.parts
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
     rate = learner.rate_curve(total_steps)
-    motion_ratio = recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None
     peak = peak_flops(engine.device, DTYPES[recipe.training.mixed_precision])
     flops = FlopCount(wanted=peak is not None)
     log = Log(
@@ -162,17 +162,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
                 ahead.begin_next()
                 watch.doing("forward", progress.step)
                 with flops.forward(shape):
-                    loss = diffusion_loss(
-                        family.denoise,
-                        learner.net,
-                        objective,
-                        encoded,
-                        parts.null,
-                        batch.seeds,
-                        [draw.stratum for draw in batch.draws],
-                        motion_sub_loss_ratio=motion_ratio,
-                        loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
-                    )
+                    loss = training_loss(setup, learner.net, encoded, batch.draws, recipe.loss)
                 learner.backward(loss.value * engine.context / passes, last=micro == passes - 1)
                 stopwatch.mark("forward_backward_s")
                 losses.append(engine.mean(loss.value))
