@@ -19,6 +19,7 @@ from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
 from reeltune.run.inputs import choose_family, gather
 from reeltune.training import loop as train
+from reeltune.training import loss
 from tests.families.full_size import released, wan_checkpoint
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
@@ -279,7 +280,7 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
         seen.append(args)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
 
-    monkeypatch.setattr(train, "diffusion_loss", full)
+    monkeypatch.setattr(loss, "diffusion_loss", full)
     with pytest.raises(UserError) as told:
         train.train(run)
     words = str(told.value)
