@@ -5,7 +5,8 @@ import pytest
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.engine_choice import Rhythm, engine_of, rhythm
 from reeltune.training.loop import train
 from tests.families.every_family import SHOWN

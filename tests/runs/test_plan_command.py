@@ -17,7 +17,8 @@ from reeltune.estimate.main import Machines, forecast
 from reeltune.estimate.page import rounded, write_page
 from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training import loop as train
 from reeltune.training import loss
 from tests.families.full_size import released, wan_checkpoint

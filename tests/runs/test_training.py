@@ -20,7 +20,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
 from reeltune.diffusion.objective import Ddpm, Flow
 from reeltune.distributed.engine import Stopwatch
-from reeltune.run.inputs import with_levels
+from reeltune.run.model import with_levels
 from reeltune.training import loss as training_loss
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint

@@ -37,7 +37,7 @@ from reeltune.estimate.fakes import (
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import PHASES, Rehearsal
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup, at_rest
 from reeltune.training.learner import Learner
 

@@ -21,7 +21,9 @@ from reeltune.estimate.fake_step import ALL, CHANGES, SEEN, TRAINED, rehearse
 from reeltune.estimate.remedies import MARGIN, Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import Rehearsal
 from reeltune.estimate.sharding import ENGINES
-from reeltune.run.inputs import Inputs, check_split, choose_family, gather, size_rules
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import check_split, choose_family
+from reeltune.run.sizes import size_rules
 from reeltune.training.learner import ALONE
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import wanted

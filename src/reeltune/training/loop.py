@@ -26,8 +26,9 @@ from reeltune.reporting import report
 from reeltune.reporting.first_batch import write_first_batch
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import PARTS, Log, check_trackers
+from reeltune.run.data import gather, ledger_of
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
-from reeltune.run.inputs import DTYPES, choose_family, encode_options, gather, ledger_of, load_parts
+from reeltune.run.model import DTYPES, choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.background_save import Saving
