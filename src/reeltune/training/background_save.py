@@ -24,9 +24,10 @@ from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece
 from reeltune.distributed.watchdog import Watch
 from reeltune.memory.host import room_bytes
+from reeltune.memory.size import size_bytes
 from reeltune.reporting.ledger import Ledger, Share
 from reeltune.reporting.log import Log
-from reeltune.training.learner import Learner, size_bytes
+from reeltune.training.learner import Learner
 
 # Memory wanted, over the size of the copy. Writing it took 0.4 % more (measured, 2026-11); the rest is for what else
 # goes on, such as reading clips.
