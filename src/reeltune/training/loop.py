@@ -36,7 +36,7 @@ from reeltune.training.engine_choice import engine_of, rhythm
 from reeltune.training.learner import Learner
 from reeltune.training.loss import training_loss
 from reeltune.training.out_of_memory import explained
-from reeltune.training.prefetch import Ahead, wanted
+from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from reeltune.training.rank_checks import refuse_apart, refuse_other_records
 
 
@@ -138,8 +138,8 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, parts=pace.parts)
     batches = islice(batches, passes * max(total_steps - progress.step, 0))
     on_gpu, low_vram = engine.device.type == "cuda", recipe.training.low_vram
-    beside = wanted(recipe.memory.encode_ahead, on_gpu=on_gpu, low_vram=low_vram)
-    ahead = Ahead(batches, setup.encode, device=engine.device, beside=beside)
+    encode_ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=on_gpu, low_vram=low_vram)
+    ahead = Prefetcher(batches, setup.encode, device=engine.device, ahead=encode_ahead)
     with Interrupt() as interrupt, log, duties, ahead:
         duties.saving.step = progress.step  # step 0 needs no checkpoint, the resumed one has it
         duties.tell_start(found, [*notices, *inputs.scan.notices, *changes])
@@ -190,7 +190,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
             if progress.step % recipe.output.checkpointing_steps == 0:
                 duties.save(progress, last=progress.step == total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
-                ahead.rest()
+                ahead.wait()
                 duties.validate(progress)
         duties.save(progress, last=True)
         code = max(engine.gather(interrupt.code))  # a signal to one ends all
