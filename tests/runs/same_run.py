@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import reeltune.training.loop as module
 from reeltune.checkpoint.state import Shared
 from reeltune.distributed.sharded_io import whole
 from reeltune.reporting.log import DETERMINISTIC
+from reeltune.training.learner import Learner
 
 
 class StopAfter:
@@ -21,16 +21,16 @@ class StopAfter:
         self.step = step
 
     def __enter__(self):
-        def step(learner, step, rate, real=module.Learner.step):
+        def step(learner, step, rate, real=Learner.step):
             if step == self.step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(learner, step, rate)
 
-        self.real_step = module.Learner.step
-        module.Learner.step = step
+        self.real_step = Learner.step
+        Learner.step = step
 
     def __exit__(self, *_):
-        module.Learner.step = self.real_step
+        Learner.step = self.real_step
 
 
 def rows(out: Path, kinds=tuple(DETERMINISTIC)) -> list[dict]:
