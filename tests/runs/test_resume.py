@@ -211,7 +211,7 @@ def test_a_checkpoint_from_before_the_rooms_ends_in_the_same_bits(tmp_path):
     shutil.copytree(before, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "ledger.json", "ledger.csv"))
 
     def run_to_4(out, **more):
-        settings = {"max_train_steps": 4, "use_ema": True, "lr_scheduler": "cosine", **more}
+        settings = {"max_train_steps": 4, "lr_scheduler": "cosine", **more}
         assert run(settings, tmp_path / "toy", data, out) == 0
 
     run_to_4(tmp_path / "anew")

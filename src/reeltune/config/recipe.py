@@ -46,6 +46,9 @@ class Data:
     """Share of the files in train_data_meta held out instead (0 to 0.5), chosen by path, whatever the seed."""
     max_bad_share: float = 0.05
     """Share of entries that may be unusable before the run is refused (0 to 1)."""
+    accept_changed_data: bool = False
+    """Go on from a checkpoint though entries were added to the data or captions changed since; any other change of the
+    data is refused."""
     allow_outside_paths: bool = False
     """Accept metadata paths that leave train_data_dir."""
     decode_check: Literal["ends", "full", "header"] = "ends"

@@ -10,14 +10,17 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.types import Draw
+from reeltune.data.identity import Identity, changes
 from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
 
@@ -38,7 +41,8 @@ class Ledger:
 
     `train` are the records that a Draw counts by, `held_out` those of the same metadata file kept for validation,
     `left_out` the entries that the scan or the plan left out, `unsuited` sound ones that teach the model nothing:
-    left out too, but not bad. Nothing is kept per good row beside two int32.
+    left out too, but not bad. root: the data's folder. Per good row two int32 are kept, and once it is saved what the
+    record was, in four numbers.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class Ledger:
         left_out: Iterable[LeftOut] = (),
         unsuited: Iterable[LeftOut] = (),
         max_bad_share: float = 1.0,
+        root: Path = Path(),
     ):
         self.entries = entries
+        self.root = root
         self.train = train
         self.held_out = held_out
         bad, unsuited = list(left_out), list(unsuited)
@@ -82,12 +88,17 @@ class Ledger:
             "mend them (ledger.csv lists all), or raise max_bad_share"
         )
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the records trained on, as they are when this is first asked for, which a run does at its start."""
+        return Identity.of(self.train, self.root)
+
     def share(self) -> Share:
         """As it is now."""
         return Share(self.used.copy(), self.repeated.copy(), dict(self.failures))
 
     def save(self, path: Path, shares: Sequence[Share] | None = None) -> None:
-        """Writes the counts of all processes as .npz, for a later `load`."""
+        """Writes the counts of all processes, and what the records were, as .npz, for a later `load`."""
         whole = _sum(shares or [self.share()])
         records = sorted(whole.failures)
         np.savez_compressed(
@@ -97,28 +108,52 @@ class Ledger:
             failed=np.array(records, dtype=np.int64),
             failed_times=np.array([whole.failures[record][0] for record in records], dtype=np.int64),
             failed_reason=np.array([whole.failures[record][1] for record in records], dtype=np.str_),
+            **self.identity.arrays(),
         )
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, *, accept_changes: bool = False) -> list[str]:
         """Goes on from saved counts. On one process only, or they count once for each.
 
-        Raises UserError if the data has another number of records now.
+        Returns notices of what has changed of the data since. Raises UserError that names it, unless it is new records
+        and captions alone and `accept_changes`; and for a file that cannot be read.
         """
-        with np.load(path, allow_pickle=False) as saved:
-            if len(saved["used"]) != len(self.train):
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                saved = dict(held)
+            counts, failed = (saved["used"], saved["repeated"]), saved["failed"].tolist()
+            reasons = zip(failed, saved["failed_times"].tolist(), saved["failed_reason"].tolist(), strict=True)
+            failures = {record: (times, reason) for record, times, reason in reasons}
+            then = Identity.stored(saved)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as broken:
+            raise UserError(str(path), f"cannot be read ({broken!r}); take an earlier checkpoint") from broken
+        moved_to, notices = self._moved(path, then, len(counts[0]), accept_changes)
+        self.used[moved_to], self.repeated[moved_to] = counts
+        self.failures = {int(moved_to[record]): failure for record, failure in failures.items()}
+        return notices
+
+    def _moved(
+        self, path: Path, then: Identity | None, count: int, accept_changes: bool
+    ) -> tuple[np.ndarray, list[str]]:
+        """(the row now of each record of the checkpoint, what has changed in words). Raises as `load`."""
+        anew = f"start anew from its weights: transformer_path {path.parent}, and another output_dir"
+        if then is None:
+            if count != len(self.train):
                 raise UserError(
                     "resume",
-                    f"the checkpoint has seen a data set of {len(saved['used'])} usable records and this one has "
-                    f"{len(self.train)}; resume with the same metadata, or start anew from its weights "
-                    "with transformer_path",
+                    f"the checkpoint has seen a data set of {count} usable records and this one has "
+                    f"{len(self.train)}; resume with the same metadata, or {anew}",
                 )
-            self.used, self.repeated = saved["used"], saved["repeated"]
-            self.failures = {
-                int(record): (int(times), str(reason))
-                for record, times, reason in zip(
-                    saved["failed"], saved["failed_times"], saved["failed_reason"], strict=True
-                )
-            }
+            return np.arange(count), []
+        change = changes(then, self.identity)
+        lines = list(change.lines(self.train))
+        if change.breaking:
+            where = f"resume from {path.parent}: the data has changed, and clips would be trained twice or never"
+            raise UserError(f"{where}; restore it, or {anew}", lines)
+        if lines and not accept_changes:
+            where = f"resume from {path.parent}: the data has changed"
+            raise UserError(f"{where}; set accept_changed_data to go on with it, restore it, or {anew}", lines)
+        more = " (what is left of this epoch is drawn anew from all of them)" if change.added else ""
+        return change.moved_to, [f"the data has changed since {path.parent.name}: {line}{more}" for line in lines]
 
     def write(self, output_dir: Path, shares: Sequence[Share] | None = None) -> dict:
         """Writes ledger.json and ledger.csv. Returns the summary, whose four statuses add up to `entries`."""

@@ -130,4 +130,5 @@ def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:
         left_out=[*inputs.scan.left_out, *unplanned],
         unsuited=inputs.unsuited,
         max_bad_share=recipe.data.max_bad_share,
+        root=Path(recipe.data.train_data_dir),
     )

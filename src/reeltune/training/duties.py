@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
+from reeltune.core.files import CannotWriteError
 from reeltune.core.types import Batch, Shape
 from reeltune.diffusion.loss import Loss
 from reeltune.reporting import report
@@ -47,7 +48,7 @@ class Duties:
             self.saving.settle()
         try:
             self.account(kind)
-        except OSError as broken:
+        except CannotWriteError as broken:
             if kind is None:
                 raise
             self.log.warn(f"ledger.csv and the report are not written: {broken}")

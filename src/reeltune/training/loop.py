@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +18,11 @@ from reeltune.core.types import Progress
 from reeltune.data.loader import stream
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watch
+from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
+from reeltune.run.lock import locked
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
@@ -27,7 +32,7 @@ from reeltune.training.loss import training_loss
 from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
 from reeltune.training.prefetch import Prefetcher, encodes_ahead
-from reeltune.training.rank_checks import refuse_apart, refuse_other_records
+from reeltune.training.rank_checks import from_first, refuse_apart, refuse_damaged, refuse_other_records
 from reeltune.training.run import Run
 
 
@@ -45,31 +50,36 @@ def train(recipe: Recipe) -> int:
         wish=parallelism,
         rank_timeout_seconds=patience_seconds,
     )
-    with Watch(engine.rank, engine.world, patience_seconds) as watchdog:
-        return loop(start(recipe, engine, watchdog))
+    with Watch(engine.rank, engine.world, patience_seconds) as watchdog, ExitStack() as held:
+        lock = partial(held.enter_context, locked(Path(recipe.output.output_dir)))
+        without_locks = from_first(engine, lock)
+        return loop(start(recipe, engine, watchdog, [without_locks] if without_locks else []))
 
 
-def start(recipe: Recipe, engine: Engine, watchdog: Watch) -> Run:
+def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str] = ()) -> Run:
     """Each process loads what it trains and what it trains on, as the checkpoint left it that the run goes on from."""
     refuse_apart(engine, recipe)
     out, training = Path(recipe.output.output_dir), recipe.training
     resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, resumed_from)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
+    changes = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
     split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode}
-    changes = []
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts)
-        changes = changes_since(resumed_from, recipe)
+        changes += changes_since(resumed_from, recipe)
     if engine.main:
         checkpoint.sweep(out)
     with engine.main_first():  # which scans; the others take its index
         first = engine.main
         inputs = gather(recipe, family, mode, group=split.group, show_progress=first, just_scanned=not first)
     refuse_other_records(engine, inputs.train)
+    ledger = ledger_of(recipe, inputs)
+    if resumed_from is not None:
+        changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
     cache = open_cache(recipe, family, mode, inputs)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
     transformer = None if resumed_from is None or checkpoint.is_shared(resumed_from) else resumed_from / "transformer"
@@ -94,14 +104,12 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch) -> Run:
         accumulate=training.gradient_accumulation_steps * split.passes,
         found=resumed_from,
     )
-    ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
         learner.load_state(resumed_from)
-        if engine.main:
-            ledger.load(resumed_from / "ledger.npz")
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
+        changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
         describe(out, recipe, {**facts, **learner.counts, "processes": engine.world})
     return Run(
         recipe=recipe,
@@ -120,7 +128,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch) -> Run:
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        notices=[*engine.wish.notices, *inputs.scan.notices, *changes],
+        notices=[*notices, *engine.wish.notices, *inputs.scan.notices, *changes],
     )
 
 
@@ -162,6 +170,16 @@ def loop(run: Run) -> int:
             duties.validate()
         run.watchdog.doing("end", progress.step)
     return code
+
+
+def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger, recipe: Recipe) -> list[str]:
+    """The ledger goes on from the checkpoint's. Returns notices. Raises UserError for data that is not what it was."""
+    micro_steps = len(inputs.plan(progress.epoch))
+    notices = ledger.load(resumed_from / "ledger.npz", accept_changes=recipe.data.accept_changed_data)
+    if progress.cursor > micro_steps:
+        line = f"progress.json has cursor {progress.cursor}, and epoch {progress.epoch} has {micro_steps} micro-steps"
+        raise checkpoint.damaged(resumed_from, [line])
+    return notices
 
 
 def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:

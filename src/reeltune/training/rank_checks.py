@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from reeltune.checkpoint import digests
+from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
@@ -17,6 +19,7 @@ from reeltune.data.records import Records
 from reeltune.distributed.engine import Engine
 from reeltune.run.folder import LIBRARIES
 
+T = TypeVar("T")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # read of each file of a checkpoint, over all of it
 CLIPS = 64  # of which the sizes are compared
 APPEARS_SECONDS = 10.0  # after which a file server shows to one machine what another has written
@@ -28,6 +31,33 @@ def refuse_apart(engine: Engine, recipe: Recipe) -> None:
         refuse_other_settings(engine, recipe)
         refuse_other_checkpoint(engine, recipe)
         refuse_other_folder(engine, Path(recipe.output.output_dir))
+
+
+def refuse_damaged(engine: Engine, resumed_from: Path) -> list[str]:
+    """Raises UserError, in all processes, for files of the checkpoint that are not as they were written.
+
+    Each process reads its share of them. Returns notices.
+    """
+    shares = engine.gather(digests.damages(resumed_from, part=engine.rank, parts=engine.world))
+    if lines := [line for share in shares for line in share]:
+        raise checkpoint.damaged(resumed_from, lines)
+    if digests.read(resumed_from) is None:
+        return [f"{resumed_from} has no {digests.NAME}, so that a changed bit in it would not be noticed"]
+    return []
+
+
+def from_first(engine: Engine, act: Callable[[], T]) -> T:
+    """What `act` gives in rank 0, where alone it is called; a UserError of it is raised in all processes."""
+    answer, error = None, None
+    if engine.main:
+        try:
+            answer = act()
+        except UserError as refused:
+            error = refused
+    answer, error = engine.first((answer, error))
+    if error is not None:
+        raise error
+    return answer
 
 
 def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:

@@ -1,0 +1,137 @@
+"""What each record was, in three numbers: a run that goes on then notices what has changed of its data.  (no torch)"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from reeltune.core.types import Record
+from reeltune.data.records import Records
+
+NAMED = 8  # entries named of each kind of change
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of every record, in the plan's order."""
+
+    entry: np.ndarray  # int64: place in the metadata file
+    name: np.ndarray  # uint64: of the paths, from the data's folder
+    content: np.ndarray  # uint64: of kind, frames, rate and size, and the files' bytes counted
+    text: np.ndarray  # uint64
+
+    @classmethod
+    def of(cls, records: Records, root: Path) -> Identity:
+        """Asks the system for the size of every file; opens none. root: of the data; a data set may move."""
+        rows = np.array([_hashes(record, str(root.absolute()) + os.sep) for record in records], np.uint64)
+        name, content, text = rows.reshape(-1, 3).T
+        return cls(np.array(records.entry), name, content, text)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {f"record_{name}": array for name, array in vars(self).items()}
+
+    @classmethod
+    def stored(cls, arrays: Mapping[str, np.ndarray]) -> Identity | None:
+        """None of a checkpoint that has none, as versions before 0.2 wrote."""
+        names = {name: f"record_{name}" for name in cls.__dataclass_fields__}
+        return cls(**{name: arrays[key] for name, key in names.items()}) if names["name"] in arrays else None
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def known(self) -> list[tuple[int, int]]:
+        """Each record's name, and how many of that name came before it."""
+        before: Counter[int] = Counter()
+        pairs = []
+        for name in self.name.tolist():
+            pairs.append((name, before[name]))
+            before[name] += 1
+        return pairs
+
+
+def _hashes(record: Record, root: str) -> tuple[int, int, int]:
+    paths = [path for path in (record.path, record.control_path, record.camera_path) if path]
+    names = "\0".join(path.removeprefix(root) for path in paths)
+    sizes = [_size_bytes(path) for path in paths]
+    content = f"{record.kind} {record.frames} {record.fps} {record.height} {record.width} {sizes}"
+    return _hash(names), _hash(content), _hash(record.text)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _size_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Between the records of a checkpoint and those of now."""
+
+    moved_to: np.ndarray  # int64 per record of then: its row now; -1: it is gone
+    gone: list[int]  # entries of then
+    replaced: list[int]  # entries of now, as those below: the same paths, with other files
+    reordered: list[int]  # another place among the records that both have
+    added: list[int]
+    captions: list[int]
+
+    @property
+    def any(self) -> bool:
+        return any(map(len, (self.gone, self.replaced, self.reordered, self.added, self.captions)))
+
+    @property
+    def breaking(self) -> bool:
+        """Whether a record that the run counts on is not what or where it was."""
+        return any(map(len, (self.gone, self.replaced, self.reordered)))
+
+    def lines(self, now: Records) -> Iterator[str]:
+        """Each kind of change, with its entries."""
+        path_of = dict(zip(now.entry.tolist(), (record.path for record in now), strict=True)) if self.any else {}
+        if self.gone:
+            yield f"gone, by their numbers then: {_few([str(entry) for entry in self.gone])}"
+        for words, entries in (
+            ("other files under the same paths", self.replaced),
+            ("in another place of the list", self.reordered),
+            ("new", self.added),
+            ("other captions", self.captions),
+        ):
+            if entries:
+                yield f"{words}: {_few([f'entry {entry} ({Path(path_of[entry]).name})' for entry in entries])}"
+
+
+def _few(words: list[str]) -> str:
+    more = len(words) - NAMED
+    return ", ".join(words[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def changes(then: Identity, now: Identity) -> Changes:
+    """Records are the same if their paths are; of equal ones, the first is the first."""
+    rows = {pair: row for row, pair in enumerate(now.known())}
+    moved_to = np.array([rows.get(pair, -1) for pair in then.known()], np.int64)
+    stays = moved_to >= 0
+    there = moved_to[stays]
+    new = np.ones(len(now), bool)
+    new[there] = False
+    replaced = there[now.content[there] != then.content[stays]]
+    retold = there[now.text[there] != then.text[stays]]
+    places = np.argsort(np.argsort(there))  # among those that both have
+    reordered = there[places != np.arange(len(there))]
+    after = np.flatnonzero(new)
+    return Changes(
+        moved_to,
+        gone=then.entry[~stays].tolist(),
+        replaced=now.entry[replaced].tolist(),
+        reordered=sorted(now.entry[reordered].tolist()),
+        added=now.entry[after].tolist(),
+        captions=now.entry[retold].tolist(),
+    )
