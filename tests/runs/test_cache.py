@@ -356,9 +356,7 @@ def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, capfd):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))  # bytes of a file: captions fit, clips do not
     try:
-        with pytest.raises(
-            UserError, match=r"(?s)cache.*File too large; .* GB free"):
-        ):
+        with pytest.raises(UserError, match=r"(?s)cache.*File too large; .* GB free"):
             fill.fill(given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

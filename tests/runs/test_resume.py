@@ -1,5 +1,6 @@
 """A killed run, resumed, ends in the same bits as an unbroken one."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from reeltune.checkpoint.folder import complete
 from reeltune.core.errors import UserError
 from reeltune.core.rng import dice
+from reeltune.run.lock import locked
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
@@ -201,6 +203,79 @@ def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
     settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
     with pytest.raises(UserError, match=r"mode was control and is normal"):
         run(settings, checkpoints / "toy", data, unbroken("toy"))
+
+
+def stopped_at_2(checkpoints, data, out, **changes):
+    settings = settings_of("toy", max_train_steps=2, **changes)
+    assert run(settings, checkpoints / "toy", data, out) == 0
+    return settings_of("toy", resume_from_checkpoint="latest", **changes)
+
+
+def notices(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines if line["kind"] == "notice"]
+
+
+def test_a_flipped_bit_is_noticed_before_a_step_is_taken(checkpoints, data, tmp_path):
+    more = stopped_at_2(checkpoints, data, tmp_path / "run")
+    path = tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(0.7 * len(content))] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint-2 is damaged.*\n.*safetensors has other bytes"):
+        run(more, checkpoints / "toy", data, tmp_path / "run")
+
+
+def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_said(checkpoints, data, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    rows, meta = json.loads((own / "metadata_control.json").read_text()), own / "metadata_control.json"
+    meta.write_text(json.dumps(rows[:-1]))
+    more = stopped_at_2(checkpoints, own, tmp_path / "run")
+    meta.write_text(json.dumps([rows[1], rows[0], *rows[2:-1]]))
+    with pytest.raises(UserError, match=r"in another place of the list: entry 0 \(1\.mp4\), entry 1 \(0\.mp4\)"):
+        run(more, checkpoints / "toy", own, tmp_path / "run")
+    meta.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="set accept_changed_data"):
+        run(more, checkpoints / "toy", own, tmp_path / "run")
+    assert run({**more, "accept_changed_data": True}, checkpoints / "toy", own, tmp_path / "run") == 0
+    assert any("new: entry 8 (8.png)" in text for text in notices(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert summary["entries"] == 9 and summary["samples"] == 6 * 2  # of both parts
+
+
+def test_going_back_sets_later_checkpoints_aside(checkpoints, data, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken("toy"), out)
+    more = settings_of("toy", resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpoints_total_limit=1)
+    assert run(more, checkpoints / "toy", data, out) == 0
+    assert [path.name for path in complete(out)] == ["checkpoint-3"]
+    assert sorted(path.name for path in (out / "set_aside").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert sum("set_aside" in text for text in notices(out)) == 2
+
+
+def test_other_tools_checkpoints_are_named_with_the_way_on(checkpoints, data, tmp_path):
+    theirs = tmp_path / "run/checkpoint-50/transformer"
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text("{}")
+    for resume in (None, "latest"):
+        with pytest.raises(UserError, match=rf"checkpoint-50 of another tool.*transformer_path {theirs}"):
+            run(settings_of("toy", resume_from_checkpoint=resume), checkpoints / "toy", data, tmp_path / "run")
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]
+
+
+def test_a_second_run_at_the_same_time_is_refused(checkpoints, data, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match=f"another run, process {os.getpid()} on "):
+        run(settings_of("toy"), checkpoints / "toy", data, tmp_path / "run")
+
+
+def test_a_cursor_beyond_its_epoch_is_refused(checkpoints, data, tmp_path):
+    more = stopped_at_2(checkpoints, data, tmp_path / "run")
+    path = tmp_path / "run/checkpoint-2"
+    (path / "progress.json").write_text(json.dumps({"step": 2, "epoch": 0, "cursor": 9999, "group": 2}))
+    (path / "digests.json").unlink()  # or it would have been noticed before
+    with pytest.raises(UserError, match="cursor 9999, and epoch 0 has"):
+        run(more, checkpoints / "toy", data, tmp_path / "run")
 
 
 def test_a_checkpoint_from_before_the_rooms_ends_in_the_same_bits(tmp_path):

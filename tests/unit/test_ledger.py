@@ -4,6 +4,7 @@ import csv
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from reeltune.core.errors import UserError
@@ -113,8 +114,19 @@ def test_counts_survive_a_resume_and_are_summed_over_processes(tmp_path):
 
 def test_resuming_on_other_data_is_refused(tmp_path):
     ledger().save(tmp_path / "ledger.npz")
+    with pytest.raises(UserError, match="the data has changed") as refused:
+        Ledger(2, records([1, 2])).load(tmp_path / "ledger.npz")
+    assert refused.value.problems == ["gone, by their numbers then: 3, 4, 6, 8, 9"]
+
+
+def test_a_checkpoint_that_does_not_know_its_records_is_held_to_their_number(tmp_path):
+    ledger().save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as held:
+        old = {name: array for name, array in held.items() if not name.startswith("record_")}
+    np.savez(tmp_path / "ledger.npz", **old)
+    assert ledger().load(tmp_path / "ledger.npz") == []
     with pytest.raises(UserError, match="7 usable records and this one has 2"):
-        Ledger(2, records([0, 1])).load(tmp_path / "ledger.npz")
+        Ledger(2, records([1, 2])).load(tmp_path / "ledger.npz")
 
 
 def test_files_that_break_later_count_towards_max_bad_share():
