@@ -10,18 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Data, Model, Output, Recipe, Sizes, Training, Validation
 from reeltune.core.errors import UserError
-from reeltune.core.types import Crop, Record, Shape
+from reeltune.core.types import Crop, Progress, Record, Shape
 from reeltune.data.camera import rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.media import measure, read_frames, write_clip
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
+from reeltune.distributed import sharded_io
 from reeltune.families.toy.family import FAMILY
 from reeltune.sampling.prompts import played, prompt_requests
 from reeltune.sampling.sample import Setup, make_clip, sample_clips
+from reeltune.sampling.trained import digest
 from reeltune.sampling.validate import Previews, held_out_requests
 from reeltune.sampling.validate import Validation as Checks
 
@@ -272,3 +276,37 @@ def test_sample_makes_a_clip_for_each_prompt(clips, tmp_path):
     assert (told["seed"], told["guidance_scale"], told["entry"]) == (3, 2.0, None)
     with pytest.raises(UserError, match="validation_prompts"):
         sample_clips(recipe(tmp_path))
+    assert told["weights"]["path"] == str(tmp_path) and len(told["weights"]["sha256"]) == 64
+    before = made.read_bytes()
+    assert [path.name for path in sample_clips(asked)] == ["1.mp4"] and made.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
+    control = str(clips / "1_control.mp4")
+    asked = recipe(tmp_path, validation_prompts=("a bar",), validation_paths=(control,))
+    parts = FAMILY.load(tmp_path, dtype=torch.float32, frozen_dtype=torch.float32, device=torch.device("cpu"))
+    state = {name: weight + 0.01 for name, weight in parts.net.state_dict().items()}
+
+    def write_weights(folder):
+        FAMILY.save(folder / "transformer", state, parts.config)
+        if is_shared:
+            released = FAMILY.to_released(state, parts.config)
+            pieces = [sharded_io.whole(f"weights/{name}", weight) for name, weight in released.items()]
+            sharded_io.write(folder / checkpoint.SHARES, pieces, None)
+            Shared.write_outline(folder, {name: list(weight.shape) for name, weight in released.items()}, {})
+
+    more = {"optimizer_state": {}, "write_more": lambda folder: None, "keep": None}
+    saved, _ = checkpoint.save(tmp_path / "run", Progress(4), write_weights=write_weights, **more)
+    parts.net.load_state_dict(state)
+    resumed = replace(asked, output=replace(asked.output, resume_from_checkpoint="checkpoint-4"))
+    (made,) = sample_clips(resumed)
+    told = json.loads(made.with_suffix(".json").read_text())
+    assert told["weights"] == {"path": str(saved), "sha256": digest(parts.net)}
+    both = replace(resumed, model=replace(asked.model, transformer_path=str(saved)))
+    with pytest.raises(UserError, match="two answers to whose weights are meant"):
+        sample_clips(both)
+    for wanted, words in (("checkpoint-5", "which is no complete checkpoint"), ("latest", "has no checkpoint")):
+        output = Output(output_dir=str(tmp_path / "none"), resume_from_checkpoint=wanted)
+        with pytest.raises(UserError, match=words):
+            sample_clips(replace(asked, output=output))

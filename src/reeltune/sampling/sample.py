@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
+from reeltune.core.files import whole_file, writing
 from reeltune.core.types import Batch, Described, Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
@@ -23,9 +24,10 @@ from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options
 from reeltune.run.sizes import size_rules
 from reeltune.sampling.prompts import Request, prompt_requests
+from reeltune.sampling.trained import load_trained
 
 CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each
 
@@ -94,8 +96,13 @@ def make_clip(
     steps: int,
     guidance_scale: float,
     write: bool = True,
+    weights: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one clip, and its prompt, seed and settings into a .json of the same name; without `write` neither."""
+    """Writes one clip, and its prompt, seed and settings into a .json of the same name; without `write` neither.
+
+    weights: path and digest, into the .json too; previews lie beside the run whose weights they show.
+    Raises CannotWriteError.
+    """
     scheduler = denoise.sampler(setup.objective)
     with at_rest(net):
         encoded = setup.encode(batch)
@@ -120,7 +127,7 @@ def make_clip(
             return
         pixels_BFCHW = setup.family.decode(setup.parts, x0)
     write_pixels(path, ((pixels_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), request.fps)
-    told = {
+    settings = {
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": steps,
@@ -130,17 +137,21 @@ def make_clip(
         "fps": request.fps,
         "control": request.control,
         "entry": request.entry,
+        **({} if weights is None else {"weights": dict(weights)}),
     }
-    path.with_suffix(".json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_file(path.with_suffix(".json")) as file:
+        file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
 
 
 def sample_clips(recipe: Recipe) -> list[Path]:
-    """`reeltune sample`: a clip for each of validation_prompts into output_dir/samples, from the recipe's weights."""
+    """`reeltune sample`: a clip for each of validation_prompts into output_dir/samples, beside those that are there, by
+    the weights of resume_from_checkpoint, or the recipe's."""
     wanted, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
     if not wanted.validation_prompts:
         raise UserError("validation_prompts", "is empty, so there is nothing to make; give a prompt or more")
@@ -148,10 +159,12 @@ def sample_clips(recipe: Recipe) -> list[Path]:
     prompts, paths, seed = wanted.validation_prompts, wanted.validation_paths, recipe.training.seed
     requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
-    parts = load_parts(recipe, family, engine.device)
+    parts, weights = load_trained(recipe, family, engine.device)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
-    made = [folder / f"{i}.mp4" for i in range(len(requests))]
+    first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
+    made = [folder / f"{first + i}.mp4" for i in range(len(requests))]
     for path, request in zip(made, requests, strict=True):
-        steps, guidance_scale = wanted.preview_steps, wanted.guidance_scale
-        make_clip(setup, parts.net, request, request.batch(), path, steps=steps, guidance_scale=guidance_scale)
+        steps, scale = wanted.preview_steps, wanted.guidance_scale
+        batch = request.batch()
+        make_clip(setup, parts.net, request, batch, path, steps=steps, guidance_scale=scale, weights=weights)
     return made
