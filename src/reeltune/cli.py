@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reeltune.config.moved import in_its_folder
 from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
@@ -110,6 +111,8 @@ def recipe_of(argv: Sequence[str], command: str) -> Recipe:
     """[RECIPE.yaml] and flags -> Recipe. Raises UserError with everything that is wrong with them."""
     files, given, problems = flags(argv)
     tree = read(files[0]) if files else {}
+    if files and "output_dir" not in given:
+        tree = in_its_folder(Path(files[0]), tree)
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"
     return build(tree, given, where=where, required=REQUIRED[command], found=problems)
