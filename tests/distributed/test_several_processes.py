@@ -212,9 +212,9 @@ def test_saves_of_several_processes(to_do, tmp_path):
     """Rank 0's own part is done alone; only whole checkpoints count for the limit; what a save costs is told."""
     recipes = [to_do(engine, engine=engine, checkpoints_total_limit=2) for engine in ENGINES]
     for engine in ENGINES:
-        for left in ("checkpoint-1", "checkpoint-5", "checkpoint-4-outputs"):  # of others, or of a broken disk
+        for left in ("checkpoint-1", "checkpoint-5", "checkpoint-4-outputs"):  # of a broken disk
             (tmp_path / engine / left).mkdir(parents=True)
-            (tmp_path / engine / left / "weights").write_text("")
+            (tmp_path / engine / left / "ledger.npz").write_text("")
     run = forked(recipes, 2, tmp_path, Alone())
     assert run.end(120) == [0, 0], run.print()
     for engine in ENGINES:
