@@ -84,9 +84,7 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
 def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
     run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
     whole = forecast(run, Machines(device="1GB"))
-    found = replace(
-        whole, offers=[Offer(tuple(Change({name: 1}, 0, str) for name in "ab"), whole.verdict, ("x<", "y"))]
-    )
+    found = replace(whole, offers=[Offer(tuple(Change({name: 1}, "") for name in "ab"), whole.verdict, ("x<", "y"))])
     drawn = write_page(found, tmp_path / "plan.html").read_text()
     assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
     assert "<td>x&lt;<br>y</td>" in drawn
