@@ -284,7 +284,7 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     assert "the forward and backward pass of step 0" in words
     assert f"at {largest.frames} frames of {largest.width} x {largest.height}" in words
     assert "activations and gradients grew" in words
-    assert "train_batch_size below 2" in words
+    assert "the cheapest first: train_batch_size: 1, gradient_accumulation_steps: 2; " in words
     assert "gradient_checkpointing: true" in words
     assert "low_vram" not in words  # it is on
     assert "encode_ahead" not in words  # so this is off

@@ -175,7 +175,7 @@ SAVINGS = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
 
 
 def offered(candidates, tried, *, goes=lambda changes: True, taken_bytes=140):
-    """Names of each set offered where a change takes its own bytes off, and the offers; tried: gets what is rehearsed."""
+    """Names of each set offered, and the offers, where a change takes its own bytes off. tried: what is rehearsed."""
 
     def try_out(changes):
         names = [name for change in changes for name in change.settings]

@@ -30,10 +30,13 @@ class Exclusion:
     refused: tuple[Any, ...] = ()
     allowed: tuple[Any, ...] = ()
 
+    def permits(self, value: Any) -> bool:
+        """None, which is not settled yet, is no value refused and none allowed."""
+        return value in self.allowed if self.allowed else value not in self.refused
+
     def applies(self, values: Values) -> bool:
-        """None, which is not settled yet, is never refused."""
         value = values[self.setting]
-        return value is not None and (value in self.refused or (bool(self.allowed) and value not in self.allowed))
+        return value is not None and not self.permits(value)
 
 
 def not_in(engines: tuple[str, ...], remedy: str) -> Exclusion:

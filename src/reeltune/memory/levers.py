@@ -46,8 +46,8 @@ def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
     """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first."""
     for lever in LEVERS:
         idle = lever.pulled(values) or any(values[name] for name in lever.unless)
-        barred = (lever.alone and several(values)) or any(exclusion.applies(values) for exclusion in lever.excludes)
-        if not idle and not barred:
+        fits = all(exclusion.permits(values[exclusion.setting]) for exclusion in lever.excludes)
+        if fits and not idle and not (lever.alone and several(values)):
             replaced = {name: False for name in lever.replaces if values[name]}
             options = [{lever.setting: lever.value}] if lever.changes is None else lever.changes(values)
             yield from ((lever, {**replaced, **settings}) for settings in options)
@@ -183,15 +183,6 @@ LEVERS: tuple[Lever, ...] = (
         excludes=(not_in(SHARDED, "use gradient_checkpointing, or engine ddp"),),
     ),
     Lever(
-        "engine",
-        "zero2",
-        "gradients and optimizer state, but for each process's share",
-        "[several processes](clusters.md); bf16 copies compute",
-        "bf16 copies compute; gradients and state are sharded",
-        in_use=SHARDED.__contains__,
-        changes=sharded_by("zero2"),
-    ),
-    Lever(
         "blocks_to_swap",
         0,
         "weights of blocks that do not learn, but one at a time",
@@ -204,6 +195,15 @@ LEVERS: tuple[Lever, ...] = (
         in_use=bool,
         changes=all_frozen_blocks,
         label="`blocks_to_swap`",
+    ),
+    Lever(
+        "engine",
+        "zero2",
+        "gradients and optimizer state, but for each process's share",
+        "[several processes](clusters.md); bf16 copies compute",
+        "bf16 copies compute; gradients and state are sharded",
+        in_use=SHARDED.__contains__,
+        changes=sharded_by("zero2"),
     ),
     Lever(
         "engine",
