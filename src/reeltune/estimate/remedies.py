@@ -12,7 +12,7 @@ from reeltune.config.rules import written
 from reeltune.estimate.result import Rehearsal
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
 TOLD = 3  # sets of changes named
@@ -77,7 +77,7 @@ def changes(recipe: Recipe, engine: str, gpus: int, frozen_blocks: int, *, tiles
 
     engine: a name of sharding.ENGINES. frozen_blocks: of which nothing learns. tiles: the VAE has them.
     """
-    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
+    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
     known = {"gpus": gpus, "encodes_ahead": ahead, "frozen_blocks": frozen_blocks, "vae_tiles": tiles}
     values = {**flat(recipe), "engine": engine, **known}
     for lever, settings in levers.offered(values):

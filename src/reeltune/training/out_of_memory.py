@@ -11,7 +11,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL, TRAINED
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
@@ -49,7 +49,7 @@ def explained(
 
 def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     """What this recipe has not done yet, the cheapest first."""
-    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
+    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
     values = {**flat(recipe), "encodes_ahead": ahead}
     words = (
         lever.advice or written(settings)
