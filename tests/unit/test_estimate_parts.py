@@ -205,6 +205,7 @@ def test_the_cheapest_sets_of_changes_that_fit_come_first():
         offered(named(*SAVINGS), [], goes=lambda changes: {"b": True} not in [c.settings for c in changes])[0] == alone
     )
     assert offered(named("a", "b"), [])[0] == []
+    assert offered(named("a", "b"), [], taken_bytes=95)[0] == []  # it fits as it is
 
 
 def test_a_change_takes_the_place_of_one_it_does_not_go_with():

@@ -181,7 +181,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         for phase, curve in curves.items()
     }
     possible = changes(recipe, engine, machines.gpus, base.still_blocks, tiles=family.vae_tiles)
-    candidates = [] if verdict.safe else [change for change in possible if goes((change,))]
+    candidates = [change for change in possible if goes((change,))]
     offers = search(candidates, goes, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,

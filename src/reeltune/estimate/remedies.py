@@ -123,11 +123,14 @@ def search(
     try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
     before: tuple[Verdict, Rehearsal],
 ) -> list[Offer]:
-    """Up to TOLD sets of changes that make it fit with room to spare. candidates: the cheapest first.
+    """Up to TOLD sets of changes that make it fit with room to spare; none, if it has that. candidates: the cheapest
+    first.
 
     Each set does without the cheapest change of those before it. Last come more devices: the fewest that are enough by
     themselves, else the most, with changes beside.
     """
+    if before[0].safe:
+        return []
     tries = Tries(candidates, goes, try_out, {NONE: before})
     machines = frozenset(i for i, change in enumerate(candidates) if "gpus" in change.settings)
     found: list[Chosen] = []
