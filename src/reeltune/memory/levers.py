@@ -74,11 +74,11 @@ def more_devices(values: Values) -> Iterator[Settings]:
 
 
 def given_up(values: Values, engine: str) -> Settings:
-    """What does not go with several processes under that engine, turned off."""
+    """What does not go with several processes under that engine, turned off, the dearest first."""
     sharded = {**values, "engine": engine}
     barred = {lever.setting for lever, exclusion in excluded(sharded) if exclusion.setting == "engine"}
     barred |= set(pulled_alone(sharded))
-    return {lever.setting: lever.off for lever in LEVERS if lever.setting in barred}
+    return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
 
 
 # The cheapest first: what ends in the same bits, then what does not, then more devices. What times and shares are of
