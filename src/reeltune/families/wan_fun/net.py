@@ -121,10 +121,8 @@ class WanFunTransformer(WanTransformer3DModel):
         if image_BLD is not None:
             context_BLD = torch.cat([embedder.image_embedder(image_BLD), context_BLD], dim=1)
 
-        recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in self.blocks:
-            inputs = (x_BLD, context_BLD, modulation, rotary)
-            x_BLD = self._gradient_checkpointing_func(block, *inputs) if recompute else block(*inputs)
+            x_BLD = block(x_BLD, context_BLD, modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
         x_BLD = (self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
