@@ -43,8 +43,9 @@ class Parts:
         del self.loaders[name]
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[nn.Module]:
-        """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
+    def borrow(self, name: str) -> Iterator[Any]:
+        """The frozen network, of its own library's class, on the device, read if it is not yet; afterwards back on the
+        CPU if `low_vram`."""
         if name in self.loaders:
             self._read(name)
         module = self.frozen[name]
@@ -201,6 +202,12 @@ class Family:
             described = self.describe(parts, batch.text, picture_BCHW)
         clips = self.encode_clips(parts, batch, mode, options or {})
         return replace(clips, cond=described.cond | clips.cond, keep=self.keep(batch, mode), null=described.null)
+
+
+def needed(x: Tensor | None) -> Tensor:
+    """A batch's control, camera or mask in a mode that needs it, where it is always there."""
+    assert x is not None
+    return x
 
 
 def check_mode(family: Family, mode: str | None) -> str:
