@@ -38,6 +38,11 @@ def data_set(folder: Path, clips: int = 7, stills: int = 2, frames: int = 12) ->
             write_poses(folder / "camera" / f"{i}.txt", frames, drift=0.01 * (i + 1))
     (folder / "metadata_control.json").write_text(json.dumps(control))
     (folder / "metadata_camera.json").write_text(json.dumps(camera))
+    return measured(folder)
+
+
+def measured(folder: Path) -> Path:
+    """Measures the files of a data set into its `index`; returns the folder."""
     kinds = {".mp4": "video", ".png": "image", ".txt": "camera"}
     files = [File(str(path), kinds[path.suffix]) for path in sorted(folder.glob("*/*"))]
     measure_files(

@@ -24,7 +24,8 @@ from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data import loader
 from reeltune.data.media import MediaError
 from reeltune.families.spec import Parts
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs import fill_slowly

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Encoded, Posterior
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import blocks
+from reeltune.memory.size import size_bytes
 from reeltune.optim.trainable import matches, released_names, select
 
 MOST_BYTES = 2**34  # of pixels in a step
@@ -146,7 +147,3 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
 def weights_of(net: nn.Module) -> list[Tensor]:
     """Each once, though it may have several names."""
     return [*net.parameters(), *net.buffers()]
-
-
-def size_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 GREW = {  # what a process was doing (watchdog.Doing) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
@@ -42,7 +42,7 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     training, optimization, model = recipe.training, recipe.optimization, recipe.model
     if training.train_batch_size > 1:
         yield f"train_batch_size below {training.train_batch_size}, with more gradient_accumulation_steps"
-    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
+    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
     if ahead and recipe.cache.cache_folder is None and doing in ("encode", "forward", "step"):
         yield "encode_ahead: false, so that nothing is encoded while the network trains"
     if not training.low_vram:
