@@ -41,9 +41,7 @@ def write_checkpoint(folder: Path, parts: Untrained) -> Path:
         random_weights(make(), seed).save_pretrained(folder / name)
     place = folder / "transformer"
     config, state = weights.read_config(place), weights.read(place)
-    save = families.find(folder).save
-    assert save is not None
-    save(place, state, config)  # under the released names
+    families.find(folder).save(place, state, config)  # under the released names
     return folder
 
 

@@ -102,6 +102,9 @@ class Family:
     """(state_dict of net, config) -> the same tensors under the released names"""
     from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     """Its inverse, a bijection on the released key list."""
+    save: Callable[..., None]
+    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
+    diffusers'."""
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
     caption: tuple[str, ...] = ("text",)
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
@@ -128,9 +131,6 @@ class Family:
     tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
-    save: Callable[..., None] | None = None
-    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
-    diffusers'. None: the family has no such form."""
 
     def load(
         self,

@@ -72,7 +72,7 @@ def chosen_objective(family: Family, loss: Loss) -> Objective:
     return with_levels(family.objective, loss)
 
 
-def with_levels(objective: Objective, loss: Loss) -> Objective:
+def with_levels(objective: Any, loss: Loss) -> Objective:
     """The objective with the recipe's choice of noise levels. Raises UserError for a choice that it has not."""
     known = {field.name for field in fields(objective)}
     asked = {name: getattr(loss, name) for name in LEVEL_CHOICES}

@@ -57,7 +57,7 @@ class Learner:
         found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)

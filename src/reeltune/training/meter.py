@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reeltune.core.types import Geometry, Progress, Shape
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
-from reeltune.distributed.watchdog import Watch
+from reeltune.distributed.watchdog import Doing, Watch
 from reeltune.reporting.log import PARTS
 
-SECONDS = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage (of watchdog.DOING) -> its time
+SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
 
 
 class Meter:
@@ -32,7 +32,7 @@ class Meter:
         self._tokens = self._flops = 0
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: Doing) -> Iterator[None]:
         """What is inside, and what came since the stage before, is this one's; the watchdog knows it by its name."""
         self._watchdog.doing(name, self._step)
         yield
