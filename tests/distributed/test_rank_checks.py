@@ -111,7 +111,8 @@ def test_another_version_of_the_checkpoint_on_one(machines, shared):
     assert_refused(run, "model/weights.bin is 300000 bytes (", "other weights")
 
 
-def test_an_output_dir_that_is_not_shared(machines, shared):
+def test_an_output_dir_that_is_not_shared(machines, shared, monkeypatch):
+    monkeypatch.chdir(machines)  # where `recipe` puts the index of the clips
     run = forked([asked(shared, out=Path("run"))], 2, machines, Machines(machines))
     assert_refused(run, "output_dir 'run' is another folder for rank 1 than for rank 0")
     assert not list((machines / "machine-0/run").iterdir())
