@@ -44,7 +44,7 @@ def each(recipes, folder):
 
 
 def assert_refused(run, *said):
-    assert run.end(60) == [2, 2], run.print()
+    assert run.end() == [2, 2], run.print()
     for told in run.told:
         for words in said:
             assert words in told.read_text(), run.print()
@@ -123,7 +123,7 @@ def test_the_same_files_are_the_same_wherever_they_lie(machines, shared):
     (machines / "machine-1/model/.cache").mkdir()
     (machines / "machine-1/model/.cache/of-a-download").write_text("yesterday")
     run = forked([wanted], 2, machines, Machines(machines))
-    assert run.end(60) == [0, 0], run.print()
+    assert run.end() == [0, 0], run.print()
 
 
 # ---- what is compared
