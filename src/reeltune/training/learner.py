@@ -56,7 +56,7 @@ class Learner:
         found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)
@@ -64,7 +64,7 @@ class Learner:
             family.split(parts.net, engine.context_mesh())
         select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.swapped = self._save_memory(memory, gradient_checkpointing)
-        self.plain = engine.shard(parts.net, family.blocks)
+        self.plain = engine.shard(parts.net, family.blocks, swapped=self.swapped)
         groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None

@@ -13,7 +13,7 @@ from reeltune.memory import levers
 from reeltune.memory.lever import ALL, TRAINED
 from reeltune.training.prefetch import encodes_ahead
 
-GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what that makes anew)
+GREW = {  # what a process was doing (watchdog.Doing) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
     "data": ("reading data", "the batch"),
     "encode": ("encoding", "what the VAE and the encoders are working on"),
@@ -34,7 +34,7 @@ PHASES = {  # the same -> phases of a step, one of which must take less; all of 
 def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
-    """doing: one of watch.DOING. held_bytes: part -> bytes that the learner holds now."""
+    """doing: one of watchdog.Doing. held_bytes: part -> bytes that the learner holds now."""
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     parts = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
