@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import brief, read_yaml
 from reeltune.families.spec import Family
 
 MODULES = {  # each has find(folder, settings) -> Family | None
@@ -17,6 +17,14 @@ MODULES = {  # each has find(folder, settings) -> Family | None
     "hunyuan_video": "reeltune.families.hunyuan_video.family",
     "toy": "reeltune.families.toy.family",
 }
+
+SECTIONS = (  # of the guides' model yaml, that are read
+    "transformer_additional_kwargs",
+    "vae_kwargs",
+    "text_encoder_kwargs",
+    "image_encoder_kwargs",
+    "scheduler_kwargs",
+)
 
 
 def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
@@ -41,13 +49,16 @@ def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
     )
 
 
-def _settings(config_path: str | Path | None) -> dict:
+def _settings(config_path: str | Path | None) -> dict[str, Any]:
     if config_path is None:
         return {}
-    try:
-        settings = yaml.safe_load(Path(config_path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as broken:
-        raise UserError("config_path", f"{config_path} cannot be read ({broken})") from broken
-    if not isinstance(settings, dict):
-        raise UserError("config_path", f"{config_path} is not a table of sections such as vae_kwargs")
+    settings = read_yaml(Path(config_path), "a model's yaml", typed=True)
+    refuse(
+        str(config_path),
+        [
+            f"{name} is {brief(settings[name])}; expected a table of names and values"
+            for name in SECTIONS
+            if not isinstance(settings.get(name), dict | None)
+        ],
+    )
     return settings

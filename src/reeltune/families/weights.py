@@ -6,9 +6,7 @@ Nothing is skipped and nothing is cast unasked: a name or shape that does not fi
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,57 +16,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import AGAIN, brief, few, read_table
+from reeltune.families.tensor_files import files_of, has_weights, tensors_in, without_prefix
 
-STEMS = ("diffusion_pytorch_model", "model")  # of weight files in a folder, as diffusers and transformers name them
-SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 T = TypeVar("T")
 Rows = tuple[tuple[str, str], ...]
 
 
 # ---- reading
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that hold one network: `path` itself, or the single file or all shards in a folder.
-
-    Raises UserError if there are none, or a shard is missing.
-    """
-    if path.is_file():
-        return [path]
-    names = _shards(path)
-    for stem in reversed(STEMS):
-        index = read_config(path, f"{stem}.safetensors.index.json")
-        if index:
-            names = sorted(set(index.get("weight_map", {}).values()))
-        if (path / f"{stem}.safetensors").is_file():
-            names = [f"{stem}.safetensors"]
-    refuse(str(path), [f"{name} is missing; download it again" for name in names if not (path / name).is_file()])
-    if names:
-        return [path / name for name in names]
-    raise UserError(str(path), f"no weights here; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
-
-
-def has_weights(path: Path) -> bool:
-    """Whether `path` is a file, or a folder in which `files_of` would look further than its names."""
-    endings = ("", ".index.json")
-    named = (path / f"{stem}.safetensors{ending}" for stem in STEMS for ending in endings)
-    return path.is_file() or any(file.is_file() for file in named) or bool(_shards(path))
-
-
-def _shards(folder: Path) -> list[str]:
-    """Names of all shards that those present belong to, where there is no index."""
-    for stem in STEMS:
-        for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
-            if match := SHARD.search(file.name):
-                number, total = match.groups()
-                return [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
-    return []
 
 
 def peek(path: Path) -> dict[str, Tensor]:
@@ -105,59 +65,11 @@ _stand_ins: ContextVar[FakeTensorMode | None] = ContextVar("stand_ins", default=
 def _read(path: Path, device: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files_of(Path(path)):
-        state.update(_safetensors(file, device) if file.suffix == ".safetensors" else _pickled(file, device))
-    return state
-
-
-def _safetensors(file: Path, device: str) -> dict[str, Tensor]:
-    try:
-        if device == "meta":
-            return _outlines(file)
-        with safe_open(file, "pt", device="cpu") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as broken:
-        raise UserError(str(file), f"cannot be read ({broken}); download it again") from broken
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # safetensors' names (https://github.com/huggingface/safetensors#format)
-
-
-def _outlines(file: Path) -> dict[str, Tensor]:
-    """From the file's header alone: mapping a large file into memory, as safe_open does, needs the memory for it."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(min(length, 10**8)))  # more than safetensors itself allows
-    header.pop("__metadata__", None)
-    promised = 8 + length + max((piece["data_offsets"][1] for piece in header.values()), default=0)
-    if promised != file.stat().st_size:
-        raise ValueError(f"its header promises {promised} bytes and it has {file.stat().st_size}")
-    return {name: torch.empty(one["shape"], dtype=DTYPES[one["dtype"]], device="meta") for name, one in header.items()}
-
-
-def _pickled(file: Path, device: str) -> dict[str, Tensor]:
-    """A .pth file: only tensors and plain containers are accepted, never code."""
-    try:
-        state = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as code:
-        raise UserError(
-            str(file), f"holds more than tensors, and loading it could run code ({str(code).splitlines()[0]})"
-        ) from code
-    except (RuntimeError, EOFError, OSError) as broken:
-        raise UserError(str(file), f"cannot be read ({broken}); download it again") from broken
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(str(file), "is not a plain table of tensors by name")
-    return state
+        tensors = tensors_in(file, device)
+        twice = sorted(state.keys() & tensors.keys())
+        refuse(str(file), [f"{name} is in another file too; {AGAIN}" for name in few(twice)])
+        state |= tensors
+    return without_prefix(state, str(path))
 
 
 # ---- renaming
@@ -242,15 +154,12 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
 def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     """The JSON file beside or in `path`; empty if there is none. Raises UserError if it is no table in JSON."""
     file = (path if path.is_dir() else path.parent) / name
-    if not file.is_file():
+    if not file.is_file() and not file.is_symlink():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as broken:
-        raise UserError(str(file), f"is not JSON ({broken}); download it again") from broken
-    if not isinstance(found, dict):
-        raise UserError(str(file), "is no table of settings; download it again")
-    return found
+    config = read_table(file)
+    name = config.get("_class_name", "")
+    refuse(str(file), [] if isinstance(name, str) else [f"_class_name is {brief(name)}; {AGAIN}"])
+    return config
 
 
 def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from reeltune.core.errors import refuse
-from reeltune.families import weights
+from reeltune.families import tensor_files, weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
 from reeltune.families.wan_fun.vae import with_quick_norms
@@ -68,7 +68,7 @@ class Files:
 
 def transformer_in(folder: Path, settings: dict[str, Any]) -> Path | None:
     """The folder or file of the transformer's weights, if there is one. `settings` is the model yaml."""
-    return next(filter(weights.has_weights, _candidates(folder, settings, "transformer")), None)
+    return next(filter(tensor_files.has_weights, _candidates(folder, settings, "transformer")), None)
 
 
 def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_image: bool) -> Files:
