@@ -16,7 +16,7 @@ from reeltune.checkpoint.state import Shared
 from reeltune.core.errors import UserError
 from reeltune.distributed import sharded_io
 from reeltune.export.main import export
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from tests.distributed.gathered import leave_gathered
 from tests.distributed.processes import environment, train
 from tests.families.tiny_wan import tiny_checkpoint
@@ -49,7 +49,7 @@ def made(runs, engine):
     assert is_shared(runs / engine / f"checkpoint-{STEPS}")
     family = families.find(runs / "model")
     live = weights.read(runs / engine / "gathered.safetensors")
-    config = weights.read_config(runs / engine / f"checkpoint-{STEPS}" / "transformer")
+    config = configs.read_config(runs / engine / f"checkpoint-{STEPS}" / "transformer")
     return runs / engine / f"checkpoint-{STEPS}", family.to_released(live, config)
 
 

@@ -87,7 +87,9 @@ def absent(path: Path) -> str:
         return f"is a link to {path.readlink()}, which is not there; {AGAIN}, or copy what the link names"
     if path.is_dir():
         return "is a folder, not a file"
-    return "is no regular file" if path.exists() else "No such file; look at its path, or download it"
+    return (
+        "is no regular file" if path.exists() else "is missing (No such file); look at its path, or download it again"
+    )
 
 
 def refuse_foreign(path: Path, expected: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import brief, read_yaml
+from reeltune.families.diagnosis import no_folder, unknown
 from reeltune.families.spec import Family
 
 MODULES = {  # each has find(folder, settings) -> Family | None
@@ -35,18 +36,13 @@ def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError("pretrained_model_name_or_path", f"{str(path)!r} is not a folder; give that of a download")
+        raise UserError("pretrained_model_name_or_path", no_folder(folder))
     settings = _settings(config_path)
     for module in MODULES.values():
         family = import_module(module).find(folder, settings)
         if family is not None:
             return family
-    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-    raise UserError(
-        "pretrained_model_name_or_path",
-        f"{folder} holds {there}, which is no checkpoint of a supported family ({', '.join(MODULES)}); "
-        "released and diffusers layouts are known",
-    )
+    raise UserError("pretrained_model_name_or_path", unknown(folder, list(MODULES)))
 
 
 def _settings(config_path: str | Path | None) -> dict[str, Any]:

@@ -145,10 +145,11 @@ def header_of(file: Path) -> dict[str, Tensor]:
     Raises UserError for a header that is absurd, or promises other bytes than there are.
     """
     expected = "weights in a safetensors file"
-    refuse_foreign(file, expected)
-    head = beginning(file, 8)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        raise UserError(str(file), f"is a file of torch.save; expected {expected}; rename it to end in .pth")
+    head = beginning(file, 9)
+    if head[8:] != b"{":  # after its length; that may look like anything
+        refuse_foreign(file, expected)
+        if head.startswith((b"PK\x03\x04", b"\x80")):
+            raise UserError(str(file), f"is a file of torch.save; expected {expected}; rename it to end in .pth")
     try:
         if len(head) < 8:
             raise ValueError("it ends after less than 8 bytes")

@@ -1,6 +1,6 @@
 """Weights on disk: what a file holds, reading it, renaming it, fitting it into a network, writing it.
 
-Nothing is skipped and nothing is cast unasked: a name or shape that does not fit is an error that lists every one.
+Nothing is skipped and nothing is cast unasked: a name or shape that does not fit is an error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import AGAIN, brief, few, read_table
-from reeltune.families.tensor_files import files_of, has_weights, tensors_in, without_prefix
+from reeltune.core.reading import AGAIN, as_user_error, few
+from reeltune.families import configs
+from reeltune.families.tensor_files import files_of, has_weights, notice, tensors_in, without_prefix
 
+NAMED = 8  # tensors of each kind of misfit that an error names
 T = TypeVar("T")
 Rows = tuple[tuple[str, str], ...]
 
@@ -108,8 +109,8 @@ def _compiled(rows: Rows, back: bool) -> list[tuple[re.Pattern[str], str]]:
 # ---- fitting and writing
 
 
-def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """One line for every name that is missing, unexpected or of another shape."""
+def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """One line for every name that is missing, unexpected, of another shape."""
     missing = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state]
     unexpected = [f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
     misshapen = [
@@ -117,7 +118,26 @@ def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> li
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    return missing + unexpected + misshapen
+    return missing, unexpected, misshapen
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """What keeps `state` from being the network's weights: the first few of each kind, and how many more."""
+    kinds = differences(wanted, state)
+    quantised = [
+        f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in state.items()
+        if not tensor.is_floating_point() and (name not in wanted or wanted[name].is_floating_point())
+    ]
+    if quantised or (any(tensor.dtype in FP8 for tensor in state.values()) and kinds[1]):
+        yield "its weights are quantised; give the release in bf16, fp16 or fp32"
+    elif 2 * sum(map(len, kinds)) > len(wanted):
+        yield "most of it does not fit: it is of another model or size; compare config.json and weights"
+    for lines in (quantised, *kinds):
+        yield from few(lines, NAMED)
 
 
 def fit(
@@ -130,13 +150,15 @@ def fit(
     """Puts copies of the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
 
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
-    Raises UserError with every name that is missing, unexpected or of another shape.
+    Raises UserError that names what is missing, unexpected, of another shape or quantised.
     """
     wanted = net.state_dict()
-    problems = differences(wanted, state)
-    if 2 * len(problems) > len(wanted):
-        problems.insert(0, "most of it does not fit: it is of another model or size; compare config.json and weights")
-    refuse(where, problems)
+    refuse(where, list(misfits(wanted, state)))
+    coarse = sum(tensor.dtype in FP8 for tensor in state.values())
+    if coarse:
+        notice(
+            f"{where}: {coarse} of {len(state)} tensors are stored in fp8, and trained from values as coarse as that"
+        )
     placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
@@ -151,33 +173,10 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
 # ---- checkpoints in diffusers' layout: a folder for each network, with its config.json
 
 
-def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """The JSON file beside or in `path`; empty if there is none. Raises UserError if it is no table in JSON."""
-    file = (path if path.is_dir() else path.parent) / name
-    if not file.is_file() and not file.is_symlink():
-        return {}
-    config = read_table(file)
-    name = config.get("_class_name", "")
-    refuse(str(file), [] if isinstance(name, str) else [f"_class_name is {brief(name)}; {AGAIN}"])
-    return config
-
-
 def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
     """Of a checkpoint's components those that encoding reads: of the trained network its config alone."""
     others = {name: path for name, path in parts.items() if name not in ("transformer", "scheduler")}
     return {"config": parts["transformer"] / "config.json", **others}
-
-
-def require(config: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
-    """Raises UserError naming everything in a config.json that is not the one value supported."""
-    refuse(
-        where,
-        [
-            f"{name} is {config[name]!r}; only {value!r} is supported"
-            for name, value in values.items()
-            if config.get(name, value) != value
-        ],
-    )
 
 
 def components(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -201,11 +200,6 @@ def saved_transformer(path: str | Path) -> Path:
     return inner if inner.is_dir() else Path(path)
 
 
-def arguments_of(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that a diffusers class takes; other tools write more into it."""
-    return {name: config[name] for name in signature(cls.__init__).parameters if name in config}
-
-
 def load_component(
     cls: Any,
     folder: Path,
@@ -222,12 +216,13 @@ def load_component(
     names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
     UserError as `fit` does. The class must keep nothing in buffers that its files lack.
     """
-    with torch.device("meta"):
-        net = cls(**arguments_of(cls, read_config(folder)))
-    net = correct(net)
     source = folder if replacement is None else saved_transformer(replacement)
     on_meta = torch.device(device).type == "meta"
-    fit(net, names(peek(source) if on_meta else read(source)), str(source), dtype, device)
+    state = names(peek(source) if on_meta else read(source))
+    config, where = configs.read_config(folder), str(folder / "config.json")
+    configs.check_layers(config, state, where)
+    net = correct(configs.build(cls, configs.arguments_of(cls, config), where))
+    fit(net, state, str(source), dtype, device)
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
@@ -246,45 +241,30 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     """
     from transformers.utils import logging  # slow, and not every family has such encoders
 
-    peek(folder), read_config(folder)  # the library would end in errors of its own
+    config = configs.encoder_config(cls, folder, peek(folder))  # the library would end in errors of its own
     mode = _stand_ins.get()
     if mode is not None:
         with mode:
-            net = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+            net = cls._from_config(config, dtype=dtype)
         return net.requires_grad_(False).eval()
     logging.disable_progress_bar()
-    net, told = cls.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        local_files_only=True,
-    )
-    problems = [f"{kind}: {name}" for kind in ("missing", "unexpected") for name in sorted(told[f"{kind}_keys"])]
-    problems += [f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])]
+    with as_user_error(folder, f"{cls.__name__} cannot be made of its config.json and weights", configs.MISFIT):
+        net, told = configs.from_files(
+            cls,
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    problems = [
+        line
+        for kind in ("missing", "unexpected")
+        for line in few([f"{kind}: {name}" for name in sorted(told[f"{kind}_keys"])])
+    ]
+    problems += few([f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])])
     refuse(str(folder), problems)
     return net.requires_grad_(False).eval()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Of the class that its files name. Raises UserError if they are not whole."""
-    from transformers import AutoTokenizer
-
-    for file in folder.glob("*.json"):  # some of which the library reads as far as they go
-        read_config(folder, file.name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as broken:
-        reason = str(broken).strip().splitlines()[0]
-        raise UserError(str(folder), f"is no tokenizer ({reason}); download it again") from broken
-
-
-def load_image_processor(cls: Any, folder: Path) -> Any:
-    """Of a transformers class. Raises UserError if its settings are not there or not whole."""
-    settings = read_config(folder, "preprocessor_config.json")
-    if not settings:
-        raise UserError(str(folder), "no preprocessor_config.json; download it")
-    return cls.from_dict(settings)
 
 
 def write_component(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

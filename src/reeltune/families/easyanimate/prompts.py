@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reeltune.families.spec import Parts
+from reeltune.families.tokenizers import as_turns
 
 LENGTH = 256  # tokens; BERT's own limit of 77 is shorter
 
@@ -20,8 +21,7 @@ def tokens_of(parts: Parts, name: str, captions: Sequence[str], length: int) -> 
     """
     tokenizer, chat = parts.extras[f"tokenizer{name}"], "tokenizer_2" not in parts.extras
     if chat:
-        turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
-        captions = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        captions = as_turns(tokenizer, captions)
     return tokenizer(
         list(captions),
         padding="max_length",
