@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reeltune.families import tensor_files, weights
+from reeltune.families import tensor_files
 
 STEM = tensor_files.STEMS[0]
 NAMES = {dtype: name for name, dtype in tensor_files.DTYPES.items()}
@@ -27,8 +27,8 @@ class Stored(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path):
-        self.outline = weights.peek(path)
-        self._file = {name: file for file in tensor_files.files_of(path) for name in weights.peek(file)}
+        self.outline = tensor_files.tensors_of(path, "meta")
+        self._file = {name: file for file in tensor_files.files_of(path) for name in tensor_files.header_of(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt", device="cpu") as tensors:

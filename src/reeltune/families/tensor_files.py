@@ -128,6 +128,17 @@ def _shards(folder: Path) -> list[str]:
 # ---- what is in them
 
 
+def tensors_of(path: Path, device: str) -> dict[str, Tensor]:
+    """Those of all files of a network, under the names that they have there."""
+    state: dict[str, Tensor] = {}
+    for file in files_of(path):
+        tensors = tensors_in(file, device)
+        twice = sorted(state.keys() & tensors.keys())
+        refuse(str(file), few([f"{name} is in another file too; {AGAIN}" for name in twice]))
+        state |= tensors
+    return state
+
+
 def tensors_in(file: Path, device: str) -> dict[str, Tensor]:
     """One file's tensors, on the CPU or, as outlines alone, on "meta". Raises UserError for what is no such file."""
     if file.suffix == ".safetensors":

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import AGAIN, as_user_error, few
+from reeltune.core.reading import as_user_error, few
 from reeltune.families import configs
-from reeltune.families.tensor_files import files_of, has_weights, notice, tensors_in, without_prefix
+from reeltune.families.tensor_files import has_weights, notice, tensors_of, without_prefix
 
 NAMED = 8  # tensors of each kind of misfit that an error names
 T = TypeVar("T")
@@ -64,13 +64,7 @@ _stand_ins: ContextVar[FakeTensorMode | None] = ContextVar("stand_ins", default=
 
 
 def _read(path: Path, device: str) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for file in files_of(Path(path)):
-        tensors = tensors_in(file, device)
-        twice = sorted(state.keys() & tensors.keys())
-        refuse(str(file), [f"{name} is in another file too; {AGAIN}" for name in few(twice)])
-        state |= tensors
-    return without_prefix(state, str(path))
+    return without_prefix(tensors_of(Path(path), device), str(path))
 
 
 # ---- renaming
@@ -109,8 +103,12 @@ def _compiled(rows: Rows, back: bool) -> list[tuple[re.Pattern[str], str]]:
 # ---- fitting and writing
 
 
-def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-    """One line for every name that is missing, unexpected, of another shape."""
+def differences(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """One line for every name that is missing, unexpected or of another shape."""
+    return [line for kind in _kinds(wanted, state) for line in kind]
+
+
+def _kinds(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
     missing = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state]
     unexpected = [f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
     misshapen = [
@@ -126,7 +124,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
     """What keeps `state` from being the network's weights: the first few of each kind, and how many more."""
-    kinds = differences(wanted, state)
+    kinds = _kinds(wanted, state)
     quantised = [
         f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in state.items()
@@ -241,7 +239,9 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     """
     from transformers.utils import logging  # slow, and not every family has such encoders
 
-    config = configs.encoder_config(cls, folder, peek(folder))  # the library would end in errors of its own
+    config = configs.encoder_config(
+        cls, folder, tensors_of(folder, "meta")
+    )  # the library would end in errors of its own
     mode = _stand_ins.get()
     if mode is not None:
         with mode:

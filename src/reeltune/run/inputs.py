@@ -25,6 +25,7 @@ from reeltune.data.records import Records
 from reeltune.data.scan import Scan, notice_of, scan
 from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.diffusion.objective import Objective
+from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.reporting.ledger import Ledger
 
@@ -156,11 +157,14 @@ def gather(
     found = measured(data.train_data_meta)
     usable, unsuited = suited(found.records, rules, family.least_frames)
     notices = [*found.notices, *short_clips(usable, rules)]
+    if not just_scanned:
+        notices += cut_captions(family, named_captions(usable))
     if data.validation_data_meta is not None:
         train, held = usable, measured(data.validation_data_meta)
         held_out, short = suited(held.records, rules, family.least_frames)
         refuse_shared(train, held_out)
         told = [*map(str, held.left_out), *map(str, short), *held.notices, *short_clips(held_out, rules)]
+        told += [] if just_scanned else cut_captions(family, named_captions(held_out))
         notices += [f"{Path(data.validation_data_meta).name}: {line}" for line in told]
     else:
         rows = split(usable, data.held_out_share, str(root))
@@ -218,6 +222,10 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
     rows = records.take(np.flatnonzero(short))
     left_out = [LeftOut(record.entry, record.path, reason, remedy[record.kind]) for record in rows]
     return records.take(np.flatnonzero(~short)), left_out
+
+
+def named_captions(records: Records) -> Iterator[tuple[str, str]]:
+    return ((f"entry {record.entry}", record.text) for record in records)
 
 
 def short_clips(records: Records, rules: SizeRules) -> list[str]:

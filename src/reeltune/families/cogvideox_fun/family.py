@@ -22,7 +22,7 @@ from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, 
 from reeltune.diffusion.objective import Ddpm
 from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit
 from reeltune.families.text import embed_padded
 
 CLASS = "CogVideoXTransformer3DModel"
@@ -180,5 +180,6 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"]),
         frozen_files=weights.encoding_files(paths),
+        token_limits=(TokenLimit("the text encoder", paths["tokenizer"], config.get("max_text_seq_length", 226)),),
         most_frames=geometry.legal_frames(config.get("sample_frames", 49)) if table else None,
     )

@@ -26,6 +26,7 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
 from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
+from reeltune.families.easyanimate import prompts
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Loading, Parts
@@ -264,6 +265,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"]),
         frozen_files=weights.encoding_files(paths),
+        token_limits=prompts.token_limits({name: paths[name] for name in paths if name.startswith("tokenizer")}),
     )
 
 

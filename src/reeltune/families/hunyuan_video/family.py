@@ -34,6 +34,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
 from reeltune.families import configs, context, schedule, tokenizers, weights
+from reeltune.families.hunyuan_video import prompts
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
@@ -300,4 +301,5 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"], shift=7.0),
         frozen_files=weights.encoding_files(paths),
+        token_limits=prompts.token_limits(paths, with_picture=family.caption_sees_picture),
     )

@@ -27,7 +27,7 @@ from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Po
 from reeltune.diffusion.objective import Flow
 from reeltune.families import context, schedule, text, tokenizers
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
@@ -314,6 +314,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         objective=_schedule(settings.get("scheduler_kwargs") or {}),
         options={"files": files},
         frozen_files=files.for_encoding(),
+        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
     )
 
 
