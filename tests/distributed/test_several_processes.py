@@ -110,14 +110,14 @@ def be_told_to_stop(_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-BLOCK, WRITE = "families.toy.family.ToyBlock.forward", "shards._Writing.resolve_data"
+BLOCK, WRITE = "families.toy.family.ToyBlock.forward", "distributed.sharded_io._Writing.resolve_data"
 HANGS = [  # engine, what is being done, where, in which turn, of which rank
     ("ddp", "data", "data.loader.Reader.__getitem__", 3, 1),
     ("ddp", "encode", "sampling.sample.Setup.encode", 3, 1),
     ("ddp", "encode", "sampling.sample.Setup.encode", 3, 0),
     ("ddp", "forward", BLOCK, 5, 1),
     ("ddp", "forward", BLOCK, 5, 0),
-    ("ddp", "save", "learner.Learner.write_weights", 1, 0),
+    ("ddp", "save", "training.learner.Learner.write_weights", 1, 0),
     ("fsdp", "data", "data.loader.Reader.__getitem__", 3, 1),
     ("fsdp", "forward", BLOCK, 5, 1),  # others wait for the block's weights, in the forward or the backward pass
     ("fsdp", "save", WRITE, 1, 1),
