@@ -118,7 +118,7 @@ def run(recipe: Recipe, engine: Engine, watch: Watch, notices: Sequence[str] = (
     rate = learner.rate_curve(total_steps)
     motion_ratio = recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None
     peak = peak_flops(engine.device, DTYPES[recipe.training.mixed_precision])
-    flops = FlopCount(wanted=peak is not None)
+    flops = FlopCount(enabled=peak is not None)
     log = Log(
         out,
         main=engine.main,
