@@ -30,6 +30,7 @@ from reeltune.core.reading import (
     read_table,
     refuse_foreign,
 )
+from reeltune.core.shown import printable
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
@@ -266,4 +267,4 @@ def without_prefix(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 @cache
 def notice(text: str) -> None:
     """A warning, once in a process."""
-    notices.warning("%s", text)
+    notices.warning("%s", printable(text))
