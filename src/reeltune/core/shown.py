@@ -1,4 +1,4 @@
-"""Text out of a file, as it is shown on a terminal, which obeys it, and in a spreadsheet, which computes it.  (no torch)"""
+"""Text out of a file, as a terminal shows it, which obeys it, and a spreadsheet, which computes it.  (no torch)"""
 
 from __future__ import annotations
 
