@@ -190,8 +190,10 @@ def _outlines(header: Any, data_bytes: int) -> dict[str, Tensor]:
             raise ValueError(f"{brief(name)} has shape {brief(shape)} at {brief([start, stop])}")
         if prod(shape) * DTYPES[dtype].itemsize != stop - start or len(shape) > 16:
             raise ValueError(f"{brief(name)} has shape {brief(shape)} in {stop - start} bytes")
-        with as_user_error(name, f"has shape {brief(shape)}"):
+        try:
             outlines[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+        except RuntimeError:  # empty, though its sizes are past what can be counted
+            raise ValueError(f"{brief(name)} has shape {brief(shape)}") from None
         end = max(end, stop)
     if end != data_bytes:
         raise ValueError(f"its header promises {end:,} bytes of weights and it has {data_bytes:,}")
