@@ -435,6 +435,7 @@ def test_no_more_layers_than_the_weights_number():
         ({"num_layers": 10**9}, "num_layers is 1000000000, but the weights have"),
         ({"d_model": "wide"}, "is no config of"),
         ({"d_kv": 10**12}, "which is absurd"),
+        ({"d_ff": 10**7}, "config.json makes a network of"),
         ({"dtype": "float99"}, "float99"),
         ({"dense_act_fn": "nothing"}, "cannot be made of its config.json"),
     ],

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder, whole_file
-from reeltune.core.reading import bare_name, few, json_value
+from reeltune.core.reading import bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
@@ -76,8 +76,8 @@ def read_manifest(folder: Path) -> Manifest:
                 _take(manifest, json_value(line))
             except (ValueError, KeyError, TypeError) as broken:
                 problems.append(
-                    f"line {number} of {part} is damaged or of another version ({broken!r}); remove that file, and "
-                    "reeltune cache encodes again what it named"
+                    f"line {number} of {part} is damaged or of another version ({reason_of(broken)}); remove that "
+                    "file, and reeltune cache encodes again what it named"
                 )
     refuse(str(folder), few(problems))
     return manifest

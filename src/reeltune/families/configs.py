@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +17,7 @@ from reeltune.core.reading import AGAIN, as_user_error, brief, read_table
 
 MOST = 2**24  # of a whole number in a config: the largest, theta of rotary positions, is 10**6
 MOST_ENTRIES = 64  # of a list in a config: Wan2.2's statistics of latents have 48
-THRESHOLDS = ("mmdit_layers",)  # how many layers at most are of a kind, of however many there are
+COUNTS = re.compile(r"n_layers?|layers_per_block|num_(?!decoder_)\w*layers")  # of what an encoder or network builds
 MISFIT = "compare config.json and weights with the release"
 
 
@@ -126,7 +127,7 @@ def check_layers(config: Mapping[str, Any], names: Iterable[str], where: str) ->
         [
             f"{name} is {brief(value)}, but the weights have {most}; {MISFIT}"
             for name, value in _everything(config)
-            if "layers" in name and name not in THRESHOLDS and type(value) is int and value > most
+            if COUNTS.fullmatch(name) and type(value) is int and value > most
         ],
     )
 
@@ -138,9 +139,10 @@ def _everything(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _everything(value)
 
 
-def build(cls: Any, arguments: Mapping[str, Any], where: str) -> Any:
+def build(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     """The network on the meta device. Raises UserError for arguments of which there is none."""
-    with as_user_error(where, f"{cls.__name__} cannot be made of its config.json", MISFIT), torch.device("meta"):
+    kind = getattr(cls, "__self__", cls).__name__  # of a class, or a class's method
+    with as_user_error(where, f"{kind} cannot be made of its config.json", MISFIT), torch.device("meta"):
         return cls(**arguments)
 
 

@@ -138,6 +138,13 @@ def misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterat
         yield from few(lines, NAMED)
 
 
+def tell_fp8(state: Mapping[str, Tensor], where: str) -> None:
+    coarse = sum(tensor.dtype in FP8 for tensor in state.values())
+    if coarse:
+        count = f"{coarse} of {len(state)} tensors"
+        notice(f"{where}: {count} are stored in fp8; what is read of them is as coarse as that, whatever its type")
+
+
 def fit(
     net: nn.Module,
     state: Mapping[str, Tensor],
@@ -152,11 +159,7 @@ def fit(
     """
     wanted = net.state_dict()
     refuse(where, list(misfits(wanted, state)))
-    coarse = sum(tensor.dtype in FP8 for tensor in state.values())
-    if coarse:
-        notice(
-            f"{where}: {coarse} of {len(state)} tensors are stored in fp8, and trained from values as coarse as that"
-        )
+    tell_fp8(state, where)
     placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
     net.load_state_dict(placed, assign=True)
     return net
@@ -232,6 +235,16 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any
     return load_component(cls, folder, dtype).requires_grad_(False).eval()
 
 
+def _refuse_larger(net: nn.Module, outlines: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError for a network, on the meta device, far larger than its files: the library would fill the rest
+    with random numbers before it tells.
+    """
+    wanted, there = (sum(map(Tensor.numel, tensors)) for tensors in (net.parameters(), outlines.values()))
+    if wanted > 2 * there:  # a table under two names counts twice
+        problem = f"config.json makes a network of {wanted:,} weights, and its files have {there:,}"
+        raise UserError(where, f"{problem}; {configs.MISFIT}")
+
+
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
     """A frozen network of a transformers class, which knows the key names of older releases; None: dtype as stored.
 
@@ -239,14 +252,15 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     """
     from transformers.utils import logging  # slow, and not every family has such encoders
 
-    config = configs.encoder_config(
-        cls, folder, tensors_of(folder, "meta")
-    )  # the library would end in errors of its own
+    outlines = tensors_of(folder, "meta")  # the library would end in errors of its own
+    tell_fp8(outlines, str(folder))
+    config = configs.encoder_config(cls, folder, outlines)
     mode = _stand_ins.get()
     if mode is not None:
         with mode:
             net = cls._from_config(config, dtype=dtype)
         return net.requires_grad_(False).eval()
+    _refuse_larger(configs.build(cls._from_config, {"config": config}, str(folder)), outlines, str(folder))
     logging.disable_progress_bar()
     with as_user_error(folder, f"{cls.__name__} cannot be made of its config.json and weights", configs.MISFIT):
         net, told = configs.from_files(
