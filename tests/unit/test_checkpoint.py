@@ -103,7 +103,7 @@ def test_one_flipped_bit_is_noticed_and_the_last_good_one_named(name, tmp_path):
     checkpoint.verify(path)
     flip(path / name)
     flip(tmp_path / "checkpoint-2" / "weights.bin")
-    with pytest.raises(UserError, match="resume_from_checkpoint checkpoint-1, the last good one") as error:
+    with pytest.raises(UserError, match="resume_from_checkpoint checkpoint-1") as error:
         checkpoint.verify(path)
     size_bytes = (path / name).stat().st_size
     assert error.value.problems == [f"{name} has other bytes than were written, of the same number"]
@@ -131,23 +131,23 @@ def test_a_checkpoint_without_digests_is_taken_as_it_is(tmp_path):
     (path / "digests.json").unlink()
     checkpoint.verify(path)
     (path / "optimizer.pt").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
+    with pytest.raises(UserError, match=r"optimizer\.pt.*\n.*is damaged"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "cannot be read"),
-        ("[1]", "is not a table of"),
-        ("[" * 100_000, "cannot be read"),
-        ('{"step": 3}', "is not a table of"),
-        ('{"step": 3, "epoch": 0, "cursor": 0, "more": 1}', "is not a table of"),
-        ('{"step": "3", "epoch": 0, "cursor": 0}', "has step '3', which is no whole number"),
-        ('{"step": 3, "epoch": -4, "cursor": 0}', "has epoch -4"),
-        ('{"step": 3, "epoch": 0, "cursor": 0.5}', "has cursor 0.5"),
-        ('{"step": 3, "epoch": true, "cursor": 0}', "has epoch True"),
-        ('{"step": 4, "epoch": 0, "cursor": 0}', "has step 4, and the folder is of step 3"),
+        ("", "is empty"),
+        ("[1]", "is no table"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"step": 3}', "has no epoch"),
+        ('{"step": 3, "epoch": 0, "cursor": 0, "more": 1}', "has 'more', which this version does not know"),
+        ('{"step": "3", "epoch": 0, "cursor": 0}', "step is '3'; expected a whole number from 0"),
+        ('{"step": 3, "epoch": -4, "cursor": 0}', "epoch is -4"),
+        ('{"step": 3, "epoch": 0, "cursor": 0.5}', "cursor is 0.5"),
+        ('{"step": 3, "epoch": true, "cursor": 0}', "epoch is True"),
+        ('{"step": 4, "epoch": 0, "cursor": 0}', "says step 4 in a folder named checkpoint-3"),
     ],
 )
 def test_progress_that_no_run_has_written(text, words, tmp_path):
@@ -156,7 +156,7 @@ def test_progress_that_no_run_has_written(text, words, tmp_path):
     (path / "progress.json").write_text(text)
     with pytest.raises(UserError, match=words) as error:
         checkpoint.progress_of(path)
-    assert "resume_from_checkpoint checkpoint-2" in error.value.where
+    assert all("resume_from_checkpoint checkpoint-2" in problem for problem in error.value.problems)
 
 
 def test_files_have_the_mode_that_the_user_makes_files_with(tmp_path):

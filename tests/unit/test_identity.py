@@ -105,5 +105,5 @@ def test_a_damaged_ledger_is_named(damage, folder, tmp_path):
     book = Ledger(3, records(folder, "abc"), root=folder)
     book.save(path)
     path.write_bytes({"": b"", "cut": path.read_bytes()[:-30], "zip of nothing": b"PK\5\6" + bytes(18)}[damage])
-    with pytest.raises(UserError, match=r"ledger\.npz.*\n.*cannot be read"):
+    with pytest.raises(UserError, match=r"ledger\.npz.*\n.*is damaged"):
         book.load(path)

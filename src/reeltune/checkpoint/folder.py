@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune.checkpoint import digests
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder, is_disk_error
+from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
 from reeltune.distributed.sharded_io import Piece
@@ -44,8 +44,8 @@ SET_ASIDE = "set_aside"
 
 def complete(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
-    return sorted((path for path in found if (path / "progress.json").is_file()), key=step_of)
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
+    return sorted((path for path in folders if (path / "progress.json").is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -66,23 +66,23 @@ def their_weights(checkpoint: Path) -> Path:
     return inside if inside.is_dir() else checkpoint
 
 
-def find(output_dir: Path, wanted: str | None) -> Path | None:
+def find(output_dir: Path, name: str | None) -> Path | None:
     """The checkpoint to resume from: `latest` in output_dir, or a folder by path or by name.
 
     None if nothing was asked for, or `latest` of a run that has none yet.
     Raises UserError for a path that is no complete checkpoint.
     """
-    if wanted is None:
+    if name is None:
         return None
-    if wanted == "latest":
+    if name == "latest":
         return next(reversed(complete(output_dir)), None)
-    for path in (Path(wanted), Path(output_dir) / wanted):
+    for path in (Path(name), Path(output_dir) / name):
         if (path / "progress.json").is_file():
             return path
     have = ", ".join(path.name for path in complete(output_dir)) or "none"
     raise UserError(
         "resume",
-        f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint (a folder with progress.json); "
+        f"resume_from_checkpoint is {name!r}, which is no complete checkpoint (a folder with progress.json); "
         f"complete ones in {output_dir}: {have}; or use latest",
     )
 
@@ -147,7 +147,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
     except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        causes = [broken]
+        causes: list[BaseException] = [broken]
         if isinstance(broken, CheckpointException):  # of all processes
             causes = [cause for cause, _ in broken.failures.values()]
         if not any(map(is_disk_error, causes)):
@@ -224,29 +224,23 @@ def set_later_aside(output_dir: Path, step: int) -> list[Path]:
 
 
 def progress_of(checkpoint: Path) -> Progress:
-    """Raises UserError that names the file and the last good checkpoint before it, for what no run can have written."""
-    path = checkpoint / "progress.json"
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as broken:
-        raise damaged(checkpoint, [f"{path.name} cannot be read ({broken})"]) from broken
-    names = {field.name for field in fields(Progress)}
-    if not isinstance(table, dict) or not {"step", "epoch", "cursor"} <= table.keys() <= names:
-        raise damaged(checkpoint, [f"{path.name} is not a table of {', '.join(sorted(names))}"])
-    lines = [
-        f"{path.name} has {name} {value!r}, which is no whole number from 0 on"
-        for name, value in table.items()
-        if type(value) is not int or value < 0
-    ]
-    if not lines and NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
-        lines = [f"{path.name} has step {table['step']}, and the folder is of step {step_of(checkpoint)}"]
-    if lines:
-        raise damaged(checkpoint, lines)
-    return Progress(**table)
+    """Raises UserError for a file that is damaged or another checkpoint's, which names the last good one before it."""
+    return _progress(checkpoint, sound_before(checkpoint))
+
+
+def sound_before(checkpoint: Path) -> str:
+    """The remedy for a damaged checkpoint: the last one before it whose progress and digests are sound, all read."""
+    for earlier in reversed(complete(checkpoint.parent)):
+        if NAME.match(checkpoint.name) and step_of(earlier) < step_of(checkpoint):
+            with suppress(UserError):
+                _progress(earlier, "")
+                if not digests.damages(earlier):
+                    return f"go on from the one before it with resume_from_checkpoint {earlier.name}"
+    return "restore it from a copy; there is no sound checkpoint before it"
 
 
 def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Raises UserError for files that are not as they were written, and names the last good checkpoint before it.
+    """Raises UserError for files that are not as they were written, which names the last sound one before it.
 
     part: of `parts` processes, which share the reading.
     """
@@ -255,33 +249,36 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def damaged(checkpoint: Path, lines: list[str]) -> UserError:
-    """What is wrong with it, and what to go on from instead."""
-    good = last_good_before(checkpoint)
-    instead = f"resume_from_checkpoint {good.name}, the last good one before it" if good else "no earlier one is good"
-    return UserError(f"{checkpoint} is damaged: {instead}", lines)
+    return UserError(f"{checkpoint} is damaged; {sound_before(checkpoint)}", lines)
 
 
-def last_good_before(checkpoint: Path) -> Path | None:
-    """By its digests, which are all read."""
-    if not NAME.match(checkpoint.name):
-        return None
-    earlier = [path for path in complete(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
-    for path in reversed(earlier):
-        try:
-            progress_of(path)
-            if not digests.damages(path):
-                return path
-        except UserError:
-            continue
-    return None
+def _progress(checkpoint: Path, remedy: str) -> Progress:
+    file = checkpoint / "progress.json"
+    table = read_table(file, remedy)
+    known = {field.name for field in fields(Progress)}
+    problems = [f"has no {name}; {remedy}" for name in ("step", "epoch", "cursor") if name not in table]
+    problems += [
+        f"has {brief(name)}, which this version does not know; {remedy}" for name in table if name not in known
+    ]
+    problems += [
+        f"{name} is {brief(value)}; expected a whole number from 0; {remedy}"
+        for name, value in table.items()
+        if name in known and not (type(value) is int and 0 <= value < 2**62)
+    ]
+    refuse(str(file), problems)
+    if NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
+        raise UserError(str(file), f"says step {table['step']} in a folder named {checkpoint.name}; {remedy}")
+    return Progress(**table)
 
 
 def load(checkpoint: Path) -> dict:
-    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError if it cannot be read."""
-    try:
-        return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as broken:
-        raise damaged(checkpoint, [f"optimizer.pt cannot be read ({str(broken).splitlines()[0]})"]) from broken
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError for a damaged file."""
+    file = checkpoint / "optimizer.pt"
+    with as_user_error(file, "is damaged", sound_before(checkpoint)):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise UserError(str(file), f"is no optimizer's state; {sound_before(checkpoint)}")
+    return state
 
 
 def is_shared(checkpoint: Path) -> bool:

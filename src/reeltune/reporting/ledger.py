@@ -13,12 +13,13 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error
+from reeltune.core.shown import cell
 from reeltune.core.types import Draw
 from reeltune.data.identity import Identity, changes
 from reeltune.data.metadata import LeftOut
@@ -90,7 +91,7 @@ class Ledger:
 
     @cached_property
     def identity(self) -> Identity:
-        """Of the records trained on, as they are when this is first asked for, which a run does at its start."""
+        """Of the records trained on, as they are when this is first asked for: at a resume, or the first save."""
         return Identity.of(self.train, self.root)
 
     def share(self) -> Share:
@@ -117,17 +118,15 @@ class Ledger:
         Returns notices of what has changed of the data since. Raises UserError that names it, unless it is new records
         and captions alone and `accept_changes`; and for a file that cannot be read.
         """
-        try:
+        with as_user_error(path, "is damaged", "resume from an earlier checkpoint"):
             with np.load(path, allow_pickle=False) as held:
                 saved = dict(held)
-            counts, failed = (saved["used"], saved["repeated"]), saved["failed"].tolist()
+            used, repeated, failed = saved["used"], saved["repeated"], saved["failed"].tolist()
             reasons = zip(failed, saved["failed_times"].tolist(), saved["failed_reason"].tolist(), strict=True)
             failures = {record: (times, reason) for record, times, reason in reasons}
             then = Identity.stored(saved)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as broken:
-            raise UserError(str(path), f"cannot be read ({broken!r}); take an earlier checkpoint") from broken
-        moved_to, notices = self._moved(path, then, len(counts[0]), accept_changes)
-        self.used[moved_to], self.repeated[moved_to] = counts
+        moved_to, notices = self._moved(path, then, len(used), accept_changes)
+        self.used[moved_to], self.repeated[moved_to] = used, repeated
         self.failures = {int(moved_to[record]): failure for record, failure in failures.items()}
         return notices
 
@@ -201,12 +200,15 @@ class Ledger:
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
                 bad = problems.get(entry)
                 if code == HELD_OUT:
-                    out.writerow([entry, self.held_out[i].path, STATUSES[code], 0, 0, ""])
+                    assert self.held_out is not None
+                    row = (self.held_out[int(i)].path, 0, 0, "")
                 elif i < 0:
-                    out.writerow([entry, bad.path, STATUSES[code], 0, 0, bad.reason])
+                    assert bad is not None
+                    row = (bad.path, 0, 0, bad.reason)
                 else:
-                    used, repeated = whole.used[i], whole.repeated[i]
-                    out.writerow([entry, self.train[i].path, STATUSES[code], used, repeated, bad.reason if bad else ""])
+                    row = (self.train[int(i)].path, whole.used[i], whole.repeated[i], bad.reason if bad else "")
+                name, used, repeated, reason = row
+                out.writerow([entry, cell(name or ""), STATUSES[code], used, repeated, cell(reason)])
 
 
 def _sum(shares: Sequence[Share]) -> Share:
@@ -215,7 +217,7 @@ def _sum(shares: Sequence[Share]) -> Share:
         for record, (times, reason) in share.failures.items():
             failures[record] = (failures.get(record, (0, ""))[0] + times, reason)
     return Share(
-        np.sum([share.used for share in shares], axis=0, dtype=np.int32),
-        np.sum([share.repeated for share in shares], axis=0, dtype=np.int32),
+        np.stack([share.used for share in shares]).sum(axis=0, dtype=np.int32),
+        np.stack([share.repeated for share in shares]).sum(axis=0, dtype=np.int32),
         failures,
     )
