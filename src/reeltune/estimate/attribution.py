@@ -29,7 +29,7 @@ def own_what_is_there(
     learning = {id(parameter) for parameter in learner.learning}
     tracker.own((tensor for tensor in tensors if id(tensor) in learning), "weights", times)
     tracker.own((tensor for tensor in tensors if id(tensor) not in learning), "still", times)
-    for block in learner.swapped:
+    for block in learner.network.swapped:
         tracker.own(weights_of(block), ELSEWHERE)
     tracker.own(parts.null.values(), "batch")
     tracker.own(tensors_in(vars(batch)), ELSEWHERE)  # in the host's memory until Batch.to

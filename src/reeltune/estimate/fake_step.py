@@ -39,7 +39,7 @@ from reeltune.families import weights
 from reeltune.memory.size import size_bytes
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 
 RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
 ALL = frozenset(PHASES)
@@ -111,18 +111,9 @@ def _rehearse(
     if mesh is not None and family.split is not None:
         family.split(parts.net, mesh)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        still_matching(recipe.model, parts.net, counts.names),
-        recipe.optimization,
-        recipe.memory,
-        seed=training.seed,
-        gradient_checkpointing=training.gradient_checkpointing,
-        batch=len(draws),
-        accumulate=training.gradient_accumulation_steps,
-    )
+    selected = replace(recipe, model=still_matching(recipe.model, parts.net, counts.names))
+    accumulate = training.gradient_accumulation_steps
+    learner = learner_of(selected, family, parts, engine, batch=len(draws), accumulate=accumulate)
     in_backward = recipe.memory.step_in_backward
     if in_backward and phases & (TRAINED | {"step"}):
         phases = phases | TRAINED | {"step"}
@@ -215,7 +206,7 @@ def _rehearse(
         gradient_bytes=gradient_bytes,
         state_bytes=state_bytes,
         offloaded_bytes=offloaded_bytes,
-        swapped_bytes=sum(size_bytes(weights_of(block)) for block in learner.swapped),
+        swapped_bytes=sum(size_bytes(weights_of(block)) for block in learner.network.swapped),
         parameters=counts.parameters,
         trainable=counts.trainable,
         number_bytes=engine.dtype.itemsize,

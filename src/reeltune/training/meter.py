@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, engine: Engine, watchdog: Watch, geometry: Geometry, *, samples: int, count_flops: bool):
         self._engine, self._watchdog, self._geometry, self._samples = engine, watchdog, geometry, samples
-        self._flop_count = FlopCount(wanted=count_flops)
+        self._flop_count = FlopCount(count_flops)
 
     def begin(self, step: int) -> None:
         """step: how many have been taken."""
