@@ -10,8 +10,13 @@ from safetensors.torch import load_file
 
 from reeltune.checkpoint.state import Shared
 from reeltune.distributed.sharded_io import whole
-from reeltune.reporting.log import DETERMINISTIC
 from reeltune.training.learner import Learner
+
+# Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
+DETERMINISTIC = {
+    "step": ("step", "epoch", "loss", "grad_norm", "lr", "shape", "samples", "tokens"),
+    "validation": ("step", "start_step", "loss", "loss_start", "difference", "band95", "per_band", "n"),
+}
 
 
 class StopAfter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ class Counts:
 def counts_of(family: Family, parts: Parts, model: Model) -> Counts:
     """After saying what learns. Raises UserError for patterns that match nothing."""
     net = parts.net
-    names = released_names(net, partial(family.to_released, config=parts.config))
+    names = released_names(net, lambda state: family.to_released(state, parts.config))
     select(net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
     found = blocks.blocks_of(net, family.blocks)
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in found]

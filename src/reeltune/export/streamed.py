@@ -50,7 +50,7 @@ def write(
     outline: name -> meta tensor, the shape and dtype of what `tensor` then gives for that name.
     A tensor that is larger than a shard has one of its own.
     """
-    shards = _dealt(outline, max_shard_bytes)
+    shards = _split(outline, max_shard_bytes)
     total = len(shards)
     files = [folder / f"{STEM}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     if total == 1:
@@ -65,17 +65,17 @@ def write(
     return files
 
 
-def _dealt(outline: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+def _split(outline: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
     """Names by shard: wide dtypes first, so that every tensor lies at a multiple of its element's size."""
     shards: list[list[str]] = [[]]
-    held_bytes = 0
+    shard_bytes = 0
     for name in sorted(outline, key=lambda name: -outline[name].itemsize):
         tensor_bytes = size_bytes(outline[name])
-        if shards[-1] and held_bytes + tensor_bytes > max_shard_bytes:
+        if shards[-1] and shard_bytes + tensor_bytes > max_shard_bytes:
             shards.append([])
-            held_bytes = 0
+            shard_bytes = 0
         shards[-1].append(name)
-        held_bytes += tensor_bytes
+        shard_bytes += tensor_bytes
     return shards
 
 
@@ -92,6 +92,6 @@ def _write_file(file: Path, outline: Mapping[str, Tensor], tensor: Callable[[str
         for name, meta in outline.items():
             values = tensor(name)
             assert (values.shape, values.dtype) == (meta.shape, meta.dtype), name
-            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())

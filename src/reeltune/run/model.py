@@ -12,11 +12,11 @@ from reeltune import families
 from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
+from reeltune.distributed.engine import DTYPES
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.run.sizes import size_rules
 
 LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
@@ -72,7 +72,7 @@ def chosen_objective(family: Family, loss: Loss) -> Objective:
     return with_levels(family.objective, loss)
 
 
-def with_levels(objective: Objective, loss: Loss) -> Objective:
+def with_levels(objective: Any, loss: Loss) -> Objective:
     """The objective with the recipe's choice of noise levels. Raises UserError for a choice that it has not."""
     known = {field.name for field in fields(objective)}
     asked = {name: getattr(loss, name) for name in LEVEL_CHOICES}

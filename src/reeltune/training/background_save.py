@@ -130,12 +130,14 @@ class Saving:
         keep, write_more = self.recipe.output.checkpoints_total_limit, partial(self._write_more, shares)
         if self.engine.sharded:
             pieces, scalars = held
+            group = self.engine.cpu_group
+            assert group is not None  # several processes have one
 
             def write_outline_and_more(folder: Path) -> None:
                 self.learner.write_outline(folder, scalars)
                 write_more(folder)
 
-            save_shares = partial(checkpoint.save_shares, self.out, progress, pieces, self.engine.cpu_group)
+            save_shares = partial(checkpoint.save_shares, self.out, progress, pieces, group)
             return partial(save_shares, write_more=write_outline_and_more, keep=keep)
         if not self.engine.main:
             return lambda: None

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reeltune.core.types import Geometry, Progress, Shape
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
-from reeltune.distributed.watchdog import Watch
+from reeltune.distributed.watchdog import Doing, Watch
 from reeltune.reporting.log import PARTS
 
-SECONDS = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage (of watchdog.DOING) -> its time
+SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
 
 
 class Meter:
@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, engine: Engine, watchdog: Watch, geometry: Geometry, *, samples: int, count_flops: bool):
         self._engine, self._watchdog, self._geometry, self._samples = engine, watchdog, geometry, samples
-        self._flop_count = FlopCount(count_flops)
+        self._flop_count = FlopCount(enabled=count_flops)
 
     def begin(self, step: int) -> None:
         """step: how many have been taken."""
@@ -32,7 +32,7 @@ class Meter:
         self._tokens = self._flops = 0
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: Doing) -> Iterator[None]:
         """What is inside, and what came since the stage before, is this one's; the watchdog knows it by its name."""
         self._watchdog.doing(name, self._step)
         yield

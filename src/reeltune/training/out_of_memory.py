@@ -9,7 +9,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.training.prefetch import encodes_ahead
 
-GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what that makes anew)
+GREW = {  # what a process was doing (watchdog.Doing) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
     "data": ("reading data", "the batch"),
     "encode": ("encoding", "what the VAE and the encoders are working on"),
@@ -24,7 +24,7 @@ GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what t
 def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
-    """doing: one of watch.DOING. held_bytes: part -> bytes that the learner holds now."""
+    """doing: one of watchdog.Doing. held_bytes: part -> bytes that the learner holds now."""
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     held = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def prepare_network(
     memory that several processes have not.
     """
     net = parts.net
-    names = released_names(net, partial(family.to_released, config=parts.config))
+    names = released_names(net, lambda state: family.to_released(state, parts.config))
     shapes = {name: list(weight.shape) for name, weight in net.named_parameters()}
     if resumed_from is not None and checkpoint.is_shared(resumed_from):
         Shared(resumed_from).fill(whole(f"weights/{names[name]}", weight) for name, weight in net.named_parameters())
@@ -74,7 +73,7 @@ def prepare_network(
     patterns = model.trainable_modules, model.trainable_modules_low_learning_rate
     select(net, names, *patterns)
     swapped = _spare_memory(net, family.blocks, engine, memory, gradient_checkpointing)
-    plain = engine.shard(net, family.blocks)
+    plain = engine.shard(net, family.blocks, swapped=swapped)
     groups = select(plain, names, *patterns)  # again: sharded parameters are others
     return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped)
 
