@@ -120,7 +120,7 @@ def make_clip(
             return
         pixels_BFCHW = setup.family.decode(setup.parts, x0)
     write_pixels(path, ((pixels_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), request.fps)
-    told = {
+    settings = {
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": steps,
@@ -131,7 +131,7 @@ def make_clip(
         "control": request.control,
         "entry": request.entry,
     }
-    path.with_suffix(".json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
@@ -141,17 +141,17 @@ def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
 
 def sample_clips(recipe: Recipe) -> list[Path]:
     """`reeltune sample`: a clip for each of validation_prompts into output_dir/samples, from the recipe's weights."""
-    wanted, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
-    if not wanted.validation_prompts:
+    validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
+    if not validation.validation_prompts:
         raise UserError("validation_prompts", "is empty, so there is nothing to make; give a prompt or more")
     family, mode, objective = choose_family(recipe)
-    prompts, paths, seed = wanted.validation_prompts, wanted.validation_paths, recipe.training.seed
+    prompts, paths, seed = validation.validation_prompts, validation.validation_paths, recipe.training.seed
     requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     parts = load_parts(recipe, family, engine.device)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
     made = [folder / f"{i}.mp4" for i in range(len(requests))]
     for path, request in zip(made, requests, strict=True):
-        steps, guidance_scale = wanted.preview_steps, wanted.guidance_scale
+        steps, guidance_scale = validation.preview_steps, validation.guidance_scale
         make_clip(setup, parts.net, request, request.batch(), path, steps=steps, guidance_scale=guidance_scale)
     return made
