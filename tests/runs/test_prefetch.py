@@ -18,7 +18,7 @@ from tests.runs.same_run import StopAfter, assert_same_end
 from tests.runs.small_run import data_set, recipe
 
 CPU = torch.device("cpu")
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 300  # for a thread to begin
 TOY = Pair("toy", "toy", toy.FAMILY.modes[0], SHOWN["toy"].write)
 
 

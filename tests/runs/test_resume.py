@@ -15,6 +15,7 @@ from reeltune.checkpoint.folder import complete
 from reeltune.core.errors import UserError
 from reeltune.core.rng import dice
 from reeltune.training.loop import train
+from tests.distributed.processes import changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
 from tests.runs.small_run import data_set, measured, recipe
@@ -72,10 +73,7 @@ def run_and_kill(when, settings, *where):
     """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
     process = PROCESSES.Process(target=child, args=(settings, *where))
     process.start()
-    deadline = time.monotonic() + 120
-    while process.is_alive() and not when(where[-1]):
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
+    assert wait(lambda: not process.is_alive() or when(where[-1]), lambda: changes(where[-1]))
     killed = process.is_alive()
     if killed:
         os.killpg(process.pid, signal.SIGKILL)
