@@ -19,6 +19,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece, whole
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.levers import pulled_alone
 from reeltune.memory.size import size_bytes
 from reeltune.optim.optimizers import (
     MovingAverage,
@@ -31,8 +32,6 @@ from reeltune.optim.optimizers import (
 )
 from reeltune.optim.step_in_backward import StepInBackward
 from reeltune.optim.trainable import released_names, select
-
-ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 class Learner:
@@ -104,8 +103,8 @@ class Learner:
             [
                 f"{name} is {getattr(memory, name)} and there are {self.engine.world} processes, which must have all "
                 "gradients and weights on their devices at once; leave it out, or start one process"
-                for name in ALONE
-                if getattr(memory, name) and self.engine.world > 1
+                for name in pulled_alone(vars(memory))
+                if self.engine.world > 1
             ],
         )
         blocks = blocks_of(self.parts.net, self.family.blocks)
