@@ -11,7 +11,7 @@ from math import isqrt
 
 import numpy as np
 
-from reeltune.core.types import Geometry, Shape
+from reeltune.core.types import Shape
 from reeltune.data.plan import Measures, Plan
 from reeltune.data.shapes import ROUNDING, SizeRules, sampled_step
 
@@ -99,9 +99,3 @@ def footage_s(records: Measures, rules: SizeRules, shapes: list[Shape], which: n
     span = np.floor((frames - 1) * sampled_step(rules, fps) + ROUNDING) + 1
     moving = np.asarray(records.kind_video)[record] & (fps > 0)
     return float(np.divide(span, fps, out=np.zeros(span.shape), where=moving).sum())
-
-
-def cells(geometry: Geometry, shape: Shape) -> int:
-    """Latent cells of a clip."""
-    T, h, w = geometry.latent(shape)
-    return T * h * w

@@ -47,7 +47,7 @@ def _cut(blocks: nn.ModuleList, classes: tuple[str, ...]) -> Iterator[Stand]:
         if gone < 1:
             continue
         for name, _ in run[2 : 2 + gone]:
-            del blocks._modules[name]  # not by index, which would rename those behind it
+            delattr(blocks, name)  # not by index, which would rename those behind it
         yield Stand(run[0][1], run[1][1], run[-1][1], 1 + gone)
 
 

@@ -43,10 +43,6 @@ class Throughput:
     high: float
     source: str
 
-    @property
-    def middle(self) -> float:
-        return math.sqrt(self.low * self.high)
-
 
 def given(flops_per_s: float) -> Throughput:
     return Throughput(flops_per_s, flops_per_s, "as given, taken as exact")

@@ -182,7 +182,7 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 def text(state: State, where: str) -> UMT5Config:
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     bias = f"{attention}.relative_attention_bias.weight"
-    needed = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
+    needed: dict[str, int] = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
     _need(state, needed, where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
     buckets, heads = state[bias].shape
