@@ -478,6 +478,7 @@ def test_a_scheduler_of_the_wrong_types(said, words, tmp_path):
         ({"tokenizer_class": ["T5Tokenizer"]}, "tokenizer_class is ['T5Tokenizer']"),
         ({"model_max_length": "x"}, "model_max_length is 'x'; expected a number"),
         ({"model_max_length": -1}, "model_max_length is -1"),
+        ({"extra_ids": 10**9}, "extra_ids is 1000000000; expected at most 10,000"),
         ({"added_tokens_decoder": [1]}, "is no tokenizer"),
         ({"added_tokens_decoder": {"x": {}}}, "is no tokenizer"),
     ],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import brief
+from reeltune.core.reading import bare_name, brief
 from reeltune.families import configs, tensor_files, weights
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
@@ -92,9 +92,12 @@ def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]
     said = (settings.get(section) or {}).get(key)
     if not said:
         return [folder / RELEASED[name], folder / DIFFUSERS[name]]
-    if not isinstance(said, str) or "\0" in said or Path(said).is_absolute() or ".." in Path(said).parts:
-        raise UserError("config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint")
-    return [folder / said]
+    try:
+        return [folder.joinpath(*map(bare_name, Path(said).parts))]
+    except (TypeError, ValueError):
+        raise UserError(
+            "config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint"
+        ) from None
 
 
 # ---- loading one network
