@@ -31,6 +31,7 @@ from reeltune.diffusion import loss as losses
 from reeltune.families import text as captions_to
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import family as wan
+from tests.conftest import GOLDENS
 
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings
@@ -395,8 +396,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
-    beside = Path(__file__).resolve().parents[2] / "shared" / "goldens"
-    parser.add_argument("--goldens", type=Path, default=beside, help="folder of golden files")
+    parser.add_argument("--goldens", type=Path, default=GOLDENS, help="folder of golden files")
     parser.add_argument("--write", type=Path, help="write the table to this file")
     arguments = parser.parse_args(argv)
     checkpoints = Checkpoints(arguments.goldens / "wan_fun")

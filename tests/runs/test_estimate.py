@@ -13,7 +13,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.estimate import memory_tracker
 from reeltune.estimate.fake_step import ALL, CHANGES, rehearse
 from reeltune.estimate.fakes import empty_batch
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import Learner
 from tests.families.tiny_wan import tiny_checkpoint

@@ -24,7 +24,8 @@ from reeltune.data.media import MediaError
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.families.spec import Family
-from reeltune.run.inputs import Inputs, encode_options
+from reeltune.run.data import Inputs
+from reeltune.run.model import encode_options
 
 
 class Item(NamedTuple):

@@ -27,7 +27,8 @@ from reeltune.data.loader import Reader, collate, read_ahead
 from reeltune.data.media import MediaError
 from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
-from reeltune.run.inputs import Inputs, choose_family, encode_options, gather, load_parts
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import choose_family, encode_options, load_parts
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 

@@ -10,7 +10,8 @@ from reeltune.cache.keys import Keys
 from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 
 
 def verify(recipe: Recipe) -> str:

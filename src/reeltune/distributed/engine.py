@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, gather_object
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,7 +84,8 @@ class Engine:
             )
         # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is. Without
         # shares too: processes that were told of different engines must come as far as to compare that.
-        self.cpu_group = torch.distributed.new_group(timeout=patience, backend="gloo") if self.world > 1 else None
+        new_group: Callable[..., Any] = torch.distributed.new_group  # its type has what it gives to outsiders too
+        self.cpu_group: ProcessGroup | None = new_group(timeout=patience, backend="gloo") if self.world > 1 else None
         self.dtype = DTYPES[mixed_precision]
 
     @property

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -24,7 +24,7 @@ LOST_SECONDS = 60.0  # without a sign of life; longer than any library is known 
 BROKEN_SECONDS = 10.0  # the same, once the connection to some process has broken
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 # What a process can be at; once saved, it waits for others' saves.
-DOING = ("start", "validate", "data", "encode", "forward", "step", "save", "saved", "end")
+Doing = Literal["start", "validate", "data", "encode", "forward", "step", "save", "saved", "end"]
 
 
 class Watch:
@@ -36,18 +36,18 @@ class Watch:
 
     def __init__(self, rank: int, world: int, patience_seconds: float):
         self.rank, self.world, self.patience_seconds = rank, world, patience_seconds
-        self._doing = ("start", 0, 0, time.monotonic())
+        self._doing: tuple[Doing, int, int, float] = ("start", 0, 0, time.monotonic())
         self._over, self._left = threading.Event(), threading.Event()
         self._thread = None if world == 1 else threading.Thread(target=self._beat, name="watch", daemon=True)
         self._last_beats: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
 
-    def doing(self, what: str, step: int) -> None:
-        """`what`: one of DOING. All processes come to the same ones in the same order."""
+    def doing(self, what: Doing, step: int) -> None:
+        """All processes come to the same things in the same order."""
         self._doing = (what, step, self._doing[2] + 1, time.monotonic())
 
     @property
-    def now(self) -> tuple[str, int]:
-        """(one of DOING, step) of this process."""
+    def now(self) -> tuple[Doing, int]:
+        """(what, step) of this process."""
         return self._doing[:2]
 
     def __enter__(self) -> Watch:

@@ -29,7 +29,6 @@ from reeltune.estimate.fakes import (
     first_of,
     one_of,
     renewed,
-    size_bytes,
     still_matching,
     tensors_of,
     weights_of,
@@ -37,7 +36,8 @@ from reeltune.estimate.fakes import (
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import PHASES, Rehearsal
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.memory.size import size_bytes
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup, at_rest
 from reeltune.training.learner import Learner
 

@@ -18,7 +18,7 @@ from reeltune.checkpoint import folder as checkpoints
 from reeltune.checkpoint.state import Shared
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import UserError, refuse
+from reeltune.core.errors import refuse
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
 from reeltune.families import configs, weights
@@ -52,18 +52,15 @@ def export(
     outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
     config = configs.read_config(checkpoint / "transformer")
     family = _family(recipe) if diffusers else None
-    save = None if family is None else family.save
-    if family is not None and save is None:
-        raise UserError("export", f"{family.name} has no form for diffusers; leave --diffusers out")
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     theirs = _named(outline, family, config)
-    if save is None:
+    if family is None:
         shutil.copyfile(checkpoint / "transformer" / "config.json", partial / "config.json")
     else:
-        save(partial, {name: outline[own] for name, own in theirs.items()}, config, diffusers=True)
+        family.save(partial, {name: outline[own] for name, own in theirs.items()}, config, diffusers=True)
     files = streamed.write(
         partial,
         {name: outline[own] for name, own in theirs.items()},

@@ -169,11 +169,13 @@ class Ledger:
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
                 bad = problems.get(entry)
                 if code == HELD_OUT:
-                    row = (self.held_out[i].path, 0, 0, "")
+                    assert self.held_out is not None
+                    row = (self.held_out[int(i)].path, 0, 0, "")
                 elif i < 0:
+                    assert bad is not None
                     row = (bad.path, 0, 0, bad.reason)
                 else:
-                    row = (self.train[i].path, whole.used[i], whole.repeated[i], bad.reason if bad else "")
+                    row = (self.train[int(i)].path, whole.used[i], whole.repeated[i], bad.reason if bad else "")
                 name, used, repeated, reason = row
                 out.writerow([entry, cell(name or ""), STATUSES[code], used, repeated, cell(reason)])
 
@@ -184,7 +186,7 @@ def _sum(shares: Sequence[Share]) -> Share:
         for record, (times, reason) in share.failures.items():
             failures[record] = (failures.get(record, (0, ""))[0] + times, reason)
     return Share(
-        np.sum([share.used for share in shares], axis=0, dtype=np.int32),
-        np.sum([share.repeated for share in shares], axis=0, dtype=np.int32),
+        np.stack([share.used for share in shares]).sum(axis=0, dtype=np.int32),
+        np.stack([share.repeated for share in shares]).sum(axis=0, dtype=np.int32),
         failures,
     )

@@ -141,7 +141,7 @@ def load_image(path: Path, dtype: torch.dtype | None) -> CLIPVisionModel:
     named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path).items()}
     state = keys.image_from_released(named)
     net = configs.build(CLIPVisionModel, {"config": sizes.image(state, _own_config(path), str(path))}, str(path))
-    tower = getattr(net, "vision_model", net)  # older releases of transformers nest it
+    tower: Any = getattr(net, "vision_model", net)  # older releases of transformers nest it
     tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]  # the one buffer
     _frozen(tower, state, path, dtype)
     return net
@@ -176,7 +176,7 @@ def save_transformer(folder: Path, state: State, config: dict[str, Any], *, diff
 
 def write_released(
     folder: Path,
-    net: nn.Module,
+    net: Any,
     vae: nn.Module,
     text: nn.Module,
     image: nn.Module | None,
