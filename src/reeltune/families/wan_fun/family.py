@@ -307,6 +307,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     if unlike := next((model for name, model in NOT_YET.items() if name in outlines), None):
         raise UserError(str(path), f"a Wan network of {unlike}, which is not supported yet; {SUPPORTED}")
     network = sizes.transformer(outlines, config, str(path))
+    sizes.tell_heads(network, str(path))
     family = variant(network, str(path))
     files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
     _, patch, _ = network["patch_size"]
