@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from reeltune.distributed import fsdp, zero
 from reeltune.distributed.ddp import Direct
 from reeltune.distributed.launch import START, EngineName, Wish
 from reeltune.distributed.zero import Zero
+from reeltune.memory.blocks import move
 
 
 class Engine:
@@ -124,13 +125,14 @@ class Engine:
         """Whether the network answers only if all processes ask it."""
         return self.name in ("zero3", "fsdp") or self.context > 1
 
-    def shard(self, net: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
+    def shard(self, net: nn.Module, blocks: tuple[str, ...], *, swapped: Sequence[nn.Module] = ()) -> nn.Module:
         """The network, which now autocasts in its own forward; `prepare` follows, once it has an optimizer.
 
-        blocks: class names to shard by, where the launcher gave none.
+        blocks: class names to shard by, where the launcher gave none. swapped: modules that stay in the CPU's memory.
         """
-        away = any(weight.device != self.device for weight in net.parameters())
-        net = self.accelerator.prepare_model(net, device_placement=away and not self.sharded, evaluation_mode=True)
+        if not self.sharded:
+            move(net, self.device, besides=swapped)
+        net = self.accelerator.prepare_model(net, device_placement=False, evaluation_mode=True)
         if self.name == "fsdp":
             fsdp.shard(
                 net,

@@ -66,7 +66,7 @@ class Learner:
             family.split(parts.net, engine.context_mesh())
         select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.swapped = self._save_memory(memory, gradient_checkpointing)
-        self.plain = engine.shard(parts.net, family.blocks)
+        self.plain = engine.shard(parts.net, family.blocks, swapped=self.swapped)
         groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
