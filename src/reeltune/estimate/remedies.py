@@ -10,7 +10,7 @@ from typing import Any
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 from reeltune.training.prefetch import wanted
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
@@ -55,7 +55,7 @@ class Change:
 
     settings: dict[str, Any]  # fields of the recipe; or "gpus"
     cost: float  # to order by: more time as a share of a step; what changes the result comes after all that do not
-    price: Callable[[Rehearsal, Rehearsal], str]
+    price: Callable[[StepEstimate, StepEstimate], str]
     """(as it is, with the change) -> the price in words."""
 
     @property
@@ -67,33 +67,33 @@ class Change:
         )
 
 
-def more_flops(before: Rehearsal, after: Rehearsal) -> str:
+def more_flops(before: StepEstimate, after: StepEstimate) -> str:
     return f"{step_flops(after) / step_flops(before) - 1:+.0%} arithmetic in a step, the same result"
 
 
-def step_flops(found: Rehearsal) -> int:
+def step_flops(found: StepEstimate) -> int:
     return sum(found.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
 
 
-def visits(before: Rehearsal, after: Rehearsal) -> str:
+def visits(before: StepEstimate, after: StepEstimate) -> str:
     moved = 2 * sum(size for name, size in before.weight_bytes.items() if name != "network")
     return f"{moved / 2**30:.1f} GiB to and from the device each micro-step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4"
 
 
-def journeys(before: Rehearsal, after: Rehearsal) -> str:
+def journeys(before: StepEstimate, after: StepEstimate) -> str:
     """Of activations: to the machine's own memory and back."""
     moved = 2 * after.offloaded_bytes
     return f"{moved / 1e9:.0f} GB to and from the host in a step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4"
 
 
-def swaps(before: Rehearsal, after: Rehearsal) -> str:
+def swaps(before: StepEstimate, after: StepEstimate) -> str:
     """Of weights: to the device in both passes."""
     moved = 2 * after.swapped_bytes
     more = more_flops(before, after)
     return f"{moved / 1e9:.0f} GB to the device in a step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4; {more}"
 
 
-def says(text: str) -> Callable[[Rehearsal, Rehearsal], str]:
+def says(text: str) -> Callable[[StepEstimate, StepEstimate], str]:
     return lambda before, after: text
 
 
@@ -182,8 +182,8 @@ TRIES = 8  # sets of several changes that are rehearsed
 def search(
     candidates: list[Change],
     goes: Callable[[tuple[Change, ...]], bool],
-    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
-    before: tuple[Verdict, Rehearsal],
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]],
+    before: tuple[Verdict, StepEstimate],
 ) -> list[Offer]:
     """The cheapest sets of changes, up to TOLD, that make it fit with room to spare: single ones before pairs.
 
