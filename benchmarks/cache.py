@@ -27,9 +27,10 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.types import Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
-from tests.conftest import BESIDE
+from tests.conftest import GOLDENS
 from tests.families.every_family import pairs
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe
@@ -57,7 +58,7 @@ def make_data(folder: Path) -> Path:
 def checkpoints(folder: Path) -> Iterator[tuple[str, Path, str]]:
     """(family, checkpoint, mode) of one checkpoint a family: those of the goldens, or our own."""
     seen = {"toy"}
-    for (pair,) in (each.values for each in pairs(BESIDE / "goldens", modes=False)):
+    for (pair,) in (each.values for each in pairs(GOLDENS, modes=False)):
         if pair is None or pair.mode == "control_ref_camera" or pair.checkpoint.endswith("-other"):
             continue  # the clips have no camera paths; of other networks one is enough
         place = folder / "checkpoints" / pair.checkpoint

@@ -31,6 +31,7 @@ from reeltune.diffusion import loss as losses
 from reeltune.families import text as captions_to
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun import family as wan
+from tests.conftest import GOLDENS
 
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings
@@ -370,7 +371,7 @@ def table(rows: list[Row]) -> str:
             worst[key] = row._replace(tensor=tensor)
     same = [row for row in worst.values() if row.ok and row.absolute == 0]
     lines = [
-        "# Parity",
+        "# Parity with the original tools",
         "",
         "Largest differences from the numbers of the original tools (VideoX-Fun 804a425) on tiny random checkpoints,",
         "float32 on the CPU. Relative: over the largest value of the original's tensor.",
@@ -395,8 +396,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
-    beside = Path(__file__).resolve().parents[2] / "shared" / "goldens"
-    parser.add_argument("--goldens", type=Path, default=beside, help="folder of golden files")
+    parser.add_argument("--goldens", type=Path, default=GOLDENS, help="folder of golden files")
     parser.add_argument("--write", type=Path, help="write the table to this file")
     arguments = parser.parse_args(argv)
     checkpoints = Checkpoints(arguments.goldens / "wan_fun")

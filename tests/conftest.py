@@ -1,20 +1,43 @@
-"""Fixtures that find what tests read beside the project: goldens, media and broken inputs."""
+"""Fixtures that find what tests read: goldens, media, broken inputs and the guides' commands.
 
+Each is taken from beside the folder of `--goldens`, else from beside the repository, else from this folder, which
+holds a smaller set of each; media are made.
+"""
+
+import subprocess
 from pathlib import Path
 
 import pytest
 
-BESIDE = Path(__file__).resolve().parents[2] / "shared"
+HERE = Path(__file__).resolve().parent
+BESIDE = HERE.parents[1] / "shared"
+GOLDENS = BESIDE / "goldens" if (BESIDE / "goldens").is_dir() else HERE / "goldens"
+LEFT_BEHIND = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", default=str(BESIDE / "goldens"), help="folder of golden files to compare with")
+    parser.addoption("--goldens", default=str(GOLDENS), help="folder of golden files to compare with")
 
 
-def _folder(path: Path, what: str) -> Path:
-    if not path.is_dir():
-        pytest.skip(f"no {what} at {path}; give --goldens DIR")
-    return path
+def untracked() -> set[str]:
+    """Files of the working folder that git neither knows nor ignores; none outside a repository."""
+    command = ["git", "-C", str(HERE.parent), "ls-files", "--others", "--exclude-standard"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
+
+
+def pytest_sessionstart(session):
+    session.config.stash[LEFT_BEHIND] = untracked()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """No test writes into the working folder."""
+    if not hasattr(session.config, "workerinput"):
+        left = sorted(untracked() - session.config.stash[LEFT_BEHIND])
+        if left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line(f"\ntests left files in the working folder: {', '.join(left)}", red=True)
 
 
 def pytest_generate_tests(metafunc):
@@ -43,31 +66,38 @@ def pytest_runtest_setup(item):
     for marker in item.iter_markers("golden"):
         missing = [needed for needed in marker.args if not any(goldens.glob(needed))]
         if missing:
-            pytest.skip(f"no {' and no '.join(missing)} at {goldens}; give --goldens DIR")
+            pytest.skip(f"no {' and no '.join(missing)} at {goldens}; give --goldens=DIR")
 
 
 @pytest.fixture(scope="session")
 def goldens(request) -> Path:
-    return _folder(Path(request.config.getoption("--goldens")).resolve(), "golden files")
+    folder = Path(request.config.getoption("--goldens")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no golden files at {folder}; give --goldens=DIR")
+    return folder
 
 
-def _beside(request, name: str) -> Path:
+def _beside(request, name: str) -> Path | None:
     """`name` beside the goldens, else beside the repository."""
-    path = Path(request.config.getoption("--goldens")).resolve().parent / name
-    return _folder(path if path.is_dir() else BESIDE / name, name)
+    beside = Path(request.config.getoption("--goldens")).resolve().parent
+    return next((folder / name for folder in (beside, BESIDE) if (folder / name).is_dir()), None)
 
 
 @pytest.fixture(scope="session")
-def media(request) -> Path:
-    return _beside(request, "media")
+def media(request, tmp_path_factory) -> Path:
+    if (found := _beside(request, "media")) is not None:
+        return found
+    from tests.runs.small_run import data_set  # here: tests without clips need not wait for its libraries
+
+    return data_set(tmp_path_factory.mktemp("media"), clips=5, stills=2, frames=29)
 
 
 @pytest.fixture(scope="session")
 def bad_inputs(request) -> Path:
-    return _beside(request, "bad_inputs")
+    return _beside(request, "bad_inputs") or HERE / "bad_inputs"
 
 
 @pytest.fixture(scope="session")
 def seeds(request) -> Path:
     """The guides."""
-    return _beside(request, "seeds")
+    return _beside(request, "seeds") or HERE / "guides"

@@ -1,4 +1,4 @@
-"""Runs in several processes on one machine, over gloo, each within a time limit."""
+"""Runs in several processes on one machine, over gloo, and how long they may be silent."""
 
 import multiprocessing
 import os
@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 
@@ -20,9 +24,38 @@ from reeltune import cli
 from reeltune.config.recipe import Recipe
 from reeltune.distributed import watchdog
 from reeltune.families import MODULES
-from reeltune.training import loop as module
+from reeltune.reporting import report
+from reeltune.training import loop
 
-LIMIT_SECONDS = 240
+SILENCE_SECONDS = 300.0  # of a busy machine; the whole of a run may take as long as it needs
+FOUND_SECONDS = 120.0  # silence after which a rank that is gone, late or lost must have been missed by the others
+LOOK_SECONDS = 0.5  # between two looks at what is written
+
+
+def wait(done: Callable[[], object], pulse: Callable[[], object], silence_seconds: float = SILENCE_SECONDS) -> bool:
+    """Until `done` is true; False if `pulse` was the same for `silence_seconds` before that."""
+    last, heard, looked = pulse(), time.monotonic(), time.monotonic()
+    while not done():
+        now = time.monotonic()
+        if now - looked > min(LOOK_SECONDS, silence_seconds / 4):
+            looked, current = now, pulse()
+            if current != last:
+                last, heard = current, now
+        if now - heard > silence_seconds:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def changes(*folders: Path) -> set[tuple[str, int]]:
+    """Every file below the folders, with its time of change: another set as soon as a line or a file is written."""
+    found = set()
+    for place, _, names in chain.from_iterable(map(os.walk, folders)):
+        for name in names:
+            path = os.path.join(place, name)
+            with suppress(OSError):  # moved or removed in between
+                found.add((path, os.stat(path).st_mtime_ns))
+    return found
 
 
 def free_port() -> int:
@@ -39,27 +72,37 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def start(command: list[str], **more) -> subprocess.Popen:
+@dataclass
+class Launched:
+    process: subprocess.Popen
+    printed: IO[str]
+
+
+def start(command: list[str], **more) -> Launched:
     """In a process group of its own, so that a kill takes all of it."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, start_new_session=True, **{**pipes, "env": environment(), **more})
+    printed = TemporaryFile("w+")  # noqa: SIM115  # closed by `end`
+    more = {"env": environment(), "stdout": printed, "stderr": subprocess.STDOUT, "text": True, **more}
+    return Launched(subprocess.Popen(command, start_new_session=True, **more), printed)
 
 
-def end(process: subprocess.Popen, limit_seconds: float = LIMIT_SECONDS) -> tuple[int, str]:
-    """(exit code, what it printed)."""
-    try:
-        told, _ = process.communicate(timeout=limit_seconds)
-    except subprocess.TimeoutExpired:
+def end(launched: Launched, silence_seconds: float = SILENCE_SECONDS) -> tuple[int, str]:
+    """(exit code, what it printed). All of it is ended if it prints nothing for `silence_seconds`."""
+    process, printed = launched.process, launched.printed
+    done = wait(lambda: process.poll() is not None, lambda: os.fstat(printed.fileno()).st_size, silence_seconds)
+    if not done:
         os.killpg(process.pid, signal.SIGKILL)
-        told, _ = process.communicate()
-        raise AssertionError(f"not done after {limit_seconds} s:\n{told}") from None
-    return process.returncode, told
+        process.wait()
+    with printed:
+        printed.seek(0)
+        text = printed.read()
+    assert done, f"silent for {silence_seconds} s after:\n{text}"
+    return process.returncode, text
 
 
-def ends(processes: list[subprocess.Popen], limit_seconds: float = LIMIT_SECONDS) -> list[tuple[int, str]]:
-    """(exit code, what it printed) of each; all are ended if one is not done in time."""
-    with ThreadPoolExecutor(len(processes)) as pool:
-        return list(pool.map(lambda process: end(process, limit_seconds), processes))
+def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of each."""
+    with ThreadPoolExecutor(len(launched)) as pool:
+        return list(pool.map(lambda one: end(one, silence_seconds), launched))
 
 
 # ---- forked from a process that has read the libraries, which takes longest
@@ -76,26 +119,32 @@ class Run:
 
     forks: list
     told: list[Path]  # what each prints
+    folders: Sequence[Path] = ()  # where they write beside
 
     def kill(self, *ranks: int) -> None:
         """All, if none is named."""
         for rank in ranks or range(len(self.forks)):
             self.forks[rank].kill()
 
-    def until(self, true: Callable[[], object], limit_seconds: float = LIMIT_SECONDS) -> None:
-        deadline = time.monotonic() + limit_seconds
-        while not true():
-            assert time.monotonic() < deadline and self.forks[0].is_alive(), self.print()
-            time.sleep(0.0005)
+    def _wait(self, done: Callable[[], object], silence_seconds: float) -> bool:
+        folders = {path.parent for path in self.told}.union(self.folders)
+        return wait(done, lambda: changes(*folders), silence_seconds)
 
-    def end(self, limit_seconds: float = LIMIT_SECONDS) -> list[int]:
-        """Exit codes; all are ended if one is not done in time."""
-        deadline = time.monotonic() + limit_seconds
-        for fork in self.forks:
-            fork.join(max(0.0, deadline - time.monotonic()))
+    def until(self, true: Callable[[], object], silence_seconds: float = SILENCE_SECONDS) -> None:
+        """AssertionError, and an end to all, if rank 0 ends before, or if none writes for `silence_seconds`."""
+        self._wait(lambda: true() or not self.forks[0].is_alive(), silence_seconds)
+        if not true():
+            self.kill()
+            raise AssertionError(self.print())
+
+    def end(self, silence_seconds: float = SILENCE_SECONDS) -> list[int]:
+        """Exit codes; all are ended if none writes a line or a file for `silence_seconds`."""
+        self._wait(lambda: not any(fork.is_alive() for fork in self.forks), silence_seconds)
         late = [rank for rank, fork in enumerate(self.forks) if fork.is_alive()]
         self.kill()
-        assert not late, f"ranks {late} were not done after {limit_seconds} s\n{self.print()}"
+        for fork in self.forks:
+            fork.join()
+        assert not late, f"ranks {late} were silent for {silence_seconds} s\n{self.print()}"
         return [fork.exitcode for fork in self.forks]
 
     def print(self) -> str:
@@ -116,7 +165,7 @@ def forked(work: Sequence[Work], count: int, folder: Path, before: Callable[[int
     forks = [FORKS.Process(target=_one, args=(rank, count, port, work, told[rank], before)) for rank in range(count)]
     for fork in forks:
         fork.start()
-    return Run(forks, told)
+    return Run(forks, told, [folder, *(Path(one.output.output_dir) for one in work if isinstance(one, Recipe))])
 
 
 def _one(rank: int, count: int, port: int, work: Sequence[Work], told: Path, before: Callable | None) -> None:
@@ -135,8 +184,8 @@ def _one(rank: int, count: int, port: int, work: Sequence[Work], told: Path, bef
 
 
 def _train(recipe: Recipe) -> int:
-    module.report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
-    return module.train(recipe)
+    report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
+    return loop.train(recipe)
 
 
 def train(work: Sequence[Work], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:

@@ -15,7 +15,7 @@ from reeltune.checkpoint.folder import complete
 from reeltune.distributed import watchdog
 from reeltune.distributed.watchdog import EXIT_CODE, Watch
 from reeltune.training.background_save import Saving
-from tests.distributed.processes import forked, hasty
+from tests.distributed.processes import FOUND_SECONDS, forked, hasty
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import data_set, recipe
 
@@ -53,11 +53,9 @@ def test_one_killed_alone_is_named_by_the_other(engine, rank, to_do, tmp_path):
     out = tmp_path / "run"
     run = forked([to_do(engine=engine, checkpointing_steps=1, max_train_steps=200)], 2, tmp_path, hasty)
     run.until(lambda: complete(out))
-    started = time.monotonic()
     run.kill(rank)
-    codes = run.end(60)
+    codes = run.end(FOUND_SECONDS)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] in (2, EXIT_CODE)
-    assert time.monotonic() - started < 40
     assert f"rank {rank}" in run.told[1 - rank].read_text().replace(f"rank {1 - rank} stops", ""), run.print()
     assert "resume_from_checkpoint latest" in run.told[1 - rank].read_text(), run.print()
 
@@ -110,14 +108,14 @@ def be_told_to_stop(_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-BLOCK, WRITE = "families.toy.family.ToyBlock.forward", "shards._Writing.resolve_data"
+BLOCK, WRITE = "families.toy.family.ToyBlock.forward", "distributed.sharded_io._Writing.resolve_data"
 HANGS = [  # engine, what is being done, where, in which turn, of which rank
     ("ddp", "data", "data.loader.Reader.__getitem__", 3, 1),
     ("ddp", "encode", "sampling.sample.Setup.encode", 3, 1),
     ("ddp", "encode", "sampling.sample.Setup.encode", 3, 0),
     ("ddp", "forward", BLOCK, 5, 1),
     ("ddp", "forward", BLOCK, 5, 0),
-    ("ddp", "save", "learner.Learner.write_weights", 1, 0),
+    ("ddp", "save", "training.learner.Learner.write_weights", 1, 0),
     ("fsdp", "data", "data.loader.Reader.__getitem__", 3, 1),
     ("fsdp", "forward", BLOCK, 5, 1),  # others wait for the block's weights, in the forward or the backward pass
     ("fsdp", "save", WRITE, 1, 1),
@@ -140,25 +138,23 @@ QUICK = [("ddp", "data", 1), ("ddp", "forward", 1), ("ddp", "save", 0), ("fsdp",
     ],
 )
 def test_all_stop_where_one_hangs_and_name_it(engine, what, where, turn, rank, to_do, tmp_path):
-    started = time.monotonic()
     run = forked([to_do(engine=engine)], 2, tmp_path, At(hang, where, turn, rank))
-    assert run.end(60) == [EXIT_CODE] * 2, run.print()
+    assert run.end(FOUND_SECONDS) == [EXIT_CODE] * 2, run.print()
     step = 4 if what == "save" else 2  # one that is late in writing is so at its next save
     said = f"others wait for more than rank_timeout_seconds = 2: rank {rank} at step {step}, {what}; "
     for told in run.told:
         assert said in told.read_text(), run.print()
     assert "in hang" in run.told[rank].read_text()  # its own trace says where
     assert "in hang" not in run.told[1 - rank].read_text()
-    assert time.monotonic() - started < 40
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_stop_where_one_is_frozen(rank, to_do, tmp_path):
     """As a machine that has lost its power or its network: nothing is closed, and nothing is answered."""
     run = forked([to_do(engine="ddp")], 2, tmp_path, At(freeze, rank=rank, patience_seconds=600.0))
-    run.forks[1 - rank].join(40)
+    run.until(lambda: not run.forks[1 - rank].is_alive(), FOUND_SECONDS)
     run.kill(rank)
-    assert run.end(1)[1 - rank] == EXIT_CODE, run.print()
+    assert run.end()[1 - rank] == EXIT_CODE, run.print()
     said = "no answer for 4 s from rank 0, where" if rank == 0 else "no sign of life for 4 s: rank 1 at step "
     assert f"rank {1 - rank} stops: {said}" in run.told[1 - rank].read_text()
 
@@ -167,7 +163,7 @@ def test_all_stop_where_one_is_frozen(rank, to_do, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_number_in_one_stops_all(engine, to_do, tmp_path):
     run = forked([to_do(engine=engine, checkpointing_steps=1)], 2, tmp_path, At(poison))
-    assert run.end(90) == [2, 2], run.print()
+    assert run.end() == [2, 2], run.print()
     assert "the loss of step 2 is not finite" in run.told[0].read_text(), run.print()
     (record,) = (tmp_path / "run").glob("non-finite-step-2*.json")
     assert len(json.loads(record.read_text())["samples"]) == 2
@@ -181,7 +177,7 @@ def test_one_told_to_stop_ends_all_with_one_checkpoint_and_they_go_on_to_the_sam
     out, settings = tmp_path / "run", {"engine": engine, "checkpointing_steps": 100}
     run = forked([to_do(**settings)], 2, tmp_path, At(be_told_to_stop))
     unbroken = forked([to_do("unbroken", **settings)], 2, tmp_path)
-    assert run.end(90) == [128 + signal.SIGTERM] * 2, run.print()
+    assert run.end() == [128 + signal.SIGTERM] * 2, run.print()
     assert [path.name for path in complete(out)] == ["checkpoint-3"]
     assert [row["step"] for row in lines(out, "save")] == [3]
     assert [row["step"] for row in lines(out)] == [1, 2, 3]
@@ -198,7 +194,7 @@ class Alone:
         real = Saving.finish
 
         def finish(saving):
-            until = time.monotonic() + 60
+            until = time.monotonic() + FOUND_SECONDS
             whole = saving.out / f"checkpoint-{saving.step}" / "progress.json"
             while rank == 1 and saving.under_way is not None and not whole.is_file():
                 assert time.monotonic() < until, f"rank 0 waits for rank 1 before it has {whole}"
@@ -216,7 +212,7 @@ def test_saves_of_several_processes(to_do, tmp_path):
             (tmp_path / engine / left).mkdir(parents=True)
             (tmp_path / engine / left / "weights").write_text("")
     run = forked(recipes, 2, tmp_path, Alone())
-    assert run.end(120) == [0, 0], run.print()
+    assert run.end() == [0, 0], run.print()
     for engine in ENGINES:
         out = tmp_path / engine
         assert [path.name for path in complete(out)] == ["checkpoint-4", "checkpoint-6"]
@@ -227,4 +223,4 @@ def test_saves_of_several_processes(to_do, tmp_path):
         for row in saves[1:]:
             files = [path for path in (out / Path(row["path"]).name).rglob("*") if path.is_file()]
             assert row["bytes"] == sum(path.stat().st_size for path in files) > 0
-            assert 0 < row["seconds"] < 30
+            assert row["seconds"] > 0

@@ -47,13 +47,15 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
     found: list[Any] = [_pairs(TOY, "toy", TOY.modes, SHOWN["toy"].write)]
     folders = [path.parent for path in goldens.glob("multi/*/model_index.json")]
     folders += goldens.glob("wan_fun/checkpoints/*/")
+    variants = set()
     for folder in sorted(folders):
         family = families.find(folder)
+        variants.add(family.name)
         found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, weights.read_config(folder / "transformer")):
             found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
     covered = {one[0].values[0].family for one in found}
-    for family in OWN_WAN if "wan_fun" not in covered else ():
+    for family in [family for family in OWN_WAN if family.name not in variants]:
         variant = family.name.removeprefix("wan_fun/")
         found.append(_pairs(family, variant, family.modes, partial(tiny_checkpoint, variant=variant)))
     for name, family in OWN.items():

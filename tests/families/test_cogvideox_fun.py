@@ -13,7 +13,7 @@ from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
 from reeltune.families import weights
 from reeltune.families.cogvideox_fun import family as cogvideox
-from reeltune.run.inputs import size_rules
+from reeltune.run.sizes import size_rules
 from tests.families.every_family import derive, others
 from tests.runs.small_run import recipe
 

@@ -21,7 +21,8 @@ from reeltune.diffusion.loss import settle
 from reeltune.export.main import export
 from reeltune.families import weights
 from reeltune.families.spec import Family
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.sampling.sample import Setup
 from reeltune.training.loop import train
 from tests.families.every_family import Pair

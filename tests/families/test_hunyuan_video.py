@@ -18,7 +18,7 @@ from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.memory.blocks import blocks_of, recompute
-from reeltune.run.inputs import gather, ledger_of
+from reeltune.run.data import gather, ledger_of
 from reeltune.sampling.prompts import Request
 from reeltune.sampling.sample import Setup, make_clip
 from tests.families.every_family import derive, others

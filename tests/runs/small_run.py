@@ -1,5 +1,6 @@
 """A small data set and recipes for whole runs in tests."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -36,8 +37,18 @@ def data_set(folder: Path, clips: int = 7, stills: int = 2, frames: int = 12) ->
         if kind == "video":
             camera.append({**row, "control_file_path": f"camera/{i}.txt"})
             write_poses(folder / "camera" / f"{i}.txt", frames, drift=0.01 * (i + 1))
-    (folder / "metadata_control.json").write_text(json.dumps(control))
-    (folder / "metadata_camera.json").write_text(json.dumps(camera))
+    plain = [{name: value for name, value in row.items() if name != "control_file_path"} for row in control]
+    for name, entries in (("metadata", plain), ("metadata_control", control), ("metadata_camera", camera)):
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    with (folder / "metadata_control.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, control[0])
+        table.writeheader()
+        table.writerows(control)
+    return measured(folder)
+
+
+def measured(folder: Path) -> Path:
+    """Measures the files of a data set into its `index`; returns the folder."""
     kinds = {".mp4": "video", ".png": "image", ".txt": "camera"}
     files = [File(str(path), kinds[path.suffix]) for path in sorted(folder.glob("*/*"))]
     measure_files(

@@ -27,14 +27,13 @@ from reeltune.training import background_save
 from reeltune.training.background_save import Saving
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
-from tests.distributed.processes import forked
+from tests.distributed.processes import FOUND_SECONDS, forked
 from tests.runs.same_run import assert_equal, assert_same_end, shares
 from tests.runs.small_run import data_set, recipe
 
 STEPS = 6
 ENGINES = ["ddp", "fsdp", *(["zero2", "zero3"] if find_spec("deepspeed") else [])]
 FIRST = ["ddp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES[2:])]
-LIMIT_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def lines(out, kind="save"):
 
 
 def until(true):
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + FOUND_SECONDS
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -173,7 +172,7 @@ def assert_ended_by_a_full_disk(out, *, last_step):
 def test_a_full_disk_ends_all_at_the_next_step(engine, to_do, tmp_path):
     task = to_do(engine=engine, checkpointing_steps=20, max_train_steps=1000)
     run = forked([task], 2, tmp_path, Full(engine))
-    assert run.end(LIMIT_SECONDS) == [2, 2], run.print()
+    assert run.end(FOUND_SECONDS) == [2, 2], run.print()
     assert_ended_by_a_full_disk(tmp_path / "run", last_step=59)
     for told in run.told:
         words = "checkpoint-40 could not be written ([Errno 28] No space left on device); free space in"
@@ -217,7 +216,7 @@ def test_a_save_under_way_is_finished_where_training_ends_by_its_own_error(is_fu
 
     def flush(folder):
         if folder.name == ".checkpoint-4.partial":
-            assert poisoned.wait(LIMIT_SECONDS)
+            assert poisoned.wait(FOUND_SECONDS)
             time.sleep(0.3)
             if is_full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -257,7 +256,7 @@ class Stalled:
 def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, waited, to_do, tmp_path):
     out = tmp_path / "run"
     run = forked([to_do(engine=engine)], 2, tmp_path, Stalled(engine))
-    run.until(lambda: [row["step"] for row in lines(out, "step")][-1:] == [5], LIMIT_SECONDS)
+    run.until(lambda: [row["step"] for row in lines(out, "step")][-1:] == [5], FOUND_SECONDS)
     run.kill()
     run.end()
     assert (out / ".checkpoint-4.partial").is_dir()
@@ -270,7 +269,7 @@ def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, waited, t
 @pytest.mark.slow
 def test_all_stop_where_a_save_comes_to_no_end_and_name_who_writes_it(to_do, tmp_path):
     run = forked([to_do(engine="ddp", rank_timeout_seconds=6.0)], 2, tmp_path, Stalled("ddp"))
-    assert run.end(LIMIT_SECONDS) == [EXIT_CODE] * 2, run.print()
+    assert run.end(FOUND_SECONDS) == [EXIT_CODE] * 2, run.print()
     for told in run.told:
         assert "others wait for more than rank_timeout_seconds = 6: rank 0 at step 6, save;" in told.read_text()
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data import loader
 from reeltune.data.media import MediaError
 from reeltune.families.spec import Parts
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
+from tests.distributed.processes import changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs import fill_slowly
 from tests.runs.same_run import assert_same_end, rows
@@ -228,9 +231,9 @@ def test_another_way_of_encoding_is_another_cache_and_told(run, tmp_path, capfd)
 
 def test_what_was_found_complete_is_not_looked_at_again_until_something_changes(run, own_data, tmp_path, monkeypatch):
     given = cached(run("run", data=own_data, held_out_share=0, max_train_steps=1), tmp_path / "cache")
-    looked, real = [], entries.wanted
+    looked, real = [], entries.items_of
     fill.fill(given)
-    monkeypatch.setattr(entries, "wanted", lambda *of: looked.append(of) or real(*of))
+    monkeypatch.setattr(entries, "items_of", lambda *of: looked.append(of) or real(*of))
 
     def again(given=given) -> int:
         looked.clear()
@@ -271,7 +274,7 @@ def test_held_out_clips_are_never_trained_on(run, tmp_path):
     family, mode, _ = choose_family(given)
     inputs, keys = gather(given, family, mode, show_progress=False), entries.keys_of(given, family, mode)
     by_split = {split: set() for split in ("train", "held_out")}
-    for item in entries.wanted(keys, inputs):
+    for item in entries.items_of(keys, inputs):
         by_split[item.split].add(item.clip)
     held = store.Store(tmp_path / "cache")
     assert by_split["held_out"] and not by_split["train"] & by_split["held_out"]
@@ -296,6 +299,11 @@ def started(given, world):
     return processes
 
 
+def stepped_on(folder, there, processes):
+    """There is another shard, or there will be none."""
+    return len(list(folder.glob("shards/*"))) > there or not any(process.is_alive() for process in processes)
+
+
 def contents(folder):
     held = store.Store(folder)
     return {key: held.read(key, split) for key, (_, split) in held.entries.items()}
@@ -314,12 +322,11 @@ def test_killed_at_any_moment_it_goes_on(run, tmp_path):
     """Processes that share the work are killed again and again; what they left is whole, and is not made again."""
     whole = cached(run("whole"), tmp_path / "whole_cache")
     fill.fill(whole)
-    given, there = cached(run("killed"), tmp_path / "cache"), 0
+    cache, there = tmp_path / "cache", 0
+    given = cached(run("killed"), cache)
     for attempt, world in enumerate((3, 1, 2)):
         processes = started(given, world)
-        deadline = time.monotonic() + 60
-        while not len(list((tmp_path / "cache/shards").glob("*"))) > there and time.monotonic() < deadline:
-            time.sleep(0.001)
+        assert wait(partial(stepped_on, cache, there, processes), lambda: changes(cache))
         time.sleep(dice(attempt, "kill").uniform(0, 0.02))
         for process in processes:
             process.kill()

@@ -14,7 +14,7 @@ from reeltune.estimate import memory_tracker
 from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.result import StepEstimate
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import Learner
 from reeltune.training.loss import training_loss

@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from reeltune.families import weights
+from tests.distributed import processes
 from tests.unit.test_compat import ROOT, Command, commands_in
 
 SMALL = (  # later flags win
@@ -135,8 +134,8 @@ def test_through_accelerate_launch(name, command, media, tmp_path):
     ours, checkpoint = command(run)
     target = ["-m", "reeltune", "train"] if name == "module" else [f"scripts/{ours.script}"]
     launch = [Path(sys.executable).parent / "accelerate", *ours.launch[1:], *target, *ours.argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(launch, cwd=ROOT, env=environment, check=True, timeout=300)
+    code, printed = processes.end(processes.start(launch, cwd=ROOT))
+    assert code == 0, printed
     assert_trained(tmp_path / "run", checkpoint, RUNS[run], media)
 
 

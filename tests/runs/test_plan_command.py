@@ -17,9 +17,11 @@ from reeltune.estimate.main import Machines, forecast
 from reeltune.estimate.page import rounded, write_page
 from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training import loop as train
 from reeltune.training import loss
+from reeltune.training.learner import Learner
 from tests.families.full_size import released, wan_checkpoint
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
@@ -293,7 +295,7 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     assert "encode_ahead" not in words  # so this is off
     assert len(seen) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(train.Learner, "step", full)
+    monkeypatch.setattr(Learner, "step", full)
     with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
         seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
     settings["low_vram"] = False

@@ -20,9 +20,10 @@ from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
 from reeltune.diffusion.objective import Ddpm, Flow
 from reeltune.distributed.engine import Stopwatch
-from reeltune.run.inputs import with_levels
+from reeltune.run.model import with_levels
 from reeltune.training import loss as training_loss
 from reeltune.training.loop import train
+from tests.distributed.processes import end, environment, start
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
 
@@ -124,8 +125,9 @@ def test_two_processes_train_the_run_of_one(toy, data, tmp_path):
     assert train(recipe(toy, data, alone, train_batch_size=4, held_out_share=0.0)) == 0
     (tmp_path / "two.yaml").write_text(dump(recipe(toy, data, together, train_batch_size=2, held_out_share=0.0)))
     launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes=2", "-m"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "reeltune", "train", tmp_path / "two.yaml"], env=environment, check=True, timeout=300)
+    command = [*launch, "reeltune", "train", tmp_path / "two.yaml"]
+    code, printed = end(start(command, env=environment(ACCELERATE_USE_CPU="true")))
+    assert code == 0, printed
     for one, two in zip(steps(alone), steps(together), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)

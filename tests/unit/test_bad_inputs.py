@@ -14,7 +14,7 @@ from reeltune.core.types import Crop, Shape
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.scan import scan
 
-SECONDS = 20  # a case may take, on a busy machine; each needs under one, most of it to start a process
+SECONDS = 120  # a case may take, on a busy machine; each needs under one, most of it to start a process
 
 # What `measure` finds: (kind, frames, height, width, words of a note), or the words of a refusal.
 FILES = {

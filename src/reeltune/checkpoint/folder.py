@@ -38,8 +38,8 @@ PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
 
 def complete(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
-    return sorted((path for path in found if (path / "progress.json").is_file()), key=step_of)
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
+    return sorted((path for path in folders if (path / "progress.json").is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,23 +48,23 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def find(output_dir: Path, wanted: str | None) -> Path | None:
+def find(output_dir: Path, name: str | None) -> Path | None:
     """The checkpoint to resume from: `latest` in output_dir, or a folder by path or by name.
 
     None if nothing was asked for, or `latest` of a run that has none yet.
     Raises UserError for a path that is no complete checkpoint.
     """
-    if wanted is None:
+    if name is None:
         return None
-    if wanted == "latest":
+    if name == "latest":
         return next(reversed(complete(output_dir)), None)
-    for path in (Path(wanted), Path(output_dir) / wanted):
+    for path in (Path(name), Path(output_dir) / name):
         if (path / "progress.json").is_file():
             return path
     have = ", ".join(path.name for path in complete(output_dir)) or "none"
     raise UserError(
         "resume",
-        f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint (a folder with progress.json); "
+        f"resume_from_checkpoint is {name!r}, which is no complete checkpoint (a folder with progress.json); "
         f"complete ones in {output_dir}: {have}; or use latest",
     )
 
@@ -126,7 +126,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
     except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        causes = [broken]
+        causes: list[BaseException] = [broken]
         if isinstance(broken, CheckpointException):  # of all processes
             causes = [cause for cause, _ in broken.failures.values()]
         if not any(map(_is_disk_error, causes)):
@@ -183,7 +183,7 @@ def sweep(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-def _is_disk_error(error: Exception) -> bool:
+def _is_disk_error(error: BaseException) -> bool:
     """torch and safetensors wrap the operating system's error in their own, with its words."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
     lost = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN}

@@ -14,7 +14,7 @@ from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.fake_step import engine_of, training_step
 from reeltune.estimate.frozen_networks import Encoding, Work, decode, encode
 from reeltune.estimate.result import StepEstimate
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 
 T = TypeVar("T")

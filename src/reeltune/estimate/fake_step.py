@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -30,10 +29,11 @@ from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import StepEstimate
 from reeltune.memory.blocks import blocks_of
+from reeltune.memory.size import size_bytes
 from reeltune.optim.trainable import matches, released_names, select
-from reeltune.run.inputs import load_parts
+from reeltune.run.model import load_parts
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import Learner, size_bytes
+from reeltune.training.learner import Learner
 from reeltune.training.loss import training_loss
 
 RESIDENT = ("weights", "still", "average")  # parts that are there in every phase
@@ -84,11 +84,11 @@ class _FakeStep:
         family, memory = setup.family, recipe.memory
         parts = load_parts(recipe, family, engine.device, encoders=False, fake=fake)
         parts.null = encoding.null
-        names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         model = recipe.model
         select(parts.net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.counts = counts_of(parts.net, family.blocks)
-        self.network_bytes = sum(map(size_bytes, weights_of(parts.net)))
+        self.network_bytes = size_bytes(weights_of(parts.net))
         alike = not memory.blocks_to_swap and memory.gradient_checkpointing_share == 1
         self.stands = repeated_blocks.shorten(parts.net, family.blocks) if alike and not whole else []
         self.times: Times = repeated_blocks.times_of(self.stands)
@@ -131,7 +131,7 @@ class _FakeStep:
             flops=dict(tracker.flops),
             resident=self.resident,
             state_bytes=tracker.live["optimizer"],
-            swapped_bytes=sum(size_bytes(weight) for block in learner.swapped for weight in weights_of(block)),
+            swapped_bytes=size_bytes([weights_of(block) for block in learner.swapped]),
             number_bytes=learner.engine.dtype.itemsize,
             weight_bytes={"network": self.network_bytes},
             **passes,

@@ -14,8 +14,8 @@ from reeltune.core.types import Batch, Encoded
 from reeltune.estimate.attribution import tensors_in, weights_of
 from reeltune.estimate.memory_tracker import ELSEWHERE, Tracker
 from reeltune.families.spec import Parts
+from reeltune.memory.size import size_bytes
 from reeltune.sampling.sample import Setup
-from reeltune.training.learner import size_bytes
 
 
 @dataclass
@@ -67,9 +67,9 @@ def encode(setup: Setup, batch: Batch, fake: FakeTensorMode, *, visiting: bool) 
         encoded=encoded,
         null=setup.parts.null,
         batch_bytes=after.live["batch"],
-        clip_bytes=sum(map(size_bytes, made)) // len(batch.draws),
+        clip_bytes=size_bytes(made) // len(batch.draws),
         frozen_bytes=tracker.live["frozen"],
-        weight_bytes={name: sum(map(size_bytes, weights_of(network))) for name, network in setup.parts.frozen.items()},
+        weight_bytes={name: size_bytes(weights_of(network)) for name, network in setup.parts.frozen.items()},
     )
 
 

@@ -22,10 +22,12 @@ from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import MARGIN, Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
-from reeltune.run.inputs import Inputs, check_split, gather, size_rules
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import check_split
+from reeltune.run.sizes import size_rules
 from reeltune.training.learner import ALONE
 from reeltune.training.loop import steps_of
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
@@ -292,7 +294,7 @@ def on_each(recipe: Recipe, step: StepEstimate, gpus: int) -> tuple[dict[str, di
     parallel = recipe.parallel
     name = sharding.name_of(parallel.engine, gpus)
     peaks, host = sharding.peaks(step, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
-    if wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
+    if encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
     return peaks, host

@@ -11,7 +11,7 @@ from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.estimate.result import StepEstimate
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
 TOLD = 3  # changes named
@@ -128,7 +128,8 @@ def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int, *, tiles:
         settings = {"cache_folder": f"{recipe.output.output_dir}/cache", "cache_variants": VARIANTS}
         words = f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more"
         yield Change(settings, SAME + 0.2, says(words))
-    if recipe.cache.cache_folder is None and wanted(memory.encode_ahead, on_gpu=True, low_vram=training.low_vram):
+    encode_ahead = encodes_ahead(memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
+    if encode_ahead and recipe.cache.cache_folder is None:
         yield Change({"encode_ahead": False}, SAME + 0.05, says("nothing is encoded while the network trains"))
     if not training.low_vram and recipe.cache.cache_folder is None:
         yield Change({"low_vram": True}, SAME + 0.1, visits)

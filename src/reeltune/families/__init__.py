@@ -1,4 +1,7 @@
-"""Families by checkpoint: the files say what a checkpoint is. A family is imported only when it is looked for."""
+"""One folder for each model family, and which of them a checkpoint is of.
+
+The checkpoint's own files say what it is. A family is imported only when it is looked for.
+"""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ class Parts:
         del self.loaders[name]
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[nn.Module]:
-        """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
+    def borrow(self, name: str) -> Iterator[Any]:
+        """The frozen network, of its own library's class, on the device, read if it is not yet; afterwards back on the
+        CPU if `low_vram`."""
         if name in self.loaders:
             self._read(name)
         module = self.frozen[name]
@@ -103,6 +104,9 @@ class Family:
     """(state_dict of net, config) -> the same tensors under the released names"""
     from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     """Its inverse, a bijection on the released key list."""
+    save: Callable[..., None]
+    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
+    diffusers'."""
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
     caption: tuple[str, ...] = ("text",)
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
@@ -129,9 +133,6 @@ class Family:
     tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
-    save: Callable[..., None] | None = None
-    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
-    diffusers'. None: the family has no such form."""
 
     def load(
         self,
@@ -204,6 +205,12 @@ class Family:
             described = self.describe(parts, batch.text, picture_BCHW)
         clips = self.encode_clips(parts, batch, mode, options or {})
         return replace(clips, cond=described.cond | clips.cond, keep=self.keep(batch, mode), null=described.null)
+
+
+def needed(x: Tensor | None) -> Tensor:
+    """A batch's control, camera or mask in a mode that needs it, where it is always there."""
+    assert x is not None
+    return x
 
 
 def check_mode(family: Family, mode: str | None) -> str:

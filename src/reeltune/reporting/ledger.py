@@ -166,12 +166,14 @@ class Ledger:
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
                 bad = problems.get(entry)
                 if code == HELD_OUT:
-                    out.writerow([entry, self.held_out[i].path, STATUSES[code], 0, 0, ""])
+                    assert self.held_out is not None
+                    out.writerow([entry, self.held_out[int(i)].path, STATUSES[code], 0, 0, ""])
                 elif i < 0:
+                    assert bad is not None
                     out.writerow([entry, bad.path, STATUSES[code], 0, 0, bad.reason])
                 else:
-                    used, repeated = whole.used[i], whole.repeated[i]
-                    out.writerow([entry, self.train[i].path, STATUSES[code], used, repeated, bad.reason if bad else ""])
+                    name, reason = self.train[int(i)].path, bad.reason if bad else ""
+                    out.writerow([entry, name, STATUSES[code], whole.used[i], whole.repeated[i], reason])
 
 
 def _sum(shares: Sequence[Share]) -> Share:
@@ -180,7 +182,7 @@ def _sum(shares: Sequence[Share]) -> Share:
         for record, (times, reason) in share.failures.items():
             failures[record] = (failures.get(record, (0, ""))[0] + times, reason)
     return Share(
-        np.sum([share.used for share in shares], axis=0, dtype=np.int32),
-        np.sum([share.repeated for share in shares], axis=0, dtype=np.int32),
+        np.stack([share.used for share in shares]).sum(axis=0, dtype=np.int32),
+        np.stack([share.repeated for share in shares]).sum(axis=0, dtype=np.int32),
         failures,
     )

@@ -25,11 +25,6 @@ from torch import Tensor
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 
-# Kinds and fields that an interrupted and resumed run repeats bit for bit; the rest are clock and memory.
-DETERMINISTIC = {
-    "step": ("step", "epoch", "loss", "grad_norm", "lr", "shape", "samples", "tokens"),
-    "validation": ("step", "start_step", "loss", "loss_start", "difference", "band95", "per_band", "n"),
-}
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 VERDICT_EVERY = 5  # console lines
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> package

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from reeltune.config.recipe import Recipe
+from reeltune.config.parse import settings
 from reeltune.core.files import whole_file
 from reeltune.reporting import charts
 
@@ -271,7 +271,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
     """The recipe as (field, value), those that differ from the defaults apart."""
     if not path.exists():
         return {}
-    usual = {setting.name: setting.default for section in fields(Recipe) for setting in fields(section.default_factory)}
+    usual = {name: setting.default for name, setting in settings().items()}
     chosen, left = [], []
     for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         value = tuple(value) if isinstance(value, list) else value

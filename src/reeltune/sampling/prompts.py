@@ -15,6 +15,7 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader, collate
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.plan import Plan
+from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
 from reeltune.families.spec import Family
 
@@ -56,7 +57,8 @@ def prompt_requests(
         rule = f"give {GUIDES[guide]} for each prompt" if guide else f"train_mode {mode} takes none"
         rule += ", or none at all" if guide == "mask" else ""
         raise UserError("validation_paths", f"{len(prompts)} prompts and {len(paths)} paths; {rule}")
-    records, problems = [], []
+    records: list[Record] = []
+    problems = []
     for i, (prompt, path) in enumerate(zip(prompts, paths or [""] * len(prompts), strict=True)):
         try:
             records.append(prompt_record(i, prompt, path, rules, guide, family.native_fps))
@@ -65,7 +67,7 @@ def prompt_requests(
     refuse("validation_paths", problems)
     begun = bool(paths) and guide in ("ref", "mask")
     drop = {name: float(name != "control" and not begun) for name in family.drop}
-    plan = partial(Plan, records, rules, group=1, seed=seed)  # never asked for: these draws are fixed
+    plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
     reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
     make = read_one if guide == "control" else from_picture
     requests = []

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared, Whole
@@ -21,6 +19,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece, whole
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.size import size_bytes
 from reeltune.optim.optimizers import (
     MovingAverage,
     StochasticRounding,
@@ -58,7 +57,7 @@ class Learner:
         found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)
@@ -132,7 +131,7 @@ class Learner:
             "optimizer state": self.optimizer.state_dict(),
             "the moving average": {} if self.average is None else self.average.weights,
         }
-        return {part: sum(size_bytes(leaf) for leaf in tree_leaves(tree)) for part, tree in parts.items()}
+        return {part: size_bytes(tree) for part, tree in parts.items()}
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
@@ -236,9 +235,3 @@ class Learner:
         of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
         state = checkpoint.load(found)
         return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
-
-
-def size_bytes(leaf: object) -> int:
-    """Of a tensor, or of this process's share of one; nothing else has any."""
-    local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-    return local.numel() * local.element_size() if isinstance(local, Tensor) else 0

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
-GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what that makes anew)
+GREW = {  # what a process was doing (watchdog.Doing) -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
     "data": ("reading data", "the batch"),
     "encode": ("encoding", "what the VAE and the encoders are working on"),
@@ -24,7 +24,7 @@ GREW = {  # what a process was doing (watch.DOING) -> (the same in words, what t
 def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
-    """doing: one of watch.DOING. held_bytes: part -> bytes that the learner holds now."""
+    """doing: one of watchdog.Doing. held_bytes: part -> bytes that the learner holds now."""
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     held = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
@@ -42,7 +42,7 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     training, optimization, model = recipe.training, recipe.optimization, recipe.model
     if training.train_batch_size > 1:
         yield f"train_batch_size below {training.train_batch_size}, with more gradient_accumulation_steps"
-    ahead = wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
+    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=training.low_vram)
     if ahead and recipe.cache.cache_folder is None and doing in ("encode", "forward", "step"):
         yield "encode_ahead: false, so that nothing is encoded while the network trains"
     if not training.low_vram:

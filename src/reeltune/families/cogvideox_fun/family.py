@@ -22,7 +22,7 @@ from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, 
 from reeltune.diffusion.objective import Ddpm
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, needed
 from reeltune.families.text import embed_padded
 
 CLASS = "CogVideoXTransformer3DModel"
@@ -54,7 +54,11 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
 def encode_text(parts: Parts, captions: list[str]) -> Tensor:
     """float32 B L D, L = the network's text length (226)."""
     with parts.borrow("text") as encoder:
-        return embed_padded(parts.extras["tokenizer"], encoder, captions, parts.net.config.max_text_seq_length)
+        return embed_padded(parts.extras["tokenizer"], encoder, captions, _text_length(parts.net))
+
+
+def _text_length(net: Any) -> int:
+    return net.config.max_text_seq_length
 
 
 def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
@@ -71,7 +75,7 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
             cond["inpaint"] = inpaint.condition(
                 encoded,
                 pixels,
-                batch.mask_BFHW,
+                needed(batch.mask_BFHW),
                 x0.mean.shape[2:],
                 scale=vae.config.scaling_factor,
                 seeds=batch.seen_seeds if parts.config.get("add_noise_in_inpaint_model") else None,

@@ -29,7 +29,7 @@ from reeltune.diffusion.objective import Flow
 from reeltune.families import inpaint, latents, schedule, weights
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, needed
 
 CLASS = "EasyAnimateTransformer3DModel"
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
@@ -75,12 +75,13 @@ def _load_qwen(folder: Path, dtype: torch.dtype | None, fake: AbstractContextMan
 
 def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
     pixels = batch.pixels_BFCHW
+    network: Any = parts.net
     cond: dict[str, Tensor | Posterior] = {}
     with parts.borrow("vae") as vae:
         encoded = partial(latents.encode_clip, vae)
         x0 = encoded(pixels)
         if mode in ("control", "control_ref"):
-            cond["control"] = encoded(batch.control_BFCHW)
+            cond["control"] = encoded(needed(batch.control_BFCHW))
         if mode in ("control_ref", "control_ref_camera"):
             shown = torch.arange(len(pixels), device=pixels.device), batch.ref_frame_B
             cond["ref"] = encoded(pixels[shown][:, None])
@@ -88,13 +89,13 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
             cond["inpaint"] = inpaint.condition(
                 encoded,
                 pixels,
-                batch.mask_BFHW,
+                needed(batch.mask_BFHW),
                 x0.mean.shape[2:],
                 scale=vae.config.scaling_factor,
-                seeds=batch.seen_seeds if parts.net.config.add_noise_in_inpaint_model else None,
+                seeds=batch.seen_seeds if network.config.add_noise_in_inpaint_model else None,
             )
     if mode == "control_ref_camera":
-        rays_BCFHW = batch.camera_BFCHW.transpose(1, 2)
+        rays_BCFHW = needed(batch.camera_BFCHW).transpose(1, 2)
         cond["camera"] = latents.to_cells(rays_BCFHW, x0.mean.shape[2:]) * CAMERA_SCALE
     return Encoded(x0, cond)
 

@@ -41,7 +41,7 @@ from reeltune.families.spec import Family, Loading, Parts
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
-SPLIT = {  # what is dealt out over the processes of a clip: tokens of clip and text, and their rotary angles
+SPLIT = {  # what is sharded over the processes of a clip: tokens of clip and text, and their rotary angles
     "": {"encoder_attention_mask": ContextParallelInput(split_dim=1, expected_dims=2)},
     "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
     "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
@@ -96,7 +96,8 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
 
     The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
     """
-    pixels, config = batch.pixels_BFCHW, parts.net.config
+    pixels = batch.pixels_BFCHW
+    config: Any = parts.net.config
     with parts.borrow("vae") as vae:
         latents = partial(encode_clip, vae)
         x0 = latents(pixels)
@@ -116,12 +117,13 @@ def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = No
     if picture_BCHW is None:
         return Described(encode_text(parts, captions))
     picture_u8 = ((picture_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
-    interleave = INTERLEAVE[parts.net.config.image_condition_type]
+    config: Any = parts.net.config
+    interleave = INTERLEAVE[config.image_condition_type]
     with_picture = partial(encode_text_and_picture, parts, interleave=interleave)
     return Described(with_picture(captions, picture_u8), with_picture([""] * len(captions), picture_u8))
 
 
-def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
+def first_alone(vae: AutoencoderKLHunyuanVideo, pixels_BFCHW: Tensor) -> Tensor:
     """The first frame, then mid-grey: normalisation spans time, so its latent is not that of the picture alone.
 
     Frames past the VAE's first tile in time do not touch the first latent frame.
@@ -131,8 +133,8 @@ def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
     return shown
 
 
-def first_latent(found: Posterior) -> Posterior:
-    return Posterior(found.mean[:, :, :1], found.logvar[:, :, :1])
+def first_latent(clip: Posterior) -> Posterior:
+    return Posterior(clip.mean[:, :, :1], clip.logvar[:, :, :1])
 
 
 # ---- denoise and decode
@@ -162,15 +164,16 @@ def denoise(
 
 
 def split(net: nn.Module, mesh: DeviceMesh) -> None:
-    """diffusers has no plan for this network, but its attention takes part: it gathers masks that are dealt out."""
+    """diffusers has no plan for this network, but its attention takes part: it gathers masks that are sharded."""
     group = mesh["ulysses"].get_group()
 
     def with_even_text(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = "encoder_hidden_states", "encoder_attention_mask"
-        return inputs, named | dict(zip(names, even_text(*(named[name] for name in names), group.size()), strict=True))
+        text_BLD, mask_BL = (named[name] for name in names)
+        return inputs, named | dict(zip(names, even_text(text_BLD, mask_BL, group.size()), strict=True))
 
     def with_whole_mask(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The text's own layers come before its tokens are dealt out."""
+        """The text's own layers come before its tokens are sharded."""
         text_BLD, timestep_B, mask_BL = inputs
         parts = [torch.empty_like(mask_BL) for _ in range(group.size())]
         dist.all_gather(parts, mask_BL.contiguous(), group)
@@ -179,13 +182,14 @@ def split(net: nn.Module, mesh: DeviceMesh) -> None:
     def with_own_frame(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Blocks take the first frame's tokens from the start of what they are given: here those of this process."""
         *others, first = inputs
-        held = inputs[0].shape[1]
-        return *others, min(max(first - group.rank() * held, 0), held)
+        count = inputs[0].shape[1]
+        return *others, min(max(first - group.rank() * count, 0), count)
 
     context.split(net, mesh, SPLIT)
     net.register_forward_pre_hook(with_even_text, with_kwargs=True)
-    net.context_embedder.register_forward_pre_hook(with_whole_mask)
-    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+    network: Any = net
+    network.context_embedder.register_forward_pre_hook(with_whole_mask)
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
         block.register_forward_pre_hook(with_own_frame)
 
 

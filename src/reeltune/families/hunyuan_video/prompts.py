@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reeltune.families.spec import Parts
 
@@ -53,10 +53,10 @@ def pooled(parts: Parts, captions: Sequence[str]) -> Tensor:
 def tokens_of(tokenizer: Any, template: str, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """int64 (ids_BL, mask_BL) of the captions in the template, cut and padded at the end to `length`."""
     filled = [template.format(caption) for caption in captions]
-    found = tokenizer(
+    tokens = tokenizer(
         filled, max_length=length, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
     )
-    return found.input_ids, found.attention_mask
+    return tokens.input_ids, tokens.attention_mask
 
 
 def encode_text(parts: Parts, captions: Sequence[str], length: int = TEXT_LENGTH) -> Cond:
@@ -101,13 +101,13 @@ def encode_text_and_picture(
     return {"text": torch.stack(rows), "text_mask": torch.stack(masks), "pooled": pooled(parts, captions)}
 
 
-def picture_places(llava: nn.Module) -> int:
+def picture_places(llava: Any) -> int:
     """How many tokens a picture is: one a patch."""
     tower = llava.config.vision_config
     return (tower.image_size // tower.patch_size) ** 2
 
 
-def expand(ids_BL: Tensor, llava: nn.Module) -> Cond:
+def expand(ids_BL: Tensor, llava: Any) -> Cond:
     """The language model's inputs, with the one picture token repeated once a patch; padding is masked."""
     token, pad, places = llava.config.image_token_index, llava.config.pad_token_id, picture_places(llava)
     ids = torch.stack([row.repeat_interleave(torch.where(row == token, places, 1)) for row in ids_BL])

@@ -137,7 +137,7 @@ def load_image(path: Path, dtype: torch.dtype | None, fake: AbstractContextManag
     state = keys.image_from_released(named)
     with torch.device("meta"):
         net = CLIPVisionModel(sizes.image(state, _own_config(path), str(path)))
-    tower = getattr(net, "vision_model", net)  # older releases of transformers nest it
+    tower: Any = getattr(net, "vision_model", net)  # older releases of transformers nest it
     tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]  # the one buffer
     _frozen(tower, state, path, dtype)
     return net
@@ -172,7 +172,7 @@ def save_transformer(folder: Path, state: State, config: dict[str, Any], *, diff
 
 def write_released(
     folder: Path,
-    net: nn.Module,
+    net: Any,
     vae: nn.Module,
     text: nn.Module,
     image: nn.Module | None,
