@@ -11,6 +11,7 @@ import pytest
 
 from reeltune.estimate import sharding
 from reeltune.training import loop as module
+from reeltune.training.learner import Learner
 from tests.distributed.processes import forked
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
@@ -52,12 +53,12 @@ def in_use_bytes() -> int:
 
 def watch(out: str, rank: int) -> None:
     """From before the learner to the end of the third backward pass."""
-    start, make, step = {}, module.Learner.__init__, module.Learner.step
+    start, make, step = {}, module.learner_of, Learner.step
 
-    def made(learner, family, parts, *given, **named):
+    def made(recipe, family, parts, *given, **named):
         start["bytes"] = in_use_bytes()
         start["weights"] = sum(weight.numel() for weight in parts.net.parameters())
-        make(learner, family, parts, *given, **named)
+        return make(recipe, family, parts, *given, **named)
 
     def stepped(learner, number, rate):
         if number == 2:
@@ -66,7 +67,7 @@ def watch(out: str, rank: int) -> None:
             Path(out, f"{rank}.json").write_text(json.dumps({"held": held, "parameters": psi}))
         return step(learner, number, rate)
 
-    module.Learner.__init__, module.Learner.step = made, stepped
+    module.learner_of, Learner.step = made, stepped
 
 
 def held(engine, count, folder):

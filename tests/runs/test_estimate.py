@@ -16,7 +16,7 @@ from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.result import StepEstimate
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe
@@ -61,18 +61,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     parts = load_parts(run, family, engine.device)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
     checkpointing = run.training.gradient_checkpointing
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        run.model,
-        run.optimization,
-        run.memory,
-        seed=0,
-        gradient_checkpointing=checkpointing,
-        batch=2,
-        accumulate=1,
-    )
+    learner = learner_of(run, family, parts, engine, batch=2, accumulate=1)
     batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
     encoded = setup.encode(batch)
     forward_pass = partial(training_loss, setup, learner.net, encoded, batch.draws, run.loss)

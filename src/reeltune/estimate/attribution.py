@@ -23,7 +23,7 @@ def own_network(tracker: Tracker, learner: Learner, times: Times) -> None:
     learning = {id(parameter) for parameter in learner.learning}
     for tensor in weights_of(learner.plain):
         tracker.own([tensor], "weights" if id(tensor) in learning else "still", times)
-    for block in learner.swapped:
+    for block in learner.network.swapped:
         tracker.own(weights_of(block), ELSEWHERE)
     if learner.average is not None:
         for name, average in learner.average.weights.items():

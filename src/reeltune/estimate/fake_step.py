@@ -33,7 +33,7 @@ from reeltune.memory.size import size_bytes
 from reeltune.optim.trainable import matches, released_names, select
 from reeltune.run.model import load_parts
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
 
 RESIDENT = ("weights", "still", "average")  # parts that are there in every phase
@@ -99,15 +99,15 @@ class _FakeStep:
             attribution.offload_activations(parts.net, self.tracker)
         objective = replace(setup.objective)  # which makes its tables anew
         self.setup = replace(setup, parts=parts, objective=objective, autocast=engine.autocast)
-        self.learner = Learner(
+        self.learner = learner_of(
+            replace(
+                recipe,
+                model=still_matching(model, parts.net, names),
+                memory=replace(memory, offload_activations=False),
+            ),
             family,
             parts,
             engine,
-            still_matching(model, parts.net, names),
-            recipe.optimization,
-            replace(memory, offload_activations=False),
-            seed=recipe.training.seed,
-            gradient_checkpointing=recipe.training.gradient_checkpointing,
             batch=len(draws),
             accumulate=recipe.training.gradient_accumulation_steps,
         )
@@ -131,7 +131,7 @@ class _FakeStep:
             flops=dict(tracker.flops),
             resident=self.resident,
             state_bytes=tracker.live["optimizer"],
-            swapped_bytes=size_bytes([weights_of(block) for block in learner.swapped]),
+            swapped_bytes=size_bytes([weights_of(block) for block in learner.network.swapped]),
             number_bytes=learner.engine.dtype.itemsize,
             weight_bytes={"network": self.network_bytes},
             **passes,

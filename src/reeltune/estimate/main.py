@@ -25,9 +25,9 @@ from reeltune.estimate.sharding import ENGINES
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split
 from reeltune.run.sizes import size_rules
-from reeltune.training.learner import ALONE
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
+from reeltune.training.trained_network import ALONE
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
