@@ -19,15 +19,15 @@ from reeltune.distributed.engine import PEAK_FLOPS
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import DataForecast, forecast_data
 from reeltune.estimate.estimator import Estimator
-from reeltune.estimate.remedies import MARGIN, Change, Offer, Verdict, changes, judge, search
+from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
+from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
-from reeltune.training.trained_network import ALONE
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
@@ -102,7 +102,6 @@ class Planned:
     machines: Machines
     inputs: Inputs
     estimator: Estimator
-    preview: bool  # the run makes some
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
@@ -113,7 +112,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     family, mode, gpus = estimator.family, estimator.mode, machines.gpus
     groups = gpus // recipe.parallel.context_parallel  # of devices, that take samples of their own
     inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * groups)
-    planned = Planned(recipe, machines, inputs, estimator, with_preview(recipe, inputs))
+    planned = Planned(recipe, machines, inputs, estimator)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
@@ -148,7 +147,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
         throughput=expected_throughput(machines, clip_flops, len(draws)),
         verdict=verdict,
-        offers=[] if verdict.safe else offers(planned, verdict, largest, progress),
+        offers=offers(planned, verdict, largest, progress),
     )
 
 
@@ -194,7 +193,9 @@ def attempt(
     """The largest step with these changes, and whether it fits."""
     progress(" and ".join(change.words for change in changes) or "the largest step")
     recipe, gpus = changed(planned, changes)
-    step = estimate(planned, recipe, gpus, first_draws(planned, recipe, gpus), preview=planned.preview)
+    step = estimate(
+        planned, recipe, gpus, first_draws(planned, recipe, gpus), preview=with_preview(recipe, planned.inputs)
+    )
     return judge(on_each(recipe, step, gpus)[0], planned.machines.size_bytes), step
 
 
@@ -203,7 +204,7 @@ def offers(planned: Planned, verdict: Verdict, largest: StepEstimate, progress: 
     recipe, gpus = planned.recipe, planned.machines.gpus
     engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
     possible = changes(recipe, engine, gpus, largest.still_blocks, tiles=tiles)
-    candidates = [one for one in possible if goes(planned, (one,)) and could_help(one, verdict, largest, recipe)]
+    candidates = [one for one in possible if goes(planned, (one,))]
     return search(candidates, partial(goes, planned), partial(attempt, planned, progress=progress), (verdict, largest))
 
 
@@ -273,20 +274,9 @@ def check(recipe: Recipe, machines: Machines) -> None:
         problems += [
             f"{name} is {getattr(recipe.memory, name)} and gpus is {gpus}; devices that train together must have all "
             "gradients and weights at once; leave it out, or plan for one"
-            for name in ALONE
-            if getattr(recipe.memory, name)
+            for name in levers.pulled_alone(flat(recipe))
         ]
     refuse("plan", problems)
-
-
-def could_help(change: Change, verdict: Verdict, largest: StepEstimate, recipe: Recipe) -> bool:
-    """Not, where all that it changes fits already, or is less than the count may be off."""
-    full = [
-        phase for phase in ("encode", "preview") if verdict.totals.get(phase, 0) * (1 + MARGIN) > verdict.have_bytes
-    ]
-    if "vae_tiling" in change.settings:  # the slowest to estimate
-        return any(largest.peaks[phase].get(phase, 0) > MARGIN * verdict.have_bytes for phase in full)
-    return bool(full) or not (recipe.training.low_vram and "cache_folder" in change.settings)
 
 
 def on_each(recipe: Recipe, step: StepEstimate, gpus: int) -> tuple[dict[str, dict[str, int]], int]:

@@ -17,9 +17,8 @@ from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import whole
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
-
-ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ def _spare_memory(
         [
             f"{name} is {getattr(memory, name)} and there are {engine.world} processes, which must have all "
             "gradients and weights on their devices at once; leave it out, or start one process"
-            for name in ALONE
-            if getattr(memory, name) and engine.world > 1
+            for name in pulled_alone(vars(memory))
+            if engine.world > 1
         ],
     )
     blocks = blocks_of(net, block_names)
