@@ -15,7 +15,7 @@ from reeltune.memory import levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
 from reeltune.training.out_of_memory import PHASES, remedies
 from scripts.memory_page import page, table
-from tests.unit.test_estimate_parts import rehearsed
+from tests.unit.test_estimate_parts import estimate
 
 PAGE = Path(__file__).parents[2] / "docs/memory.md"
 NEW = Lever(
@@ -72,7 +72,7 @@ def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
     for change in offered:
         written = {name: value for name, value in change.settings.items() if name != "gpus"}
         assert flat(build({**flat(recipe), **written})) != flat(recipe), change.words
-        assert "{" not in change.price.format_map(numbers(rehearsed(), rehearsed(), change.settings))
+        assert "{" not in change.price.format_map(numbers(estimate(), estimate(), change.settings))
 
 
 def words(tree, engine="one", gpus=1, frozen_blocks=0, tiles=True):
