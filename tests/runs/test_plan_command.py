@@ -87,9 +87,7 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
 def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
     run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
     whole = forecast(run, Machines(device="1GB"))
-    found = replace(
-        whole, offers=[Offer(tuple(Change({name: 1}, 0, str) for name in "ab"), whole.verdict, ("x<", "y"))]
-    )
+    found = replace(whole, offers=[Offer(tuple(Change({name: 1}, "") for name in "ab"), whole.verdict, ("x<", "y"))])
     drawn = write_page(found, tmp_path / "plan.html").read_text()
     assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
     assert "<td>x&lt;<br>y</td>" in drawn
@@ -135,7 +133,7 @@ def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path)
         assert "encode" not in waits.peaks[phase]
     assert both.peaks["encode"] == apart.peaks["encode"]
     copies = "copies of what is saved, while it is written"
-    assert both.host_bytes[copies] == 4 * both.rehearsal.trainable + both.rehearsal.state_bytes
+    assert both.host_bytes[copies] == 4 * both.largest_step.trainable + both.largest_step.state_bytes
     assert copies not in waits.host_bytes
     tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")
     offers = forecast(run_of(place, tmp_path / "out", **own), tight).offers
@@ -165,16 +163,16 @@ def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypat
     found = forecast(run, Machines(device="A100"))
     assert time.process_time() - began < 60
     psi = sum(torch.Size(shape).numel() for shape in released(goldens, name).values())
-    assert found.rehearsal.trainable == psi
+    assert found.largest_step.trainable == psi
     step = found.peaks["step"]
     for part, size in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
         assert step[part] == pytest.approx(size, rel=0.001), part
     text = sum(torch.Size(shape).numel() for shape in released(goldens, "umt5-xxl-enc").values())
-    assert found.rehearsal.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
+    assert found.largest_step.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
     tokens = found.data.buckets[0].tokens * found.batch + 512 * found.batch
-    forward = found.rehearsal.flops["forward"]
+    forward = found.largest_step.flops["forward"]
     assert 2 * psi * found.data.buckets[0].tokens * found.batch < forward < 2 * psi * tokens  # text passes some of it
-    assert found.rehearsal.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
+    assert found.largest_step.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
 
 
 @pytest.mark.golden
@@ -201,7 +199,7 @@ def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeyp
         build(read(str(RECIPES / "wan2.1_fun_v1.1_14b_control_80gb.yaml")), where), Machines(device="H100")
     )
     assert found.data.buckets[0].tokens == 32760
-    assert found.rehearsal.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
+    assert found.largest_step.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
     assert found.verdict.safe
     assert found.verdict.need_bytes < 70e9
     # Recomputed once, then two products for each of the forward pass; in attention five for its two.
@@ -289,7 +287,7 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     assert "the forward and backward pass of step 0" in words
     assert f"at {largest.frames} frames of {largest.width} x {largest.height}" in words
     assert "activations and gradients grew" in words
-    assert "train_batch_size below 2" in words
+    assert "the cheapest first: train_batch_size: 1, gradient_accumulation_steps: 2; " in words
     assert "gradient_checkpointing: true" in words
     assert "low_vram" not in words  # it is on
     assert "encode_ahead" not in words  # so this is off
@@ -299,5 +297,5 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
         seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
     settings["low_vram"] = False
-    with pytest.raises(UserError, match=r"encode_ahead: false, .*low_vram: true"):
+    with pytest.raises(UserError, match="first: encode_ahead: false; low_vram: true; cache_folder"):
         train.train(recipe(toy, place / "data", tmp_path / "third", **settings))

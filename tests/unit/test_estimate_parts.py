@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import forecast_data
-from reeltune.estimate.remedies import MARGIN, Change, judge, says, search
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.remedies import MARGIN, Change, judge, search
+from reeltune.estimate.result import StepEstimate
 from tests.unit.test_plan import RULES, Measured, mixed
 
 GB = 10**9
@@ -65,10 +66,11 @@ PSI = 1000
 STEP = {"weights": 4 * PSI, "gradients": 4 * PSI, "optimizer": 8 * PSI, "activations": 700, "frozen": 90}
 
 
-def rehearsed(**changes) -> Rehearsal:
-    found = Rehearsal(
+def estimate(**changes) -> StepEstimate:
+    step = StepEstimate(
         peaks={"backward": STEP},
         flops={},
+        resident={},
         saved_bytes=700,
         gradient_bytes=4 * PSI,
         state_bytes=8 * PSI,
@@ -81,11 +83,8 @@ def rehearsed(**changes) -> Rehearsal:
         block_parameters=100,
         still_blocks=0,
         other_parameters=40,
-        encoded_bytes=0,
-        reached=(),
-        encoded=None,
     )
-    return replace(found, **changes)
+    return replace(step, **changes)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def rehearsed(**changes) -> Rehearsal:
     ],
 )
 def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, shared):
-    parts = sharding.peaks(rehearsed(), engine, gpus)[0]["backward"]
+    parts = sharding.peaks(estimate(), engine, gpus)[0]["backward"]
     assert parts.pop("activations") == 700
     assert parts.pop("frozen") == 90
     assert sum(parts.values()) == shared
@@ -107,23 +106,23 @@ def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, share
 
 def test_shards_shrink_with_devices_and_copies_do_not():
     def total(engine, gpus):
-        return sum(sharding.peaks(rehearsed(), engine, gpus)[0]["backward"].values())
+        return sum(sharding.peaks(estimate(), engine, gpus)[0]["backward"].values())
 
     assert total("fsdp", 8) < total("fsdp", 4) < total("fsdp", 2) < total("ddp", 2) == total("ddp", 8)
 
 
 def test_copies_are_of_the_precision_that_computes():
-    half, full = (sharding.peaks(rehearsed(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
+    half, full = (sharding.peaks(estimate(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
     assert {part: full[part] / half[part] for part in half if full[part] != half[part]} == dict.fromkeys(
         ("weights", "buckets"), 2
     )
 
 
 def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
-    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, offload=True)
+    peaks, host = sharding.peaks(estimate(), "fsdp", 4, offload=True)
     assert host == (4 + 8 + 4) * PSI // 4
     assert peaks["backward"] == {"gathered": 4 * 100 + 4 * 40 + 6 * 100, "activations": 700, "frozen": 90}
-    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, keep_gathered=True)
+    peaks, host = sharding.peaks(estimate(), "fsdp", 4, keep_gathered=True)
     assert host == 0
     assert peaks["backward"]["gathered"] == 2 * (PSI - 40) + 4 * 40 + 6 * 100
 
@@ -170,28 +169,77 @@ def test_what_has_less_room_than_the_error_is_not_called_safe():
     assert judge({"forward": {"weights": int(100 / (1 + MARGIN))}}, 100).safe
 
 
-def test_the_cheapest_sets_of_changes_that_fit_come_first():
-    """Each change takes its own bytes off; a pair is offered where no part of it is enough alone."""
-    savings = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
-    costs = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 10.0, "e": 100.0}
-    candidates = [Change({name: True}, costs[name], says(f"price of {name}")) for name in savings]
-    tried = []
+SAVINGS = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
+
+
+def offered(candidates, tried, *, goes=lambda changes: True, taken_bytes=140):
+    """Names of each set offered, and the offers, where a change takes its own bytes off. tried: what is rehearsed."""
 
     def try_out(changes):
         names = [name for change in changes for name in change.settings]
         tried.append(names)
-        verdict = judge({"step": {"weights": 140 - sum(savings[name] for name in names)}}, 100)
-        return verdict, rehearsed()
+        left = taken_bytes - sum(SAVINGS.get(name, 0) for name in names)
+        return judge({"step": {"weights": left}, "encode": {"weights": 90}}, 100), estimate()
 
-    before = judge({"step": {"weights": 140}}, 100), rehearsed()
-    offers = search(candidates, lambda changes: True, try_out, before)
-    assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
-        ["b", "c"],
-        ["d"],
-        ["e"],
-    ]
+    before = judge({"step": {"weights": taken_bytes}, "encode": {"weights": 90}}, 100), estimate()
+    offers = search(candidates, goes, try_out, before)
+    assert all(offer.verdict.safe for offer in offers)
+    return [[name for change in offer.changes for name in change.settings] for offer in offers], offers
+
+
+def named(*names, **more) -> list[Change]:
+    return [Change({name: True}, f"price of {name}", **more) for name in names]
+
+
+def test_the_cheapest_sets_of_changes_that_fit_come_first():
+    """45 bytes are needed: each set does without the cheapest change of those before it, and has none to spare."""
+    tried = []
+    names, offers = offered(named(*SAVINGS), tried)
+    assert names == [["b", "c"], ["d"], ["e"]]
     assert offers[0].prices == ("price of b", "price of c")
-    assert ["a", "b"] not in tried  # 10 and 25 are too few, which is known beforehand
-    # Where b goes with nothing else:
-    others = search(candidates, lambda changes: {"b": True} not in [c.settings for c in changes], try_out, before)
-    assert [[name for change in offer.changes for name in change.settings] for offer in others] == [["d"], ["e"]]
+    assert ["a", "b"] not in tried and ["a", "b", "c"] not in tried  # known beforehand, from each alone
+    alone = [["d"], ["e"]]
+    assert (
+        offered(named(*SAVINGS), [], goes=lambda changes: {"b": True} not in [c.settings for c in changes])[0] == alone
+    )
+    assert offered(named("a", "b"), [])[0] == []
+    assert offered(named("a", "b"), [], taken_bytes=95)[0] == []  # it fits as it is
+
+
+def test_a_change_takes_the_place_of_one_it_does_not_go_with():
+    def goes(changes):
+        return not {"b", "d"} <= {name for change in changes for name in change.settings}
+
+    assert offered(named("b", "d"), [], goes=goes)[0] == [["d"]]
+    assert offered([Change({"b": 1}, ""), Change({"b": 2, "d": 1}, "")], [])[0] == [["b", "d"]]
+
+
+def test_what_spares_nothing_in_the_fullest_phase_is_not_tried():
+    tried = []
+    assert offered([*named("e", phases=frozenset({"encode"})), *named("d")], tried)[0] == [["d"]]
+    assert tried == [["d"]]
+
+
+def test_changes_that_spare_less_together_are_not_offered():
+    def try_out(changes):
+        names = {name for change in changes for name in change.settings}
+        left = 140 - (30 if names & {"x", "y"} else 0) - (20 if "z" in names else 0)  # x and y spare the same
+        return judge({"step": {"weights": left}}, 100), estimate()
+
+    before = judge({"step": {"weights": 140}}, 100), estimate()
+    offers = search(named("x", "y", "z"), lambda changes: True, try_out, before)
+    assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
+        ["x", "z"],
+        ["y", "z"],
+    ]
+
+
+def test_more_devices_come_last_and_as_few_as_are_enough():
+    machines = [Change({"gpus": count, f"m{count}": True}, "{gpus} devices") for count in (2, 4, 8)]
+    candidates = [*named("c", "d"), *machines]
+    with mock.patch.dict(SAVINGS, m2=20, m4=50, m8=70):
+        names, offers = offered(candidates, [])
+        assert names == [["d"], ["gpus", "m4"]]
+        assert offers[1].prices == ("4 devices",)
+        names, _ = offered(candidates, [], taken_bytes=190)  # none alone: the most, with what it takes beside
+        assert names == [["c", "gpus", "m8"]]

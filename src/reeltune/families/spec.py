@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class Loading:
     frozen_dtype: torch.dtype | None  # of VAE and encoders; None: as stored
     device: torch.device  # of the trained network; "meta": its weights are not read
     transformer_path: Path | None  # other weights for the same network: a file, or a saved folder
+    fake: AbstractContextManager | None = None
+    """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
 
 
 def plain(tokenizer: Any, captions: list[str]) -> list[str]:
@@ -167,17 +169,18 @@ class Family:
         network_device: torch.device | str | None = None,
         vae_tiling: bool = False,
         transformer_path: str | Path | None = None,
+        fake: AbstractContextManager | None = None,
     ) -> Parts:
         """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
         Without `encoders` VAE and encoders are read when they are first borrowed, and null stays empty; without
         `network` its weights are not read, and it stays on the meta device. transformer_path: other weights for the
-        same network. Raises UserError listing every missing, unexpected and misshapen key.
+        same network. fake: as of Loading. Raises UserError listing every missing, unexpected and misshapen key.
         """
         device = torch.device(device)
         place = torch.device(network_device or device) if network else torch.device("meta")
         other = None if transformer_path is None else Path(transformer_path)
-        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other))
+        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other, fake))
         parts.device, parts.low_vram = device, low_vram
         if vae_tiling:
             self._tile(parts)
