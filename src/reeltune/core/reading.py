@@ -39,8 +39,9 @@ class as_user_error:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        panic = kind is not None and kind.__name__ == "PanicException"  # of libraries in Rust: no Exception
-        if (isinstance(error, Exception) or panic) and not isinstance(error, UserError | MemoryError):
+        if error is None or isinstance(error, UserError | MemoryError):
+            return
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of Rust: no Exception
             raise UserError(self.where, f"{self.problem} ({reason_of(error)}); {self.remedy}") from error
 
 

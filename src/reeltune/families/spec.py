@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,9 +70,9 @@ class Loading:
     """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
 
 
-def plain(tokenizer: Any, captions: list[str]) -> list[str]:
+def plain(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """Captions as they are."""
-    return captions
+    return list(captions)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TokenLimit:
     reader: str  # "the text encoder"
     tokenizer: Path  # its folder
     tokens: int  # at most, those around the caption included
-    as_read: Callable[[Any, list[str]], list[str]] = plain
+    as_read: Callable[[Any, Sequence[str]], list[str]] = plain
     """(tokenizer, captions) -> what is tokenised: the caption in its template."""
     special: bool = True
     """The tokenizer adds its own marks of beginning and end."""

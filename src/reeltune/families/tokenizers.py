@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def check_chat_template(tokenizer: Any, folder: Path) -> None:
         as_turns(tokenizer, ["a cat"])
 
 
-def as_turns(tokenizer: Any, captions: list[str]) -> list[str]:
+def as_turns(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """Each caption as a user's turn, and the beginning of the answer."""
     turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

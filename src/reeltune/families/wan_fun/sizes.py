@@ -7,6 +7,7 @@ The transformer's config.json comes in four dialects: as released (in_dim, dim),
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from math import isqrt, prod
 from typing import Any
 
@@ -187,7 +188,7 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 def text(state: State, where: str) -> UMT5Config:
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     bias = f"{attention}.relative_attention_bias.weight"
-    needed = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
+    needed: dict[str, int] = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
     _need(state, needed, where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
     buckets, heads = state[bias].shape
@@ -234,7 +235,7 @@ def count(state: State, prefix: str, where: str) -> int:
     return len(numbers)
 
 
-def _need(state: State, axes: dict[str, int], where: str, what: str) -> None:
+def _need(state: State, axes: Mapping[str, int], where: str, what: str) -> None:
     """axes: name -> of how many axes the tensor is, none of them empty."""
     missing = [name for name in axes if name not in state]
     if missing:
