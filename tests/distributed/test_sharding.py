@@ -15,7 +15,7 @@ from reeltune.training.learner import Learner
 from tests.distributed.processes import forked
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
-from tests.unit.test_estimate_parts import rehearsed
+from tests.unit.test_estimate_parts import estimate
 
 NEAR = 0.05
 SIZES = {"width": 256, "heads": 2, "layers": 8}
@@ -95,8 +95,8 @@ def test_each_process_holds_what_was_foretold(engine, beside_bytes, tmp_path):
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
     each, psi = held(engine, 2, tmp_path)
     parts = {"weights": 4 * psi, "gradients": 4 * psi, "optimizer": 8 * psi}
-    found = rehearsed(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
-    foretold = sharding.peaks(found, engine, 2)[0]["backward"]
+    step = estimate(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
+    foretold = sharding.peaks(step, engine, 2)[0]["backward"]
     gathered = foretold.pop("gathered", 0)  # ZeRO-3 gives it back when it needs the room, FSDP at once
     kept = gathered if engine == "zero3" else 0
     if engine == "zero2":

@@ -18,6 +18,7 @@ from reeltune.core.errors import UserError
 
 MOST_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json of an encoder here has 17 MB
 MOST_YAML_BYTES = 100_000  # the densest take PyYAML two seconds (measured, 2026-11)
+MOST_NAME_BYTES = 255  # of a file's, on any file system
 DEPTH = 64  # lists and tables within each other; no file of a checkpoint or a recipe has ten
 AGAIN = "download it again"
 
@@ -116,7 +117,8 @@ def brief(value: Any, most: int = 120) -> str:
 
 def bare_name(name: Any) -> str:
     """A file's name as another file gives it. Raises ValueError for what could lead out of the folder."""
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0"):
+    plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
+    if not plain or name in ("", ".", "..") or len(name.encode()) > MOST_NAME_BYTES:
         raise ValueError(f"{str(name)[:80]!r} is no name of a file in this folder")
     return name
 

@@ -264,7 +264,7 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     """`reeltune plan`: prints the forecast; with `html` also writes it there."""
     waiting = Console(stderr=True)
     with waiting.status("reading measurements") as status:
-        found = forecast(recipe, machines, told=lambda words: status.update(f"rehearsing: {words}"))
+        found = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
     console = Console()
     show(found, console)
     if html is not None:

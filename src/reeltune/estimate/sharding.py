@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 
 Parts = dict[str, int]
 FULL = 4  # bytes of a number in fp32; those that compute have found.number_bytes
@@ -21,7 +21,7 @@ class Engine:
     """How parts of a step on one GPU become parts of a step on each of N."""
 
     words: str
-    share: Callable[[Rehearsal, str, int], Parts]
+    share: Callable[[StepEstimate, str, int], Parts]
     """(rehearsal, phase, N) -> parts at the fullest moment of the phase."""
     own_copies: bool
     """The network computes with copies of its own in the run's precision, not under autocast."""
@@ -29,16 +29,16 @@ class Engine:
     """Parts that `offload` keeps in the machine's own memory."""
 
 
-def _one(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _one(found: StepEstimate, phase: str, gpus: int) -> Parts:
     return dict(found.peaks[phase])
 
 
-def _ddp(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _ddp(found: StepEstimate, phase: str, gpus: int) -> Parts:
     """Gradients are copied into buckets that are exchanged (torch/csrc/distributed/c10d/reducer.cpp)."""
     return {**found.peaks[phase], "buckets": found.peaks[phase]["weights"]}
 
 
-def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _zero2(found: StepEstimate, phase: str, gpus: int) -> Parts:
     """bf16 weights whole; fp32 copies, state and gradients shared out (https://arxiv.org/abs/1910.02054, section 5)."""
     share = -(-found.trainable // gpus)
     parts = _computed_in_copies(found, phase)
@@ -49,7 +49,7 @@ def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
     return parts
 
 
-def _zero3(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _zero3(found: StepEstimate, phase: str, gpus: int) -> Parts:
     """As ZeRO-2, and the weights too: whole only where they are at work, up to stage3_max_live_parameters."""
     parts = _zero2(found, phase, gpus)
     whole = parts["weights"]
@@ -58,7 +58,7 @@ def _zero3(found: Rehearsal, phase: str, gpus: int) -> Parts:
     return parts
 
 
-def _fsdp(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _fsdp(found: StepEstimate, phase: str, gpus: int) -> Parts:
     """fp32 weights, gradients and state shared out. Whole are two blocks of bf16 weights, as one computes while the
     next is gathered; what is in no block, in fp32; and a block's gradients in bf16 and, to be added up, in fp32
     (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
@@ -75,7 +75,7 @@ def _fsdp(found: Rehearsal, phase: str, gpus: int) -> Parts:
     return parts
 
 
-def _fsdp_gathered(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _fsdp_gathered(found: StepEstimate, phase: str, gpus: int) -> Parts:
     """With keep_gathered all blocks stay whole from forward to backward pass."""
     parts = _fsdp(found, phase, gpus)
     if phase in ("forward", "backward"):
@@ -84,7 +84,7 @@ def _fsdp_gathered(found: Rehearsal, phase: str, gpus: int) -> Parts:
     return parts
 
 
-def _computed_in_copies(found: Rehearsal, phase: str) -> Parts:
+def _computed_in_copies(found: StepEstimate, phase: str) -> Parts:
     """The phase's parts; of weights kept in fp32, the copies that compute."""
     parts = dict(found.peaks[phase])
     parts["weights"] = found.number_bytes * found.trainable
@@ -92,7 +92,7 @@ def _computed_in_copies(found: Rehearsal, phase: str) -> Parts:
     return parts
 
 
-def _state(found: Rehearsal, share: int) -> int:
+def _state(found: StepEstimate, share: int) -> int:
     return found.state_bytes * share // max(found.trainable, 1)
 
 
@@ -111,7 +111,7 @@ def name_of(engine: str | None, gpus: int) -> str:
 
 
 def peaks(
-    found: Rehearsal, engine: str, gpus: int, *, offload: bool = False, keep_gathered: bool = False
+    found: StepEstimate, engine: str, gpus: int, *, offload: bool = False, keep_gathered: bool = False
 ) -> tuple[dict[str, Parts], int]:
     """(phase -> part -> bytes on each GPU, bytes that each process keeps in the machine's own memory)."""
     kind = ENGINES[engine]
