@@ -27,7 +27,8 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.types import Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
 from tests.conftest import GOLDENS
 from tests.families.every_family import pairs

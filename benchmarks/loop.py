@@ -29,6 +29,7 @@ from reeltune.distributed.engine import Stopwatch
 from reeltune.reporting.log import Log
 from reeltune.sampling.sample import Setup
 from reeltune.training import loop as training
+from reeltune.training import loss as training_loss
 from tests.families.tiny_wan import tiny_checkpoint
 
 FRAMES, SIDE, BATCH = 9, 224, 2
@@ -75,7 +76,7 @@ class Pair:
         self.bare_s.append(self.left_off - begin)
 
     def run(self, recipe: Recipe) -> None:
-        self.diffusion_loss, self.log_step, encode = training.diffusion_loss, Log.step, Setup.encode
+        self.diffusion_loss, self.log_step, encode = training_loss.diffusion_loss, Log.step, Setup.encode
         encoded: list[Encoded] = []
 
         def encode_once(setup: Setup, batch: Batch) -> Encoded:
@@ -84,7 +85,7 @@ class Pair:
             return encoded[0]
 
         with (
-            mock.patch.object(training, "diffusion_loss", self.loss),
+            mock.patch.object(training_loss, "diffusion_loss", self.loss),
             mock.patch.object(Log, "step", lambda *given: self.log(*given)),
             mock.patch.object(Setup, "encode", encode_once),
             mock.patch.object(Stopwatch, "_now", lambda _: time.process_time()),

@@ -371,7 +371,7 @@ def table(rows: list[Row]) -> str:
             worst[key] = row._replace(tensor=tensor)
     same = [row for row in worst.values() if row.ok and row.absolute == 0]
     lines = [
-        "# Parity",
+        "# Parity with the original tools",
         "",
         "Largest differences from the numbers of the original tools (VideoX-Fun 804a425) on tiny random checkpoints,",
         "float32 on the CPU. Relative: over the largest value of the original's tensor.",

@@ -20,7 +20,8 @@ FLOORS = (  # from the top; a room imports from its own floor's other rooms or f
     ("run",),
     ("checkpoint",),
     ("families", "reporting", "distributed"),
-    ("diffusion", "data", "config", "optim", "memory"),
+    ("config",),
+    ("diffusion", "data", "optim", "memory"),
     ("core",),
 )
 BESIDE = frozenset({("compat", "cli"), ("__main__", "cli")})  # doors that open onto another

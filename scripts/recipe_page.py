@@ -7,16 +7,17 @@ from reeltune.config.parse import Setting, expected, sentences, settings
 from reeltune.config.rules import ABOVE_ZERO, ANY, DECAYS, RANGES, shown
 
 HEAD = """\
-# Settings of a run
+# All settings
 
 Written by `make docs` from `src/reeltune/config/recipe.py`; change it there.
 
-A recipe is a flat YAML file of these names. Each is also a flag of `reeltune train`, `check` and `sample`, and a flag
-wins over the file: `--learning_rate 1e-5` or `--learning_rate=1e-5`; a switch may stand alone, `--low_vram`; a list
-takes several values, `--trainable_modules attn ref_conv`. Where a value may be `none`, that word clears it.
+A recipe is a flat YAML file of these names; [recipes](../recipes) has one for each released variant. Each name is also
+a flag of `reeltune train`, `check`, `plan`, `cache` and `sample`, and a flag wins over the file: `--learning_rate 1e-5`
+or `--learning_rate=1e-5`. A switch may stand alone: `--low_vram`. A list takes several values:
+`--trainable_modules attn ref_conv`. Where a value may be `none`, that word clears it.
 
-Everything is checked before a file of the run is opened, and all that is wrong is told at once. A run's folder keeps
-its settings as `recipe.yaml`, which starts the same run again.
+All settings are checked before any file of the run is opened, and every problem is listed at once. A run writes its
+settings into its folder as `recipe.yaml`, which starts the same run again.
 """
 
 

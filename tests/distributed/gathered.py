@@ -7,15 +7,16 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from reeltune.families import weights
+from reeltune.training.duties import Duties
 from reeltune.training.learner import Learner
-from reeltune.training.loop import Duties
 
 
 def leave_gathered(rank: int) -> None:
-    def save(duties: Duties, progress, *args, real=Duties.save, **named):
-        real(duties, progress, *args, **named)
-        if progress.step == duties.recipe.training.max_train_steps:
-            state = gathered(duties.learner)
+    def save(duties: Duties, *, last=False, real=Duties.save):
+        real(duties, last=last)
+        run = duties.run
+        if run.progress.step == run.recipe.training.max_train_steps:
+            state = gathered(run.learner)
             if rank == 0:
                 weights.write(state, duties.out / "gathered.safetensors")
 

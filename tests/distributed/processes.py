@@ -24,7 +24,8 @@ from reeltune import cli
 from reeltune.config.recipe import Recipe
 from reeltune.distributed import watchdog
 from reeltune.families import MODULES
-from reeltune.training import loop as module
+from reeltune.reporting import report
+from reeltune.training import loop
 
 SILENCE_SECONDS = 300.0  # of a busy machine; the whole of a run may take as long as it needs
 FOUND_SECONDS = 120.0  # silence after which a rank that is gone, late or lost must have been missed by the others
@@ -183,8 +184,8 @@ def _one(rank: int, count: int, port: int, work: Sequence[Work], told: Path, bef
 
 
 def _train(recipe: Recipe) -> int:
-    module.report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
-    return module.train(recipe)
+    report.write = lambda out: out / "report.html"  # has tests of its own, and takes longer than a tiny run
+    return loop.train(recipe)
 
 
 def train(work: Sequence[Work], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:

@@ -15,7 +15,7 @@ from reeltune.core.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.wan_fun import family as wan
-from reeltune.run.inputs import choose_family, even_side
+from reeltune.run.model import choose_family, even_side
 from reeltune.training import loop as module
 from tests.distributed.processes import FORKS, free_port, train
 from tests.families.every_family import SHOWN, pairs

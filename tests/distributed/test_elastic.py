@@ -5,9 +5,10 @@ import pytest
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
-from reeltune.run.inputs import choose_family, gather
-from reeltune.training.engine_choice import Rhythm, engine_of, rhythm
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
+from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
 from tests.families.every_family import SHOWN
 from tests.runs.small_run import data_set, recipe
 
@@ -30,26 +31,26 @@ def reader(asked):
 
 
 def test_the_micro_step_is_kept():
-    assert rhythm(2, 4) == Rhythm(group=8, parts=1, batch=2)
-    kept = {world: rhythm(2, world, 8) for world in (1, 2, 4, 8)}
-    assert {world: (pace.parts, pace.batch) for world, pace in kept.items()} == {
+    assert split_batch(2, 4) == BatchSplit(group=8, passes=1, batch=2)
+    kept = {world: split_batch(2, world, 8) for world in (1, 2, 4, 8)}
+    assert {world: (split.passes, split.batch) for world, split in kept.items()} == {
         1: (4, 2),
         2: (2, 2),
         4: (1, 2),
         8: (1, 1),  # each takes fewer
     }
-    for world, pace in kept.items():
-        assert world * pace.parts * pace.batch == pace.group == 8
+    for world, split in kept.items():
+        assert world * split.passes * split.batch == split.group == 8
 
 
 @pytest.mark.parametrize(("engine", "told"), [("zero2", 1), ("fsdp", 1), ("ddp", 0)])
 def test_one_process_with_an_engine_is_told_that_it_deals_out_nothing(engine, told, asked, monkeypatch):
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    notices = engine_of(asked("one", engine=engine)).notices
+    notices = parallelism_of(asked("one", engine=engine)).notices
     assert [f"engine is {engine}, but one process was started" in line for line in notices] == [True] * told
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert engine_of(asked("one", engine=engine)).notices == ()
+    assert parallelism_of(asked("one", engine=engine)).notices == ()
 
 
 @pytest.mark.parametrize(
@@ -58,24 +59,24 @@ def test_one_process_with_an_engine_is_told_that_it_deals_out_nothing(engine, to
 )
 def test_what_does_not_come_out_even_is_refused_with_the_numbers_that_do(batch, world, group, fits):
     with pytest.raises(UserError) as error:
-        rhythm(batch, world, group)
+        split_batch(batch, world, group)
     (told,) = error.value.problems
     assert f"takes {group} samples in a micro-step" in told
     assert f"processes: {world} and train_batch_size: {batch};" in told
     assert told.endswith(f"as many processes as one of {fits}")
     for count in map(int, fits.split(", ")):
-        assert rhythm(batch, count, group).group == group
+        assert split_batch(batch, count, group).group == group
 
 
 def taken(reader, start, micro_steps, world, train_batch_size):
     """The draws of so many micro-steps from `start` on, in the plan's order, and where they end."""
-    pace = rhythm(train_batch_size, world, GROUP)
+    split = split_batch(train_batch_size, world, GROUP)
     found = []
     for rank in range(world):
-        batches = stream(reader, start, workers=0, rank=rank, world=world, parts=pace.parts)
-        mine = [next(batches) for _ in range(micro_steps * pace.parts)]
-        assert all(len(batch.draws) == pace.batch for batch, *_ in mine)
-        found.append([mine[k * pace.parts : (k + 1) * pace.parts] for k in range(micro_steps)])
+        batches = stream(reader, start, workers=0, rank=rank, world=world, passes=split.passes)
+        mine = [next(batches) for _ in range(micro_steps * split.passes)]
+        assert all(len(batch.draws) == split.batch for batch, *_ in mine)
+        found.append([mine[k * split.passes : (k + 1) * split.passes] for k in range(micro_steps)])
         _, epoch, cursor = mine[-1]
     draws = [draw for k in range(micro_steps) for steps in found for batch, *_ in steps[k] for draw in batch.draws]
     return draws, Progress(epoch=epoch, cursor=cursor, group=GROUP)

@@ -8,7 +8,7 @@ from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.estimate import memory_tracker
 from reeltune.estimate.fake_step import ALL, rehearse
 from reeltune.estimate.repeated_blocks import shorten
-from reeltune.run.inputs import choose_family, load_parts
+from reeltune.run.model import choose_family, load_parts
 from tests.families.every_family import OWN, derive
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe

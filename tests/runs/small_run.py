@@ -44,6 +44,11 @@ def data_set(folder: Path, clips: int = 7, stills: int = 2, frames: int = 12) ->
         table = csv.DictWriter(file, control[0])
         table.writeheader()
         table.writerows(control)
+    return measured(folder)
+
+
+def measured(folder: Path) -> Path:
+    """Measures the files of a data set into its `index`; returns the folder."""
     kinds = {".mp4": "video", ".png": "image", ".txt": "camera"}
     files = [File(str(path), kinds[path.suffix]) for path in sorted(folder.glob("*/*"))]
     measure_files(

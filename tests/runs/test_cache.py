@@ -16,7 +16,8 @@ from reeltune.core.errors import UserError
 from reeltune.data import loader
 from reeltune.data.media import MediaError
 from reeltune.families.spec import Parts
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.caching import STEPS, cached, entries_written
@@ -175,9 +176,9 @@ def test_another_way_of_encoding_is_another_cache_and_told(run, tmp_path, capfd)
 
 def test_what_was_found_complete_is_not_looked_at_again_until_something_changes(run, own_data, tmp_path, monkeypatch):
     given = cached(run("run", data=own_data, held_out_share=0, max_train_steps=1), tmp_path / "cache")
-    looked, real = [], entries.wanted
+    looked, real = [], entries.items_of
     fill.fill(given)
-    monkeypatch.setattr(entries, "wanted", lambda *of: looked.append(of) or real(*of))
+    monkeypatch.setattr(entries, "items_of", lambda *of: looked.append(of) or real(*of))
 
     def again(given=given) -> int:
         looked.clear()
@@ -218,7 +219,7 @@ def test_held_out_clips_are_never_trained_on(run, tmp_path):
     family, mode, _ = choose_family(given)
     inputs, keys = gather(given, family, mode, show_progress=False), entries.keys_of(given, family, mode)
     by_split = {split: set() for split in ("train", "held_out")}
-    for item in entries.wanted(keys, inputs):
+    for item in entries.items_of(keys, inputs):
         by_split[item.split].add(item.clip)
     held = store.Store(tmp_path / "cache")
     assert by_split["held_out"] and not by_split["train"] & by_split["held_out"]

@@ -14,7 +14,7 @@ from reeltune.data.media import write_clip
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate.check import check
-from reeltune.run.inputs import short_clips
+from reeltune.run.sizes import short_clips
 from tests.families.tiny_wan import tiny_checkpoint
 
 

@@ -1,11 +1,15 @@
-"""Every command in the documents is run, with small sizes, on a tiny checkpoint and a small data set."""
+"""The documents: every command is run, with small sizes, on a tiny checkpoint and a small data set; what they name is
+there."""
 
+import ast
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from reeltune import cli, compat
 from reeltune.config.parse import settings
@@ -14,7 +18,10 @@ from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "src" / "reeltune"
+README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), PACKAGE / "families" / "ADDING.md"]
+OF_THEIR_DAY = ("log.md", "CHANGELOG.md")  # what they name may be gone
 SMALL = {
     "video_sample_n_frames": 5,
     "video_sample_stride": 1,
@@ -29,6 +36,10 @@ SMALL = {
     "held_out_levels": 1,
     "report_to": "none",
 }
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def commands_of(page: Path) -> list[str]:
@@ -65,7 +76,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=name_of)
 def test_commands_run(page, place):
     for command in commands_of(page):
         kept = {"mixed_precision"} if "--mixed_precision" in command else set()
@@ -92,11 +103,39 @@ def assert_known(command: str) -> None:
         assert words[0] == "export", f"a document has a command that no test runs: {command}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))
+    assert {str(page.relative_to(ROOT)) for page in PAGES if page != README} <= links
+
+
+def test_the_tree_in_the_readme_is_that_of_the_package():
+    """Each folder with the first line of its docstring."""
+    tree = re.search(r"^src/reeltune/\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert tree is not None
+    lines = re.findall(r"^( *)(\S+) +(.+)$", tree[1], re.MULTILINE)
+    told = {name.rstrip("/"): about for indent, name, about in lines if indent}
+    folders = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
+    files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert told.keys() == folders.keys() | files
+    for name, path in folders.items():
+        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
+        assert told[name] == first.replace(" (no torch)", "").rstrip("."), f"copy {name}'s line into the README's tree"
+    assert all((ROOT / name).is_dir() for indent, name, _ in lines if not indent)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OF_THEIR_DAY], ids=name_of)
+def test_files_named_in_the_documents_exist(page):
+    """Words in code marks such as `data/plan.py`: from the top, from the package or from its families."""
+    names = set(re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|md|yaml))`", page.read_text(encoding="utf-8")))
+    bases = ROOT, PACKAGE, PACKAGE / "families"
+    assert not [name for name in names if not any((base / name).exists() for base in bases)]
 
 
 def test_settings_named_in_the_documents_exist():
@@ -107,6 +146,19 @@ def test_settings_named_in_the_documents_exist():
         for word in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){2,})`", file.read_text(encoding="utf-8")):
             if set(word.split("_")) <= parts:
                 assert word in known, f"{file.name} names {word}"
+
+
+def test_the_changelog_has_the_version():
+    """pyproject.toml is the one place that says it."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_a_commit_is_checked_by_what_make_lint_runs():
+    lint = subprocess.run(["make", "-n", "lint"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    for hook in hooks:
+        assert hook["language"] == "system" and hook["entry"].removesuffix(" --fix") in lint
 
 
 def test_the_page_of_settings_is_up_to_date():

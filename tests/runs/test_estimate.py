@@ -11,9 +11,10 @@ from reeltune.core.types import Crop, Draw, Shape
 from reeltune.diffusion.loss import diffusion_loss
 from reeltune.distributed.engine import Engine
 from reeltune.estimate import memory_tracker
-from reeltune.estimate.fake_step import ALL, CHANGES, rehearse
+from reeltune.estimate.fake_step import ALL, rehearse
 from reeltune.estimate.fakes import empty_batch
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.memory.levers import reworked
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import Learner
 from tests.families.tiny_wan import tiny_checkpoint
@@ -118,7 +119,7 @@ def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
     for changed in ({"gradient_checkpointing": False}, {"use_ema": False}, {"low_vram": True}):
         [name] = changed
         whole = rehearse(make(**changed), draws(shape), CAPTIONS)
-        part = rehearse(make(**changed), draws(shape), CAPTIONS, phases=CHANGES[name], like=base)
+        part = rehearse(make(**changed), draws(shape), CAPTIONS, phases=reworked([name]), like=base)
         for phase in whole.peaks:
             total, known = sum(part.peaks[phase].values()), sum(whole.peaks[phase].values())
             assert total == pytest.approx(known, rel=NEAR), (changed, phase)

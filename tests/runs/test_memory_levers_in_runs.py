@@ -12,7 +12,8 @@ from reeltune.distributed.engine import Engine
 from reeltune.memory import blocks
 from reeltune.memory.blocks import blocks_of
 from reeltune.optim.trainable import released_names
-from reeltune.run.inputs import choose_family, encode_options, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import Learner
 from tests.families.every_family import Pair

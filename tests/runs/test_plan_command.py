@@ -17,8 +17,11 @@ from reeltune.estimate.main import Machines, forecast
 from reeltune.estimate.page import rounded, write_page
 from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 from reeltune.training import loop as train
+from reeltune.training import loss
+from reeltune.training.learner import Learner
 from tests.families.full_size import released, wan_checkpoint
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
@@ -84,9 +87,7 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
 def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
     run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
     whole = forecast(run, Machines(device="1GB"))
-    found = replace(
-        whole, offers=[Offer(tuple(Change({name: 1}, 0, str) for name in "ab"), whole.verdict, ("x<", "y"))]
-    )
+    found = replace(whole, offers=[Offer(tuple(Change({name: 1}, "") for name in "ab"), whole.verdict, ("x<", "y"))])
     drawn = write_page(found, tmp_path / "plan.html").read_text()
     assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
     assert "<td>x&lt;<br>y</td>" in drawn
@@ -279,22 +280,22 @@ def test_a_full_device_is_explained_at_step_0(place, toy, tmp_path, monkeypatch)
         seen.append(args)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
 
-    monkeypatch.setattr(train, "diffusion_loss", full)
+    monkeypatch.setattr(loss, "diffusion_loss", full)
     with pytest.raises(UserError) as told:
         train.train(run)
     words = str(told.value)
     assert "the forward and backward pass of step 0" in words
     assert f"at {largest.frames} frames of {largest.width} x {largest.height}" in words
     assert "activations and gradients grew" in words
-    assert "train_batch_size below 2" in words
+    assert "the cheapest first: train_batch_size: 1, gradient_accumulation_steps: 2; " in words
     assert "gradient_checkpointing: true" in words
     assert "low_vram" not in words  # it is on
     assert "encode_ahead" not in words  # so this is off
     assert len(seen) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(train.Learner, "step", full)
+    monkeypatch.setattr(Learner, "step", full)
     with pytest.raises(UserError, match=r"in the optimizer's step of step 0.*weights 0\.0 GB, gradients 0\.0 GB"):
         seen.append(train.train(recipe(toy, place / "data", tmp_path / "other", **settings)))
     settings["low_vram"] = False
-    with pytest.raises(UserError, match=r"encode_ahead: false, .*low_vram: true"):
+    with pytest.raises(UserError, match="first: encode_ahead: false; low_vram: true; cache_folder"):
         train.train(recipe(toy, place / "data", tmp_path / "third", **settings))

@@ -12,7 +12,7 @@ from reeltune.core.errors import UserError
 from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.families.toy import family as toy
 from reeltune.training import loop as module
-from reeltune.training.prefetch import Ahead, wanted
+from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from tests.families.every_family import Pair
 from tests.runs.same_run import StopAfter, assert_same_end
 from tests.runs.small_run import recipe
@@ -44,36 +44,36 @@ class Encoder:
         return f"{batch}, encoded"
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_each_batch_comes_with_its_own(beside):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_each_batch_comes_with_its_own(ahead):
     encode = Encoder(4)
-    with Ahead(placed(4), encode, device=CPU, beside=beside) as ahead:
+    with Prefetcher(placed(4), encode, device=CPU, ahead=ahead) as prefetcher:
         for i in range(4):
-            assert ahead.batch() == (f"batch {i}", 0, i + 1)
-            assert ahead.encoded() == f"batch {i}, encoded"
-            ahead.begin_next()
-    assert [thread is main_thread() for thread in encode.threads] == [True, *[not beside] * 3]
+            assert prefetcher.batch() == (f"batch {i}", 0, i + 1)
+            assert prefetcher.encoded() == f"batch {i}, encoded"
+            prefetcher.begin_next()
+    assert [thread is main_thread() for thread in encode.threads] == [True, *[not ahead] * 3]
 
 
 def test_the_next_is_at_work_while_the_network_trains():
     encode = Encoder(3)
-    with Ahead(placed(3), encode, device=CPU, beside=True) as ahead:
-        ahead.batch(), ahead.encoded()
+    with Prefetcher(placed(3), encode, device=CPU, ahead=True) as prefetcher:
+        prefetcher.batch(), prefetcher.encoded()
         encode.free.clear()
-        ahead.begin_next()
+        prefetcher.begin_next()
         assert encode.begun[1].wait(LIMIT_SECONDS)  # here the network would train on batch 0
         encode.free.set()
-        ahead.rest()
+        prefetcher.wait()
         assert encode.ended == ["batch 0", "batch 1"]
         assert not encode.begun[2].is_set()
-        assert ahead.batch()[0] == "batch 1"
-        assert ahead.encoded() == "batch 1, encoded"
+        assert prefetcher.batch()[0] == "batch 1"
+        assert prefetcher.encoded() == "batch 1, encoded"
 
 
 def test_without_it_nothing_begins_before_it_is_asked_for():
     encode = Encoder(2)
-    ahead = Ahead(placed(2), encode, device=CPU, beside=False)
-    ahead.batch(), ahead.encoded(), ahead.begin_next(), ahead.rest()
+    prefetcher = Prefetcher(placed(2), encode, device=CPU, ahead=False)
+    prefetcher.batch(), prefetcher.encoded(), prefetcher.begin_next(), prefetcher.wait()
     assert not encode.begun[1].is_set()
 
 
@@ -90,20 +90,20 @@ def test_what_goes_wrong_is_raised_with_its_own_batch(where):
             raise OSError("gone")
         return batch
 
-    with Ahead(batches(), encode, device=CPU, beside=True) as ahead:
-        ahead.batch(), ahead.encoded()
-        ahead.begin_next()
-        ahead.rest()
+    with Prefetcher(batches(), encode, device=CPU, ahead=True) as prefetcher:
+        prefetcher.batch(), prefetcher.encoded()
+        prefetcher.begin_next()
+        prefetcher.wait()
         if where == "encode":
-            assert ahead.batch()[0] == "batch 1"
+            assert prefetcher.batch()[0] == "batch 1"
         with pytest.raises(OSError, match="gone"):
-            ahead.batch() if where == "read" else ahead.encoded()
+            prefetcher.batch() if where == "read" else prefetcher.encoded()
 
 
-def test_where_it_is_wanted():
+def test_where_batches_are_encoded_ahead():
     cases = {(None, True, False): True, (None, True, True): False, (None, False, False): False}
     cases |= {(True, False, False): True, (False, True, False): False}
-    found = {case: wanted(case[0], on_gpu=case[1], low_vram=case[2]) for case in cases}
+    found = {case: encodes_ahead(case[0], on_gpu=case[1], low_vram=case[2]) for case in cases}
     assert found == cases
 
 
@@ -143,10 +143,10 @@ def test_a_run_that_was_stopped_is_the_same(data, tmp_path):
 def test_no_more_is_encoded_than_is_trained_on(data, tmp_path, monkeypatch):
     encoded = []
 
-    class Counting(Ahead):
+    class Counting(Prefetcher):
         def __init__(self, batches, encode, **more):
             super().__init__(batches, lambda batch: encoded.append(batch) or encode(batch), **more)
 
-    monkeypatch.setattr(module, "Ahead", Counting)
+    monkeypatch.setattr(module, "Prefetcher", Counting)
     run(TOY, data, tmp_path, "out", encode_ahead=True, held_out_share=0.0)
     assert len(encoded) == 6

@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from reeltune.checkpoint.folder import complete
 from reeltune.core.errors import UserError
@@ -15,8 +17,8 @@ from reeltune.core.rng import dice
 from reeltune.training.loop import train
 from tests.distributed.processes import changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
-from tests.runs.same_run import StopAfter, assert_same_end
-from tests.runs.small_run import recipe
+from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
+from tests.runs.small_run import measured, recipe
 
 MODES = {  # train mode -> the checkpoint it is run on, and settings that go with it
     "control_ref": ("control_v1.1", {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}),
@@ -27,6 +29,8 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
     "toy": ("toy", {}),
 }
 WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
+BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
+"""A run of the toy family, written by the code of 2026-11-26 before its files moved into rooms (torch 2.13, CPU)."""
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["reeltune.training.loop", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"]
@@ -190,3 +194,36 @@ def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
     settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
     with pytest.raises(UserError, match=r"mode was control and is normal"):
         run(settings, checkpoints / "toy", data, unbroken("toy"))
+
+
+def test_a_checkpoint_from_before_the_rooms_ends_in_the_same_bits(tmp_path):
+    shutil.copytree(BEFORE_THE_ROOMS, tmp_path, dirs_exist_ok=True)
+    before, resumed, data = tmp_path / "run", tmp_path / "resumed", measured(tmp_path / "data")
+    accounted = before / "ledger.csv"
+    accounted.write_text(accounted.read_text().replace("data/", f"{data}/"))
+    shutil.copytree(before, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "ledger.json", "ledger.csv"))
+
+    def run_to_4(out, **more):
+        settings = {"max_train_steps": 4, "use_ema": True, "lr_scheduler": "cosine", **more}
+        assert run(settings, tmp_path / "toy", data, out) == 0
+
+    run_to_4(tmp_path / "anew")
+    run_to_4(resumed, resume_from_checkpoint=str(resumed / "checkpoint-2"))
+    if same_checkpoint(tmp_path / "anew" / "checkpoint-2", before / "checkpoint-2"):  # CPUs differ in the last bits
+        assert_same_end(resumed, before, 4)
+    else:
+        assert_near_end(resumed, before, 4)
+
+
+def assert_near_end(ours: Path, theirs: Path, step: int, atol: float = 1e-6) -> None:
+    """As assert_same_end, but numbers that a network made are within atol."""
+    a, b = ours / f"checkpoint-{step}", theirs / f"checkpoint-{step}"
+    for path in a.glob("transformer*/*.safetensors"):
+        torch.testing.assert_close(load_file(path), load_file(b / path.relative_to(a)), rtol=0, atol=atol)
+    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+    for name in ("ledger.json", "ledger.csv"):
+        assert (ours / name).read_text() == (theirs / name).read_text()
+    made = {"loss", "grad_norm"}
+    for one, two in zip(rows(ours, ["step"]), rows(theirs, ["step"]), strict=True):
+        assert {**one, **dict.fromkeys(made)} == {**two, **dict.fromkeys(made)}
+        assert [one[name] for name in made] == pytest.approx([two[name] for name in made], rel=0, abs=atol)

@@ -20,7 +20,8 @@ from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
 from reeltune.diffusion.objective import Ddpm, Flow
 from reeltune.distributed.engine import Stopwatch
-from reeltune.run.inputs import with_levels
+from reeltune.run.model import with_levels
+from reeltune.training import loss as training_loss
 from reeltune.training.loop import train
 from tests.distributed.processes import end, environment, start
 from tests.families.tiny_wan import tiny_checkpoint
@@ -151,7 +152,7 @@ def test_came_trains_in_adamws_place(toy, data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(toy, data, tmp_path, monkeypatch):
-    real = module.diffusion_loss
+    real = training_loss.diffusion_loss
 
     def broken_at_3(*args, **kwargs):
         loss = real(*args, **kwargs)
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(toy, data, tmp_pa
         return type(loss)(loss.value * (math.nan if len(calls) == 3 else 1), loss.level_B, loss.per_sample_B)
 
     calls = []
-    monkeypatch.setattr(module, "diffusion_loss", broken_at_3)
+    monkeypatch.setattr(training_loss, "diffusion_loss", broken_at_3)
     out = tmp_path / "run"
     with pytest.raises(UserError, match=r"the loss of step 2 is not finite.*checkpoint-2"):
         train(recipe(toy, data, out))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import forecast_data
-from reeltune.estimate.remedies import MARGIN, Change, judge, says, search
+from reeltune.estimate.remedies import MARGIN, Change, judge, search
 from reeltune.estimate.result import Rehearsal
 from tests.unit.test_plan import RULES, Measured, mixed
 
@@ -170,28 +171,77 @@ def test_what_has_less_room_than_the_error_is_not_called_safe():
     assert judge({"forward": {"weights": int(100 / (1 + MARGIN))}}, 100).safe
 
 
-def test_the_cheapest_sets_of_changes_that_fit_come_first():
-    """Each change takes its own bytes off; a pair is offered where no part of it is enough alone."""
-    savings = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
-    costs = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 10.0, "e": 100.0}
-    candidates = [Change({name: True}, costs[name], says(f"price of {name}")) for name in savings]
-    tried = []
+SAVINGS = {"a": 10, "b": 25, "c": 30, "d": 45, "e": 60}
+
+
+def offered(candidates, tried, *, goes=lambda changes: True, taken_bytes=140):
+    """Names of each set offered, and the offers, where a change takes its own bytes off. tried: what is rehearsed."""
 
     def try_out(changes):
         names = [name for change in changes for name in change.settings]
         tried.append(names)
-        verdict = judge({"step": {"weights": 140 - sum(savings[name] for name in names)}}, 100)
-        return verdict, rehearsed()
+        left = taken_bytes - sum(SAVINGS.get(name, 0) for name in names)
+        return judge({"step": {"weights": left}, "encode": {"weights": 90}}, 100), rehearsed()
+
+    before = judge({"step": {"weights": taken_bytes}, "encode": {"weights": 90}}, 100), rehearsed()
+    offers = search(candidates, goes, try_out, before)
+    assert all(offer.verdict.safe for offer in offers)
+    return [[name for change in offer.changes for name in change.settings] for offer in offers], offers
+
+
+def named(*names, **more) -> list[Change]:
+    return [Change({name: True}, f"price of {name}", **more) for name in names]
+
+
+def test_the_cheapest_sets_of_changes_that_fit_come_first():
+    """45 bytes are needed: each set does without the cheapest change of those before it, and has none to spare."""
+    tried = []
+    names, offers = offered(named(*SAVINGS), tried)
+    assert names == [["b", "c"], ["d"], ["e"]]
+    assert offers[0].prices == ("price of b", "price of c")
+    assert ["a", "b"] not in tried and ["a", "b", "c"] not in tried  # known beforehand, from each alone
+    alone = [["d"], ["e"]]
+    assert (
+        offered(named(*SAVINGS), [], goes=lambda changes: {"b": True} not in [c.settings for c in changes])[0] == alone
+    )
+    assert offered(named("a", "b"), [])[0] == []
+    assert offered(named("a", "b"), [], taken_bytes=95)[0] == []  # it fits as it is
+
+
+def test_a_change_takes_the_place_of_one_it_does_not_go_with():
+    def goes(changes):
+        return not {"b", "d"} <= {name for change in changes for name in change.settings}
+
+    assert offered(named("b", "d"), [], goes=goes)[0] == [["d"]]
+    assert offered([Change({"b": 1}, ""), Change({"b": 2, "d": 1}, "")], [])[0] == [["b", "d"]]
+
+
+def test_what_spares_nothing_in_the_fullest_phase_is_not_rehearsed():
+    tried = []
+    assert offered([*named("e", phases=frozenset({"encode"})), *named("d")], tried)[0] == [["d"]]
+    assert tried == [["d"]]
+
+
+def test_changes_that_spare_less_together_are_not_offered():
+    def try_out(changes):
+        names = {name for change in changes for name in change.settings}
+        left = 140 - (30 if names & {"x", "y"} else 0) - (20 if "z" in names else 0)  # x and y spare the same
+        return judge({"step": {"weights": left}}, 100), rehearsed()
 
     before = judge({"step": {"weights": 140}}, 100), rehearsed()
-    offers = search(candidates, lambda changes: True, try_out, before)
+    offers = search(named("x", "y", "z"), lambda changes: True, try_out, before)
     assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
-        ["b", "c"],
-        ["d"],
-        ["e"],
+        ["x", "z"],
+        ["y", "z"],
     ]
-    assert offers[0].prices == ("price of b", "price of c")
-    assert ["a", "b"] not in tried  # 10 and 25 are too few, which is known beforehand
-    # Where b goes with nothing else:
-    others = search(candidates, lambda changes: {"b": True} not in [c.settings for c in changes], try_out, before)
-    assert [[name for change in offer.changes for name in change.settings] for offer in others] == [["d"], ["e"]]
+
+
+def test_more_devices_come_last_and_as_few_as_are_enough():
+    machines = [Change({"gpus": count, f"m{count}": True}, "{gpus} devices") for count in (2, 4, 8)]
+    candidates = [*named("c", "d"), *machines]
+    with mock.patch.dict(SAVINGS, m2=20, m4=50, m8=70):
+        names, offers = offered(candidates, [])
+        assert names == [["d"], ["gpus", "m4"]]
+        assert offers[1].prices == ("4 devices",)
+        names, _ = offered(candidates, [], taken_bytes=190)  # none alone: the most, with what it takes beside
+        assert names == [["c", "gpus", "m8"]]

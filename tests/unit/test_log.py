@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from reeltune.core.errors import UserError
-from reeltune.reporting.log import DETERMINISTIC, PARTS, Log, check_trackers, verdict
+from reeltune.reporting.log import PARTS, Log, check_trackers, verdict
+from tests.runs.same_run import DETERMINISTIC
 
 
 def row(step, **changes):

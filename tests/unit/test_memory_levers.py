@@ -8,7 +8,7 @@ from torch import nn
 
 from reeltune.core.errors import UserError
 from reeltune.memory import blocks
-from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.blocks import blocks_of, move, offload_activations, recompute, swap
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer, set_rate, soften_outliers
 from reeltune.optim.step_in_backward import StepInBackward
 
@@ -183,6 +183,19 @@ def test_activations_wait_elsewhere_and_weights_do_not(monkeypatch):
     assert sorted(sent) == sorted([torch.Size([8, 64])] * 8 + [torch.Size([8, 96])] * 8)
 
 
+def test_a_forward_pass_that_fails_ends_the_offloading(monkeypatch):
+    sent = []
+    monkeypatch.setattr(blocks, "LEAST_BYTES", 0)
+    monkeypatch.setattr(blocks, "to_host", lambda tensor: sent.append(tensor.shape) or tensor.clone())
+    net = Net()
+    offload_activations(net)
+    with pytest.raises(RuntimeError):
+        net(torch.randn(8, 65))
+    sent.clear()
+    torch.tanh(torch.randn(8, 64, requires_grad=True))
+    assert not sent
+
+
 def test_a_copy_for_the_cpu_is_exact_and_its_own():
     x = torch.randn(5, 7).bfloat16().t()
     copy = blocks.to_host(x)
@@ -228,10 +241,14 @@ def test_while_it_visits_a_block_computes_with_copies_on_the_device():
 
 def test_a_swapped_block_is_left_where_it_is():
     net = partly_still()
-    swap([net.blocks[0]], 1, torch.device("cpu"))
-    net.to("meta")
-    assert {weight.device.type for weight in net.blocks[0].parameters()} == {"cpu"}
-    assert {weight.device.type for weight in net.blocks[1].parameters()} == {"meta"}
+    net.register_buffer("table", torch.ones(3))
+    before = net.state_dict()
+    move(net, torch.device("cpu", 0), besides=swap([net.blocks[0]], 1, torch.device("cpu")))  # "cpu:0": copies
+    after = net.state_dict()
+    assert_same(after, before)
+    assert {name for name in after if after[name].data_ptr() == before[name].data_ptr()} == {
+        f"blocks.0.{layer}.{kind}" for layer in ("one", "two") for kind in ("weight", "bias")
+    }
 
 
 def test_more_than_stand_still_cannot_be_swapped():

@@ -150,6 +150,7 @@ def test_rules_between_fields_allow_what_fits():
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
     build({"engine": "fsdp", "keep_gathered": True, "offload": True})
     build({"engine": "zero2", "offload": True})
+    build({"offload": True})  # the launcher names the engine
 
 
 @pytest.mark.parametrize(

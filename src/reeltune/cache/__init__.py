@@ -1,4 +1,4 @@
-"""What the frozen networks make of the data, in files: Family.encode with a disk in between.
+"""Latents and text embeddings on disk: `Family.encode`, with files in between.
 
 keys      what an entry is known by: everything that it was made of
 store     the folder: shards, and the manifest that says what is in them

@@ -24,7 +24,8 @@ from reeltune.data.media import MediaError
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.families.spec import Family
-from reeltune.run.inputs import Inputs, encode_options
+from reeltune.run.data import Inputs
+from reeltune.run.model import encode_options
 
 
 class Item(NamedTuple):
@@ -66,7 +67,7 @@ def splits(inputs: Inputs) -> dict[Split, Records]:
     return {"train": inputs.train, "held_out": inputs.held_out}
 
 
-def wanted(keys: Keys, inputs: Inputs) -> Iterator[Item]:
+def items_of(keys: Keys, inputs: Inputs) -> Iterator[Item]:
     """Every way of every record. Raises UserError for a file that has gone since the scan."""
     plan = inputs.plan(0)
     for split, records in splits(inputs).items():
@@ -142,10 +143,10 @@ def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cac
     asked_for = [keys.facts, keys.root, repr(inputs.rules), recipe.cache.cache_variants]
     asked = digest([*asked_for, *(_as_it_is(records) for records in splits(inputs).values())])
     there = digest([sorted(store.hashes.items()), sorted(store.failed)])
-    found_complete = folder / "complete" / asked
-    if not found_complete.is_file() or found_complete.read_text() != there:
+    marker = folder / "complete" / asked
+    if not marker.is_file() or marker.read_text() != there:
         _refuse_missing(folder, keys, store, inputs)
-        with suppress(OSError), whole_file(found_complete) as file:  # or it is looked at again
+        with suppress(OSError), whole_file(marker) as file:  # or it is looked at again
             file.write(there)
     return Cache(store, keys)
 
@@ -159,7 +160,7 @@ def _as_it_is(records: Records) -> list[str]:
 
 def _refuse_missing(folder: Path, keys: Keys, store: Store, inputs: Inputs) -> None:
     count, missing, first = 0, 0, ""
-    for item in wanted(keys, inputs):
+    for item in items_of(keys, inputs):
         count += 1
         if item.clip not in store or item.text not in store:
             missing += 1

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from reeltune.cache.entries import Item, keys_of, splits, wanted, ways
+from reeltune.cache.entries import Item, items_of, keys_of, splits, ways
 from reeltune.cache.keys import Keys, Split
-from reeltune.cache.progress import Pace
+from reeltune.cache.progress import ProgressBar
 from reeltune.cache.store import Store, Tensors, Writer
 from reeltune.config.recipe import Recipe
 from reeltune.core.interrupt import Interrupt
@@ -27,7 +27,8 @@ from reeltune.data.loader import Reader, collate, read_ahead
 from reeltune.data.media import MediaError
 from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
-from reeltune.run.inputs import Inputs, choose_family, encode_options, gather, load_parts
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import choose_family, encode_options, load_parts
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 
@@ -44,18 +45,20 @@ def fill(recipe: Recipe) -> int:
     folder, keys = Path(str(recipe.cache.cache_folder)), keys_of(recipe, family, mode)
     work = Work.of(keys, inputs, Store(folder), rank, world)
     encoder = Encoder(recipe, family, mode, inputs, device)
-    with Interrupt() as interrupt, Pace(work.count, shown=rank == 0) as pace:
+    with Interrupt() as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+        for notice in inputs.scan.notices:
+            bar.say(notice)
         with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):
                 if isinstance(made, str):
                     writer.fail(key, made)
-                    pace.say(f"left out: {made}")
+                    bar.say(f"left out: {made}")
                 else:
                     writer.add(key, split, made)
-                pace.advance()
+                bar.advance()
                 if interrupt.code:
                     break
-        pace.say(f"{folder}: {writer.count} entries written ({writer.bytes / 1e9:.3g} GB), {work.there} were there")
+        bar.say(f"{folder}: {writer.count} entries written ({writer.bytes / 1e9:.3g} GB), {work.there} were there")
     return interrupt.code
 
 
@@ -85,7 +88,7 @@ class Work:
 
         if to_do(keys.null) and mine(keys.null):
             work.null = keys.null
-        for item in wanted(keys, inputs):
+        for item in items_of(keys, inputs):
             clip, text = to_do(item.clip), to_do(item.text)
             if text and not keys.text_of_clip:
                 if mine(item.text):

@@ -13,10 +13,12 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from reeltune.core.files import whole_file
+from reeltune.core.reading import read_table
 from reeltune.core.types import Draw, Record
 
 READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
@@ -39,8 +41,9 @@ class Keys:
     seeds_count: bool
     text_of_clip: bool
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_facts", digest(dict(self.facts)))
+    @cached_property
+    def _facts(self) -> str:
+        return digest(dict(self.facts))
 
     def clip(self, record: Record, draw: Draw, split: Split) -> str:
         """Of all but the text. Raises OSError if a file is gone."""
@@ -64,7 +67,7 @@ class Keys:
 
 def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
     """A hash of the bytes of each file or folder. `remembered`: a file that saves reading them again."""
-    known: dict[str, list[Any]] = json.loads(remembered.read_text()) if remembered.is_file() else {}
+    known: dict[str, str] = read_table(remembered, "delete it") if remembered.is_file() else {}
     before = len(known)
 
     def of_file(path: Path) -> str:
@@ -79,8 +82,8 @@ def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
         inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         return digest([[str(file.relative_to(path)), of_file(file)] for file in inside if file.is_file()])
 
-    found = {name: of(path) for name, path in files.items()}
+    by_name = {name: of(path) for name, path in files.items()}
     if len(known) > before:
         with suppress(OSError), whole_file(remembered) as file:  # or they are read again
             json.dump(known, file, indent=1)
-    return found
+    return by_name

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from reeltune.cache import store as files
-from reeltune.cache.entries import keys_of, wanted
+from reeltune.cache.entries import items_of, keys_of
 from reeltune.cache.keys import Keys
 from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.run.inputs import choose_family, gather
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family
 
 
 def verify(recipe: Recipe) -> str:
@@ -42,4 +43,4 @@ def prune(recipe: Recipe) -> str:
 def _asked_for(recipe: Recipe) -> tuple[Keys, set[str]]:
     family, mode, _ = choose_family(recipe)
     inputs, keys = gather(recipe, family, mode), keys_of(recipe, family, mode)
-    return keys, {keys.null, *(key for item in wanted(keys, inputs) for key in (item.clip, item.text))}
+    return keys, {keys.null, *(key for item in items_of(keys, inputs) for key in (item.clip, item.text))}

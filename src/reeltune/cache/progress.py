@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 EVERY_SECONDS = 30.0  # between lines where there is no terminal
 
 
-class Pace:
+class ProgressBar:
     """On stderr. shown False: says nothing but `say`."""
 
     def __init__(self, total: int, *, shown: bool):
@@ -20,8 +20,8 @@ class Pace:
         self.bar = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))
         self.task = self.bar.add_task("", total=total, rate="")
 
-    def __enter__(self) -> Pace:
-        self.started = self.told = time.monotonic()
+    def __enter__(self) -> ProgressBar:
+        self.started = self.last_line = time.monotonic()
         self.bar.start()
         return self
 
@@ -32,15 +32,15 @@ class Pace:
         self.done += 1
         now = time.monotonic()
         self.bar.update(self.task, advance=1, rate=f"{self.done / (now - self.started):.3g}/s")
-        if self.shown and not self.console.is_terminal and now - self.told > EVERY_SECONDS:
-            self.told = now
-            self.say(pace_line(self.done, self.total, now - self.started))
+        if self.shown and not self.console.is_terminal and now - self.last_line > EVERY_SECONDS:
+            self.last_line = now
+            self.say(progress_line(self.done, self.total, now - self.started))
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def pace_line(done: int, total: int, seconds: float) -> str:
+def progress_line(done: int, total: int, seconds: float) -> str:
     """120 of 1,000, 4.1/s, 3 min 35 s to go"""
     minutes, rest = divmod(round((total - done) * seconds / done), 60)
     return f"{done:,} of {total:,}, {done / seconds:.3g}/s, {f'{minutes:,} min ' if minutes else ''}{rest} s to go"

@@ -30,10 +30,12 @@ from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder, whole_file
+from reeltune.core.reading import bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
 OPEN_SHARDS = 64  # mapped at a time in one process
+SPLITS = {"train", "held_out", "text"}  # what an entry may be of
 Tensors = dict[str, Tensor]
 
 
@@ -66,31 +68,41 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises UserError for lines that cannot be read, and for a manifest of another version.
     """
-    found, problems = Manifest(), []
+    manifest, problems = Manifest(), []
     for part in parts(folder):
         *lines, _ = part.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                _take(found, json.loads(line))
+                _take(manifest, json_value(line))
             except (ValueError, KeyError, TypeError) as broken:
                 problems.append(
-                    f"line {number} of {part} is damaged or of another version ({broken!r}); remove that file, and "
-                    "reeltune cache encodes again what it named"
+                    f"line {number} of {part} is damaged or of another version ({reason_of(broken)}); remove that "
+                    "file, and reeltune cache encodes again what it named"
                 )
-    refuse(str(folder), problems)
-    return found
+    refuse(str(folder), few(problems))
+    return manifest
 
 
-def _take(found: Manifest, row: dict[str, Any]) -> None:
+def _take(manifest: Manifest, row: dict[str, Any]) -> None:
     """A line's part of the manifest. Raises KeyError, TypeError or ValueError for what is none of ours."""
     if "shard" in row:
-        found.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], dict(row["entries"]))
+        name, size_bytes, hashed, entries = bare_name(row["shard"]), row["bytes"], row["blake2b"], row["entries"]
+        if type(size_bytes) is not int or not isinstance(hashed, str) or not set(_words(entries).values()) <= SPLITS:
+            raise ValueError(f"shard {name} has bytes, blake2b or entries of another kind")
+        manifest.shards[name] = Shard(name, size_bytes, hashed, entries)
     elif "failed" in row:
-        found.failed |= row["failed"]
+        manifest.failed |= _words(row["failed"])
     elif row["format"] == FORMAT:
-        found.facts.append(row["facts"])
+        manifest.facts.append(dict(row["facts"]))
     else:
         raise ValueError(f"format {row['format']}, and this version reads {FORMAT}")
+
+
+def _words(table: Any) -> dict[str, str]:
+    """Raises TypeError for anything but a table of text."""
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise TypeError("a table of text is expected")
+    return table
 
 
 # ---- writing
@@ -99,7 +111,7 @@ def _take(found: Manifest, row: dict[str, Any]) -> None:
 class Writer:
     """Entries gather in memory until they fill a shard. `close` writes what is left.
 
-    lock: where the folder's is held already. Raises UserError if the disk is full or refuses; what the manifest names
+    lock: where the folder is locked already. Raises UserError if the disk is full or refuses; what the manifest names
     stays.
     """
 
@@ -222,11 +234,11 @@ def unpack(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=OPEN_SHARDS)
 def _mapped(path: str, blake2b: str) -> tuple[Any, dict[str, list[str]]]:
     """(the file, names of tensors by key); blake2b, that another file of that name is not taken for it."""
-    held, names = safe_open(path, "pt", device="cpu"), {}
-    for name in held.keys():  # noqa: SIM118
+    file, names = safe_open(path, "pt", device="cpu"), {}
+    for name in file.keys():  # noqa: SIM118
         key, _, own = name.partition("/")
         names.setdefault(key, []).append(own)
-    return held, names
+    return file, names
 
 
 def size_of(path: Path) -> int:
@@ -259,8 +271,8 @@ class Store:
             raise UserError("cache_folder", f"{key} in {shard} was written for {written_for} and is asked for {split}")
         path = self.folder / "shards" / shard
         try:
-            held, names = _mapped(str(path), self.hashes[shard])
-            return {name: unpack(held.get_tensor(f"{key}/{name}")) for name in names.get(key, ())}
+            file, names = _mapped(str(path), self.hashes[shard])
+            return {name: unpack(file.get_tensor(f"{key}/{name}")) for name in names.get(key, ())}
         except (OSError, SafetensorError) as broken:
             raise UserError(
                 "cache_folder", f"{path} cannot be read ({broken}); reeltune cache verify tells what is damaged"
@@ -274,7 +286,7 @@ def set_aside_damaged(folder: Path) -> list[str]:
     """Reads every byte. Shards that are not as they were written are renamed, so that their entries count as not
     there, as those of shards that are gone do; returns what is wrong with each.
     """
-    found = []
+    problems = []
     for shard in read_manifest(folder).shards.values():
         path = folder / "shards" / shard.name
         if size_of(path) < 0:
@@ -282,9 +294,9 @@ def set_aside_damaged(folder: Path) -> list[str]:
         with path.open("rb") as file:
             hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         if hashed != shard.blake2b:
-            found.append(f"{path} is not as it was written ({size_of(path)} bytes, then {shard.bytes})")
+            problems.append(f"{path} is not as it was written ({size_of(path)} bytes, then {shard.bytes})")
             path.replace(path.with_suffix(".damaged"))
-    return found
+    return problems
 
 
 def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
@@ -311,7 +323,7 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
             writer.fail(key, store.failed[key])
         writer.flush()
         for part in there:
-            rows = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+            rows = [json_value(line) for line in part.read_bytes().split(b"\n")[:-1]]
             rows = [row for row in rows if row.get("shard") in stays or "format" in row]
             if len(rows) > 1:
                 with whole_file(part) as file:

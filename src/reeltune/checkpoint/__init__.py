@@ -1,1 +1,1 @@
-"""A checkpoint's folder and state."""
+"""A checkpoint: its folder, written whole or not at all, and the optimizer state in it."""

@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder
+from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
 from reeltune.distributed.sharded_io import Piece
@@ -38,8 +39,8 @@ PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
 
 def complete(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
-    return sorted((path for path in found if (path / "progress.json").is_file()), key=step_of)
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
+    return sorted((path for path in folders if (path / "progress.json").is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,23 +49,23 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def find(output_dir: Path, wanted: str | None) -> Path | None:
+def find(output_dir: Path, name: str | None) -> Path | None:
     """The checkpoint to resume from: `latest` in output_dir, or a folder by path or by name.
 
     None if nothing was asked for, or `latest` of a run that has none yet.
     Raises UserError for a path that is no complete checkpoint.
     """
-    if wanted is None:
+    if name is None:
         return None
-    if wanted == "latest":
+    if name == "latest":
         return next(reversed(complete(output_dir)), None)
-    for path in (Path(wanted), Path(output_dir) / wanted):
+    for path in (Path(name), Path(output_dir) / name):
         if (path / "progress.json").is_file():
             return path
     have = ", ".join(path.name for path in complete(output_dir)) or "none"
     raise UserError(
         "resume",
-        f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint (a folder with progress.json); "
+        f"resume_from_checkpoint is {name!r}, which is no complete checkpoint (a folder with progress.json); "
         f"complete ones in {output_dir}: {have}; or use latest",
     )
 
@@ -126,7 +127,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
     except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-        causes = [broken]
+        causes: list[BaseException] = [broken]
         if isinstance(broken, CheckpointException):  # of all processes
             causes = [cause for cause, _ in broken.failures.values()]
         if not any(map(_is_disk_error, causes)):
@@ -163,12 +164,47 @@ def _delete(checkpoint: Path) -> None:
 
 
 def progress_of(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    """Raises UserError for a file that is damaged or another checkpoint's, which names the last good one before it."""
+    return _progress(checkpoint, sound_before(checkpoint))
+
+
+def sound_before(checkpoint: Path) -> str:
+    """The remedy for a damaged checkpoint: an earlier one whose progress is sound, if there is any."""
+    for earlier in reversed(complete(checkpoint.parent)):
+        if NAME.match(checkpoint.name) and step_of(earlier) < step_of(checkpoint):
+            with suppress(UserError):
+                _progress(earlier, "")
+                return f"go on from the one before it with resume_from_checkpoint {earlier.name}"
+    return "restore it from a copy; there is no sound checkpoint before it"
+
+
+def _progress(checkpoint: Path, remedy: str) -> Progress:
+    file = checkpoint / "progress.json"
+    table = read_table(file, remedy)
+    known = {field.name for field in fields(Progress)}
+    problems = [f"has no {name}; {remedy}" for name in ("step", "epoch", "cursor") if name not in table]
+    problems += [
+        f"has {brief(name)}, which this version does not know; {remedy}" for name in table if name not in known
+    ]
+    problems += [
+        f"{name} is {brief(value)}; expected a whole number from 0; {remedy}"
+        for name, value in table.items()
+        if name in known and not (type(value) is int and 0 <= value < 2**62)
+    ]
+    refuse(str(file), problems)
+    if NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
+        raise UserError(str(file), f"says step {table['step']} in a folder named {checkpoint.name}; {remedy}")
+    return Progress(**table)
 
 
 def load(checkpoint: Path) -> dict:
-    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
-    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError for a damaged file."""
+    file = checkpoint / "optimizer.pt"
+    with as_user_error(file, "is damaged", sound_before(checkpoint)):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise UserError(str(file), f"is no optimizer's state; {sound_before(checkpoint)}")
+    return state
 
 
 def is_shared(checkpoint: Path) -> bool:
@@ -183,7 +219,7 @@ def sweep(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-def _is_disk_error(error: Exception) -> bool:
+def _is_disk_error(error: BaseException) -> bool:
     """torch and safetensors wrap the operating system's error in their own, with its words."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
     lost = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN}

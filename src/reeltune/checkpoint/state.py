@@ -15,11 +15,13 @@ from torch import Tensor
 
 from reeltune.checkpoint.folder import SHARES
 from reeltune.core.errors import refuse
+from reeltune.core.reading import as_user_error, read_table
 from reeltune.distributed import sharded_io
 from reeltune.distributed.ddp import numbers
 from reeltune.distributed.sharded_io import Piece
 from reeltune.families import weights
 
+COPY = "restore it from a copy"
 OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimizer's state
 
 
@@ -30,9 +32,10 @@ class Shared:
         self.folder = checkpoint / SHARES
         self._metadata = sharded_io.metadata_of(self.folder)
         self.sizes = sharded_io.sizes(self._metadata)
-        outline = json.loads((self.folder / OUTLINE).read_text())
-        self.shapes: dict[str, list[int]] = outline["shapes"]
-        self._scalars: dict[str, dict[str, float]] = outline["scalars"]
+        outline = read_table(self.folder / OUTLINE, COPY)
+        with as_user_error(self.folder / OUTLINE, "is damaged", COPY):
+            self.shapes: dict[str, list[int]] = dict(outline["shapes"])
+            self._scalars: dict[str, dict[str, float]] = dict(outline["scalars"])
         self._keys: dict[str, list[str]] = {}
         for name in self.sizes:
             kind, _, rest = name.partition("/")
@@ -58,36 +61,36 @@ class Shared:
         return self._scalars.get(name, {})
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Raises UserError naming what is not held, or is of another size."""
+        """Raises UserError naming what is missing, or is of another size."""
         sharded_io.read(self.folder, pieces, self._metadata)
 
     def weights(self, *, average: bool = False) -> Weights:
         """By released name; with `average` those of the moving average, where there are."""
-        held = {name: f"average/{name}" for name in self.shapes if average and f"average/{name}" in self}
-        return Weights(self, {name: held.get(name, f"weights/{name}") for name in self.shapes})
+        labels = {name: f"average/{name}" for name in self.shapes if average and f"average/{name}" in self}
+        return Weights(self, {name: labels.get(name, f"weights/{name}") for name in self.shapes})
 
 
 class Weights(Mapping[str, Tensor]):
     """Each read whole, as stored, when asked for; `outline` has them on the meta device."""
 
-    def __init__(self, shared: Shared, held: Mapping[str, str]):
-        self._shared, self._held = shared, held
-        self.outline = {name: self._empty(name, "meta") for name in held}
+    def __init__(self, shared: Shared, labels: Mapping[str, str]):
+        self._shared, self._labels = shared, labels
+        self.outline = {name: self._empty(name, "meta") for name in labels}
 
     def _empty(self, name: str, device: str) -> Tensor:
-        _, dtype = self._shared.sizes[self._held[name]]
+        _, dtype = self._shared.sizes[self._labels[name]]
         return torch.empty(self._shared.shapes[name], dtype=dtype, device=device)
 
     def __getitem__(self, name: str) -> Tensor:
         kept = self._empty(name, "cpu")
-        self._shared.fill([sharded_io.whole(self._held[name], kept)])
+        self._shared.fill([sharded_io.whole(self._labels[name], kept)])
         return kept
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._labels)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._labels)
 
 
 class Whole:
@@ -95,10 +98,11 @@ class Whole:
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any], learning: Sequence[str], names: Mapping[str, str]):
         self.where = str(checkpoint)
-        self._state = {learning[i]: held for i, held in state["optimizer"]["state"].items()}
+        by_place: dict[int, dict[str, Any]] = state["optimizer"]["state"]
+        self._state = {learning[i]: values for i, values in by_place.items()}
         self._tensors = {f"weights/{name}": w for name, w in weights.read(checkpoint / "transformer").items()}
-        for name, held in self._state.items():
-            self._tensors |= {f"optimizer/{name}/{key}": held[key] for key in self._elementwise(name)}
+        for name, values in self._state.items():
+            self._tensors |= {f"optimizer/{name}/{key}": values[key] for key in self._elementwise(name)}
         for name, average in (state["average"] or {}).items():
             self._tensors[f"average/{names[name]}"] = average
 
@@ -117,9 +121,9 @@ class Whole:
         return numbers(self._state.get(name, {}))
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Raises UserError naming what is not held."""
-        wanted = list(pieces)
-        refuse(self.where, [f"{piece.name} is missing" for piece in wanted if piece.name not in self._tensors])
-        for piece in wanted:
-            held_N = self._tensors[piece.name].reshape(-1)
-            piece.values_N.copy_(held_N[piece.start : piece.start + piece.values_N.numel()])
+        """Raises UserError naming what is missing."""
+        pieces = list(pieces)
+        refuse(self.where, [f"{piece.name} is missing" for piece in pieces if piece.name not in self._tensors])
+        for piece in pieces:
+            stored_N = self._tensors[piece.name].reshape(-1)
+            piece.values_N.copy_(stored_N[piece.start : piece.start + piece.values_N.numel()])

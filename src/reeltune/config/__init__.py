@@ -1,1 +1,1 @@
-"""A run as the user wrote it: fields, rules, parsing. (no torch)"""
+"""A recipe as the user wrote it: fields (each one a flag), rules, parsing. (no torch)"""

@@ -17,15 +17,15 @@ class Model:
     pretrained_model_name_or_path: str = ""
     """Folder of the downloaded checkpoint, in the released or the diffusers layout."""
     config_path: str | None = None
-    """The guides' model yaml, in config/: for Wan, file names inside the checkpoint and the schedule."""
+    """Model yaml of the original tools, in config/: for Wan, file names inside the checkpoint and the schedule."""
     transformer_path: str | None = None
     """Other transformer weights to start from (a .safetensors file or a checkpoint-N folder)."""
     train_mode: TrainMode | None = None
-    """What the model is given beside text. Left out: what the checkpoint was made for."""
+    """What the model is conditioned on beside text. Left out: what the checkpoint was made for."""
     control_ref_image: Literal["first_frame", "random"] = "first_frame"
-    """Which frame is the reference picture: the first (V1.0, camera), or any (V1.1)."""
+    """Which frame is the reference picture: the first (Wan2.1-Fun V1.0 and camera), or one at random (V1.1)."""
     add_full_ref_image_in_self_attention: bool = False
-    """Also give the reference picture as tokens of its own (V1.1 only)."""
+    """Also give the reference picture as tokens of its own (Wan2.1-Fun V1.1 only)."""
     trainable_modules: tuple[str, ...] = (".",)
     """Parts of parameter names that learn; "." is all. A pattern that matches nothing is an error."""
     trainable_modules_low_learning_rate: tuple[str, ...] = ()
@@ -43,13 +43,13 @@ class Data:
     validation_data_meta: str | None = None
     """A second metadata file, held out of training and used for the held-out loss."""
     held_out_share: float = 0.0
-    """Share of train_data_meta held out instead (0 to 0.5), chosen by path, not by chance of the run."""
+    """Share of the files in train_data_meta held out instead (0 to 0.5), chosen by path, whatever the seed."""
     max_bad_share: float = 0.05
     """Share of entries that may be unusable before the run is refused (0 to 1)."""
     allow_outside_paths: bool = False
     """Accept metadata paths that leave train_data_dir."""
     decode_check: Literal["ends", "full", "header"] = "ends"
-    """How the scan proves that a clip decodes: first and last frames, every frame, or its header alone."""
+    """What of a clip the scan decodes: ends is its first and last frames, full every frame, header none."""
     text_drop_ratio: float = 0.1
     """Share of samples trained without their caption (0 to 1)."""
     video_repeat: int = 0
@@ -67,11 +67,11 @@ class Sizes:
     video_sample_fps: float | None = None
     """Frames per second to resample clips to in time; replaces video_sample_stride."""
     video_sample_size: int = 512
-    """Pixels: side of the square whose area videos keep (smallest rung with token length)."""
+    """Pixels: videos have the area of a square of this side; the smallest, with training_with_video_token_length."""
     image_sample_size: int = 512
-    """Pixels: the same for images (and the largest rung for videos with token length)."""
+    """Pixels: the same for images; the largest side for videos, with training_with_video_token_length."""
     token_sample_size: int = 512
-    """Pixels: a clip of video_sample_n_frames at this side is the token budget."""
+    """Pixels: the token budget of training_with_video_token_length is a clip of video_sample_n_frames at this side."""
     enable_bucket: bool = False
     """Keep each clip's aspect ratio by buckets; otherwise a centre square is cut."""
     random_hw_adapt: bool = False
@@ -85,7 +85,7 @@ class Sizes:
     fix_sample_size: tuple[int, int] | None = None
     """Pixels: resize everything to this height and width."""
     keep_all_node_same_token_length: bool = False
-    """Accepted; one shape on all processes per micro-step is always on."""
+    """Accepted and always on: all processes compute one shape in a micro-step."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Training:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     low_vram: bool = False
-    """Frozen networks leave the device between uses."""
+    """VAE and encoders wait in the CPU's memory between uses."""
     vae_mini_batch: int = 0
-    """Accepted; clips are encoded one at a time, so that none depends on its neighbours."""
+    """Accepted and ignored: clips are encoded one at a time, so that none depends on its neighbours."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products on NVIDIA GPUs."""
 
@@ -117,11 +117,11 @@ class Memory:
     gradient_checkpointing_share: float = 1.0
     """Share of the blocks that gradient_checkpointing recomputes, spread evenly (0 to 1)."""
     offload_activations: bool = False
-    """What the forward pass keeps for the backward pass waits in the CPU's memory."""
+    """Activations kept for the backward pass wait in the CPU's memory."""
     blocks_to_swap: int = 0
-    """Blocks that do not learn which wait in the CPU's memory, visit the device one by one, and are recomputed."""
+    """How many frozen blocks wait in the CPU's memory; each visits the device to compute, and is recomputed."""
     step_in_backward: bool = False
-    """Each weight steps as soon as its gradient is there; with max_grad_norm the backward pass runs twice."""
+    """Step each weight within the backward pass, once its gradient is whole; with max_grad_norm that runs twice."""
     vae_tiling: bool = False
     """The VAE encodes and decodes large clips in blended tiles, which changes latents a little at their seams."""
     encode_ahead: bool | None = None
@@ -131,13 +131,13 @@ class Memory:
 @dataclass(frozen=True)
 class Parallel:
     engine: Literal["ddp", "zero2", "zero3", "fsdp"] | None = None
-    """How several processes share the work: all hold everything, or what of it is dealt out. Left out: as launched."""
+    """How processes share the work: ddp copies all to each; the others shard. Left out: as launched, else ddp."""
     keep_gathered: bool = False
-    """With fsdp: keep weights gathered between forward and backward pass; faster, and as much memory as with ddp."""
+    """With fsdp: reshard_after_forward is off: weights stay gathered for the backward pass; faster, more memory."""
     offload: bool = False
-    """With zero2, zero3 and fsdp: what is dealt out lives in the CPU's memory."""
+    """With zero2, zero3 and fsdp: what is sharded lives in the CPU's memory."""
     context_parallel: int = 1
-    """Processes that share each clip, for clips too long for one device; sides are then larger multiples."""
+    """Processes that share each clip's tokens, for clips too long for one device; sides are then larger multiples."""
     rank_timeout_seconds: float = 1800.0
     """Seconds that processes wait for one that is late before all stop; a validation counts as waiting."""
 
@@ -145,9 +145,9 @@ class Parallel:
 @dataclass(frozen=True)
 class Cache:
     cache_folder: str | None = None
-    """Folder of what `reeltune cache` has encoded, to train from without VAE and encoders."""
+    """Folder that `reeltune cache` fills with latents and text embeddings, to train from without VAE and encoders."""
     cache_variants: int = 0
-    """Ways of reading each clip (window, size, reference, mask) that are drawn from; 0 is ever new ones."""
+    """Ways of reading each clip (window, size, reference, mask) to draw from; 0: a new one at every use."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Loss:
     motion_sub_loss_ratio: float = 0.25
     """Share of that error in the loss (0 to 1)."""
     loss_outlier_threshold: float | None = None
-    """Leave out elements with a larger absolute error (the original tools: 50). Off."""
+    """Leave elements with a larger absolute error out of the loss (the original tools: 50). Left out: off."""
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,11 @@ class Optimization:
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm."""
+    """Clip gradients to this norm, taken over all parameters; none: no clipping."""
     initial_grad_norm_ratio: int = 5
     """The clip starts this many times higher and falls to max_grad_norm (only with abnormal_norm_clip_start)."""
     abnormal_norm_clip_start: int | None = None
-    """Steps after which gradients over max_grad_norm * initial_grad_norm_ratio are clipped harder. Off."""
+    """Steps after which gradients over max_grad_norm * initial_grad_norm_ratio are clipped harder. Left out: off."""
     use_ema: bool = False
     """Keep an exponential moving average of the weights."""
     ema_decay: float = 0.9999

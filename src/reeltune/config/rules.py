@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from reeltune.config.recipe import Recipe
+from reeltune.memory import levers
 
 ANY = math.inf
 RANGES: dict[str, tuple[float, float]] = {  # least and greatest
@@ -57,7 +59,6 @@ ABOVE_ZERO = (
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
-DEALT_OUT = {"keep_gathered": ("fsdp",), "offload": ("zero2", "zero3", "fsdp")}  # switch -> engines that have it
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
@@ -81,6 +82,7 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
     yield from _together(recipe)
+    yield from _levers(values)
 
 
 def shown(value: object) -> str:
@@ -90,6 +92,12 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value) or "empty"
+
+
+def written(settings: Mapping[str, object]) -> str:
+    """Settings as they are written in a recipe; as the command's flag, what is none of its settings."""
+    lines = (f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}" for name, value in settings.items())
+    return ", ".join(lines)
 
 
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -102,12 +110,6 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("add_full_ref_image_in_self_attention", "train_mode"),
             f"add_full_ref_image_in_self_attention is true and train_mode is {model.train_mode}; only control_ref "
             "has such a reference picture; leave one of the two out",
-        )
-    if model.trained_weights == "bf16_stochastic" and recipe.training.mixed_precision != "bf16":
-        yield (
-            ("trained_weights", "mixed_precision"),
-            f"trained_weights is bf16_stochastic and mixed_precision is {recipe.training.mixed_precision}; weights in "
-            "bf16 are computed with in bf16; set mixed_precision to bf16, or trained_weights to fp32",
         )
     if recipe.cache.cache_folder is not None and not recipe.cache.cache_variants:
         yield (
@@ -141,14 +143,26 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
-    yield from _dealt_out(recipe)
+    yield from _engine(recipe)
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:
         yield (
             tuple(optimizers),
             f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
         )
-    yield from _lean(recipe)
+    share = recipe.memory.gradient_checkpointing_share
+    if share < 1 and not recipe.training.gradient_checkpointing:
+        yield (
+            ("gradient_checkpointing_share", "gradient_checkpointing"),
+            f"gradient_checkpointing_share is {share} and gradient_checkpointing is false; it is a share of what that "
+            "recomputes; set gradient_checkpointing to true",
+        )
+    if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
+        yield (
+            ("max_grad_norm", "abnormal_norm_clip_start"),
+            f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
+            "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
+        )
     if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
         yield (
             ("uniform_sampling", "weighting_scheme"),
@@ -175,65 +189,28 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-def _lean(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not go with ways of saving memory."""
-    training, memory, optimization = recipe.training, recipe.memory, recipe.optimization
-    if memory.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
-        yield (
-            ("gradient_checkpointing_share", "gradient_checkpointing"),
-            f"gradient_checkpointing_share is {memory.gradient_checkpointing_share} and gradient_checkpointing is "
-            "false; it is a share of what that recomputes; set gradient_checkpointing to true",
-        )
-    if memory.step_in_backward:
-        reasons = {
-            "gradient_accumulation_steps": (
-                training.gradient_accumulation_steps > 1,
-                "it keeps no gradients to add to; use 1, or leave step_in_backward out",
-            ),
-            "mixed_precision": (
-                training.mixed_precision == "fp16",
-                "whose loss scale is known only when all gradients are there; use bf16",
-            ),
-        }
-        values = vars(training)
-        for name, (wrong, reason) in reasons.items():
-            if wrong:
-                yield (name, "step_in_backward"), f"step_in_backward is true and {name} is {values[name]}; {reason}"
-    if memory.encode_ahead and training.low_vram:
-        yield (
-            ("encode_ahead", "low_vram"),
-            "encode_ahead and low_vram are true; the one has encoders at work while the network trains, the other has "
-            "them off the device then; leave one of the two out",
-        )
-    if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
-        yield (
-            ("max_grad_norm", "abnormal_norm_clip_start"),
-            f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
-            "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
-        )
+def _levers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with ways of sparing memory."""
+    for lever, exclusion in levers.excluded(values):
+        name, other = lever.setting, exclusion.setting
+        both = f"{name} is {shown(values[name])} and {other} is {shown(values[other])}"
+        if values[name] is True and values[other] is True:
+            both = f"{other} and {name} are true"
+        yield (other, name), both + exclusion.why
 
 
-def _dealt_out(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not go with an engine that deals out weights or optimizer state."""
+def _engine(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with an engine, beside levers."""
     engine, optimization = recipe.parallel.engine, recipe.optimization
     if engine is None:
         return
-    for name, engines in DEALT_OUT.items():
-        if getattr(recipe.parallel, name) and engine not in engines:
-            known = " or ".join(engines)
-            yield (name, "engine"), f"{name} is true and engine is {engine}; it is of {known}; use one, or leave it out"
+    if recipe.parallel.keep_gathered and engine != "fsdp":
+        what = f"keep_gathered is true and engine is {engine}"
+        yield ("keep_gathered", "engine"), f"{what}; it is of fsdp; use one, or leave it out"
     if engine == "ddp":
         return
-    wholes = {
-        "mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16"),
-        "use_8bit_adam": (optimization.use_8bit_adam, "true", "leave it out: the state is dealt out already"),
-        "trained_weights": (recipe.model.trained_weights == "bf16_stochastic", "bf16_stochastic", "use fp32"),
-        "use_adafactor": (optimization.use_adafactor, "true", "use AdamW, or engine ddp"),
-        "offload_activations": (recipe.memory.offload_activations, "true", "use gradient_checkpointing, or engine ddp"),
-    }
-    if engine == "fsdp":
-        wholes["use_came"] = (optimization.use_came, "true", "use AdamW, or engine ddp")
-    else:
+    wholes = {"mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16")}
+    if engine != "fsdp":
         start = optimization.abnormal_norm_clip_start
         wholes["use_ema"] = (optimization.use_ema, "true", "use engine fsdp or ddp")
         wholes["abnormal_norm_clip_start"] = (start is not None, shown(start), "use engine fsdp or ddp")

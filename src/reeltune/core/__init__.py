@@ -1,1 +1,1 @@
-"""Types, errors, files, chance, signals: what every room stands on. (no torch)"""
+"""What every folder uses: types, errors, files, random seeds, signals. (no torch)"""

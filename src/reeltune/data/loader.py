@@ -168,18 +168,18 @@ def joined(samples: Sequence[Encoded]) -> Encoded:
 
 
 def stream(
-    reader: Reader, start: Progress, *, workers: int, rank: int = 0, world: int = 1, parts: int = 1
+    reader: Reader, start: Progress, *, workers: int, rank: int = 0, world: int = 1, passes: int = 1
 ) -> Iterator[tuple[Batch, int, int]]:
     """(batch, epoch, cursor after it), from `start` on, over the epochs, for ever: the same for any number of workers.
 
-    parts: batches into which this rank's share of a micro-step is cut; they have its epoch and cursor alike.
+    passes: batches into which this rank's share of a micro-step is cut; they have its epoch and cursor alike.
 
     Raises UserError where no record can be used, where no file can be read, and where a worker process dies.
     """
     if not len(reader.plan(start.epoch)):
         reasons = [f"{reader.records[record].path}: {reason}" for record, reason in reader.plan(start.epoch).left_out]
         raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
-    places = _Places(start, len(reader.plan(start.epoch)), rank, world, parts)
+    places = _Places(start, len(reader.plan(start.epoch)), rank, world, passes)
     for (epoch, k, _, _), batch in zip(places, read_ahead(_Handed(reader), places, workers), strict=False):
         if isinstance(batch, UserError):
             raise batch
@@ -237,15 +237,15 @@ class _Handed(Dataset[Batch | UserError]):
 class _Places:
     """Micro-steps in order, epoch after epoch. All epochs have as many, for the buckets of the records are the same."""
 
-    def __init__(self, start: Progress, per_epoch: int, rank: int, world: int, parts: int):
+    def __init__(self, start: Progress, per_epoch: int, rank: int, world: int, passes: int):
         self._start = start.epoch * per_epoch + start.cursor
-        self._per_epoch, self._rank, self._world, self._parts = per_epoch, rank, world, parts
+        self._per_epoch, self._rank, self._world, self._passes = per_epoch, rank, world, passes
 
     def __iter__(self) -> Iterator[Place]:
         count = self._start
         while True:
-            for part in range(self._parts):  # as if there were so many more ranks
-                place = self._rank * self._parts + part, self._world * self._parts
+            for i in range(self._passes):  # as if there were so many more ranks
+                place = self._rank * self._passes + i, self._world * self._passes
                 yield (*divmod(count, self._per_epoch), *place)
             count += 1
 

@@ -1,1 +1,1 @@
-"""A small real run, made here in a few minutes."""
+"""`make demo`: a small real run, on data and a model made here in a few minutes."""

@@ -1,1 +1,1 @@
-"""Noise in, loss out: the objective that trains and samples."""
+"""The objective, which trains and samples; the loss."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from torch import Tensor, nn
 
 from reeltune.diffusion.loss import Cond, Denoise, blank, gaussian
-from reeltune.diffusion.objective import Flow, Objective
+from reeltune.diffusion.objective import Ddpm, Flow, Objective, Sigma
 
 
 def sampler(objective: Objective) -> SchedulerMixin:
     """The plain deterministic sampler of the objective's own schedule: Euler, or DDIM with trailing steps."""
     if isinstance(objective, Flow):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=objective.steps, shift=objective.shift)
+    assert isinstance(objective, Ddpm | Sigma)
     return DDIMScheduler(
         num_train_timesteps=objective.steps,
         trained_betas=objective.betas.tolist(),
@@ -27,7 +29,7 @@ def sampler(objective: Objective) -> SchedulerMixin:
     )
 
 
-def schedule(scheduler: SchedulerMixin, objective: Objective, steps: int, device: torch.device) -> list[float]:
+def schedule(scheduler: Any, objective: Objective, steps: int, device: torch.device) -> list[float]:
     """Sets the scheduler to `steps` steps and returns their noise levels, noisiest first, without the last 0.
 
     Flow's are evenly spaced from 1 to 0 before the scheduler's own shift, as in Wan's released sampler (left to
@@ -51,7 +53,7 @@ def sample(
     null: Cond,
     shape_BCThw: Sequence[int],
     *,
-    scheduler: SchedulerMixin,
+    scheduler: Any,
     seeds: Sequence[int],
     steps: int,
     guidance: float = 1.0,

@@ -23,7 +23,10 @@ def column(level_B: Tensor, like: Tensor) -> Tensor:
 class Objective(Protocol):
     """Levels are places in a schedule, from 1 (nothing but noise, or nearly) down to 0 (the picture)."""
 
-    levels: Tensor  # float32[steps], all of them, noisiest first
+    steps: int
+
+    @cached_property
+    def levels(self) -> Tensor: ...  # float32[steps], all of them, noisiest first
 
     def draw(self, generator: torch.Generator, stratum: tuple[int, int]) -> float: ...  # one level
     def corrupt(self, x0: Tensor, noise: Tensor, level_B: Tensor) -> Tensor: ...
@@ -114,11 +117,13 @@ class Discrete(Objective, Protocol):
     of 1 - beta (https://arxiv.org/abs/2006.11239, eq. 4). The level of index t is t / steps.
     """
 
-    steps: int
     uniform_sampling: bool
     prediction_type: Literal["epsilon", "v_prediction"]
-    betas: Tensor  # [steps], the least noise first
-    signal: Tensor  # [steps], s
+
+    @cached_property
+    def betas(self) -> Tensor: ...  # [steps], the least noise first
+    @cached_property
+    def signal(self) -> Tensor: ...  # [steps], s
 
     @cached_property
     def levels(self) -> Tensor:

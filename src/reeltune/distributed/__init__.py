@@ -1,1 +1,1 @@
-"""How processes share a run: engines, launches, the watchdog."""
+"""How processes share a run: DDP, FSDP, ZeRO, launchers, the watchdog."""

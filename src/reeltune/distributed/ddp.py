@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Direct:
             devices = None if accelerator.device.type == "cpu" else [accelerator.device]
             # Some parameters are unused in some modes, such as ref_conv without full_ref.
             self.ddp = DistributedDataParallel(net, device_ids=devices, find_unused_parameters=True)
-        self.net = net if self.ddp is None else Called(net, self.ddp)
+        self.net = net if self.ddp is None else called(net, self.ddp)
         is_torch = isinstance(optimizer, torch.optim.Optimizer)  # others step without a loss scale
         self.optimizer = accelerator.prepare_optimizer(optimizer) if is_torch else optimizer
 
@@ -68,8 +68,8 @@ class Direct:
         for name, parameter in self._learning():
             filled = {key: torch.zeros_like(parameter) for key in keys(names[name])}
             if filled:
-                told = {key: torch.tensor(value) for key, value in scalars(names[name]).items()}
-                self._inner.state[parameter] = filled | told
+                scalar_state = {key: torch.tensor(value) for key, value in scalars(names[name]).items()}
+                self._inner.state[parameter] = filled | scalar_state
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
         """Weights and optimizer state, views of what trains."""
@@ -96,8 +96,13 @@ class Direct:
         return piece(name, tensor, self.rank, self.world)
 
 
-class Called:
+def called(plain: nn.Module, call: Callable) -> nn.Module:
     """A network as its family sees it: called through what wraps it in training, all else its own."""
+    return cast("nn.Module", _Called(plain, call))
+
+
+class _Called:
+    """No module itself: its parameters would have other names."""
 
     def __init__(self, plain: nn.Module, call: Callable):
         self._plain, self._call = plain, call
@@ -110,7 +115,7 @@ class Called:
 
 
 def piece(name: str, tensor: Tensor, rank: int, world: int) -> Piece:
-    """What this process keeps of a tensor, dealt out or not."""
+    """What this process keeps of a tensor, sharded or not."""
     if not isinstance(tensor, DTensor):
         return whole(name, tensor)
     return share(name, tensor.to_local(), tensor.shape, rank, world)

@@ -7,15 +7,16 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, gather_object
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +25,14 @@ from reeltune.distributed import fsdp, zero
 from reeltune.distributed.ddp import Direct
 from reeltune.distributed.launch import START, EngineName, Wish
 from reeltune.distributed.zero import Zero
+from reeltune.memory.blocks import move
+
+DTYPES = {  # by the names in recipes and flags
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 class Engine:
@@ -50,7 +59,7 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
-        handlers = [InitProcessGroupKwargs(timeout=patience)]
+        handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)]
         try:
             self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
         except torch.distributed.DistError as missing:
@@ -75,8 +84,9 @@ class Engine:
             )
         # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is. Without
         # shares too: processes that were told of different engines must come as far as to compare that.
-        self.cpu_group = torch.distributed.new_group(timeout=patience, backend="gloo") if self.world > 1 else None
-        self.dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+        new_group: Callable[..., Any] = torch.distributed.new_group  # its type has what it gives to outsiders too
+        self.cpu_group: ProcessGroup | None = new_group(timeout=patience, backend="gloo") if self.world > 1 else None
+        self.dtype = DTYPES[mixed_precision]
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +121,7 @@ class Engine:
 
     @property
     def name(self) -> EngineName:
-        """One process has nothing to deal out."""
+        """One process has nothing to shard."""
         return self.wish.engine if self.world > 1 else "ddp"
 
     @property
@@ -124,13 +134,14 @@ class Engine:
         """Whether the network answers only if all processes ask it."""
         return self.name in ("zero3", "fsdp") or self.context > 1
 
-    def shard(self, net: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
+    def shard(self, net: nn.Module, blocks: tuple[str, ...], *, swapped: Sequence[nn.Module] = ()) -> nn.Module:
         """The network, which now autocasts in its own forward; `prepare` follows, once it has an optimizer.
 
-        blocks: class names to shard by, where the launcher gave none.
+        blocks: class names to shard by, where the launcher gave none. swapped: modules that stay in the CPU's memory.
         """
-        away = any(weight.device != self.device for weight in net.parameters())
-        net = self.accelerator.prepare_model(net, device_placement=away and not self.sharded, evaluation_mode=True)
+        if not self.sharded:
+            move(net, self.device, besides=swapped)
+        net = self.accelerator.prepare_model(net, device_placement=False, evaluation_mode=True)
         if self.name == "fsdp":
             fsdp.shard(
                 net,
@@ -163,7 +174,7 @@ class Engine:
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, still on the device."""
-        return value.detach() if self.world == 1 else self.accelerator.reduce(value.detach(), "mean")
+        return value.detach() if self.world == 1 else self._reduce(value.detach(), "mean")
 
     def gather(self, thing: Any) -> list:
         """The thing of each rank, on every rank; any picklable value."""
@@ -181,7 +192,11 @@ class Engine:
         """True if it is true on any rank."""
         if self.world == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        return bool(self._reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+
+    def _reduce(self, value: Tensor, how: str) -> Tensor:
+        reduced: Any = self.accelerator.reduce(value, how)  # of whatever type it was given
+        return reduced
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -199,7 +214,7 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held so far: the allocator's on a GPU, the process's on the CPU."""
+        """The most memory so far: the allocator's on a GPU, the process's on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -222,7 +237,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, torch.cuda.Event | float]] = [("", self._now())]
+        self.marks: list[tuple[str, Any]] = [("", self._now())]  # (what was done until then, event or seconds)
 
     def _now(self):
         if not self.on_gpu:
@@ -254,14 +269,14 @@ class FlopCount:
     `mfu` is utilisation by the model, not by the hardware (https://arxiv.org/abs/2204.02311, appendix B).
     """
 
-    def __init__(self, wanted: bool):
-        self.wanted = wanted
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.known: dict[Any, int] = {}
 
     @contextlib.contextmanager
     def forward(self, shape: Any) -> Iterator[None]:
         """Around a forward pass of that shape."""
-        if not self.wanted or shape in self.known:
+        if not self.enabled or shape in self.known:
             yield
             return
         with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state dealt out over the processes: torch's fully_shard (FSDP, version 2)."""
+"""Weights, gradients and optimizer state sharded over the processes: torch's fully_shard (FSDP, version 2)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def shard(
     keep_gathered: bool,
     offload: bool,
 ) -> None:
-    """Deals out every block of these class names, then the rest of `net`, in place; parameters become DTensors.
+    """Shards every block of these class names, then the rest of `net`, in place; parameters become DTensors.
 
+    keep_gathered: blocks stay gathered from the forward to the backward pass (torch's reshard_after_forward=False).
     Blocks are gathered in `dtype`, to which the network autocasts anyway; the rest, and all gradients, in fp32.
     Raises UserError for a class name that the network has not.
     """
-    held = sorted({type(module).__name__ for module in net.modules()})
-    nearest = [name for name in held if name.endswith("Block")] or held
+    known = sorted({type(module).__name__ for module in net.modules()})
+    nearest = [name for name in known if name.endswith("Block")] or known
     refuse(
         "launch",
         [
             f"{name} is no class in this network, to wrap by; it has {', '.join(nearest)}"
             for name in blocks
-            if name not in held
+            if name not in known
         ],
     )
     mesh = init_device_mesh(device.type, (world,))

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
@@ -49,7 +55,7 @@ def whole(name: str, tensor: Tensor) -> Piece:
 
 
 def share(name: str, local: Tensor, shape: torch.Size, rank: int, world: int) -> Piece:
-    """What a process keeps of a tensor of that shape whose rows are dealt out as torch.chunk does."""
+    """What a process keeps of a tensor of that shape whose rows are sharded as torch.chunk does."""
     rows = -(-shape[0] // world) * rank
     per_row = shape.numel() // shape[0]
     return Piece(name, local.detach().view(-1), min(rows, shape[0]) * per_row, shape.numel())
@@ -57,10 +63,10 @@ def share(name: str, local: Tensor, shape: torch.Size, rank: int, world: int) ->
 
 def write(folder: Path, pieces: Iterable[Piece], group: ProcessGroup | None) -> None:
     """All processes of `group` call this; None: this one alone. Empty pieces are left out."""
-    held = {piece.name: piece for piece in pieces if piece.values_N.numel()}
+    by_name = {piece.name: piece for piece in pieces if piece.values_N.numel()}
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     dcp.save(
-        held,
+        by_name,
         storage_writer=writer,
         planner=_Writing(flatten_state_dict=False),
         process_group=group,
@@ -73,31 +79,35 @@ def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None
 
     metadata: as `metadata_of` gives it, where it has been read before.
     """
-    wanted = {piece.name: piece for piece in pieces if piece.values_N.numel()}
+    by_name = {piece.name: piece for piece in pieces if piece.values_N.numel()}
     reader = _Known(folder, metadata or metadata_of(folder))
-    entries = reader.read_metadata().state_dict_metadata
-    held = {name: entries[name].size.numel() for name in wanted if name in entries}
+    stored = sizes(reader.read_metadata())
+    there = {name: f"{stored[name][0]} elements" if name in stored else "missing" for name in by_name}
     refuse(
         str(folder),
         [
-            f"{name} is {f'{held[name]} elements' if name in held else 'missing'}; the network has {piece.total}"
-            for name, piece in wanted.items()
-            if held.get(name) != piece.total
+            f"{name} is {there[name]}; the network has {piece.total}"
+            for name, piece in by_name.items()
+            if there[name] != f"{piece.total} elements"
         ],
     )
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads in one process
-        dcp.load(wanted, storage_reader=reader, planner=_Reading(), no_dist=True)
+        dcp.load(by_name, storage_reader=reader, planner=_Reading(), no_dist=True)
 
 
 def metadata_of(folder: Path) -> Metadata:
-    """What is held, and where it lies: as large as the checkpoint has pieces."""
+    """What is stored, and where it lies: as large as the checkpoint has pieces."""
     return dcp.FileSystemReader(folder).read_metadata()
 
 
 def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
     """Elements and dtype of every tensor in it."""
-    entries = metadata.state_dict_metadata
-    return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in entries.items()}
+    return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in _tensors(metadata).items()}
+
+
+def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    entries = metadata.state_dict_metadata.items()
+    return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 class _Known(dcp.FileSystemReader):
@@ -132,10 +142,11 @@ class _Reading(dcp.DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        entries = self.metadata.state_dict_metadata
+        assert self.metadata is not None
+        entries = _tensors(self.metadata)
         pieces = self.state_dict.items()
-        found = [create_read_items_for_chunk_list(name, entries[name], [piece.chunk]) for name, piece in pieces]
-        return LoadPlan([item for items in found for item in items])
+        by_piece = [create_read_items_for_chunk_list(name, entries[name], [piece.chunk]) for name, piece in pieces]
+        return LoadPlan([item for items in by_piece for item in items])
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         values_N = self.state_dict[read_item.dest_index.fqn].values_N

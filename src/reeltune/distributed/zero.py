@@ -1,4 +1,4 @@
-"""Gradients and optimizer state (ZeRO-2), and weights too (ZeRO-3), dealt out over the processes by DeepSpeed."""
+"""Gradients and optimizer state (ZeRO-2), and weights too (ZeRO-3), sharded over the processes by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.distributed.ddp import Called, numbers
+from reeltune.distributed.ddp import called, numbers
 from reeltune.distributed.sharded_io import Piece, whole
 
 OURS = ("optimizer", "scheduler", "zero_allow_untested_optimizer")  # the recipe says these
@@ -36,10 +36,10 @@ def settings(
         for name, value in recipe.items()
         if given.get(name, AUTO) not in (AUTO, value)
     ]
-    for name, wanted in (("bf16", bf16), ("fp16", False)):
+    for name, asked in (("bf16", bf16), ("fp16", False)):
         enabled = given.get(name, {}).get("enabled", AUTO)
-        if enabled not in (AUTO, wanted):
-            problems.append(f"{name} enabled is {enabled} and the recipe's mixed_precision says {wanted}; write {AUTO}")
+        if enabled not in (AUTO, asked):
+            problems.append(f"{name} enabled is {enabled} and the recipe's mixed_precision says {asked}; write {AUTO}")
     refuse("deepspeed_config_file", problems)
     more = {name: value for name, value in given.items() if name not in (*recipe, "bf16", "fp16", "train_batch_size")}
     zero = {name: value for name, value in given.get("zero_optimization", {}).items() if value != AUTO}
@@ -70,22 +70,27 @@ class Zero:
     """
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]):
-        deepspeed = _deepspeed()
         self.plain, self.stage = net, config["zero_optimization"]["stage"]
-        self.engine, self.zero, *_ = deepspeed.initialize(
+        self.deepspeed, self.zero, *_ = _deepspeed().initialize(
             model=net, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.net, self.optimizer = Called(net, self.engine), self.zero.optimizer
+        self.net, self.optimizer = called(net, self.deepspeed), self.zero.optimizer
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
 
-    def step(self, parameters: list[nn.Parameter], max_norm: float, soften: None = None) -> Tensor:
+    def step(
+        self,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        soften: Callable[[list[nn.Parameter], Tensor], None] | None = None,
+    ) -> Tensor:
         """Clips to max_norm, steps and clears the gradients. Returns their norm before clipping."""
+        assert soften is None  # a recipe that asks for it is refused
         self.zero.clip_grad = _clip(max_norm)
-        self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm())
+        self.deepspeed.step()
+        return torch.as_tensor(self.deepspeed.get_global_grad_norm())
 
     # ---- what this process keeps
 
@@ -109,10 +114,10 @@ class Zero:
             if not parameter.requires_grad:
                 yield self._resting(f"weights/{released}", parameter)
                 continue
-            found = self._place(parameter)
-            if found is None:
+            place = self._place(parameter)
+            if place is None:
                 continue
-            flat_N, first, start, count, total = found
+            flat_N, first, start, count, total = place
             kept = {f"weights/{released}": flat_N}
             for key, state_N in self.optimizer.state.get(flat_N, {}).items():
                 if isinstance(state_N, Tensor) and state_N.shape == flat_N.shape:
@@ -126,9 +131,9 @@ class Zero:
         groups = self._groups(names)
         return {name: numbers(state[flat_N]) for flat_N, group in groups if flat_N in state for name in group}
 
-    def _place(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int, int] | None:
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int, int, int] | None:
         """(flat fp32 tensor, place in it, place in the flattened parameter, elements, elements of the whole)."""
-        zero, rank, total = self.zero, self.engine.global_rank, self._numel(parameter)
+        zero, rank, total = self.zero, self.deepspeed.global_rank, self._numel(parameter)
         if self.stage == 3:
             group, first, count = zero.grad_position[zero.get_param_id(parameter)]
             start = min(rank * count, total)  # equal parts, the last ones filled up
@@ -155,15 +160,15 @@ class Zero:
             pairs = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
         return ((flat_N, [of[id(parameter)] for parameter in group]) for flat_N, group in pairs)
 
-    def _numel(self, parameter: nn.Parameter) -> int:
+    def _numel(self, parameter: Any) -> int:
         return parameter.ds_numel if self.stage == 3 else parameter.numel()
 
-    def _resting(self, name: str, parameter: nn.Parameter) -> Piece:
+    def _resting(self, name: str, parameter: Any) -> Piece:
         if self.stage == 2:
             return whole(name, parameter)
-        held_N, total = parameter.ds_tensor.view(-1), parameter.ds_numel
-        start = min(self.engine.global_rank * held_N.numel(), total)
-        return Piece(name, held_N[: total - start], start, total)
+        own_N, total = parameter.ds_tensor.view(-1), parameter.ds_numel
+        start = min(self.deepspeed.global_rank * own_N.numel(), total)
+        return Piece(name, own_N[: total - start], start, total)
 
 
 def _deepspeed() -> Any:

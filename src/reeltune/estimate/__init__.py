@@ -1,1 +1,1 @@
-"""`plan` and `check`: what a run will see, take and cost."""
+"""`reeltune plan` and `check`: the data that a run will see, its memory and its time."""

@@ -10,7 +10,8 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.types import Draw, Geometry, Shape
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
-from reeltune.run.inputs import Inputs, choose_family, gather
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import choose_family
 from reeltune.training.loop import steps_of
 
 

@@ -29,42 +29,20 @@ from reeltune.estimate.fakes import (
     first_of,
     one_of,
     renewed,
-    size_bytes,
     still_matching,
     tensors_of,
     weights_of,
 )
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
-from reeltune.estimate.result import PHASES, Rehearsal
+from reeltune.estimate.result import Rehearsal
 from reeltune.families import weights
-from reeltune.run.inputs import choose_family, encode_options, load_parts
+from reeltune.memory.lever import ALL, TRAINED
+from reeltune.memory.size import size_bytes
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup, at_rest
 from reeltune.training.learner import Learner
 
 RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
-ALL = frozenset(PHASES)
-TRAINED = frozenset({"forward", "backward"})
-SEEN = frozenset({"encode", "preview"})
-CHANGES = {  # setting -> the phases in which it changes more than what is there all the time; others may change all
-    "train_batch_size": TRAINED | {"encode"},
-    "gradient_accumulation_steps": frozenset[str](),
-    "gradient_checkpointing": TRAINED,
-    "offload_activations": TRAINED,
-    "blocks_to_swap": TRAINED | {"preview"},
-    "step_in_backward": TRAINED | {"step"},
-    "vae_tiling": SEEN,
-    "encode_ahead": frozenset[str](),
-    "offload": frozenset[str](),
-    "video_sample_n_frames": TRAINED | SEEN,
-    "low_vram": SEEN,
-    "cache_folder": SEEN,
-    "cache_variants": frozenset[str](),
-    "use_ema": frozenset({"step"}),
-    "use_8bit_adam": frozenset({"step"}),
-    "use_came": frozenset({"step"}),
-    "use_adafactor": frozenset({"step"}),
-    "trained_weights": TRAINED | {"step"},
-}
 
 
 def rehearse(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Encoded, Posterior
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import blocks
+from reeltune.memory.size import size_bytes
 from reeltune.optim.trainable import matches, released_names, select
 
 MOST_BYTES = 2**34  # of pixels in a step
@@ -82,7 +82,7 @@ class Counts:
 def counts_of(family: Family, parts: Parts, model: Model) -> Counts:
     """After saying what learns. Raises UserError for patterns that match nothing."""
     net = parts.net
-    names = released_names(net, partial(family.to_released, config=parts.config))
+    names = released_names(net, lambda state: family.to_released(state, parts.config))
     select(net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
     found = blocks.blocks_of(net, family.blocks)
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in found]
@@ -146,7 +146,3 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
 def weights_of(net: nn.Module) -> list[Tensor]:
     """Each once, though it may have several names."""
     return [*net.parameters(), *net.buffers()]
-
-
-def size_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

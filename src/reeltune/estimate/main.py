@@ -17,14 +17,16 @@ from reeltune.data.plan import Plan
 from reeltune.distributed.engine import PEAK_FLOPS
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import DataForecast, forecast_data
-from reeltune.estimate.fake_step import ALL, CHANGES, SEEN, TRAINED, rehearse
-from reeltune.estimate.remedies import MARGIN, Change, Offer, Verdict, changes, judge, search
+from reeltune.estimate.fake_step import ALL, TRAINED, rehearse
+from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import Rehearsal
 from reeltune.estimate.sharding import ENGINES
-from reeltune.run.inputs import Inputs, check_split, choose_family, gather, size_rules
-from reeltune.training.learner import ALONE
+from reeltune.memory import levers
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import check_split, choose_family
+from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
-from reeltune.training.prefetch import wanted
+from reeltune.training.prefetch import encodes_ahead
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
@@ -148,9 +150,12 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         draws, phases = first_draws(other, gpus), shown
         if base is not None:
             otherwise = [*settings, *(["trained_weights"] if name != engine else [])]
-            phases = shown & frozenset[str]().union(*(CHANGES.get(name, shown) for name in otherwise))
+            phases = shown & levers.reworked(otherwise)
         found = rehearsed(other, name, draws, phases, base)
-        return judge(on_each(other, found, gpus)[0], machines.size_bytes), found
+        peaks, _ = on_each(other, found, gpus)
+        if not with_preview(other, inputs):
+            peaks.pop("preview", None)
+        return judge(peaks, machines.size_bytes), found
 
     shown = ALL if with_preview(recipe, inputs) else ALL - {"preview"}
     verdict, base = attempt(())
@@ -176,8 +181,7 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         for phase, curve in curves.items()
     }
     possible = changes(recipe, engine, machines.gpus, base.still_blocks, tiles=family.vae_tiles)
-    helpful = [change for change in possible if goes((change,)) and could_help(change, verdict, recipe)]
-    candidates = [] if verdict.safe else helpful
+    candidates = [change for change in possible if goes((change,))]
     offers = search(candidates, goes, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
@@ -227,16 +231,9 @@ def check(recipe: Recipe, machines: Machines) -> None:
         problems += [
             f"{name} is {getattr(recipe.memory, name)} and gpus is {gpus}; devices that train together must have all "
             "gradients and weights at once; leave it out, or plan for one"
-            for name in ALONE
-            if getattr(recipe.memory, name)
+            for name in levers.pulled_alone(flat(recipe))
         ]
     refuse("plan", problems)
-
-
-def could_help(change: Change, verdict: Verdict, recipe: Recipe) -> bool:
-    """Not, where all that it changes fits already."""
-    passing = (recipe.training.low_vram and "cache_folder" in change.settings) or "vae_tiling" in change.settings
-    return not passing or any(verdict.totals.get(phase, 0) * (1 + MARGIN) > verdict.have_bytes for phase in SEEN)
 
 
 def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
@@ -244,7 +241,7 @@ def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict
     parallel = recipe.parallel
     name = sharding.name_of(parallel.engine, gpus)
     peaks, host = sharding.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
-    if wanted(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
+    if encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
     return peaks, host

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import shown
+from reeltune.config.rules import written
 from reeltune.estimate.result import Rehearsal
-from reeltune.training.prefetch import wanted
+from reeltune.memory import levers
+from reeltune.memory.lever import ALL
+from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
-TOLD = 3  # changes named
+TOLD = 3  # sets of changes named
+TRIES = 8  # sets of several changes that are rehearsed for one of them
 PCIE_BYTES_PER_S = 25e9  # of a x16 PCIe 4 link in practice; 31.5e9 by its standard
 
 
@@ -26,7 +28,7 @@ class Verdict:
     @property
     def phase(self) -> str:
         """The fullest."""
-        return max(self.totals, key=lambda phase: self.totals[phase])
+        return fullest(self.totals)
 
     @property
     def need_bytes(self) -> int:
@@ -38,11 +40,19 @@ class Verdict:
 
     @property
     def safe(self) -> bool:
-        return self.need_bytes * (1 + MARGIN) <= self.have_bytes
+        return is_safe(self.need_bytes, self.have_bytes)
 
     @property
     def spare_bytes(self) -> int:
         return self.have_bytes - self.need_bytes
+
+
+def fullest(totals: dict[str, int]) -> str:
+    return max(totals, key=lambda phase: totals[phase])
+
+
+def is_safe(need_bytes: int, have_bytes: int) -> bool:
+    return need_bytes * (1 + MARGIN) <= have_bytes
 
 
 def judge(peaks: dict[str, dict[str, int]], have_bytes: int) -> Verdict:
@@ -51,50 +61,47 @@ def judge(peaks: dict[str, dict[str, int]], have_bytes: int) -> Verdict:
 
 @dataclass(frozen=True)
 class Change:
-    """One field of the recipe (or of the machines), and what it costs."""
+    """A lever pulled, by what is written for it."""
 
-    settings: dict[str, Any]  # fields of the recipe; or "gpus"
-    cost: float  # to order by: more time as a share of a step; what changes the result comes after all that do not
-    price: Callable[[Rehearsal, Rehearsal], str]
-    """(as it is, with the change) -> the price in words."""
+    settings: dict[str, Any]  # fields of the recipe, or "gpus"
+    price: str  # with what `numbers` fills in
+    phases: frozenset[str] = ALL  # in which it spares memory
 
     @property
     def words(self) -> str:
-        """As it is written in a recipe; the command's flag for what is no field of it."""
-        return ", ".join(
-            f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}"
-            for name, value in self.settings.items()
-        )
+        return written(self.settings)
 
 
-def more_flops(before: Rehearsal, after: Rehearsal) -> str:
-    return f"{step_flops(after) / step_flops(before) - 1:+.0%} arithmetic in a step, the same result"
+def changes(recipe: Recipe, engine: str, gpus: int, frozen_blocks: int, *, tiles: bool) -> Iterator[Change]:
+    """All that this run could change, one by one, the cheapest first.
+
+    engine: a name of sharding.ENGINES. frozen_blocks: of which nothing learns. tiles: the VAE has them.
+    """
+    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
+    known = {"gpus": gpus, "encodes_ahead": ahead, "frozen_blocks": frozen_blocks, "vae_tiles": tiles}
+    values = {**flat(recipe), "engine": engine, **known}
+    for lever, settings in levers.offered(values):
+        yield Change(settings, lever.plan_price or lever.price, lever.where(values))
 
 
-def step_flops(found: Rehearsal) -> int:
-    return sum(found.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
+def numbers(before: Rehearsal, after: Rehearsal, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a price may name: from the step as it is, the step with the change, and what was written for it."""
+    visits = 2 * sum(size for name, size in before.weight_bytes.items() if name != "network")
+    offloaded, swapped = 2 * after.offloaded_bytes, 2 * after.swapped_bytes  # there and back; in both passes
+    return {
+        **settings,
+        "more_flops": step_flops(after) / max(step_flops(before), 1) - 1,
+        "visits_gib": visits / 2**30,
+        "visits_s": visits / PCIE_BYTES_PER_S,
+        "offloaded_gb": offloaded / 1e9,
+        "offloaded_s": offloaded / PCIE_BYTES_PER_S,
+        "swapped_gb": swapped / 1e9,
+        "swapped_s": swapped / PCIE_BYTES_PER_S,
+    }
 
 
-def visits(before: Rehearsal, after: Rehearsal) -> str:
-    moved = 2 * sum(size for name, size in before.weight_bytes.items() if name != "network")
-    return f"{moved / 2**30:.1f} GiB to and from the device each micro-step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4"
-
-
-def journeys(before: Rehearsal, after: Rehearsal) -> str:
-    """Of activations: to the machine's own memory and back."""
-    moved = 2 * after.offloaded_bytes
-    return f"{moved / 1e9:.0f} GB to and from the host in a step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4"
-
-
-def swaps(before: Rehearsal, after: Rehearsal) -> str:
-    """Of weights: to the device in both passes."""
-    moved = 2 * after.swapped_bytes
-    more = more_flops(before, after)
-    return f"{moved / 1e9:.0f} GB to the device in a step, {moved / PCIE_BYTES_PER_S:.1f} s of PCIe 4; {more}"
-
-
-def says(text: str) -> Callable[[Rehearsal, Rehearsal], str]:
-    return lambda before, after: text
+def step_flops(rehearsal: Rehearsal) -> int:
+    return sum(rehearsal.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
 
 
 @dataclass(frozen=True)
@@ -106,77 +113,8 @@ class Offer:
     prices: tuple[str, ...]
 
 
-SAME, OTHER, MACHINES = 0.0, 10.0, 100.0  # in the order of cost: the same result, another, other machines
-
-
-STATE = {"use_came": 1, "use_8bit_adam": 2, "use_adafactor": 3}  # what keeps less state than those before, and AdamW
-# What several devices that share out the weights cannot do -> as they have it instead.
-ALONE = {"step_in_backward": False, "blocks_to_swap": 0}
-WHOLE = {**dict.fromkeys(STATE, False), "trained_weights": "fp32", "offload_activations": False, **ALONE}
-
-
-def changes(recipe: Recipe, engine: str, gpus: int, still_blocks: int, *, tiles: bool) -> Iterator[Change]:
-    """All that this run could change, one by one. still_blocks: of which nothing learns. tiles: the VAE has them."""
-    training, optimization, memory = recipe.training, recipe.optimization, recipe.memory
-    whole_on_each = engine in ("one", "ddp")
-    if training.train_batch_size > 1:
-        smaller = training.train_batch_size // 2
-        times = training.gradient_accumulation_steps * training.train_batch_size // smaller
-        settings = {"train_batch_size": smaller, "gradient_accumulation_steps": times}
-        yield Change(settings, SAME + 0.02, says("as many samples a step, in smaller portions"))
-    if recipe.cache.cache_folder is None:
-        settings = {"cache_folder": f"{recipe.output.output_dir}/cache", "cache_variants": VARIANTS}
-        words = f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more"
-        yield Change(settings, SAME + 0.2, says(words))
-    if recipe.cache.cache_folder is None and wanted(memory.encode_ahead, on_gpu=True, low_vram=training.low_vram):
-        yield Change({"encode_ahead": False}, SAME + 0.05, says("nothing is encoded while the network trains"))
-    if not training.low_vram and recipe.cache.cache_folder is None:
-        yield Change({"low_vram": True}, SAME + 0.1, visits)
-    if not training.gradient_checkpointing:
-        yield Change({"gradient_checkpointing": True}, SAME + 0.3, more_flops)
-    if not memory.offload_activations and whole_on_each:
-        yield Change({"offload_activations": True}, SAME + 0.25, journeys)
-    if not memory.step_in_backward and gpus == 1:
-        yield Change({"step_in_backward": True}, SAME + 0.6, more_flops)
-    if not memory.blocks_to_swap and gpus == 1 and still_blocks:
-        yield Change({"blocks_to_swap": still_blocks}, SAME + 0.45, swaps)
-    if gpus > 1 and recipe.parallel.context_parallel == 1:
-        words = says("two devices share each clip, so that there are half as many in a step")
-        yield Change({"context_parallel": 2}, SAME + 0.55, words)
-    if not recipe.parallel.offload and not whole_on_each:
-        yield Change({"offload": True}, SAME + 0.7, says("what is dealt out lives in the host's memory"))
-    if gpus > 1 and whole_on_each:
-        yield Change({"engine": "zero2"}, SAME + 0.4, says("bf16 copies compute; gradients and state are shared out"))
-        yield Change({"engine": "fsdp"}, SAME + 0.5, says("weights are gathered block by block in each pass"))
-    if tiles and not memory.vae_tiling and recipe.cache.cache_folder is None:
-        yield Change({"vae_tiling": True}, OTHER - 0.1, says("latents differ a little near the seams of tiles"))
-    if optimization.use_ema:
-        yield Change({"use_ema": False}, OTHER, says("no moving average of the weights"))
-    if recipe.model.trained_weights == "fp32" and training.mixed_precision == "bf16" and whole_on_each:
-        rounded = "weights are rounded to bf16, up or down by chance, so that small updates count on average"
-        yield Change({"trained_weights": "bf16_stochastic"}, OTHER + 0.1, says(rounded))
-    used = [name for name in STATE if getattr(optimization, name)]
-    for name, cost in (("use_8bit_adam", 0.2), ("use_came", 0.3), ("use_adafactor", 0.35)):
-        if all(STATE[name] > STATE[other] for other in used):
-            eight = name == "use_8bit_adam" and not used
-            rounded, other = "the optimizer's moments are rounded to 8 bits", "another optimizer: find its rate anew"
-            yield Change({**dict.fromkeys(used, False), name: True}, OTHER + cost, says(rounded if eight else other))
-    if recipe.sizes.video_sample_n_frames > SHORT:
-        frames = recipe.sizes.video_sample_n_frames // 2 // 4 * 4 + 1
-        yield Change({"video_sample_n_frames": frames}, OTHER + 0.4, says("half as much of a clip at a time"))
-    for more in (2, 4, 8):
-        if more > gpus:
-            words = says(f"{more} devices in place of {gpus}, and a fast link between them")
-            settings = flat(recipe)
-            back = {name: value for name, value in WHOLE.items() if settings[name] != value}
-            yield Change({"gpus": more, "engine": "fsdp", **back}, MACHINES * more, words)
-
-
-VARIANTS = 4  # as many as the recipe's rules advise for clips longer than their window
-SHORT = 9  # frames that are not halved
-
-
-TRIES = 8  # sets of several changes that are rehearsed
+Chosen = frozenset[int]  # places in the list of candidates
+NONE: Chosen = frozenset()
 
 
 def search(
@@ -185,53 +123,95 @@ def search(
     try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
     before: tuple[Verdict, Rehearsal],
 ) -> list[Offer]:
-    """The cheapest sets of changes, up to TOLD, that make it fit with room to spare: single ones before pairs.
+    """Up to TOLD sets of changes that make it fit with room to spare; none, if it has that. candidates: the cheapest
+    first.
 
-    A set that holds one already offered is not, nor one whose changes do not go together. Sets whose changes, as far
-    as is known of them alone and in smaller sets, save too little are not rehearsed, nor those with one to spare.
+    Each set does without the cheapest change of those before it. Last come more devices: the fewest that are enough by
+    themselves, else the most, with changes beside.
     """
-    found: list[tuple[frozenset[int], Offer]] = []
-    known: dict[frozenset[int], dict[str, int]] = {frozenset(): before[0].totals}
-    room = before[0].have_bytes / (1 + MARGIN)
-    tries = 0
+    if before[0].safe:
+        return []
+    tries = Tries(candidates, goes, try_out, {NONE: before})
+    machines = frozenset(i for i, change in enumerate(candidates) if "gpus" in change.settings)
+    found: list[Chosen] = []
+    barred = machines
+    while len(found) < TOLD and (grown := tries.grow(NONE, barred)) is not None:
+        found.append(grown)
+        barred |= {min(grown)}
+    if machines and len(found) < TOLD:
+        enough = next((frozenset({i}) for i in sorted(machines) if tries.verdict(frozenset({i})).safe), None)
+        grown = enough or tries.grow(frozenset({max(machines)}), machines)
+        found += [] if grown is None else [grown]
+    return [tries.offer(chosen) for chosen in found]
 
-    def consider(chosen: frozenset[int]) -> None:
-        picked = tuple(candidates[i] for i in sorted(chosen))
-        verdict, rehearsal = try_out(picked)
-        known[chosen] = verdict.totals
-        if verdict.safe:
-            prices = tuple(change.price(before[1], rehearsal) for change in picked)
-            found.append((chosen, Offer(picked, verdict, prices)))
 
-    def expected(chosen: frozenset[int]) -> int:
-        """Bytes at the fullest, if each change saves what it saves alone, after the smaller set if that is known."""
-        smaller = [chosen - {i} for i in chosen if chosen - {i} in known]
-        start = min(smaller, key=lambda part: max(known[part].values())) if smaller else frozenset[int]()
-        left = dict(known[start])
-        for i in chosen - start:
-            for phase, size in before[0].totals.items():
-                left[phase] = left.get(phase, 0) - size + known[frozenset({i})].get(phase, 0)
-        return max(left.values())
+@dataclass
+class Tries:
+    candidates: list[Change]
+    goes: Callable[[tuple[Change, ...]], bool]
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]]
+    known: dict[Chosen, tuple[Verdict, Rehearsal]] = field(repr=False)
+    """Sets that were rehearsed; first the run as it is."""
 
-    def hopeful(chosen: frozenset[int]) -> bool:
-        names = [name for i in chosen for name in candidates[i].settings]
-        if len(set(names)) < len(names) or any(offered <= chosen for offered, _ in found) or expected(chosen) > room:
-            return False
-        spare = (chosen - {i} for i in chosen)
-        if any(part not in known and expected(part) <= room for part in spare):
-            return False
-        return goes(tuple(candidates[i] for i in chosen))
+    def picked(self, chosen: Chosen) -> tuple[Change, ...]:
+        return tuple(self.candidates[i] for i in sorted(chosen))
 
-    def cost(chosen: Iterable[int]) -> float:
-        return sum(candidates[i].cost for i in chosen)
+    def verdict(self, chosen: Chosen) -> Verdict:
+        if chosen not in self.known:
+            self.known[chosen] = self.try_out(self.picked(chosen))
+        return self.known[chosen][0]
 
-    for i in range(len(candidates)):
-        consider(frozenset({i}))
-    for size in range(2, len(candidates) + 1):
-        if len(found) >= TOLD:
-            break
-        for chosen in map(frozenset, sorted(combinations(range(len(candidates)), size), key=cost)):
-            if len(found) < TOLD and tries < TRIES and hopeful(chosen):
-                tries += 1
-                consider(chosen)
-    return [offer for _, offer in sorted(found, key=lambda pair: cost(pair[0]))[:TOLD]]
+    def offer(self, chosen: Chosen) -> Offer:
+        (_, before), (verdict, after) = self.known[NONE], self.known[chosen]
+        picked = self.picked(chosen)
+        prices = (change.price.format_map(numbers(before, after, change.settings)) for change in picked)
+        return Offer(picked, verdict, tuple(prices))
+
+    def expected(self, chosen: Chosen) -> dict[str, int]:
+        """Phase -> bytes, if beside the largest part of the set that was rehearsed each change spares what it does
+        alone."""
+        part = max((part for part in self.known if part <= chosen), key=len)
+        before, totals = self.known[NONE][0].totals, dict(self.known[part][0].totals)
+        for i in chosen - part:
+            alone = self.verdict(frozenset({i})).totals
+            totals = {phase: size - before.get(phase, 0) + alone.get(phase, 0) for phase, size in totals.items()}
+        return totals
+
+    def safe(self, totals: dict[str, int]) -> bool:
+        return is_safe(max(totals.values()), self.known[NONE][0].have_bytes)
+
+    def grow(self, start: Chosen, barred: Set[int]) -> Chosen | None:
+        """The start, and changes that make it fit: the cheapest that lowers the fullest phase is added, in place of
+        those with which it does not go, until it fits; then what is not needed is left out. None: they do not."""
+        chosen, useless, left = start, set[int](), TRIES
+        while left:
+            totals = self.expected(chosen)
+            if self.safe(totals):
+                chosen, left = self.needed(chosen, start), left - 1
+                if self.verdict(chosen).safe:
+                    return chosen
+                continue
+            wanting = (i for i in range(len(self.candidates)) if i not in barred | useless | chosen)
+            added = next((i for i in wanting if fullest(totals) in self.candidates[i].phases), None)
+            if added is None:
+                return None
+            larger = frozenset({added, *(i for i in chosen if self.together(i, added))})
+            goes = start <= larger and self.goes(self.picked(larger))
+            if goes and max(self.expected(larger).values()) < max(totals.values()):
+                chosen = larger
+            else:
+                useless.add(added)
+        return None
+
+    def needed(self, chosen: Chosen, start: Chosen) -> Chosen:
+        """The set without what it can do without, the dearest first."""
+        for i in sorted(chosen - start, reverse=True):
+            if self.safe(self.expected(chosen - {i})):
+                chosen -= {i}
+        return chosen
+
+    def together(self, one: int, other: int) -> bool:
+        a, b = self.candidates[one].settings, self.candidates[other].settings
+        return all(a[name] == b[name] for name in a.keys() & b.keys()) and self.goes(
+            self.picked(frozenset({one, other}))
+        )

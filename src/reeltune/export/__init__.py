@@ -1,1 +1,1 @@
-"""Weights out, in every dialect, proven."""
+"""`reeltune export`: weights under the released or diffusers' names, read back and compared."""

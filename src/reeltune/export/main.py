@@ -18,13 +18,13 @@ from reeltune.checkpoint import folder as checkpoints
 from reeltune.checkpoint.state import Shared
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import UserError, refuse
+from reeltune.core.errors import refuse
+from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from reeltune.families.spec import Family, check_mode
 from reeltune.memory.host import room_bytes
 
-DTYPES = {"as_stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -50,10 +50,8 @@ def export(
     recipe = _recipe(checkpoint, pretrained_model_name_or_path)
     source = _source(checkpoint, ema)
     outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
-    config = weights.read_config(checkpoint / "transformer")
+    config = configs.read_config(checkpoint / "transformer")
     family = _family(recipe) if diffusers else None
-    if family is not None and family.save is None:
-        raise UserError("export", f"{family.name} has no form for diffusers; leave --diffusers out")
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -118,7 +116,7 @@ def _family(recipe: Recipe) -> Family:
 
 
 def _cast(tensor: Tensor, dtype: str) -> Tensor:
-    return tensor.to(DTYPES[dtype] or tensor.dtype)
+    return tensor if dtype == "as_stored" else tensor.to(DTYPES[dtype])
 
 
 def _named(outline: Mapping[str, Tensor], family: Family | None, config: dict) -> dict[str, str]:

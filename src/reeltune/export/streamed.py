@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reeltune.families import weights
+from reeltune.families import tensor_files
+from reeltune.memory.size import size_bytes
 
-STEM = weights.STEMS[0]
-NAMES = {dtype: name for name, dtype in weights.DTYPES.items()}
+STEM = tensor_files.STEMS[0]
+NAMES = {dtype: name for name, dtype in tensor_files.DTYPES.items()}
 
 
 class Stored(Mapping[str, Tensor]):
@@ -27,8 +28,8 @@ class Stored(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path):
-        self.outline = weights.peek(path)
-        self._file = {name: file for file in weights.files_of(path) for name in weights.peek(file)}
+        self.outline = tensor_files.tensors_of(path, "meta")
+        self._file = {name: file for file in tensor_files.files_of(path) for name in tensor_files.header_of(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt", device="cpu") as tensors:
@@ -49,7 +50,7 @@ def write(
     outline: name -> meta tensor, the shape and dtype of what `tensor` then gives for that name.
     A tensor that is larger than a shard has one of its own.
     """
-    shards = _dealt(outline, max_shard_bytes)
+    shards = _split(outline, max_shard_bytes)
     total = len(shards)
     files = [folder / f"{STEM}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     if total == 1:
@@ -58,23 +59,23 @@ def write(
         _write_file(file, {name: outline[name] for name in names}, tensor)
     if total > 1:
         where = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
-        size_bytes = sum(map(_size_bytes, outline.values()))
-        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(where.items()))}
+        metadata = {"total_size": size_bytes(list(outline.values()))}
+        index = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return files
 
 
-def _dealt(outline: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+def _split(outline: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
     """Names by shard: wide dtypes first, so that every tensor lies at a multiple of its element's size."""
     shards: list[list[str]] = [[]]
-    held_bytes = 0
+    shard_bytes = 0
     for name in sorted(outline, key=lambda name: -outline[name].itemsize):
-        size_bytes = _size_bytes(outline[name])
-        if shards[-1] and held_bytes + size_bytes > max_shard_bytes:
+        tensor_bytes = size_bytes(outline[name])
+        if shards[-1] and shard_bytes + tensor_bytes > max_shard_bytes:
             shards.append([])
-            held_bytes = 0
+            shard_bytes = 0
         shards[-1].append(name)
-        held_bytes += size_bytes
+        shard_bytes += tensor_bytes
     return shards
 
 
@@ -82,7 +83,7 @@ def _write_file(file: Path, outline: Mapping[str, Tensor], tensor: Callable[[str
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, meta in outline.items():
-        begin, end = end, end + _size_bytes(meta)
+        begin, end = end, end + size_bytes(meta)
         header[name] = {"dtype": NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -91,10 +92,6 @@ def _write_file(file: Path, outline: Mapping[str, Tensor], tensor: Callable[[str
         for name, meta in outline.items():
             values = tensor(name)
             assert (values.shape, values.dtype) == (meta.shape, meta.dtype), name
-            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _size_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

@@ -1,4 +1,4 @@
-"""Each clip's tokens dealt out over several processes (context parallelism), by diffusers' hooks.
+"""Each clip's tokens sharded over several processes (context parallelism), by diffusers' hooks.
 
 Attention gathers all tokens for a part of the heads each (Ulysses, https://arxiv.org/abs/2309.14509). All processes
 get the whole answer, but each only its part of the gradients: those of a clip's processes must be added up.
@@ -18,11 +18,12 @@ from reeltune.core.errors import UserError
 
 
 def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
-    """plan: module -> what of its inputs and outputs is dealt out or gathered, as diffusers' `_cp_plan` says it.
+    """plan: module -> what of its inputs and outputs is sharded or gathered, as diffusers' `_cp_plan` says it.
 
     Raises UserError if the heads cannot be shared evenly.
     """
-    count, heads = mesh["ulysses"].size(), net.config.num_attention_heads
+    network: Any = net  # diffusers', with its config
+    count, heads = mesh["ulysses"].size(), network.config.num_attention_heads
     if heads % count:
         fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise UserError(
@@ -33,7 +34,7 @@ def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
     config.setup(dist.get_rank(), dist.get_world_size(), next(net.parameters()).device, mesh)
     whole = ParallelConfig(context_parallel_config=config)
     for module in net.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = whole
     apply_context_parallel(net, config, plan)

@@ -10,13 +10,14 @@ from torch import Tensor
 from reeltune.core.types import Batch, Posterior
 from reeltune.diffusion.loss import gaussian
 from reeltune.families.latents import to_cells
+from reeltune.families.spec import needed
 
 
 def condition(
     encode: Callable[[Tensor], Posterior],
     pixels_BFCHW: Tensor,
     mask_BFHW: Tensor,
-    cells: tuple[int, int, int],
+    cells: Sequence[int],
     *,
     scale: float,
     seeds: Sequence[int] | None,
@@ -52,7 +53,7 @@ def join_mask(mask_BCThw: Tensor, kept: Posterior) -> Posterior:
 
 def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
     """What the draw keeps; inpainting is dropped only where everything is to be generated."""
-    inpaint = {"inpaint": kept_unless_all_masked(batch.keep, batch.mask_BFHW)} if mode == "inpaint" else {}
+    inpaint = {"inpaint": kept_unless_all_masked(batch.keep, needed(batch.mask_BFHW))} if mode == "inpaint" else {}
     return batch.keep | inpaint
 
 

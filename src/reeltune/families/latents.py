@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from reeltune.core.types import Posterior
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:
+def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The distribution times the VAE's scaling factor."""
-    found = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
-    return Posterior(found.mean.float() * scale, found.logvar.float() + 2 * math.log(scale))
+    return Posterior(latents.mean.float() * scale, latents.logvar.float() + 2 * math.log(scale))
 
 
 @torch.no_grad()
-def decode_clip(vae: nn.Module, x0_BCThw: Tensor) -> Tensor:
+def decode_clip(vae: Any, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32, about [-1, 1]."""
     z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
     return vae.decode(z).sample.float().transpose(1, 2)
 
 
-def to_cells(x_BCFHW: Tensor, cells: tuple[int, int, int]) -> Tensor:
+def to_cells(x_BCFHW: Tensor, cells: Sequence[int]) -> Tensor:
     """Trilinear to (T, h, w), the first frame apart, since it has a latent frame of its own."""
     frames, *cell = cells
     pieces = [(x_BCFHW[:, :, :1], 1), (x_BCFHW[:, :, 1:], frames - 1)]

@@ -43,8 +43,9 @@ class Parts:
         del self.loaders[name]
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[nn.Module]:
-        """The frozen network on the device, read if it is not yet; afterwards back on the CPU if `low_vram`."""
+    def borrow(self, name: str) -> Iterator[Any]:
+        """The frozen network, of its own library's class, on the device, read if it is not yet; afterwards back on the
+        CPU if `low_vram`."""
         if name in self.loaders:
             self._read(name)
         module = self.frozen[name]
@@ -65,6 +66,26 @@ class Loading:
     frozen_dtype: torch.dtype | None  # of VAE and encoders; None: as stored
     device: torch.device  # of the trained network; "meta": its weights are not read
     transformer_path: Path | None  # other weights for the same network: a file, or a saved folder
+
+
+def plain(tokenizer: Any, captions: list[str]) -> list[str]:
+    """Captions as they are."""
+    return captions
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """How much of a caption one of a family's encoders reads."""
+
+    reader: str  # "the text encoder"
+    tokenizer: Path  # its folder
+    tokens: int  # at most, those around the caption included
+    as_read: Callable[[Any, list[str]], list[str]] = plain
+    """(tokenizer, captions) -> what is tokenised: the caption in its template."""
+    special: bool = True
+    """The tokenizer adds its own marks of beginning and end."""
+    or_its_own: bool = False
+    """The tokenizer's own limit counts, where it is less."""
 
 
 def as_drawn(batch: Batch, mode: str) -> dict[str, Tensor]:
@@ -101,6 +122,9 @@ class Family:
     """(state_dict of net, config) -> the same tensors under the released names"""
     from_released: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     """Its inverse, a bijection on the released key list."""
+    save: Callable[..., None]
+    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
+    diffusers'."""
     options: dict[str, Any] = field(default_factory=dict)  # what config_path or the checkpoint says beside sizes
     caption: tuple[str, ...] = ("text",)
     """Conditions that the caption makes, "text" first: dropped together, and blanked in guidance's blind pass."""
@@ -108,6 +132,8 @@ class Family:
     """The text encoder is shown the clip's first frame beside the caption."""
     keep: Callable[[Batch, str], dict[str, Tensor]] = as_drawn
     """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
+    token_limits: tuple[TokenLimit, ...] = ()
+    """Of each encoder of captions."""
     frozen_files: dict[str, Path] = field(default_factory=dict)
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
     native_fps: float = 16.0
@@ -127,9 +153,6 @@ class Family:
     tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
-    save: Callable[..., None] | None = None
-    """(folder, state_dict of net, config, *, diffusers=False): weights and config.json in the released form, or
-    diffusers'. None: the family has no such form."""
 
     def load(
         self,
@@ -201,6 +224,12 @@ class Family:
             described = self.describe(parts, batch.text, picture_BCHW)
         clips = self.encode_clips(parts, batch, mode, options or {})
         return replace(clips, cond=described.cond | clips.cond, keep=self.keep(batch, mode), null=described.null)
+
+
+def needed(x: Tensor | None) -> Tensor:
+    """A batch's control, camera or mask in a mode that needs it, where it is always there."""
+    assert x is not None
+    return x
 
 
 def check_mode(family: Family, mode: str | None) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -48,29 +48,34 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def offload_activations(net: nn.Module) -> None:
     """What its forward pass keeps for the backward pass waits in the CPU's memory: all tensors of LEAST_BYTES or more
     but the weights, which are on the device anyway."""
-    forward = net.forward
+    passes: list[saved_tensors_hooks] = []
 
-    @wraps(forward)
-    def kept_elsewhere(*given: Any, **named: Any) -> Any:
-        weights = {weight.untyped_storage()._cdata for weight in net.parameters()}
+    def begins(_: nn.Module, _given: Any) -> None:
+        storages = [weight.untyped_storage() for weight in net.parameters()]
+        weights = {id(storage): storage for storage in storages}
 
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
             small = tensor.nbytes < LEAST_BYTES
-            stays = small or tensor.untyped_storage()._cdata in weights
+            stays = small or id(tensor.untyped_storage()) in weights
             return tensor.device, tensor if stays else to_host(tensor)
 
         def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
             device, tensor = packed
             return to_device(tensor, device)
 
-        with saved_tensors_hooks(pack, unpack):
-            return forward(*given, **named)
+        passes.append(saved_tensors_hooks(pack, unpack))
+        passes[-1].__enter__()
 
-    net.forward = kept_elsewhere
+    def ends(*_: Any) -> None:
+        passes.pop().__exit__()
+
+    net.register_forward_pre_hook(begins)
+    net.register_forward_hook(ends, always_call=True)
 
 
 def swap(blocks: Sequence[nn.Module], count: int, device: torch.device) -> list[nn.Module]:
-    """`count` of the blocks of which nothing learns, evenly spread, wait in the CPU's memory; `.to` leaves them there.
+    """`count` of the blocks of which nothing learns, evenly spread, wait in the CPU's memory; `move` can leave them
+    there.
 
     Each comes to the device for its forward pass, and again in the backward pass, where it recomputes its activations.
     Returns them. Raises UserError if there are fewer.
@@ -99,8 +104,15 @@ def _swap_one(block: nn.Module, device: torch.device) -> None:
             return forward(*given, **named)
 
     block.forward = partial(checkpoint, visit, use_reentrant=False)
-    stays: Callable[..., nn.Module] = lambda *_, **__: block  # noqa: E731
-    block._apply = stays  # what .to and .cuda call for each module
+
+
+def move(net: nn.Module, device: torch.device, *, besides: Sequence[nn.Module] = ()) -> None:
+    """As net.to(device), but these of its blocks stay where they are."""
+    stay = {id(module) for block in besides for module in block.modules()}
+    for module in net.modules():
+        if id(module) not in stay:
+            for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)
 
 
 @contextmanager

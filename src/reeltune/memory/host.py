@@ -21,8 +21,8 @@ def room_bytes(root: Path = Path("/")) -> int:
 
 
 def _of_groups(root: Path) -> Iterator[int]:
-    told = root / "proc/self/cgroup"
-    lines = told.read_text().splitlines() if told.is_file() else []  # number:controllers:path
+    groups = root / "proc/self/cgroup"
+    lines = groups.read_text().splitlines() if groups.is_file() else []  # number:controllers:path
     own = [Path(line.split(":", 2)[2].lstrip("/")) for line in lines]
     for mount, (limit, used, unused) in GROUPS.items():
         for group in {above for path in own for above in (path, *path.parents)}:

@@ -85,7 +85,9 @@ def soften_outliers(parameters: list[nn.Parameter], norm: Tensor, max_norm: floa
     """
     ratio = norm / max_norm
     factor = torch.where(ratio > 5, 1 / ratio.clamp(max=10), torch.ones_like(ratio))
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def clip_ceiling(step: int, max_norm: float, start_ratio: float, steps: int | None) -> float:

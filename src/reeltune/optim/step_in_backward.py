@@ -1,4 +1,4 @@
-"""The optimizer's step inside the backward pass, so that no full set of gradients is ever held."""
+"""The optimizer's step inside the backward pass, so that there is never a full set of gradients."""
 
 from __future__ import annotations
 
@@ -36,44 +36,53 @@ class StepInBackward:
 
         soften: what is done with clipped gradients, given their parameters and that norm, before they step.
         """
-        assert self.loss is not None
         norms: dict[int, Tensor] = {}
-        clip = None
+        before = partial(_measure, norms)
         if max_norm != math.inf:
-            self._run(partial(_measure, norms), keep=True)
+            self._run(before, keep=True)
             norm = self._total(norms)
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-
-            def clip(parameter: nn.Parameter) -> None:
-                parameter.grad.mul_(factor)
-                if soften is not None:
-                    soften([parameter], norm)
-
-        parts = self.optimizer.in_parts if isinstance(self.optimizer, StochasticRounding) else self._parts
-        with parts() as step:
-            self._run(partial(_step, clip or partial(_measure, norms), step))
+            before = partial(_clip, factor, norm, soften)
+        optimizer = self.optimizer
+        parts = optimizer.in_parts() if isinstance(optimizer, StochasticRounding) else in_parts(optimizer)
+        with parts as step:
+            self._run(partial(_step, before, step))
         self.loss = None
         return self._total(norms)
-
-    def _parts(self):
-        return in_parts(self.optimizer)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         self._arrived(parameter)
         parameter.grad = None
 
     def _run(self, arrived: Callable[[nn.Parameter], None], *, keep: bool = False) -> None:
+        assert self.loss is not None
         self._arrived = arrived
         self.loss.backward(retain_graph=keep)
 
     def _total(self, norms: dict[int, Tensor]) -> Tensor:
         """In the order and form of torch.nn.utils.get_total_norm, for the same bits."""
-        found = [norms[id(parameter)] for parameter in self.parameters if id(parameter) in norms]
-        return torch.linalg.vector_norm(torch.stack(found))
+        in_order = [norms[id(parameter)] for parameter in self.parameters if id(parameter) in norms]
+        return torch.linalg.vector_norm(torch.stack(in_order))
 
 
 def _measure(norms: dict[int, Tensor], parameter: nn.Parameter) -> None:
-    norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad)
+    norms[id(parameter)] = torch.linalg.vector_norm(_gradient(parameter))
+
+
+def _clip(
+    factor: Tensor,
+    norm: Tensor,
+    soften: Callable[[list[nn.Parameter], Tensor], None] | None,
+    parameter: nn.Parameter,
+) -> None:
+    _gradient(parameter).mul_(factor)
+    if soften is not None:
+        soften([parameter], norm)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _step(before: Callable[[nn.Parameter], None], step: PartStep, parameter: nn.Parameter) -> None:

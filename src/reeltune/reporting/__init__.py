@@ -1,1 +1,1 @@
-"""What a run tells: log, ledger, report, charts, first batch."""
+"""What a run writes about itself: log, metrics, ledger, report, charts, first batch."""

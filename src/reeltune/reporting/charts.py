@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ COLOURS = {
     "#090909": "var(--page)",
 }
 STAND_IN = {variable[6:-1]: colour for colour, variable in COLOURS.items()}
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's type of its keys is its own
     "svg.fonttype": "none",
     "svg.hashsalt": "reeltune",
     "font.size": 10,
@@ -147,12 +147,12 @@ def binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray,
     """(step, mean, least, most) of at most BINS groups of neighbouring steps, as equal in size as may be."""
     groups = min(BINS, len(values))
     edges = np.linspace(0, len(values), groups + 1).astype(int)[:-1]
-    values, counts = np.asarray(values, dtype=float), np.diff([*edges, len(values)])
+    heights, counts = np.asarray(values, dtype=float), np.diff([*edges, len(values)])
     return (
         np.add.reduceat(np.asarray(steps, dtype=float), edges) / counts,
-        np.add.reduceat(values, edges) / counts,
-        np.minimum.reduceat(values, edges),
-        np.maximum.reduceat(values, edges),
+        np.add.reduceat(heights, edges) / counts,
+        np.minimum.reduceat(heights, edges),
+        np.maximum.reduceat(heights, edges),
     )
 
 

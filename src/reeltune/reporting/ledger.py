@@ -17,6 +17,8 @@ import numpy as np
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error
+from reeltune.core.shown import cell
 from reeltune.core.types import Draw
 from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
@@ -104,7 +106,8 @@ class Ledger:
 
         Raises UserError if the data has another number of records now.
         """
-        with np.load(path, allow_pickle=False) as saved:
+        damaged = as_user_error(path, "is damaged", "resume from an earlier checkpoint")
+        with damaged, np.load(path, allow_pickle=False) as saved:
             if len(saved["used"]) != len(self.train):
                 raise UserError(
                     "resume",
@@ -166,12 +169,15 @@ class Ledger:
             for entry, (code, i) in enumerate(zip(status, index, strict=True)):
                 bad = problems.get(entry)
                 if code == HELD_OUT:
-                    out.writerow([entry, self.held_out[i].path, STATUSES[code], 0, 0, ""])
+                    assert self.held_out is not None
+                    row = (self.held_out[int(i)].path, 0, 0, "")
                 elif i < 0:
-                    out.writerow([entry, bad.path, STATUSES[code], 0, 0, bad.reason])
+                    assert bad is not None
+                    row = (bad.path, 0, 0, bad.reason)
                 else:
-                    used, repeated = whole.used[i], whole.repeated[i]
-                    out.writerow([entry, self.train[i].path, STATUSES[code], used, repeated, bad.reason if bad else ""])
+                    row = (self.train[int(i)].path, whole.used[i], whole.repeated[i], bad.reason if bad else "")
+                name, used, repeated, reason = row
+                out.writerow([entry, cell(name or ""), STATUSES[code], used, repeated, cell(reason)])
 
 
 def _sum(shares: Sequence[Share]) -> Share:
@@ -180,7 +186,7 @@ def _sum(shares: Sequence[Share]) -> Share:
         for record, (times, reason) in share.failures.items():
             failures[record] = (failures.get(record, (0, ""))[0] + times, reason)
     return Share(
-        np.sum([share.used for share in shares], axis=0, dtype=np.int32),
-        np.sum([share.repeated for share in shares], axis=0, dtype=np.int32),
+        np.stack([share.used for share in shares]).sum(axis=0, dtype=np.int32),
+        np.stack([share.repeated for share in shares]).sum(axis=0, dtype=np.int32),
         failures,
     )

@@ -17,6 +17,7 @@ from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
+from reeltune.core.reading import read_table
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
 ORDERING = (
@@ -43,28 +44,31 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
         )
 
 
-def refuse_other_model(found: Path, facts: dict[str, str]) -> None:
-    """Raises UserError if checkpoint `found` is of a run of another family or mode than `facts` say."""
-    about = found.parent / "run.json"
-    before = json.loads(about.read_text()) if about.is_file() else {}
+def refuse_other_model(resumed_from: Path, facts: dict[str, str]) -> None:
+    """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say."""
+    about = resumed_from.parent / "run.json"
+    before = read_table(about, "restore it from a copy") if about.is_file() else {}
     refuse(
-        f"resume from {found}: the run is another model's; give another output_dir",
+        f"resume from {resumed_from}: the run is another model's; give another output_dir",
         [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
     )
 
 
-def changes_since(found: Path, recipe: Recipe) -> list[str]:
+def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     """Settings that differ from the checkpoint's, in words.
 
     Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none.
     """
-    before, now = (flat(r) for r in (build(read(found / "recipe.yaml")), recipe))
+    before, now = (flat(r) for r in (build(read(resumed_from / "recipe.yaml")), recipe))
     changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
     ordering = {*vars(recipe.sizes), *ORDERING}
     problems = [words for name, words in changed.items() if name in ordering]
-    remedy = f"restore them, or start a new run from its weights: transformer_path {found} and another output_dir"
     if problems:
-        raise UserError(f"resume from {found}: the samples would not go on where they were; {remedy}", problems)
+        raise UserError(
+            f"resume from {resumed_from}: the samples would not go on where they were; restore them, or start a new "
+            f"run from its weights: transformer_path {resumed_from} and another output_dir",
+            problems,
+        )
     return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
 
 

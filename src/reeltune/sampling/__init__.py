@@ -1,1 +1,1 @@
-"""Noise to clip: prompts, previews, held-out loss."""
+"""From noise to a clip: prompts, previews, the held-out loss."""

@@ -15,8 +15,11 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader, collate
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.plan import Plan
+from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
+from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
+from reeltune.families.tensor_files import notice
 
 GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
     "control": "a control clip or picture",
@@ -56,7 +59,8 @@ def prompt_requests(
         rule = f"give {GUIDES[guide]} for each prompt" if guide else f"train_mode {mode} takes none"
         rule += ", or none at all" if guide == "mask" else ""
         raise UserError("validation_paths", f"{len(prompts)} prompts and {len(paths)} paths; {rule}")
-    records, problems = [], []
+    records: list[Record] = []
+    problems = []
     for i, (prompt, path) in enumerate(zip(prompts, paths or [""] * len(prompts), strict=True)):
         try:
             records.append(prompt_record(i, prompt, path, rules, guide, family.native_fps))
@@ -65,9 +69,11 @@ def prompt_requests(
     refuse("validation_paths", problems)
     begun = bool(paths) and guide in ("ref", "mask")
     drop = {name: float(name != "control" and not begun) for name in family.drop}
-    plan = partial(Plan, records, rules, group=1, seed=seed)  # never asked for: these draws are fixed
+    plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
     reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
     make = read_one if guide == "control" else from_picture
+    for line in cut_captions(family, ((f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts))):
+        notice(line)
     requests = []
     for i, record in enumerate(records):
         batch = partial(make, reader, fixed_draw(record, i, rules))

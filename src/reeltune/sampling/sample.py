@@ -23,7 +23,8 @@ from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
-from reeltune.run.inputs import choose_family, encode_options, load_parts, size_rules
+from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.sizes import size_rules
 from reeltune.sampling.prompts import Request, prompt_requests
 
 CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each

@@ -17,16 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import dump
-from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
-from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece
-from reeltune.distributed.watchdog import Watch
 from reeltune.memory.host import room_bytes
-from reeltune.reporting.ledger import Ledger, Share
-from reeltune.reporting.log import Log
-from reeltune.training.learner import Learner, size_bytes
+from reeltune.memory.size import size_bytes
+from reeltune.reporting.ledger import Share
+from reeltune.training.run import Run
 
 # Memory wanted, over the size of the copy. Writing it took 0.4 % more (measured, 2026-11); the rest is for what else
 # goes on, such as reading clips.
@@ -52,11 +49,9 @@ class Saving:
     more training follows (`last`), `save` ends with it too.
     """
 
-    def __init__(
-        self, out: Path, recipe: Recipe, engine: Engine, watch: Watch, learner: Learner, ledger: Ledger, log: Log
-    ):
-        self.out, self.recipe, self.engine, self.watch = out, recipe, engine, watch
-        self.learner, self.ledger, self.log = learner, ledger, log
+    def __init__(self, run: Run):
+        self.out, self.recipe, self.engine, self.watchdog = run.out, run.recipe, run.engine, run.watchdog
+        self.learner, self.ledger, self.log = run.learner, run.ledger, run.log
         self.step = -1  # that has a checkpoint, or has one under way
         self.under_way: UnderWay | None = None
         self.has_told_of_room = False
@@ -64,10 +59,10 @@ class Saving:
     def save(self, progress: Progress, *, last: bool = False) -> None:
         """checkpoint-N, unless this step has one already."""
         asked = time.perf_counter()
-        self.watch.doing("save", progress.step)
+        self.watchdog.doing("save", progress.step)
         if self.step != progress.step:
             self.finish()
-            self.watch.doing("save", progress.step)  # again
+            self.watchdog.doing("save", progress.step)  # again
             self.log.flush()  # a run killed later then has every line up to this step
             shares = self.engine.of_samples(self.ledger.share())
             held = self._held()
@@ -96,8 +91,8 @@ class Saving:
         error = self._error()
         self.under_way = None
         if error is not None and not isinstance(error, UserError):
-            raise error  # the others are told by the watch
-        self.watch.doing("saved", self.watch.now[1])
+            raise error  # the others are told by the watchdog
+        self.watchdog.doing("saved", self.watchdog.now[1])
         errors = [one for one in self.engine.gather(error) if one is not None]
         if errors:
             raise errors[0]
@@ -135,12 +130,14 @@ class Saving:
         keep, write_more = self.recipe.output.checkpoints_total_limit, partial(self._write_more, shares)
         if self.engine.sharded:
             pieces, scalars = held
+            group = self.engine.cpu_group
+            assert group is not None  # several processes have one
 
             def write_outline_and_more(folder: Path) -> None:
                 self.learner.write_outline(folder, scalars)
                 write_more(folder)
 
-            save_shares = partial(checkpoint.save_shares, self.out, progress, pieces, self.engine.cpu_group)
+            save_shares = partial(checkpoint.save_shares, self.out, progress, pieces, group)
             return partial(save_shares, write_more=write_outline_and_more, keep=keep)
         if not self.engine.main:
             return lambda: None

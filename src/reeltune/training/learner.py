@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared, Whole
@@ -21,6 +19,8 @@ from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece, whole
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.levers import pulled_alone
+from reeltune.memory.size import size_bytes
 from reeltune.optim.optimizers import (
     MovingAverage,
     StochasticRounding,
@@ -32,8 +32,6 @@ from reeltune.optim.optimizers import (
 )
 from reeltune.optim.step_in_backward import StepInBackward
 from reeltune.optim.trainable import released_names, select
-
-ALONE = ("step_in_backward", "blocks_to_swap")  # what one process can do, and several together cannot
 
 
 class Learner:
@@ -58,7 +56,7 @@ class Learner:
         found: Path | None = None,
     ):
         self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        self.names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
         if found is not None and checkpoint.is_shared(found):
             self._read_weights(found)
@@ -66,7 +64,7 @@ class Learner:
             family.split(parts.net, engine.context_mesh())
         select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.swapped = self._save_memory(memory, gradient_checkpointing)
-        self.plain = engine.shard(parts.net, family.blocks)
+        self.plain = engine.shard(parts.net, family.blocks, swapped=self.swapped)
         groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
         self.learning = [parameter for group in groups for parameter in group["params"]]
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
@@ -105,8 +103,8 @@ class Learner:
             [
                 f"{name} is {getattr(memory, name)} and there are {self.engine.world} processes, which must have all "
                 "gradients and weights on their devices at once; leave it out, or start one process"
-                for name in ALONE
-                if getattr(memory, name) and self.engine.world > 1
+                for name in pulled_alone(vars(memory))
+                if self.engine.world > 1
             ],
         )
         blocks = blocks_of(self.parts.net, self.family.blocks)
@@ -132,7 +130,7 @@ class Learner:
             "optimizer state": self.optimizer.state_dict(),
             "the moving average": {} if self.average is None else self.average.weights,
         }
-        return {part: sum(size_bytes(leaf) for leaf in tree_leaves(tree)) for part, tree in parts.items()}
+        return {part: size_bytes(tree) for part, tree in parts.items()}
 
     def rate_curve(self, total_steps: int) -> Callable[[int], float]:
         """Step -> learning rate."""
@@ -236,9 +234,3 @@ class Learner:
         of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
         state = checkpoint.load(found)
         return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
-
-
-def size_bytes(leaf: object) -> int:
-    """Of a tensor, or of this process's share of one; nothing else has any."""
-    local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-    return local.numel() * local.element_size() if isinstance(local, Tensor) else 0

@@ -13,11 +13,11 @@ from reeltune.core.types import Batch, Encoded
 Placed = tuple[Batch, int, int]  # a batch, its epoch, and the cursor after it
 
 
-class Ahead:
+class Prefetcher:
     """For each micro-step: `batch`, `encoded`, and `begin_next` before the network is asked.
 
-    beside: the next batch is read and encoded by a thread, on a GPU in a stream of its own. Nothing else may use the
-    encoders meanwhile: `rest` waits for that. What goes wrong there is raised where that batch is asked for. Without
+    ahead: the next batch is read and encoded by a thread, on a GPU in a stream of its own. Nothing else may use the
+    encoders meanwhile: `wait` waits for that. What goes wrong there is raised where that batch is asked for. Without
     it, all is done when asked for.
     """
 
@@ -27,15 +27,15 @@ class Ahead:
         encode: Callable[[Batch], Encoded],
         *,
         device: torch.device,
-        beside: bool,
+        ahead: bool,
     ):
         self._batches, self._encode = batches, encode
-        self._thread = ThreadPoolExecutor(1, "encode") if beside else None
-        self._stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "encode") if ahead else None
+        self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         self._now: Batch | None = None
         self._next: tuple[Future[Placed | None], Future[Encoded | None]] | None = None
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,24 +67,26 @@ class Ahead:
     def begin_next(self) -> None:
         if self._thread is not None:
             placed = self._thread.submit(next, self._batches, None)
-            self._next = placed, self._thread.submit(self._encode_beside, placed)
+            self._next = placed, self._thread.submit(self._encode_next, placed)
 
-    def rest(self) -> None:
+    def wait(self) -> None:
         """Returns when nothing is under way."""
         if self._next is not None:
             self._next[1].exception()
             if self._stream is not None:
                 self._stream.synchronize()
 
-    def _encode_beside(self, coming: Future[Placed | None]) -> Encoded | None:
-        placed = coming.result()
+    def _encode_next(self, next_batch: Future[Placed | None]) -> Encoded | None:
+        placed = next_batch.result()
         if placed is None:
             return None
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             return self._encode(placed[0])
 
 
-def wanted(asked: bool | None, *, on_gpu: bool, low_vram: bool) -> bool:
-    """Whether to encode beside training. asked: by the recipe; None: on a GPU, unless it is short of memory. On a CPU
-    both would share the cores."""
+def encodes_ahead(asked: bool | None, *, on_gpu: bool, low_vram: bool) -> bool:
+    """Whether to encode while the network trains.
+
+    asked: by the recipe; None: on a GPU, unless it is short of memory. On a CPU both would share the cores.
+    """
     return asked if asked is not None else on_gpu and not low_vram

@@ -25,7 +25,11 @@ def transformer() -> CogVideoXTransformer3DModel:
 
 
 def vae() -> AutoencoderKLCogVideoX:
-    return AutoencoderKLCogVideoX(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, scaling_factor=0.7)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 16, 16),  # pyright: ignore[reportArgumentType]  diffusers writes tuple[int]
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    )
 
 
 def text_encoder() -> T5EncoderModel:

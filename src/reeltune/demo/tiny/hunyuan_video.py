@@ -28,7 +28,10 @@ def transformer() -> HunyuanVideoTransformer3DModel:
 
 
 def vae() -> AutoencoderKLHunyuanVideo:
-    return AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 16, 16), norm_num_groups=4)
+    return AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 16, 16),  # pyright: ignore[reportArgumentType]  diffusers writes tuple[int]
+        norm_num_groups=4,
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

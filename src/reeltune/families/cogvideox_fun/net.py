@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_rotary_pos_embed
+from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
@@ -25,33 +25,19 @@ from reeltune.families.rope import open_grid
 CHUNK = 2  # latent frames that the decoder takes at a time, after the first
 
 
-class ResizedTable(CogVideoXPatchEmbed):
-    """Positions of a clip: the table for the size in config.json, resized to the clip's and cut to its frames."""
-
-    def _get_positional_embeddings(self, sample_height, sample_width, sample_frames, device=None):
-        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
-        height, width, patch = self.sample_height, self.sample_width, self.patch_size
-        table_DTHW = self.pos_embedding[0, self.max_text_seq_length :].T.unflatten(
-            1, (frames, height // patch, width // patch)
-        )
-        size = frames, sample_height // patch, sample_width // patch
-        resized_DTHW = F.interpolate(table_DTHW[None], size, mode="trilinear")[0]
-        used = (sample_frames - 1) // self.temporal_compression_ratio + 1
-        clip_LD = resized_DTHW[:, :used].flatten(1).T
-        return torch.cat([self.pos_embedding[:, : self.max_text_seq_length], clip_LD[None]], 1)
-
-
 class CogVideoXFun(CogVideoXTransformer3DModel):
     """The network with its own rotary positions, a time patch filled up with zero frames."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  called by its family alone
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
+    ) -> Tensor:
         """hidden_states B T C h w, encoder_hidden_states B L D, timestep int B; the answer B T C h w."""
         frames, (height, width) = hidden_states.shape[1], hidden_states.shape[3:]
-        filled = F.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, -frames % (self.config.patch_size_t or 1)))
+        filled = F.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, -frames % (self.config["patch_size_t"] or 1)))
         answer = super().forward(
             filled,
             encoder_hidden_states,
-            timestep,
+            timestep,  # pyright: ignore[reportArgumentType]  diffusers names the integer tensors alone
             image_rotary_emb=rotary(self.config, frames, height, width, hidden_states.device),
             return_dict=False,
         )[0]
@@ -62,26 +48,54 @@ def corrected(net: CogVideoXFun) -> CogVideoXFun:
     """The same network, whose weights may be on the meta device; its table of positions is that of the released code,
     on the CPU.
     """
-    patch = net.patch_embed
-    if patch.use_positional_embeddings:
-        size = patch.sample_height, patch.sample_width, patch.sample_frames
-        patch.register_buffer("pos_embedding", patch._get_positional_embeddings(*size, device="cpu"), persistent=False)
-        patch.__class__ = ResizedTable  # of the same parameters; made anew it would lose their place in the network
+    patches: Any = net.patch_embed
+    if patches.use_positional_embeddings:
+        patches.use_positional_embeddings = False  # ours are added behind it
+        patches.register_buffer("pos_embedding", table_of(patches), persistent=False)
+        patches.register_forward_hook(add_positions)
     return net
+
+
+def table_of(patches: Any) -> Tensor:
+    """Positions L D of a clip of the size in config.json."""
+    patch, frames = patches.patch_size, (patches.sample_frames - 1) // patches.temporal_compression_ratio + 1
+    table_TLD = get_3d_sincos_pos_embed(
+        patches.embed_dim,
+        (patches.sample_width // patch, patches.sample_height // patch),
+        frames,
+        patches.spatial_interpolation_scale,
+        patches.temporal_interpolation_scale,
+        device=torch.device("cpu"),
+        output_type="pt",
+    )
+    return table_TLD.flatten(0, 1)
+
+
+def add_positions(patches: Any, given: tuple[Tensor, Tensor], tokens_BLD: Tensor) -> Tensor:
+    """The table, resized to the clip's size and cut to its frames, added to the tokens behind the text's."""
+    text_BLD, x_BTChw = given
+    patch, (used, _, height, width) = patches.patch_size, x_BTChw.shape[1:]
+    frames = (patches.sample_frames - 1) // patches.temporal_compression_ratio + 1
+    grid = frames, patches.sample_height // patch, patches.sample_width // patch
+    table_DTHW = patches.pos_embedding.T.unflatten(1, grid)
+    resized_DTHW = F.interpolate(table_DTHW[None], (frames, height // patch, width // patch), mode="trilinear")[0]
+    clip_LD = resized_DTHW[:, :used].flatten(1).T
+    return tokens_BLD + F.pad(clip_LD, (0, 0, text_BLD.shape[1], 0)).to(tokens_BLD.dtype)
 
 
 def rotary(config: Any, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) of latent cells' positions, L D; None for a network with a table of positions."""
     if not config.use_rotary_positional_embeddings:
         return None
+    embed: Any = get_3d_rotary_pos_embed  # its type has other forms of the answer too
     patch = config.patch_size
     grid, base = (height // patch, width // patch), (config.sample_height // patch, config.sample_width // patch)
     if config.patch_size_t is not None:
         steps = -(-frames // config.patch_size_t)
         slices = {"grid_type": "slice", "max_size": base}
-        return get_3d_rotary_pos_embed(config.attention_head_dim, None, grid, steps, device=device, **slices)
+        return embed(config.attention_head_dim, None, grid, steps, device=device, **slices)
     region = open_grid(*get_resize_crop_region_for_grid(grid, base[1], base[0]), grid)
-    return get_3d_rotary_pos_embed(config.attention_head_dim, region, grid, frames, device=device)
+    return embed(config.attention_head_dim, region, grid, frames, device=device)
 
 
 def decode_in_pairs(vae: AutoencoderKLCogVideoX, z_BCThw: Tensor) -> Tensor:

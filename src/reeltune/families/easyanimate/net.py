@@ -40,20 +40,24 @@ def from_released(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str,
 class JointProjection(EasyAnimateAttnProcessor2_0):
     """Text and clip share one output projection, as they share those of queries, keys and values."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+    # diffusers reads the names of the arguments; its type of the answer is one tensor, and it returns two.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, attn: Any, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None
+    ):
         clip, text = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return clip, attn.to_out[0](text)
 
 
 class OpenGrid(EasyAnimateRotaryPosEmbed):
-    def get_resize_crop_region_for_grid(self, src, tgt_width, tgt_height):
+    def get_resize_crop_region_for_grid(self, src, tgt_width, tgt_height) -> Any:  # whole cells in its type alone
         return open_grid(*super().get_resize_crop_region_for_grid(src, tgt_width, tgt_height), src)
 
 
 def corrected(net: EasyAnimateTransformer3DModel) -> EasyAnimateTransformer3DModel:
     """The same network, its answers those of the released code."""
     net.rope_embedding = OpenGrid(net.rope_embedding.patch_size, net.rope_embedding.rope_dim)
-    for block in net.transformer_blocks:
+    blocks: Any = net.transformer_blocks
+    for block in blocks:
         if block.attn1.add_q_proj is None:
             block.attn1.set_processor(JointProjection())
     return net

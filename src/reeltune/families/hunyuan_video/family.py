@@ -33,14 +33,15 @@ from transformers import (
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import context, schedule, weights
+from reeltune.families import configs, context, schedule, tokenizers, weights
+from reeltune.families.hunyuan_video import prompts
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
 
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
-SPLIT = {  # what is dealt out over the processes of a clip: tokens of clip and text, and their rotary angles
+SPLIT = {  # what is sharded over the processes of a clip: tokens of clip and text, and their rotary angles
     "": {"encoder_attention_mask": ContextParallelInput(split_dim=1, expected_dims=2)},
     "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
     "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
@@ -63,16 +64,16 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         how.device,
         replacement=how.transformer_path,
     )
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     parts = Parts(net, config=config)
     parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype)
     model = LlavaForConditionalGeneration if with_picture else LlamaModel
     parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", how.frozen_dtype)
     parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype)
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
-        parts.extras[name] = weights.load_tokenizer(folder / name)
+        parts.extras[name] = tokenizers.load_tokenizer(folder / name)
     if with_picture:
-        parts.extras["image_processor"] = weights.load_image_processor(
+        parts.extras["image_processor"] = tokenizers.load_image_processor(
             CLIPImageProcessorPil, folder / "image_processor"
         )
     return parts
@@ -92,7 +93,8 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
 
     The first latent frame is left out of the loss (measured on the reference, 2026-11, in both modes).
     """
-    pixels, config = batch.pixels_BFCHW, parts.net.config
+    pixels = batch.pixels_BFCHW
+    config: Any = parts.net.config
     with parts.borrow("vae") as vae:
         latents = partial(encode_clip, vae)
         x0 = latents(pixels)
@@ -112,12 +114,13 @@ def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = No
     if picture_BCHW is None:
         return Described(encode_text(parts, captions))
     picture_u8 = ((picture_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)  # cut, not rounded, as released models saw it
-    interleave = INTERLEAVE[parts.net.config.image_condition_type]
+    config: Any = parts.net.config
+    interleave = INTERLEAVE[config.image_condition_type]
     with_picture = partial(encode_text_and_picture, parts, interleave=interleave)
     return Described(with_picture(captions, picture_u8), with_picture([""] * len(captions), picture_u8))
 
 
-def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
+def first_alone(vae: AutoencoderKLHunyuanVideo, pixels_BFCHW: Tensor) -> Tensor:
     """The first frame, then mid-grey: normalisation spans time, so its latent is not that of the picture alone.
 
     Frames past the VAE's first tile in time do not touch the first latent frame.
@@ -127,8 +130,8 @@ def first_alone(vae: nn.Module, pixels_BFCHW: Tensor) -> Tensor:
     return shown
 
 
-def first_latent(found: Posterior) -> Posterior:
-    return Posterior(found.mean[:, :, :1], found.logvar[:, :, :1])
+def first_latent(clip: Posterior) -> Posterior:
+    return Posterior(clip.mean[:, :, :1], clip.logvar[:, :, :1])
 
 
 # ---- denoise and decode
@@ -158,15 +161,16 @@ def denoise(
 
 
 def split(net: nn.Module, mesh: DeviceMesh) -> None:
-    """diffusers has no plan for this network, but its attention takes part: it gathers masks that are dealt out."""
+    """diffusers has no plan for this network, but its attention takes part: it gathers masks that are sharded."""
     group = mesh["ulysses"].get_group()
 
     def with_even_text(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = "encoder_hidden_states", "encoder_attention_mask"
-        return inputs, named | dict(zip(names, even_text(*(named[name] for name in names), group.size()), strict=True))
+        text_BLD, mask_BL = (named[name] for name in names)
+        return inputs, named | dict(zip(names, even_text(text_BLD, mask_BL, group.size()), strict=True))
 
     def with_whole_mask(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The text's own layers come before its tokens are dealt out."""
+        """The text's own layers come before its tokens are sharded."""
         text_BLD, timestep_B, mask_BL = inputs
         parts = [torch.empty_like(mask_BL) for _ in range(group.size())]
         dist.all_gather(parts, mask_BL.contiguous(), group)
@@ -175,13 +179,14 @@ def split(net: nn.Module, mesh: DeviceMesh) -> None:
     def with_own_frame(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Blocks take the first frame's tokens from the start of what they are given: here those of this process."""
         *others, first = inputs
-        held = inputs[0].shape[1]
-        return *others, min(max(first - group.rank() * held, 0), held)
+        count = inputs[0].shape[1]
+        return *others, min(max(first - group.rank() * count, 0), count)
 
     context.split(net, mesh, SPLIT)
     net.register_forward_pre_hook(with_even_text, with_kwargs=True)
-    net.context_embedder.register_forward_pre_hook(with_whole_mask)
-    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+    network: Any = net
+    network.context_embedder.register_forward_pre_hook(with_whole_mask)
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
         block.register_forward_pre_hook(with_own_frame)
 
 
@@ -280,12 +285,14 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     Raises UserError for one that is not supported, or lacks files.
     """
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     if config.get("_class_name") != CLASS:
         return None
+    configs.check(HunyuanVideoTransformer3DModel, config, str(folder / "transformer/config.json"))
     family = variant(config, str(folder / "transformer"))
     paths = weights.components(folder, (*COMPONENTS, *(("image_processor",) if "i2v" in family.modes else ())))
-    vae = weights.read_config(paths["vae"])
+    vae = configs.read_config(paths["vae"])
+    configs.check(AutoencoderKLHunyuanVideo, vae, str(paths["vae"] / "config.json"))
     geometry = Geometry(
         time_stride=vae.get("temporal_compression_ratio", 4),
         space_stride=vae.get("spatial_compression_ratio", 8),
@@ -298,4 +305,5 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"], shift=7.0),
         frozen_files=weights.encoding_files(paths),
+        token_limits=prompts.token_limits(paths, with_picture=family.caption_sees_picture),
     )

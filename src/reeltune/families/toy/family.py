@@ -16,7 +16,7 @@ from reeltune.core.rng import seed_of
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
 from reeltune.families import weights
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, needed
 
 GEOMETRY = Geometry(time_stride=4, space_stride=8, patch=2, channels=3)
 TEXT = 16  # width of a text vector
@@ -88,7 +88,7 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
         return Posterior(mean, torch.full_like(mean, -6.0))
 
     x0 = posterior(batch.pixels_BFCHW)
-    control = posterior(batch.control_BFCHW) if mode == "control" else torch.zeros_like(x0.mean)
+    control = posterior(needed(batch.control_BFCHW)) if mode == "control" else torch.zeros_like(x0.mean)
     return Encoded(x0, {"control": control})
 
 

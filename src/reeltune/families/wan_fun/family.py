@@ -12,6 +12,7 @@ Conditions by name, as `encode` gives them and `denoise` takes them:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,9 @@ from torch.nn import functional as F
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import context, text, weights
+from reeltune.families import context, schedule, text, tokenizers
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
-from reeltune.families.spec import Family, Loading, Parts
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit, needed
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
@@ -37,7 +38,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLI
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# Where diffusers deals out Wan's tokens, but for the timestep, of which all of a clip have the same here.
+# Where diffusers shards Wan's tokens, but for the timestep, of which all of a clip have the same here.
 SPLIT = {name: how for name, how in WanTransformer3DModel._cp_plan.items() if name}
 
 
@@ -48,12 +49,12 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     files: layout.Files = family.options["files"]
     net, config = layout.load_transformer(files.transformer, how.transformer_path, how.dtype, how.device)
     parts = Parts(net, config=config)
-    parts.extras["image_dim"] = net.config.image_dim
+    parts.extras["image_dim"] = net.config["image_dim"]
     parts.loaders["vae"] = partial(layout.load_vae, files.vae, how.frozen_dtype)
     parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype)
     if files.image is not None:
         parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype)
-    parts.extras["tokenizer"] = weights.load_tokenizer(files.tokenizer)
+    parts.extras["tokenizer"] = tokenizers.load_tokenizer(files.tokenizer)
     return parts
 
 
@@ -71,16 +72,17 @@ def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any])
         latents = partial(encode_clip, vae)
         x0 = latents(pixels)
         if mode in ("control", "control_ref"):
-            cond["control"] = latents(batch.control_BFCHW)
+            cond["control"] = latents(needed(batch.control_BFCHW))
         if mode in ("control_ref", "control_ref_camera"):
             cond["ref"] = latents(frames_at(pixels, batch.ref_frame_B)[:, None])
             if options.get("add_full_ref_image_in_self_attention"):
                 cond["full_ref"] = cond["ref"]
         if mode in ("inpaint", "i2v"):
-            given = latents(pixels * ~batch.mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
-            cond["inpaint"] = join_mask(pack_mask(batch.mask_BFHW, given.mean.shape[-2:]), given)
+            mask_BFHW = needed(batch.mask_BFHW)
+            given = latents(pixels * ~mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
+            cond["inpaint"] = join_mask(pack_mask(mask_BFHW, given.mean.shape[-2:]), given)
     if mode == "control_ref_camera":
-        cond["camera"] = pack_frames(batch.camera_BFCHW)
+        cond["camera"] = pack_frames(needed(batch.camera_BFCHW))
     if mode != "control":
         seen_B = torch.zeros_like(batch.ref_frame_B) if "inpaint" in cond else batch.ref_frame_B
         cond["image"] = image_features(parts, cut_to_8_bit(frames_at(pixels, seen_B)))
@@ -99,7 +101,7 @@ def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
         for name, where_B in (("ref", first_B), ("full_ref", ~first_B)):
             keep[name] = keep.get(name, torch.ones_like(where_B)) & where_B
     if mode in ("inpaint", "i2v"):
-        keep["inpaint"] = kept_unless_all_masked(keep, batch.mask_BFHW)
+        keep["inpaint"] = kept_unless_all_masked(keep, needed(batch.mask_BFHW))
     return keep
 
 
@@ -133,14 +135,14 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
     return (square * 0.5 + 0.5 - mean) / std
 
 
-def encode_clip(vae: nn.Module, pixels_BFCHW: Tensor) -> Posterior:
+def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    found = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
     mean, std = _statistics(vae, pixels_BFCHW.device)
-    return Posterior((found.mean.float() - mean) / std, found.logvar.float())
+    return Posterior((latents.mean.float() - mean) / std, latents.logvar.float())
 
 
-def _statistics(vae: nn.Module, device: torch.device) -> list[Tensor]:
+def _statistics(vae: Any, device: torch.device) -> list[Tensor]:
     values = (vae.config.latents_mean, vae.config.latents_std)
     return [torch.tensor(per_channel, device=device)[:, None, None, None] for per_channel in values]
 
@@ -159,7 +161,7 @@ def pack_frames(x_BFCHW: Tensor) -> Tensor:
     return x_BFCHW[:, order].unflatten(1, (-1, 4)).permute(0, 3, 2, 1, 4, 5).flatten(1, 2)
 
 
-def pack_mask(mask_BFHW: Tensor, cells: tuple[int, int]) -> Tensor:
+def pack_mask(mask_BFHW: Tensor, cells: Sequence[int]) -> Tensor:
     """float B 4 T h w, 1 = keep, of a mask where True is to be generated; bilinear to latent cells."""
     packed = pack_frames(~mask_BFHW[:, :, None]).float()
     return F.interpolate(packed, (packed.shape[2], *cells), mode="trilinear", align_corners=False)
@@ -247,9 +249,22 @@ CONTROL_T2V = replace(
 )
 
 
+TWO_NETWORKS = ("high_noise_model", "low_noise_model", "transformer_2")  # folders of Wan2.2's larger models
+NOT_YET = {  # a tensor that only this model has
+    "condition_embedder.image_embedder.pos_embed": "Wan2.1-FLF2V",
+    "img_emb.emb_pos": "Wan2.1-FLF2V",
+    "vace_patch_embedding.weight": "Wan2.1-VACE",
+    "casual_audio_encoder.weights": "Wan2.2-S2V",
+}
+SUPPORTED = "supported are the models of Wan2.1-Fun"
+CHANNELS_2_2 = 48  # of the latents of Wan2.2's small models
+
+
 def variant(network: dict[str, Any], where: str) -> Family:
     """Which variant a network of these arguments is. Raises UserError naming what was found and what is supported."""
     channels = network["out_channels"]
+    if channels == CHANNELS_2_2:
+        raise UserError(where, f"a Wan2.2 network of {channels} latent channels, not supported yet; {SUPPORTED}")
     extra = network["in_channels"] - channels
     found = (extra, network["image_dim"] is not None, network["ref_channels"] > 0, network["camera_channels"] > 0)
     supported = {
@@ -281,12 +296,16 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     settings: the guides' model yaml, already read. Raises UserError for a Wan that is not supported, or lacks files.
     """
+    if not settings and any((folder / name).is_dir() for name in TWO_NETWORKS):
+        raise UserError(str(folder), f"a Wan2.2 model of two networks, which is not supported yet; {SUPPORTED}")
     path = layout.transformer_in(folder, settings)
     if path is None:
         return None
     outlines, config = layout.peek_transformer(path)
     if not sizes.is_wan(outlines):
         return None
+    if unlike := next((model for name, model in NOT_YET.items() if name in outlines), None):
+        raise UserError(str(path), f"a Wan network of {unlike}, which is not supported yet; {SUPPORTED}")
     network = sizes.transformer(outlines, config, str(path))
     family = variant(network, str(path))
     files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
@@ -297,10 +316,12 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         objective=_schedule(settings.get("scheduler_kwargs") or {}),
         options={"files": files},
         frozen_files=files.for_encoding(),
+        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
     )
 
 
 def _schedule(said: dict[str, Any]) -> Flow:
+    said = schedule.checked(said, "config_path: scheduler_kwargs")
     if said.get("use_dynamic_shifting"):
         raise UserError("config_path", "scheduler_kwargs.use_dynamic_shifting is true; only a fixed shift is supported")
-    return Flow(shift=float(said.get("shift", 5.0)), steps=int(said.get("num_train_timesteps", 1000)))
+    return Flow(shift=float(said.get("shift", 5.0)), steps=said.get("num_train_timesteps", 1000))

@@ -82,14 +82,14 @@ class WanFunTransformer(WanTransformer3DModel):
     def __init__(self, *, ref_channels: int = 0, camera_channels: int = 0, camera_shrink: int = 8, **wan):
         super().__init__(**wan)
         self.register_to_config(ref_channels=ref_channels, camera_channels=camera_channels, camera_shrink=camera_shrink)
-        width, patch = self.patch_embedding.out_channels, tuple(self.config.patch_size[1:])
-        self.rope = Rope(self.config.attention_head_dim)
+        width, patch = self.patch_embedding.out_channels, tuple(self.config["patch_size"][1:])
+        self.rope = Rope(self.config["attention_head_dim"])
         if ref_channels:
             self.ref_conv = nn.Conv2d(ref_channels, width, kernel_size=patch, stride=patch)
         if camera_channels:
             self.control_adapter = CameraAdapter(camera_channels, width, patch, camera_shrink)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  called by its family alone
         self,
         x_BCThw: Tensor,
         timestep_B: Tensor,
@@ -115,16 +115,15 @@ class WanFunTransformer(WanTransformer3DModel):
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):  # the models were trained with this path in float32
             dtype = embedder.time_proj.weight.dtype
-            time_BD = embedder.time_embedder(sinusoid(timestep_B, self.config.freq_dim).to(dtype))
+            time_BD = embedder.time_embedder(sinusoid(timestep_B, self.config["freq_dim"]).to(dtype))
             modulation = embedder.time_proj(F.silu(time_BD)).unflatten(1, (6, -1))
         context_BLD = embedder.text_embedder(text_BLD)
         if image_BLD is not None:
+            assert embedder.image_embedder is not None
             context_BLD = torch.cat([embedder.image_embedder(image_BLD), context_BLD], dim=1)
 
-        recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in self.blocks:
-            inputs = (x_BLD, context_BLD, modulation, rotary)
-            x_BLD = self._gradient_checkpointing_func(block, *inputs) if recompute else block(*inputs)
+            x_BLD = block(x_BLD, context_BLD, modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
         x_BLD = (self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
@@ -132,6 +131,6 @@ class WanFunTransformer(WanTransformer3DModel):
         return self._unpatch(answer_BLD, (T, h, w))
 
     def _unpatch(self, x_BLD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        p_t, p_h, p_w = self.config.patch_size
+        p_t, p_h, p_w = self.config["patch_size"]
         x = x_BLD.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)  # B T h w p_t p_h p_w C
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Which engine a run has, by its recipe and its launcher, and how its processes take the plan's micro-steps."""
+"""How processes share a run: by which engine, by its recipe and its launcher, and how they take its micro-steps."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.distributed.launch import START, Wish, chosen
 
 
-def engine_of(recipe: Recipe) -> Wish:
+def parallelism_of(recipe: Recipe) -> Wish:
     """Raises UserError for a launch that would not train as one run, and for settings that its engine has not."""
     parallel = recipe.parallel
-    wish = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
-    asked = replace(recipe, parallel=replace(parallel, engine=wish.engine))
-    refuse("launch", [line for _, line in broken_rules(asked)])
-    notices = wish.notices
-    if wish.engine != "ddp" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        notices = *notices, f"engine is {wish.engine}, but one process was started: it has nothing to deal out. {START}"
-    return replace(wish, context=parallel.context_parallel, notices=notices)
+    parallelism = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
+    checked = replace(recipe, parallel=replace(parallel, engine=parallelism.engine))
+    refuse("launch", [line for _, line in broken_rules(checked)])
+    notices, name = parallelism.notices, parallelism.engine
+    if name != "ddp" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        notices = *notices, f"engine is {name}, but one process was started: it has nothing to deal out. {START}"
+    return replace(parallelism, context=parallel.context_parallel, notices=notices)
 
 
 @dataclass(frozen=True)
-class Rhythm:
-    """A micro-step of the plan is `group` samples, which processes take in `parts` passes of `batch` samples."""
+class BatchSplit:
+    """A micro-step of the plan is `group` samples, which processes take in `passes` passes of `batch` samples."""
 
     group: int
-    parts: int
+    passes: int
     batch: int
 
 
-def rhythm(train_batch_size: int, world: int, group: int | None = None) -> Rhythm:
+def split_batch(train_batch_size: int, world: int, group: int | None = None) -> BatchSplit:
     """group: that of the checkpoint which the run goes on from, kept so that the same samples come in the same steps.
 
     Raises UserError if so many processes cannot take it evenly.
     """
     if group is None:
-        return Rhythm(train_batch_size * world, 1, train_batch_size)
+        return BatchSplit(train_batch_size * world, 1, train_batch_size)
     batch = _batch(train_batch_size, world, group)
     if batch == 0:
         fits = [count for count in range(1, group + 1) if _batch(train_batch_size, count, group)]
@@ -48,7 +48,7 @@ def rhythm(train_batch_size: int, world: int, group: int | None = None) -> Rhyth
             f"train_batch_size: {train_batch_size}; with this train_batch_size start as many processes as one of "
             f"{', '.join(map(str, fits))}",
         )
-    return Rhythm(group, group // (batch * world), batch)
+    return BatchSplit(group, group // (batch * world), batch)
 
 
 def _batch(train_batch_size: int, world: int, group: int) -> int:

@@ -1,0 +1,125 @@
+"""What a row of the table of memory levers says, and what to write where that hangs on the run.  (no torch)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = dict[str, Any]
+Values = Mapping[str, Any]
+"""Setting -> value, for all of a recipe. Where they are known, also: `gpus`; `encodes_ahead`, whether the next batch is
+encoded while the network trains; `frozen_blocks`, blocks of which nothing learns; `vae_tiles`, whether the VAE has
+them."""
+
+TRAINED = frozenset({"forward", "backward"})
+SEEN = frozenset({"encode", "preview"})
+ALL = TRAINED | SEEN | {"step"}
+SHARDED = ("zero2", "zero3", "fsdp")  # engines whose processes each keep a share of weights or optimizer state
+VARIANTS = 4  # of a cache: as many as the recipe's rules advise for clips longer than their window
+SHORT = 9  # frames that are not halved
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Values of another setting with which a lever does not go: those refused, or all but those allowed."""
+
+    setting: str
+    why: str
+    """Follows "A is a and B is b": the rule and the remedy."""
+    refused: tuple[Any, ...] = ()
+    allowed: tuple[Any, ...] = ()
+
+    def permits(self, value: Any) -> bool:
+        """None, which is not settled yet, is no value refused and none allowed."""
+        return value in self.allowed if self.allowed else value not in self.refused
+
+    def applies(self, values: Values) -> bool:
+        value = values[self.setting]
+        return value is not None and not self.permits(value)
+
+
+def not_in(engines: tuple[str, ...], remedy: str) -> Exclusion:
+    return Exclusion("engine", f", which has no such thing; {remedy}", refused=engines)
+
+
+@dataclass(frozen=True)
+class Lever:
+    setting: str
+    value: Any
+    """That spares memory."""
+    spares: str
+    price: str
+    plan_price: str = ""
+    """In `plan`, with `{numbers}` of estimate.remedies.numbers; empty: as `price`."""
+    phases: frozenset[str] = ALL
+    """In which it lowers the fullest moment."""
+    beside: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Setting in use -> the phases that are left to this one."""
+    reworks: frozenset[str] = ALL
+    """In which it changes more than what is there all the time, so that `plan` rehearses them again."""
+    same_bits: bool = True
+    alone: bool = False
+    """Several processes that train together cannot have it."""
+    excludes: tuple[Exclusion, ...] = ()
+    unless: tuple[str, ...] = ()
+    """Settings beside which it spares nothing."""
+    replaces: tuple[str, ...] = ()
+    """Settings that are turned off with it."""
+    off: Any = False
+    in_use: Callable[[Any], bool] | None = None
+    """Whether a value of the setting is this lever pulled; None: where it is `value`."""
+    changes: Callable[[Values], Iterable[Settings]] | None = None
+    """What can be written in the recipe to pull it, by its other values; None: `value`."""
+    label: str = ""
+    """On the page, in place of `setting: value`."""
+    advice: str = ""
+    """When the device is full, in place of what `changes` gives."""
+
+    def pulled(self, values: Values) -> bool:
+        value = values.get(self.setting)
+        return value == self.value if self.in_use is None else self.in_use(value)
+
+    def where(self, values: Values) -> frozenset[str]:
+        """The phases in which it spares memory in such a run."""
+        return next((phases for name, phases in self.beside.items() if values[name]), self.phases)
+
+
+# ---- what to write
+
+
+def half_the_batch(values: Values) -> Iterator[Settings]:
+    batch = values["train_batch_size"]
+    if batch > 1:
+        accumulate = values["gradient_accumulation_steps"] * batch // (batch // 2)
+        yield {"train_batch_size": batch // 2, "gradient_accumulation_steps": accumulate}
+
+
+def encode_between(values: Values) -> Iterator[Settings]:
+    if values["encodes_ahead"]:
+        yield {"encode_ahead": False}
+
+
+def a_cache(values: Values) -> Iterator[Settings]:
+    yield {"cache_folder": f"{values['output_dir']}/cache", "cache_variants": VARIANTS}
+
+
+def all_frozen_blocks(values: Values) -> Iterator[Settings]:
+    if count := values.get("frozen_blocks", 0):
+        yield {"blocks_to_swap": count}
+
+
+def tiles(values: Values) -> Iterator[Settings]:
+    if values.get("vae_tiles", True):
+        yield {"vae_tiling": True}
+
+
+def half_as_long(values: Values) -> Iterator[Settings]:
+    frames = values["video_sample_n_frames"]
+    if frames > SHORT:
+        yield {"video_sample_n_frames": frames // 2 // 4 * 4 + 1}
+
+
+def two_to_a_clip(values: Values) -> Iterator[Settings]:
+    if values.get("gpus", 1) > 1:
+        yield {"context_parallel": 2}

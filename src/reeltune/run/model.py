@@ -1,0 +1,128 @@
+"""The model that a recipe asks for: its family, train mode and objective, and its networks, loaded."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reeltune import families
+from reeltune.config.recipe import Loss, Model, Recipe
+from reeltune.core.errors import UserError, refuse, together
+from reeltune.diffusion.objective import Objective
+from reeltune.distributed.engine import DTYPES
+from reeltune.families.spec import Family, Parts, check_mode
+from reeltune.run.sizes import size_rules
+
+LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+
+
+def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
+    """The family found in the checkpoint, the train mode, and the objective with the recipe's noise levels.
+
+    Raises UserError if the checkpoint is unknown, or cannot do the mode, the loss and the sizes asked for.
+    """
+    family = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    family = replace(family, geometry=replace(family.geometry, sides=even_side(recipe.parallel.context_parallel)))
+    with together("recipe") as attempt:
+        attempt(check_split, family, recipe.parallel.context_parallel)
+        mode = attempt(check_mode, family, recipe.model.train_mode)
+        objective = attempt(chosen_objective, family, recipe.loss)
+        attempt(size_rules, recipe, family)
+        attempt(check_reference, family, recipe.model)
+    return family, mode, objective
+
+
+def even_side(processes: int) -> int:
+    """Tokens: sides that are multiples of it hold a number of tokens that so many processes can share evenly."""
+    return next(side for side in range(1, processes + 1) if side**2 % processes == 0)
+
+
+def check_split(family: Family, processes: int) -> None:
+    """Raises UserError if so many processes are to share a clip and the family does not know how."""
+    if processes > 1 and family.split is None:
+        raise UserError(
+            "recipe",
+            f"context_parallel is {processes}, but {family.name} has no plan to deal out a clip's tokens; leave it "
+            "out, and use engine fsdp or zero3, gradient_checkpointing, or smaller clips",
+        )
+
+
+def check_reference(family: Family, model: Model) -> None:
+    """Raises UserError for reference tokens of a network that has no weights for them."""
+    if model.add_full_ref_image_in_self_attention and "full_ref" not in family.drop:
+        raise UserError(
+            "recipe",
+            f"add_full_ref_image_in_self_attention is true, but {family.name} has no weights for such a reference "
+            "picture; leave it out",
+        )
+
+
+def chosen_objective(family: Family, loss: Loss) -> Objective:
+    """Raises UserError for a loss that the checkpoint was not trained with."""
+    trained_with = type(family.objective).__name__.lower()
+    if loss.loss_type not in (None, trained_with):
+        raise UserError(
+            "recipe",
+            f"loss_type is {loss.loss_type!r}, but a checkpoint of {family.name} was trained with {trained_with}; "
+            "leave loss_type out",
+        )
+    return with_levels(family.objective, loss)
+
+
+def with_levels(objective: Any, loss: Loss) -> Objective:
+    """The objective with the recipe's choice of noise levels. Raises UserError for a choice that it has not."""
+    known = {field.name for field in fields(objective)}
+    asked = {name: getattr(loss, name) for name in LEVEL_CHOICES}
+    refuse(
+        "recipe",
+        [
+            f"{name} is {value!r}, which is for flow alone; this checkpoint was trained with "
+            f"{type(objective).__name__.lower()}; leave {name} out"
+            for name, value in asked.items()
+            if name not in known and value != getattr(Loss, name)
+        ],
+    )
+    return replace(objective, **{name: value for name, value in asked.items() if name in known})
+
+
+def encode_options(recipe: Recipe) -> dict[str, Any]:
+    """Choices of the recipe that `encode` follows."""
+    return {
+        "add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention,
+        "vae_tiling": recipe.memory.vae_tiling,
+    }
+
+
+def load_parts(
+    recipe: Recipe,
+    family: Family,
+    device: torch.device,
+    transformer: Path | None = None,
+    *,
+    encoders: bool = True,
+    network: bool = True,
+    start_on: torch.device | None = None,
+) -> Parts:
+    """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
+
+    transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
+    are read when they are needed; without `network` the trained one's weights are not read. start_on: where all
+    networks are to be at first, if not on the device.
+    """
+    parts = family.load(
+        recipe.model.pretrained_model_name_or_path,
+        dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
+        frozen_dtype=DTYPES[recipe.training.mixed_precision],
+        device=device if start_on is None else start_on,
+        low_vram=recipe.training.low_vram,
+        encoders=encoders,
+        network=network,
+        network_device=torch.device("cpu") if recipe.memory.blocks_to_swap else None,
+        vae_tiling=recipe.memory.vae_tiling,
+        transformer_path=transformer or recipe.model.transformer_path,
+    )
+    parts.device = device
+    return parts

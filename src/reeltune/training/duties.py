@@ -1,0 +1,166 @@
+"""What the loop does beside learning: the account, the checkpoints, the validation, and what to say of an error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.core.errors import UserError
+from reeltune.core.types import Batch, Shape
+from reeltune.diffusion.loss import Loss
+from reeltune.reporting import report
+from reeltune.reporting.first_batch import write_first_batch
+from reeltune.training.background_save import Saving
+from reeltune.training.out_of_memory import explained
+from reeltune.training.run import Run
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-step, kept until its loss has been looked at."""
+
+    step: int
+    batch: Batch
+    loss: Loss
+    mean: Tensor  # of the losses of all processes
+
+
+class Duties:
+    """What the loop does beside learning. Left (also by an error), it writes the ledger and the report."""
+
+    def __init__(self, run: Run):
+        self.run, self.log, self.engine, self.out = run, run.log, run.engine, run.out
+        self.saving = Saving(run)
+        self.unseen: Step | None = None
+        self.shape: Shape | None = None  # that memory was last asked for
+        self.validated_step = -1
+
+    def __enter__(self) -> Duties:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if kind is not None:
+            self.saving.settle()
+        try:
+            self.account(kind)
+        except OSError as broken:
+            if kind is None:
+                raise
+            self.log.warn(f"ledger.csv and the report are not written: {broken}")
+        if isinstance(error, torch.OutOfMemoryError):
+            run = self.run
+            raise explained(error, *run.watchdog.now, self.shape, run.learner.held_bytes(), run.recipe) from error
+
+    def account(self, kind: type | None) -> None:
+        """The ledger and the report, of what all processes did. kind: of the error that ended the run."""
+        self.log.flush()
+        if kind is not None and self.engine.world > 1:
+            self.log.notice("ledger.csv and the report are not written: what the other processes did is not known")
+            return
+        shares = self.engine.of_samples(self.run.ledger.share())
+        if self.engine.main:
+            summary = self.run.ledger.write(self.out, shares)
+            left_out = f"{summary['left_out']} left out" if summary["left_out"] else "none left out"
+            self.log.notice(
+                f"{summary['entries']} entries: {summary['used']} used, {summary['held_out']} held out, "
+                f"{summary['not_reached']} not reached, {left_out} (ledger.csv)"
+            )
+            self.log.flush()
+            self.log.notice(f"report: {report.write(self.out)}")
+        self.engine.wait()  # or a launcher would see others end, and end this one
+
+    def begin(self) -> None:
+        """Says how the run begins, and validates what it begins with."""
+        run, step = self.run, self.run.progress.step
+        self.saving.step = step  # step 0 needs no checkpoint, the resumed one has it
+        for notice in run.notices:
+            self.log.warn(notice)
+        if run.resumed_from is not None:
+            self.log.notice(f"goes on from {run.resumed_from}")
+        elif run.recipe.output.resume_from_checkpoint is not None:
+            self.log.notice(f"{self.out} has no complete checkpoint yet: a new run starts")
+        if step == 0 or is_due(run.recipe.validation.validation_steps, step):
+            self.validate()  # again, if a checkpoint of this step is where the run goes on
+
+    def count(self, batch: Batch) -> None:
+        """Into the ledger; the run's first batch is shown. Raises UserError if too many files broke since the scan."""
+        if self.engine.main and self.run.progress.step == 0 and self.shape is None:
+            self._show(batch)
+        self.shape = batch.draws[0].shape
+        self.run.ledger.count(batch.draws, batch.failures)
+        for record, reason in batch.failures:
+            path = self.run.ledger.train[record].path
+            self.log.warn(f"{path} could not be read ({reason}); the next clip of its bucket stood in")
+        problem = self.run.ledger.too_many_bad() if batch.failures else None
+        if problem is not None:
+            raise UserError("train_data_meta", problem)
+
+    def _show(self, batch: Batch) -> None:
+        run, (rank, world) = self.run, self.engine.place
+        if run.pixel_reader is not None:
+            place = rank * run.split.passes, world * run.split.passes
+            batch = run.pixel_reader[run.progress.epoch, run.progress.cursor - 1, *place]
+        reference = "ref" in run.setup.family.needs[run.setup.mode]
+        write_first_batch(batch, self.out / "first_batch", reference=reference)
+
+    def check_finite(self, step: Step | None) -> None:
+        """Looks at the loss of the micro-step before, which the device has done by now, and keeps this one's.
+
+        Raises UserError, in all processes, for a loss that is not finite in any of them; what it was made of is
+        written beside the checkpoints.
+        """
+        seen, self.unseen = self.unseen, step
+        if seen is None or torch.isfinite(seen.mean).item():
+            return
+        self.saving.settle()
+        self.engine.wait()
+        last = next(reversed(checkpoint.complete(self.out)), None)
+        raise UserError(
+            "train",
+            f"the loss of step {seen.step} is not finite{self._write_non_finite(seen)}; resume from "
+            f"{last.name if last else 'the start'} with a smaller learning_rate or max_grad_norm",
+        )
+
+    def _write_non_finite(self, seen: Step) -> str:
+        """What a loss that is not finite was made of, where this process had it. Returns where that is told."""
+        if torch.isfinite(seen.loss.value).item():
+            return " in another process"
+        rank = f"-rank-{self.engine.rank}" if self.engine.rank else ""
+        record = self.out / f"non-finite-step-{seen.step}{rank}.json"
+        per_sample = zip(seen.batch.draws, seen.loss.per_sample_B.tolist(), seen.loss.level_B.tolist(), strict=True)
+        samples = [
+            {"path": self.run.ledger.train[draw.record].path, "draw": asdict(draw), "loss": loss, "level": level}
+            for draw, loss, level in per_sample
+        ]
+        record.write_text(json.dumps({"step": seen.step, "samples": samples}, indent=2) + "\n")
+        return f"; {record} says what it was made of"
+
+    def save(self, *, last: bool = False) -> None:
+        """checkpoint-N, unless this step has one already; with `last` it is whole at the end of this."""
+        progress = self.run.progress
+        if self.saving.step != progress.step:
+            self.check_finite(None)
+        self.saving.save(progress, last=last)
+
+    def validate(self) -> None:
+        """Held-out loss and previews, by the main process, or by all alike where the network answers only to all;
+        training goes on as if there had been none."""
+        run, step = self.run, self.run.progress.step
+        if self.validated_step == step:
+            return
+        self.validated_step = step
+        run.prefetcher.wait()
+        run.watchdog.doing("validate", step)
+        if self.engine.main or self.engine.runs_together:
+            row = run.validation.run(run.learner.plain, step, write=self.engine.main)
+            if row is not None:
+                self.log.validation(row)
+        self.engine.wait()
+
+
+def is_due(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0

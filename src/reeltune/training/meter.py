@@ -1,0 +1,69 @@
+"""What a step costs and gives: its row of metrics.jsonl, and the seconds of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltune.core.types import Geometry, Progress, Shape
+from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
+from reeltune.distributed.watchdog import Doing, Watch
+from reeltune.reporting.log import PARTS
+
+SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
+
+
+class Meter:
+    """samples: of a step, over all processes. count_flops: whether there is a peak to compare them with."""
+
+    def __init__(self, engine: Engine, watchdog: Watch, geometry: Geometry, *, samples: int, count_flops: bool):
+        self._engine, self._watchdog, self._geometry, self._samples = engine, watchdog, geometry, samples
+        self._flop_count = FlopCount(enabled=count_flops)
+
+    def begin(self, step: int) -> None:
+        """step: how many have been taken."""
+        self._step, self._stopwatch = step, Stopwatch(self._engine.device)
+        self._losses: list[Tensor] = []
+        self._tokens = self._flops = 0
+
+    @contextmanager
+    def stage(self, name: Doing) -> Iterator[None]:
+        """What is inside, and what came since the stage before, is this one's; the watchdog knows it by its name."""
+        self._watchdog.doing(name, self._step)
+        yield
+        self._stopwatch.mark(SECONDS[name])
+
+    def flops(self, shape: Shape) -> AbstractContextManager:
+        """Around the forward pass of a batch of that shape."""
+        return self._flop_count.forward(shape)
+
+    def count(self, loss: Tensor, shape: Shape, samples: int) -> None:
+        """A pass. loss: the mean over all processes; samples: of this process."""
+        self._shape = shape
+        self._losses.append(loss)
+        self._tokens += self._geometry.tokens(shape) * samples * self._engine.place[1]
+        self._flops += self._flop_count.known.get(shape, 0) * self._engine.world
+
+    def row(self, progress: Progress, grad_norm: Tensor, rate: float) -> dict[str, Any]:
+        """Of the step that is done, for `Log.step`; tensors are still on the device."""
+        return {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "loss": torch.stack(self._losses).mean(),
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "shape": list(self._shape),
+            "samples": self._samples,
+            "tokens": self._tokens,
+            "flops": self._flops,
+            "peak_memory_bytes": self._engine.peak_memory_bytes(),
+        }
+
+    def seconds(self) -> Callable[[], dict[str, float]]:
+        """Gives the seconds of each of PARTS when asked: it may wait for the device."""
+        return partial(self._stopwatch.seconds, PARTS)

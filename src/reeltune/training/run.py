@@ -1,0 +1,54 @@
+"""A run: all that the loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reeltune.config.recipe import Recipe
+from reeltune.core.types import Progress
+from reeltune.data.loader import Reader
+from reeltune.distributed.engine import Engine
+from reeltune.distributed.watchdog import Watch
+from reeltune.reporting.ledger import Ledger
+from reeltune.reporting.log import Log
+from reeltune.sampling.sample import Setup
+from reeltune.sampling.validate import Validation
+from reeltune.training.learner import Learner
+from reeltune.training.meter import Meter
+from reeltune.training.parallelism import BatchSplit
+from reeltune.training.prefetch import Prefetcher
+
+
+@dataclass(frozen=True)
+class Run:
+    """As `loop.start` makes it in each process; only `progress` and what has a state of its own change."""
+
+    recipe: Recipe
+    engine: Engine
+    watchdog: Watch
+    setup: Setup
+    learner: Learner
+    rate: Callable[[int], float]  # step -> learning rate
+    validation: Validation
+    prefetcher: Prefetcher  # of all the batches that are left
+    pixel_reader: Reader | None  # of the first batch's pictures, where batches come from a cache, without them
+    split: BatchSplit
+    ledger: Ledger
+    log: Log
+    meter: Meter
+    progress: Progress
+    total_steps: int
+    resumed_from: Path | None  # a checkpoint's folder
+    notices: list[str]
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.output.output_dir)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of this process in a step."""
+        return self.recipe.training.gradient_accumulation_steps * self.split.passes
