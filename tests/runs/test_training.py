@@ -29,18 +29,6 @@ from tests.runs.small_run import data_set, recipe
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def wan(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "wan", "control_t2v")
 
@@ -88,7 +76,7 @@ def test_batch_times_accumulation_is_the_bigger_batch(toy, data, tmp_path):
     norms = []
     for out, batch, accumulate in ((big, 4, 1), (small, 2, 2)):
         settings = {"train_batch_size": batch, "gradient_accumulation_steps": accumulate, **one_size}
-        plan_of_four = data / "four.json"
+        plan_of_four = tmp_path / "four.json"
         rows = json.loads((data / "metadata_control.json").read_text())[:4]
         plan_of_four.write_text(json.dumps(rows))
         made = recipe(toy, data, out, train_data_meta=str(plan_of_four), num_train_epochs=1, **settings)
