@@ -130,7 +130,7 @@ def memory_table(found: Forecast) -> Table:
     rows.append(("together", *(size(sum(found.peaks[phase].values())) for phase in phases)))
     kept = [f"{size(found.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
     engine = ENGINES[found.engine].words
-    how = "" if found.engine in ("one", "ddp") else ", shared out by arithmetic"
+    how = "" if found.engine in ("one", "ddp") else ", sharded by arithmetic"
     note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]} gradient_checkpointing, {kept[1]}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
