@@ -237,8 +237,8 @@ def passes(step: StepEstimate) -> dict[str, int]:
 
 def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
     """Phase -> FLOPs of a mean micro-step of one process."""
-    found = [passes(step) for step in sizes.values()]
-    curves = {phase: throughput.Curve([*sizes], [flops[phase] for flops in found]) for phase in found[0]}
+    flops = [passes(step) for step in sizes.values()]
+    curves = {phase: throughput.Curve([*sizes], [one[phase] for one in flops]) for phase in flops[0]}
     return {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
