@@ -16,7 +16,7 @@ from reeltune.checkpoint.state import Shared
 from reeltune.core.errors import UserError
 from reeltune.distributed import sharded_io
 from reeltune.export.main import export
-from reeltune.families import weights
+from reeltune.families import configs, tensor_files, weights
 from tests.distributed.gathered import leave_gathered
 from tests.distributed.processes import environment, train
 from tests.families.tiny_wan import tiny_checkpoint
@@ -49,7 +49,7 @@ def made(runs, engine):
     assert is_shared(runs / engine / f"checkpoint-{STEPS}")
     family = families.find(runs / "model")
     live = weights.read(runs / engine / "gathered.safetensors")
-    config = weights.read_config(runs / engine / f"checkpoint-{STEPS}" / "transformer")
+    config = configs.read_config(runs / engine / f"checkpoint-{STEPS}" / "transformer")
     return runs / engine / f"checkpoint-{STEPS}", family.to_released(live, config)
 
 
@@ -97,7 +97,7 @@ def test_shards_with_their_index(runs, tmp_path):
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             assert torch.equal(shard.get_tensor(name), live[name].bfloat16())
     largest = max(2 * tensor.numel() for tensor in live.values())
-    for file in weights.files_of(tmp_path / "out"):
+    for file in tensor_files.files_of(tmp_path / "out"):
         sizes = [tensor.numel() * 2 for tensor in weights.peek(file).values()]
         assert sum(sizes) <= max(100_000, largest)
     loaded = weights.read(tmp_path / "out")
@@ -147,6 +147,6 @@ def test_memory_holds_a_shard_and_a_tensor_at_most(shared, tmp_path):
     exact = environment(MALLOC_MMAP_THRESHOLD_="1000000")  # what is let go is given back, as it is for real sizes
     done = subprocess.run(command, cwd=ROOT, env=exact, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
-    files = weights.files_of(tmp_path / "out")
+    files = tensor_files.files_of(tmp_path / "out")
     assert len(files) == 4 and all(file.stat().st_size < shard_bytes for file in files)
     assert tensor_bytes / 2 < told["peak_bytes"] < 3.5 * tensor_bytes < shard_bytes + tensor_bytes

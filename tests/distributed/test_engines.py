@@ -16,7 +16,7 @@ from reeltune.checkpoint.folder import is_shared
 from reeltune.core.rng import dice
 from reeltune.distributed.watchdog import EXIT_CODE
 from reeltune.export.main import export
-from reeltune.families import MODULES, weights
+from reeltune.families import MODULES, configs, weights
 from reeltune.training import loop as module
 from tests.distributed.gathered import leave_gathered
 from tests.distributed.processes import FOUND_SECONDS, forked, hasty, train
@@ -101,7 +101,7 @@ class Runs:
     def live(self, engine):
         """The weights at the run's end, gathered on the spot, by their released names."""
         state = weights.read(self.folder / engine / "gathered.safetensors")
-        config = weights.read_config(self.folder / engine / f"checkpoint-{STEPS}" / "transformer")
+        config = configs.read_config(self.folder / engine / f"checkpoint-{STEPS}" / "transformer")
         return families.find(self.checkpoint).to_released(state, config)
 
 

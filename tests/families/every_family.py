@@ -17,7 +17,7 @@ import torch
 
 from reeltune import families
 from reeltune.demo.main import FAMILIES as SHOWN
-from reeltune.families import weights
+from reeltune.families import configs
 from reeltune.families.cogvideox_fun import family as cogvideox
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.hunyuan_video import family as hunyuan
@@ -52,7 +52,7 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
         family = families.find(folder)
         variants.add(family.name)
         found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
-        for mode, changes in others(family, weights.read_config(folder / "transformer")):
+        for mode, changes in others(family, configs.read_config(folder / "transformer")):
             found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
     covered = {one[0].values[0].family for one in found}
     for family in [family for family in OWN_WAN if family.name not in variants]:
@@ -98,7 +98,7 @@ def derive(source: Path, folder: Path, *, changes: dict[str, Any]) -> Path:
     config = json.loads((source / "transformer/config.json").read_text()) | changes
     kind = getattr(diffusers, config["_class_name"])
     torch.manual_seed(0)
-    net = kind(**weights.arguments_of(kind, config))
+    net = kind(**configs.arguments_of(kind, config))
     families.find(source).save(folder / "transformer", net.state_dict(), config)
     return folder
 

@@ -11,7 +11,7 @@ from reeltune import families
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from reeltune.families.cogvideox_fun import family as cogvideox
 from reeltune.run.sizes import size_rules
 from tests.families.every_family import derive, others
@@ -33,7 +33,7 @@ def text_to_video(released, tmp_path_factory):
     """The same checkpoints without conditioning channels, untrained."""
     made = {}
     for name, path in released.items():
-        ((_, changes),) = others(families.find(path), weights.read_config(path / "transformer"))
+        ((_, changes),) = others(families.find(path), configs.read_config(path / "transformer"))
         made[name] = derive(path, tmp_path_factory.mktemp("t2v"), changes=changes)
     return made
 

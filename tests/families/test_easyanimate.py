@@ -12,7 +12,7 @@ from reeltune import families
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
-from reeltune.families import inpaint, latents, weights
+from reeltune.families import configs, inpaint, latents, weights
 from reeltune.families.easyanimate import family as easyanimate
 from reeltune.families.easyanimate.net import from_released, to_released
 from tests.families.every_family import derive, others
@@ -44,7 +44,7 @@ def released(goldens):
 @pytest.fixture(scope="module")
 def checkpoints(released, tmp_path_factory):
     """mode -> folder: the tiny one, and untrained networks with other channels in diffusers' layout."""
-    family, config = families.find(released), weights.read_config(released / "transformer")
+    family, config = families.find(released), configs.read_config(released / "transformer")
     changed = others(family, config)
     made = {mode: derive(released, tmp_path_factory.mktemp(mode), changes=changes) for mode, changes in changed}
     return made | dict.fromkeys(family.modes, released)

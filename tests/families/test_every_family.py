@@ -19,7 +19,7 @@ from reeltune.data.masks import draw_mask
 from reeltune.data.media import measure, read_frames
 from reeltune.diffusion.loss import settle
 from reeltune.export.main import export
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from reeltune.families.spec import Family
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_the_released_form_and_is_read_again(runs):
         released = weights.peek(file)
         assert {name: tensor.shape for name, tensor in saved.items()} == {name: w.shape for name, w in released.items()}
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}  # trained_weights
-        assert weights.read_config(folder / "transformer") == weights.read_config(file)
+        assert configs.read_config(folder / "transformer") == configs.read_config(file)
     again = family.load(runs.model, encoders=False, transformer_path=folder)
     named = family.to_released(again.net.state_dict(), again.config)
     assert named.keys() == saved.keys() and all(torch.equal(named[name], saved[name]) for name in saved)

@@ -12,7 +12,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Shape
 from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import diffusion_loss, settle
-from reeltune.families import weights
+from reeltune.families import tokenizers, weights
 from reeltune.families.spec import check_mode
 from reeltune.optim.trainable import released_names, select
 
@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_tokenizer_is_refused_by_name(files, words, tmp_path
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}(.|\n)*{words}(.|\n)*download it again"):
-        weights.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,6 @@ def test_half_of_a_download_is_told(name, content, words, tmp_path):
 
 def test_an_image_processor_without_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no preprocessor_config\.json; download it"):
-        weights.load_image_processor(CLIPImageProcessorPil, tmp_path)
+        tokenizers.load_image_processor(CLIPImageProcessorPil, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 9}}')
-    assert weights.load_image_processor(CLIPImageProcessorPil, tmp_path).size["shortest_edge"] == 9
+    assert tokenizers.load_image_processor(CLIPImageProcessorPil, tmp_path).size["shortest_edge"] == 9

@@ -14,7 +14,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
 from reeltune.estimate.check import check
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.memory.blocks import blocks_of, recompute
@@ -39,7 +39,7 @@ def checkpoints(goldens, tmp_path_factory):
     if len(found) < 2:
         pytest.skip("no tiny HunyuanVideo checkpoints among the goldens")
     i2v = found["i2v"]
-    ((_, changes),) = others(families.find(i2v), weights.read_config(i2v / "transformer"))
+    ((_, changes),) = others(families.find(i2v), configs.read_config(i2v / "transformer"))
     concat = derive(i2v, tmp_path_factory.mktemp("concat"), changes=changes)
     return found | {"concat": concat}
 

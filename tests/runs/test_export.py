@@ -12,7 +12,7 @@ from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError
 from reeltune.export import streamed
 from reeltune.export.main import export
-from reeltune.families import weights
+from reeltune.families import tensor_files, weights
 from tests.families.tiny_wan import tiny_checkpoint
 
 
@@ -44,7 +44,7 @@ def test_released_names_in_bf16(run, tmp_path):
 def test_shards_hold_each_tensor_once(run, tmp_path):
     source = weights.read(run / "checkpoint-3" / "transformer")
     list(export(run / "checkpoint-3", tmp_path / "out", dtype="as_stored", max_shard_size="200KB"))
-    shards = weights.files_of(tmp_path / "out")
+    shards = tensor_files.files_of(tmp_path / "out")
     assert len(shards) > 2
     assert sum(len(weights.read(file)) for file in shards) == len(source)
     written = weights.read(tmp_path / "out")

@@ -1,19 +1,17 @@
 """The table of memory levers: what it refuses, offers, advises and writes; a new row is seen in all of these."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from reeltune.config.parse import build, flat, settings
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.distributed.watchdog import Doing
 from reeltune.estimate.remedies import changes, numbers
 from reeltune.estimate.sharding import ENGINES
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
-from reeltune.training.out_of_memory import PHASES, remedies
+from reeltune.training.out_of_memory import GREW, PHASES, remedies
 from scripts.memory_page import page, table
 from tests.unit.test_estimate_parts import estimate
 
@@ -57,7 +55,7 @@ def test_rows_name_settings_engines_and_phases_that_there_are():
         assert lever.phases <= ALL
         assert lever.price.format_map({}) == lever.price and lever.spares
     assert set(SHARDED) == {name for name, engine in ENGINES.items() if engine.own_copies}
-    assert PHASES.keys() <= set(get_args(Doing)) and frozenset().union(*PHASES.values()) <= ALL
+    assert PHASES.keys() <= GREW.keys() and frozenset().union(*PHASES.values()) <= ALL
 
 
 BIG = {"train_batch_size": 3, "mixed_precision": "bf16", "gradient_checkpointing_share": 0.5}

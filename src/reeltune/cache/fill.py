@@ -46,6 +46,8 @@ def fill(recipe: Recipe) -> int:
     work = Work.of(keys, inputs, Store(folder), rank, world)
     encoder = Encoder(recipe, family, mode, inputs, device)
     with Interrupt() as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+        for notice in inputs.scan.notices:
+            bar.say(notice)
         with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):
                 if isinstance(made, str):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reeltune.core.files import whole_file
+from reeltune.core.reading import read_table
 from reeltune.core.types import Draw, Record
 
 READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
@@ -66,7 +67,7 @@ class Keys:
 
 def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
     """A hash of the bytes of each file or folder. `remembered`: a file that saves reading them again."""
-    known: dict[str, str] = json.loads(remembered.read_text()) if remembered.is_file() else {}
+    known: dict[str, str] = read_table(remembered, "delete it") if remembered.is_file() else {}
     before = len(known)
 
     def of_file(path: Path) -> str:

@@ -30,10 +30,12 @@ from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder, whole_file
+from reeltune.core.reading import bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
 OPEN_SHARDS = 64  # mapped at a time in one process
+SPLITS = {"train", "held_out", "text"}  # what an entry may be of
 Tensors = dict[str, Tensor]
 
 
@@ -71,26 +73,36 @@ def read_manifest(folder: Path) -> Manifest:
         *lines, _ = part.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                _take(manifest, json.loads(line))
+                _take(manifest, json_value(line))
             except (ValueError, KeyError, TypeError) as broken:
                 problems.append(
-                    f"line {number} of {part} is damaged or of another version ({broken!r}); remove that file, and "
-                    "reeltune cache encodes again what it named"
+                    f"line {number} of {part} is damaged or of another version ({reason_of(broken)}); remove that "
+                    "file, and reeltune cache encodes again what it named"
                 )
-    refuse(str(folder), problems)
+    refuse(str(folder), few(problems))
     return manifest
 
 
 def _take(manifest: Manifest, row: dict[str, Any]) -> None:
     """A line's part of the manifest. Raises KeyError, TypeError or ValueError for what is none of ours."""
     if "shard" in row:
-        manifest.shards[row["shard"]] = Shard(row["shard"], row["bytes"], row["blake2b"], dict(row["entries"]))
+        name, size_bytes, hashed, entries = bare_name(row["shard"]), row["bytes"], row["blake2b"], row["entries"]
+        if type(size_bytes) is not int or not isinstance(hashed, str) or not set(_words(entries).values()) <= SPLITS:
+            raise ValueError(f"shard {name} has bytes, blake2b or entries of another kind")
+        manifest.shards[name] = Shard(name, size_bytes, hashed, entries)
     elif "failed" in row:
-        manifest.failed |= row["failed"]
+        manifest.failed |= _words(row["failed"])
     elif row["format"] == FORMAT:
-        manifest.facts.append(row["facts"])
+        manifest.facts.append(dict(row["facts"]))
     else:
         raise ValueError(f"format {row['format']}, and this version reads {FORMAT}")
+
+
+def _words(table: Any) -> dict[str, str]:
+    """Raises TypeError for anything but a table of text."""
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise TypeError("a table of text is expected")
+    return table
 
 
 # ---- writing
@@ -311,7 +323,7 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
             writer.fail(key, store.failed[key])
         writer.flush()
         for part in there:
-            rows = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+            rows = [json_value(line) for line in part.read_bytes().split(b"\n")[:-1]]
             rows = [row for row in rows if row.get("shard") in stays or "format" in row]
             if len(rows) > 1:
                 with whole_file(part) as file:

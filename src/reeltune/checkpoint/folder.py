@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder
+from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
 from reeltune.distributed.sharded_io import Piece
@@ -163,12 +164,47 @@ def _delete(checkpoint: Path) -> None:
 
 
 def progress_of(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    """Raises UserError for a file that is damaged or another checkpoint's, which names the last good one before it."""
+    return _progress(checkpoint, sound_before(checkpoint))
+
+
+def sound_before(checkpoint: Path) -> str:
+    """The remedy for a damaged checkpoint: an earlier one whose progress is sound, if there is any."""
+    for earlier in reversed(complete(checkpoint.parent)):
+        if NAME.match(checkpoint.name) and step_of(earlier) < step_of(checkpoint):
+            with suppress(UserError):
+                _progress(earlier, "")
+                return f"go on from the one before it with resume_from_checkpoint {earlier.name}"
+    return "restore it from a copy; there is no sound checkpoint before it"
+
+
+def _progress(checkpoint: Path, remedy: str) -> Progress:
+    file = checkpoint / "progress.json"
+    table = read_table(file, remedy)
+    known = {field.name for field in fields(Progress)}
+    problems = [f"has no {name}; {remedy}" for name in ("step", "epoch", "cursor") if name not in table]
+    problems += [
+        f"has {brief(name)}, which this version does not know; {remedy}" for name in table if name not in known
+    ]
+    problems += [
+        f"{name} is {brief(value)}; expected a whole number from 0; {remedy}"
+        for name, value in table.items()
+        if name in known and not (type(value) is int and 0 <= value < 2**62)
+    ]
+    refuse(str(file), problems)
+    if NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
+        raise UserError(str(file), f"says step {table['step']} in a folder named {checkpoint.name}; {remedy}")
+    return Progress(**table)
 
 
 def load(checkpoint: Path) -> dict:
-    """Optimizer state (on the CPU) of a checkpoint that one process wrote."""
-    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError for a damaged file."""
+    file = checkpoint / "optimizer.pt"
+    with as_user_error(file, "is damaged", sound_before(checkpoint)):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise UserError(str(file), f"is no optimizer's state; {sound_before(checkpoint)}")
+    return state
 
 
 def is_shared(checkpoint: Path) -> bool:

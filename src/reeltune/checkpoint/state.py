@@ -15,11 +15,13 @@ from torch import Tensor
 
 from reeltune.checkpoint.folder import SHARES
 from reeltune.core.errors import refuse
+from reeltune.core.reading import as_user_error, read_table
 from reeltune.distributed import sharded_io
 from reeltune.distributed.ddp import numbers
 from reeltune.distributed.sharded_io import Piece
 from reeltune.families import weights
 
+COPY = "restore it from a copy"
 OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimizer's state
 
 
@@ -30,9 +32,10 @@ class Shared:
         self.folder = checkpoint / SHARES
         self._metadata = sharded_io.metadata_of(self.folder)
         self.sizes = sharded_io.sizes(self._metadata)
-        outline = json.loads((self.folder / OUTLINE).read_text())
-        self.shapes: dict[str, list[int]] = outline["shapes"]
-        self._scalars: dict[str, dict[str, float]] = outline["scalars"]
+        outline = read_table(self.folder / OUTLINE, COPY)
+        with as_user_error(self.folder / OUTLINE, "is damaged", COPY):
+            self.shapes: dict[str, list[int]] = dict(outline["shapes"])
+            self._scalars: dict[str, dict[str, float]] = dict(outline["scalars"])
         self._keys: dict[str, list[str]] = {}
         for name in self.sizes:
             kind, _, rest = name.partition("/")

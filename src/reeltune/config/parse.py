@@ -19,11 +19,13 @@ import yaml
 
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import broken_rules
-from reeltune.core.errors import UserError, refuse
+from reeltune.core.errors import refuse
+from reeltune.core.reading import brief, read_yaml
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
 NOTHING = ("", "none", "null")  # words for None, where a field may be None
+UNKNOWN_NAMED = 20  # names that are no settings, told one by one
 TRUTH = {"true": True, "false": False}
 TRAIN_MODE_ALIASES = {
     "control_camera_ref": "control_ref_camera",  # as the original script spells it
@@ -121,15 +123,20 @@ def build(
     known = settings()
     values: dict[str, Any] = {}
     problems = list(found)
-    for name, value in {**tree, **(overrides or {})}.items():
+    given = {**tree, **(overrides or {})}
+    unknown = [name for name in given if name not in known]
+    for name, value in given.items():
         if name not in known:
-            problems.append(f"{name} is no setting{nearest(name, known)}")
+            if name in unknown[:UNKNOWN_NAMED]:
+                problems.append(f"{brief(name)[1:-1]} is no setting{nearest(name[:100], known)}")
             continue
         try:
             values[name] = converted(known[name], value)
         except ValueError:
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            problems.append(f"{name} is {shown!r}; expected {expected(known[name])}")
+            problems.append(f"{name} is {brief(shown)}; expected {expected(known[name])}")
+    if len(unknown) > UNKNOWN_NAMED:
+        problems.append(f"{len(unknown) - UNKNOWN_NAMED:,} more names are no settings; is this file a recipe?")
     wrong = {line.partition(" ")[0] for line in problems}
     recipe = _assembled(values)
     problems += [line for names, line in broken_rules(recipe) if wrong.isdisjoint(names)]
@@ -211,26 +218,9 @@ def _words(kind: Any) -> str:
 # ---- YAML
 
 
-class _Strict(yaml.BaseLoader):
-    """Every scalar stays text (so that `no` and `1e-4` mean what they say), and no key comes twice."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} written more than once")
-        return super().construct_mapping(node, deep=deep)
-
-
 def read(path: str | Path) -> dict[str, Any]:
-    """The settings in a recipe file, not yet checked. Raises UserError if it cannot be read as a flat table."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Strict)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as broken:
-        raise UserError(str(path), f"cannot be read as a recipe: {' '.join(str(broken).split())}") from broken
-    if not isinstance(tree, dict | None):
-        raise UserError(str(path), "a recipe is lines of `name: value`, as the files in recipes/ are")
-    return tree or {}
+    """The settings in a recipe file, text all of it, not yet checked. Raises UserError if it is no table."""
+    return read_yaml(Path(path), "a recipe", typed=False)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from reeltune.core.shown import printable
+
 
 class UserError(Exception):
     """A bad recipe, file or flag. The command line prints it without a traceback and exits with 2.
@@ -12,10 +14,10 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, problems: Sequence[str] | str):
-        self.where = where
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.where = printable(where)
+        self.problems = [printable(line) for line in ([problems] if isinstance(problems, str) else problems)]
         count = len(self.problems)
-        head = f"{where}: {count} problem{'s' if count != 1 else ''}"
+        head = f"{self.where}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
     def __reduce__(self):  # from a worker process to the one it works for

@@ -113,7 +113,7 @@ def _load_index(index_dir: Path | None, decode_check: str) -> dict[str, list]:
         return {}
     try:
         index = json.loads(_index_path(index_dir, decode_check).read_bytes())
-    except (FileNotFoundError, ValueError):  # absent, or not ours: measure anew
+    except (FileNotFoundError, ValueError, RecursionError):  # absent, or not ours: measure anew
         return {}
     return index if isinstance(index, dict) else {}
 

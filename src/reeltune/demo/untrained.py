@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from reeltune import families
-from reeltune.families import weights
+from reeltune.families import configs, weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path, parts: Untrained) -> Path:
     for seed, (name, make) in enumerate(parts.networks.items()):
         random_weights(make(), seed).save_pretrained(folder / name)
     place = folder / "transformer"
-    config, state = weights.read_config(place), weights.read(place)
+    config, state = configs.read_config(place), weights.read(place)
     families.find(folder).save(place, state, config)  # under the released names
     return folder
 

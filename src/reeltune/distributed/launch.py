@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import json_value
 
 EngineName = Literal["ddp", "zero2", "zero3", "fsdp"]
 START = (
@@ -137,9 +137,9 @@ def _deepspeed(environ: Mapping[str, str]) -> Wish:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json_value(file.read_bytes())
     except (OSError, ValueError) as broken:
         raise UserError("launch", f"deepspeed_config_file {file} cannot be read ({broken})") from broken
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise UserError("launch", f"deepspeed_config_file {file} is no table of settings")
     return settings

@@ -72,7 +72,7 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
     per_step = np.add.reduceat(per_micro[:whole], np.arange(0, whole, accumulate))
     lost = picture_lost(records, rules, shapes, which, record)
     return DataForecast(
-        buckets=sorted(map(bucket, np.flatnonzero(micro_steps)), key=lambda bucket: -bucket.tokens),
+        buckets=sorted(map(bucket, np.flatnonzero(micro_steps).tolist()), key=lambda bucket: -bucket.tokens),
         samples=record.size,
         micro_steps=len(which),
         step_tokens=(float(per_step.mean()), float(np.percentile(per_step, 95)), float(per_step.max())),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from reeltune.core.errors import UserError
+from reeltune.core.reading import read_table
 from reeltune.reporting.report import read_metrics
 
 # Share of a device's peak that large training runs reached, least and best of table 3 in
@@ -69,7 +69,9 @@ def measured(run: Path, batch_flops: Curve, batch_size: int) -> Throughput:
     steps = [row for row in zip(*columns, strict=True) if row[0]][WARM_UP:]
     if len(steps) < 2:
         raise UserError("measured", f"{run} has {len(steps)} timed steps after the first {WARM_UP}; let it make 4")
-    gpus = json.loads(about.read_text(encoding="utf-8"))["processes"]
+    gpus = read_table(about, "give another run").get("processes")
+    if type(gpus) is not int or gpus < 1:
+        raise UserError("measured", f"{about} does not tell how many processes there were; give another run")
     taken_s = np.array([step_s for step_s, _, _ in steps])
     flops = np.array([samples / batch_size * batch_flops(tokens / samples) / gpus for _, samples, tokens in steps])
     rate = flops.sum() / taken_s.sum()

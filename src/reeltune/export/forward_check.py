@@ -9,7 +9,7 @@ import torch
 from reeltune.core.types import Batch, Crop, Draw, Sample, Shape
 from reeltune.data.loader import collate
 from reeltune.diffusion.loss import settle
-from reeltune.families import weights
+from reeltune.families import tensor_files
 from reeltune.families.spec import Family
 from reeltune.sampling.sample import Setup
 
@@ -21,7 +21,7 @@ def needed_bytes(model: Path, transformer: Path) -> int:
     """To hold the frozen networks of `model`, as stored, and the weights in `transformer`."""
     frozen = [file for file in model.rglob("*") if file.suffix in (".safetensors", ".pth", ".pt", ".bin")]
     own = set(model.glob("diffusion_pytorch_model*")) | set((model / "transformer").glob("*"))
-    files = [file for file in frozen if file not in own] + weights.files_of(transformer)
+    files = [file for file in frozen if file not in own] + tensor_files.files_of(transformer)
     return int(SPARE * sum(file.stat().st_size for file in files))
 
 

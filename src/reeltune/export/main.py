@@ -21,7 +21,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
-from reeltune.families import weights
+from reeltune.families import configs, weights
 from reeltune.families.spec import Family, check_mode
 from reeltune.memory.host import room_bytes
 
@@ -50,7 +50,7 @@ def export(
     recipe = _recipe(checkpoint, pretrained_model_name_or_path)
     source = _source(checkpoint, ema)
     outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
-    config = weights.read_config(checkpoint / "transformer")
+    config = configs.read_config(checkpoint / "transformer")
     family = _family(recipe) if diffusers else None
 
     partial = out.with_name(f".{out.name}.partial")

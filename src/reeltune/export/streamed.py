@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reeltune.families import weights
+from reeltune.families import tensor_files
 from reeltune.memory.size import size_bytes
 
-STEM = weights.STEMS[0]
-NAMES = {dtype: name for name, dtype in weights.DTYPES.items()}
+STEM = tensor_files.STEMS[0]
+NAMES = {dtype: name for name, dtype in tensor_files.DTYPES.items()}
 
 
 class Stored(Mapping[str, Tensor]):
@@ -28,8 +28,8 @@ class Stored(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path):
-        self.outline = weights.peek(path)
-        self._file = {name: file for file in weights.files_of(path) for name in weights.peek(file)}
+        self.outline = tensor_files.tensors_of(path, "meta")
+        self._file = {name: file for file in tensor_files.files_of(path) for name in tensor_files.header_of(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], "pt", device="cpu") as tensors:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import brief, read_yaml
+from reeltune.families.diagnosis import no_folder, unknown
 from reeltune.families.spec import Family
 
 MODULES = {  # each has find(folder, settings) -> Family | None
@@ -21,6 +22,14 @@ MODULES = {  # each has find(folder, settings) -> Family | None
     "toy": "reeltune.families.toy.family",
 }
 
+SECTIONS = (  # of the guides' model yaml, that are read
+    "transformer_additional_kwargs",
+    "vae_kwargs",
+    "text_encoder_kwargs",
+    "image_encoder_kwargs",
+    "scheduler_kwargs",
+)
+
 
 def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
     """The family of a checkpoint folder, from its JSON files and tensor headers alone.
@@ -30,27 +39,25 @@ def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError("pretrained_model_name_or_path", f"{str(path)!r} is not a folder; give that of a download")
+        raise UserError("pretrained_model_name_or_path", no_folder(folder))
     settings = _settings(config_path)
     for module in MODULES.values():
         family = import_module(module).find(folder, settings)
         if family is not None:
             return family
-    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-    raise UserError(
-        "pretrained_model_name_or_path",
-        f"{folder} holds {there}, which is no checkpoint of a supported family ({', '.join(MODULES)}); "
-        "released and diffusers layouts are known",
-    )
+    raise UserError("pretrained_model_name_or_path", unknown(folder, list(MODULES)))
 
 
-def _settings(config_path: str | Path | None) -> dict:
+def _settings(config_path: str | Path | None) -> dict[str, Any]:
     if config_path is None:
         return {}
-    try:
-        settings = yaml.safe_load(Path(config_path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as broken:
-        raise UserError("config_path", f"{config_path} cannot be read ({broken})") from broken
-    if not isinstance(settings, dict):
-        raise UserError("config_path", f"{config_path} is not a table of sections such as vae_kwargs")
+    settings = read_yaml(Path(config_path), "a model's yaml", typed=True)
+    refuse(
+        str(config_path),
+        [
+            f"{name} is {brief(settings[name])}; expected a table of names and values"
+            for name in SECTIONS
+            if not isinstance(settings.get(name), dict | None)
+        ],
+    )
     return settings

@@ -70,6 +70,26 @@ class Loading:
     """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
 
 
+def plain(tokenizer: Any, captions: list[str]) -> list[str]:
+    """Captions as they are."""
+    return captions
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """How much of a caption one of a family's encoders reads."""
+
+    reader: str  # "the text encoder"
+    tokenizer: Path  # its folder
+    tokens: int  # at most, those around the caption included
+    as_read: Callable[[Any, list[str]], list[str]] = plain
+    """(tokenizer, captions) -> what is tokenised: the caption in its template."""
+    special: bool = True
+    """The tokenizer adds its own marks of beginning and end."""
+    or_its_own: bool = False
+    """The tokenizer's own limit counts, where it is less."""
+
+
 def as_drawn(batch: Batch, mode: str) -> dict[str, Tensor]:
     """keep_B of a family in which the draw alone decides what is dropped."""
     return dict(batch.keep)
@@ -114,6 +134,8 @@ class Family:
     """The text encoder is shown the clip's first frame beside the caption."""
     keep: Callable[[Batch, str], dict[str, Tensor]] = as_drawn
     """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
+    token_limits: tuple[TokenLimit, ...] = ()
+    """Of each encoder of captions."""
     frozen_files: dict[str, Path] = field(default_factory=dict)
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
     native_fps: float = 16.0

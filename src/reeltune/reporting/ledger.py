@@ -17,6 +17,8 @@ import numpy as np
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error
+from reeltune.core.shown import cell
 from reeltune.core.types import Draw
 from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
@@ -104,7 +106,8 @@ class Ledger:
 
         Raises UserError if the data has another number of records now.
         """
-        with np.load(path, allow_pickle=False) as saved:
+        damaged = as_user_error(path, "is damaged", "resume from an earlier checkpoint")
+        with damaged, np.load(path, allow_pickle=False) as saved:
             if len(saved["used"]) != len(self.train):
                 raise UserError(
                     "resume",
@@ -167,13 +170,14 @@ class Ledger:
                 bad = problems.get(entry)
                 if code == HELD_OUT:
                     assert self.held_out is not None
-                    out.writerow([entry, self.held_out[int(i)].path, STATUSES[code], 0, 0, ""])
+                    row = (self.held_out[int(i)].path, 0, 0, "")
                 elif i < 0:
                     assert bad is not None
-                    out.writerow([entry, bad.path, STATUSES[code], 0, 0, bad.reason])
+                    row = (bad.path, 0, 0, bad.reason)
                 else:
-                    name, reason = self.train[int(i)].path, bad.reason if bad else ""
-                    out.writerow([entry, name, STATUSES[code], whole.used[i], whole.repeated[i], reason])
+                    row = (self.train[int(i)].path, whole.used[i], whole.repeated[i], bad.reason if bad else "")
+                name, used, repeated, reason = row
+                out.writerow([entry, cell(name or ""), STATUSES[code], used, repeated, cell(reason)])
 
 
 def _sum(shares: Sequence[Share]) -> Share:

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from reeltune.core.errors import UserError, refuse
+from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error, json_value
 
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 VERDICT_EVERY = 5  # console lines
@@ -305,16 +306,14 @@ def _cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as old, whole_file(path) as new:
+    with path.open("rb") as old, whole_file(path, "wb") as new:
         for number, line in enumerate(old, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as broken:
-                raise UserError(
-                    "resume",
-                    f"{path} line {number} is no JSON ({broken}); delete that line, or start in another folder",
-                ) from broken
-            if row["step"] < step or (row["step"] == step and row["kind"] != "validation"):
+            with as_user_error(
+                path, f"line {number} is no JSON of a run", "delete that line, or start in another folder"
+            ):
+                row = json_value(line)
+                before = row["step"] < step or (row["step"] == step and row["kind"] != "validation")
+            if before:
                 new.write(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from reeltune.config.parse import settings
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error, json_value, read_table, read_yaml
 from reeltune.reporting import charts
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
@@ -82,17 +81,18 @@ def read_metrics(path: Path) -> Metrics:
     found = Metrics()
     if not path.exists():
         return found
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):  # a run that was killed, or writes it just now
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
                 break
-            row = json.loads(line)
-            kind = row.pop("kind")
-            if kind == "step":
-                for name, value in row.items():
-                    found.steps.setdefault(name, []).append(value)
-            else:
-                {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
+            with as_user_error(path, f"line {number} is no row of a run", "delete that line"):
+                row = json_value(line)
+                kind = row.pop("kind")
+                if kind == "step":
+                    for name, value in row.items():
+                        found.steps.setdefault(name, []).append(value)
+                else:
+                    {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
     return found
 
 
@@ -273,7 +273,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
         return {}
     usual = {name: setting.default for name, setting in settings().items()}
     chosen, left = [], []
-    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for name, value in read_yaml(path, "a recipe", typed=True).items():
         value = tuple(value) if isinstance(value, list) else value
         told = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         (left if name in usual and usual[name] == value else chosen).append((name, told))
@@ -295,7 +295,7 @@ def environment() -> jinja2.Environment:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_table(path, "restore it from a copy, or delete it") if path.exists() else {}
 
 
 def _short(value: object) -> str:

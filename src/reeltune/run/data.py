@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
 from reeltune.data.shapes import SizeRules
+from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
 from reeltune.reporting.ledger import Ledger
 from reeltune.run.sizes import short_clips, size_rules, suited
@@ -80,12 +81,14 @@ def gather(
     train_scan = scanned_with_bar(data.train_data_meta)
     usable, unsuited = suited(train_scan.records, rules, family.least_frames)
     notices = [*train_scan.notices, *short_clips(usable, rules)]
+    notices += [] if just_scanned else cut_captions(family, named_captions(usable))
     if data.validation_data_meta is not None:
         train, held_out_scan = usable, scanned_with_bar(data.validation_data_meta)
         held_out, short = suited(held_out_scan.records, rules, family.least_frames)
         refuse_shared(train, held_out)
         lines = [*map(str, held_out_scan.left_out), *map(str, short), *held_out_scan.notices]
         lines += short_clips(held_out, rules)
+        lines += [] if just_scanned else cut_captions(family, named_captions(held_out))
         notices += [f"{Path(data.validation_data_meta).name}: {line}" for line in lines]
     else:
         rows = split(usable, data.held_out_share, str(root))
@@ -115,6 +118,10 @@ def gather(
         reader=reader(train, drop=family.drop, text_drop_ratio=data.text_drop_ratio),
         held_out_reader=reader(held_out, drop=dict.fromkeys(family.drop, 0.0), text_drop_ratio=0.0),
     )
+
+
+def named_captions(records: Records) -> Iterator[tuple[str, str]]:
+    return ((f"entry {record.entry}", record.text) for record in records)
 
 
 def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:

@@ -17,6 +17,7 @@ from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
+from reeltune.core.reading import read_table
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
 ORDERING = (
@@ -46,7 +47,7 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
 def refuse_other_model(resumed_from: Path, facts: dict[str, str]) -> None:
     """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say."""
     about = resumed_from.parent / "run.json"
-    before = json.loads(about.read_text()) if about.is_file() else {}
+    before = read_table(about, "restore it from a copy") if about.is_file() else {}
     refuse(
         f"resume from {resumed_from}: the run is another model's; give another output_dir",
         [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],

@@ -17,7 +17,9 @@ from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
+from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
+from reeltune.families.tensor_files import notice
 
 GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
     "control": "a control clip or picture",
@@ -70,6 +72,8 @@ def prompt_requests(
     plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
     reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
     make = read_one if guide == "control" else from_picture
+    for line in cut_captions(family, ((f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts))):
+        notice(line)
     requests = []
     for i, record in enumerate(records):
         batch = partial(make, reader, fixed_draw(record, i, rules))

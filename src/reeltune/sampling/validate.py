@@ -21,6 +21,7 @@ from torch import nn
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
+from reeltune.core.reading import as_user_error, read_table
 from reeltune.core.types import Batch, Draw
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
@@ -28,6 +29,8 @@ from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.sampling.prompts import Request, played, prompt_requests, read_one
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
+
+REMEDY = "delete it, to compare with the weights of now"
 
 
 @dataclass
@@ -105,15 +108,16 @@ class HeldOut:
             with whole_file(path) as file:
                 file.write(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
             return step, losses
-        kept = json.loads(path.read_text())
-        changed = [name for name in told if kept[name] != told[name]]
+        kept = read_table(path, REMEDY)
+        changed = [name for name in told if kept.get(name) != told[name]]
         if changed:
             raise UserError(
                 str(path),
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        return kept["step"], np.array(kept["losses"])
+        with as_user_error(path, "is damaged", REMEDY):
+            return int(kept["step"]), np.array(kept["losses"], dtype=np.float64).reshape(losses.shape)
 
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)

@@ -20,9 +20,9 @@ from transformers import T5EncoderModel
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Ddpm
-from reeltune.families import inpaint, latents, schedule, weights
+from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
 from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
-from reeltune.families.spec import Family, Loading, Parts, needed
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit, needed
 from reeltune.families.text import embed_padded
 
 CLASS = "CogVideoXTransformer3DModel"
@@ -37,14 +37,14 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     net = weights.load_component(
         CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected, fake=how.fake
     )
-    parts = Parts(net, config=weights.read_config(place))
+    parts = Parts(net, config=configs.read_config(place))
     parts.loaders["vae"] = partial(
         weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", how.frozen_dtype, how.fake
     )
     parts.loaders["text"] = partial(
         weights.load_encoder, T5EncoderModel, folder / "text_encoder", how.frozen_dtype, how.fake
     )
-    parts.extras["tokenizer"] = weights.load_tokenizer(folder / "tokenizer")
+    parts.extras["tokenizer"] = tokenizers.load_tokenizer(folder / "tokenizer")
     return parts
 
 
@@ -111,7 +111,7 @@ def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diff
     """config is written back as it was read; for diffusers without what its class does not know."""
     if diffusers:
         own = {name: value for name, value in config.items() if name.startswith("_")}
-        config = own | weights.arguments_of(CogVideoXTransformer3DModel, config)
+        config = own | configs.arguments_of(CogVideoXTransformer3DModel, config)
     weights.write_component(folder, state, config)
 
 
@@ -143,8 +143,8 @@ INP = Family(
 def variant(config: dict[str, Any], where: str) -> Family:
     """Which variant a transformer of this config.json is. Raises UserError naming what was found."""
     fixed = {"use_learned_positional_embeddings": False, "ofs_embed_dim": None}  # those of the I2V networks of others
-    weights.require(config, fixed, where)
-    channels = config.get("out_channels", 16)
+    configs.require(config, fixed, where)
+    channels = config.get("out_channels") or 16
     extra = config.get("in_channels", 16) - channels
     if extra not in (0, channels + 1):
         raise UserError(
@@ -167,18 +167,20 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     Raises UserError for one that is not supported, or lacks files.
     """
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     if config.get("_class_name") != CLASS:
         return None
+    configs.check(CogVideoXTransformer3DModel, config, str(folder / "transformer/config.json"))
     family = variant(config, str(folder / "transformer"))
     paths = weights.components(folder, COMPONENTS)
-    vae = weights.read_config(paths["vae"])
+    vae = configs.read_config(paths["vae"])
+    configs.check(AutoencoderKLCogVideoX, vae, str(paths["vae"] / "config.json"))
     geometry = Geometry(
         time_stride=int(vae.get("temporal_compression_ratio", 4)),
         space_stride=2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1),
         patch=config.get("patch_size", 2),
         patch_time=config.get("patch_size_t") or 1,
-        channels=config.get("out_channels", 16),
+        channels=config.get("out_channels") or 16,
     )
     table = not config.get("use_rotary_positional_embeddings")
     return replace(
@@ -186,5 +188,6 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"]),
         frozen_files=weights.encoding_files(paths),
+        token_limits=(TokenLimit("the text encoder", paths["tokenizer"], config.get("max_text_seq_length", 226)),),
         most_frames=geometry.legal_frames(config.get("sample_frames", 49)) if table else None,
     )

@@ -26,12 +26,14 @@ from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderMo
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import inpaint, latents, schedule, weights
+from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
+from reeltune.families.easyanimate import prompts
 from reeltune.families.easyanimate.net import corrected, from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Loading, Parts, needed
 
 CLASS = "EasyAnimateTransformer3DModel"
+TEXT_DIMS = ("text_embed_dim", "text_embed_dim_t5")  # null where there is no such encoder
 CAMERA_SCALE = 6.0  # of the rays, as released models saw them (measured on the reference, 2026-11)
 CAMERA_CHANNELS = 6
 
@@ -40,7 +42,7 @@ CAMERA_CHANNELS = 6
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     net = weights.load_component(
         EasyAnimateTransformer3DModel,
         folder / "transformer",
@@ -52,14 +54,15 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     )
     parts = Parts(corrected(net), config=config)
     parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype, how.fake)
-    parts.extras["tokenizer"] = weights.load_tokenizer(folder / "tokenizer")
+    parts.extras["tokenizer"] = tokenizers.load_tokenizer(folder / "tokenizer")
     if "text_t5" in family.caption:
         for name, cls in (("", BertModel), ("_2", T5EncoderModel)):
             parts.loaders[f"text{name}"] = partial(
                 weights.load_encoder, cls, folder / f"text_encoder{name}", how.frozen_dtype, how.fake
             )
-        parts.extras["tokenizer_2"] = weights.load_tokenizer(folder / "tokenizer_2")
+        parts.extras["tokenizer_2"] = tokenizers.load_tokenizer(folder / "tokenizer_2")
     else:
+        tokenizers.check_chat_template(parts.extras["tokenizer"], folder / "tokenizer")
         parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", how.frozen_dtype, how.fake)
     return parts
 
@@ -135,7 +138,7 @@ def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diff
     """config is written back as it was read, but for what the other layout's class does not know or asks for."""
     if diffusers:
         own = {name: value for name, value in config.items() if name.startswith("_")}
-        weights.write_component(folder, state, own | weights.arguments_of(EasyAnimateTransformer3DModel, config))
+        weights.write_component(folder, state, own | configs.arguments_of(EasyAnimateTransformer3DModel, config))
     else:
         with_ref = "ref" in variant(config, str(folder)).drop
         asked = {"add_ref_latent_in_control_model": True} if with_ref else {}
@@ -210,9 +213,9 @@ def variant(config: dict[str, Any], where: str) -> Family:
         "ref_channels": None,
         "swa_layers": None,
     }
-    weights.require(config, fixed, where)
-    channels = config.get("out_channels", 16)
-    extra = config["in_channels"] - channels
+    configs.require(config, fixed, where)
+    channels = config.get("out_channels") or 16
+    extra = (config.get("in_channels") or 16) - channels
     supported = {
         2 * channels: CONTROL_REF,
         channels: CONTROL,
@@ -242,11 +245,13 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     Raises UserError for one that is not supported, or lacks files.
     """
-    config = weights.read_config(folder / "transformer")
-    vae = weights.read_config(folder / "vae")
+    config = configs.read_config(folder / "transformer")
+    vae = configs.read_config(folder / "vae")
     refuse_older(str(folder), config, (settings.get("vae_kwargs") or {}) | vae)
     if config.get("_class_name") != CLASS:
         return None
+    configs.check(EasyAnimateTransformer3DModel, config, str(folder / "transformer/config.json"), TEXT_DIMS)
+    configs.check(AutoencoderKLMagvit, vae, str(folder / "vae/config.json"))
     family = variant(config, str(folder / "transformer"))
     refuse_other_yaml(settings, family, folder)
     two = ("text_encoder_2", "tokenizer_2") if "text_t5" in family.caption else ()
@@ -255,14 +260,15 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     geometry = Geometry(
         time_stride=2 ** (scales - 2),
         space_stride=2 ** (scales - 1),
-        patch=config.get("patch_size", 2),
-        channels=config.get("out_channels", 16),
+        patch=config.get("patch_size") or 2,
+        channels=config.get("out_channels") or 16,
     )
     return replace(
         family,
         geometry=geometry,
         objective=schedule.read(paths["scheduler"]),
         frozen_files=weights.encoding_files(paths),
+        token_limits=prompts.token_limits({name: paths[name] for name in paths if name.startswith("tokenizer")}),
     )
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from reeltune.families.spec import Parts
+from reeltune.families.spec import Parts, TokenLimit
+from reeltune.families.tokenizers import as_turns
 
 LENGTH = 256  # tokens; BERT's own limit of 77 is shorter
+
+
+def token_limits(tokenizers: Mapping[str, Path]) -> tuple[TokenLimit, ...]:
+    """tokenizers: name -> folder. As `tokens_of` cuts."""
+    if "tokenizer_2" not in tokenizers:
+        return (TokenLimit("Qwen2-VL", tokenizers["tokenizer"], LENGTH, as_read=as_turns, or_its_own=True),)
+    return tuple(
+        TokenLimit(reader, tokenizers[name], LENGTH, special=False, or_its_own=True)
+        for name, reader in (("tokenizer", "BERT"), ("tokenizer_2", "T5"))
+    )
 
 
 def tokens_of(parts: Parts, name: str, captions: Sequence[str], length: int) -> dict[str, Tensor]:
@@ -20,8 +32,7 @@ def tokens_of(parts: Parts, name: str, captions: Sequence[str], length: int) -> 
     """
     tokenizer, chat = parts.extras[f"tokenizer{name}"], "tokenizer_2" not in parts.extras
     if chat:
-        turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
-        captions = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        captions = as_turns(tokenizer, captions)
     return tokenizer(
         list(captions),
         padding="max_length",

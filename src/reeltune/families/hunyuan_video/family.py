@@ -34,7 +34,8 @@ from transformers import (
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import context, schedule, weights
+from reeltune.families import configs, context, schedule, tokenizers, weights
+from reeltune.families.hunyuan_video import prompts
 from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and_picture
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
@@ -65,7 +66,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         replacement=how.transformer_path,
         fake=how.fake,
     )
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     parts = Parts(net, config=config)
     parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype, how.fake)
     model = LlavaForConditionalGeneration if with_picture else LlamaModel
@@ -74,9 +75,9 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype, how.fake
     )
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
-        parts.extras[name] = weights.load_tokenizer(folder / name)
+        parts.extras[name] = tokenizers.load_tokenizer(folder / name)
     if with_picture:
-        parts.extras["image_processor"] = weights.load_image_processor(
+        parts.extras["image_processor"] = tokenizers.load_image_processor(
             CLIPImageProcessorPil, folder / "image_processor"
         )
     return parts
@@ -288,12 +289,14 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     Raises UserError for one that is not supported, or lacks files.
     """
-    config = weights.read_config(folder / "transformer")
+    config = configs.read_config(folder / "transformer")
     if config.get("_class_name") != CLASS:
         return None
+    configs.check(HunyuanVideoTransformer3DModel, config, str(folder / "transformer/config.json"))
     family = variant(config, str(folder / "transformer"))
     paths = weights.components(folder, (*COMPONENTS, *(("image_processor",) if "i2v" in family.modes else ())))
-    vae = weights.read_config(paths["vae"])
+    vae = configs.read_config(paths["vae"])
+    configs.check(AutoencoderKLHunyuanVideo, vae, str(paths["vae"] / "config.json"))
     geometry = Geometry(
         time_stride=vae.get("temporal_compression_ratio", 4),
         space_stride=vae.get("spatial_compression_ratio", 8),
@@ -306,4 +309,5 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         geometry=geometry,
         objective=schedule.read(paths["scheduler"], shift=7.0),
         frozen_files=weights.encoding_files(paths),
+        token_limits=prompts.token_limits(paths, with_picture=family.caption_sees_picture),
     )

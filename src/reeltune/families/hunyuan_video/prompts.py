@@ -6,13 +6,15 @@ Templates, crops and layers are those of the released pipelines
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reeltune.families.spec import Parts
+from reeltune.families.spec import Parts, TokenLimit
 
 TEXT_LENGTH = 256  # tokens after the template's system turn
 POOLED_LENGTH = 77  # tokens that CLIP reads
@@ -41,6 +43,19 @@ HEADER_TOKENS = 4  # removed before the assistant's turn: the caption's end of t
 Cond = dict[str, Tensor]
 
 
+def token_limits(paths: Mapping[str, Path], *, with_picture: bool) -> tuple[TokenLimit, ...]:
+    """paths: of a checkpoint's components. As `tokens_of` and `pooled` cut."""
+    template, crop = (PICTURE_TEMPLATE, PICTURE_CROP) if with_picture else (TEMPLATE, CROP)
+    return (
+        TokenLimit("the language model", paths["tokenizer"], TEXT_LENGTH + crop, partial(_filled, template)),
+        TokenLimit("CLIP", paths["tokenizer_2"], POOLED_LENGTH),
+    )
+
+
+def _filled(template: str, tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    return [template.format(caption) for caption in captions]
+
+
 def pooled(parts: Parts, captions: Sequence[str]) -> Tensor:
     """float32 B D: CLIP's vector of the whole caption."""
     tokens = parts.extras["tokenizer_2"](
@@ -52,9 +67,13 @@ def pooled(parts: Parts, captions: Sequence[str]) -> Tensor:
 
 def tokens_of(tokenizer: Any, template: str, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """int64 (ids_BL, mask_BL) of the captions in the template, cut and padded at the end to `length`."""
-    filled = [template.format(caption) for caption in captions]
     tokens = tokenizer(
-        filled, max_length=length, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
+        _filled(template, tokenizer, captions),
+        max_length=length,
+        padding="max_length",
+        truncation=True,
+        padding_side="right",
+        return_tensors="pt",
     )
     return tokens.input_ids, tokens.attention_mask
 

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import context, text, weights
+from reeltune.families import context, schedule, text, tokenizers
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
-from reeltune.families.spec import Family, Loading, Parts, needed
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit, needed
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
@@ -54,7 +54,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype, how.fake)
     if files.image is not None:
         parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype, how.fake)
-    parts.extras["tokenizer"] = weights.load_tokenizer(files.tokenizer)
+    parts.extras["tokenizer"] = tokenizers.load_tokenizer(files.tokenizer)
     return parts
 
 
@@ -249,9 +249,22 @@ CONTROL_T2V = replace(
 )
 
 
+TWO_NETWORKS = ("high_noise_model", "low_noise_model", "transformer_2")  # folders of Wan2.2's larger models
+NOT_YET = {  # a tensor that only this model has
+    "condition_embedder.image_embedder.pos_embed": "Wan2.1-FLF2V",
+    "img_emb.emb_pos": "Wan2.1-FLF2V",
+    "vace_patch_embedding.weight": "Wan2.1-VACE",
+    "casual_audio_encoder.weights": "Wan2.2-S2V",
+}
+SUPPORTED = "supported are the models of Wan2.1-Fun"
+CHANNELS_2_2 = 48  # of the latents of Wan2.2's small models
+
+
 def variant(network: dict[str, Any], where: str) -> Family:
     """Which variant a network of these arguments is. Raises UserError naming what was found and what is supported."""
     channels = network["out_channels"]
+    if channels == CHANNELS_2_2:
+        raise UserError(where, f"a Wan2.2 network of {channels} latent channels, not supported yet; {SUPPORTED}")
     extra = network["in_channels"] - channels
     found = (extra, network["image_dim"] is not None, network["ref_channels"] > 0, network["camera_channels"] > 0)
     supported = {
@@ -283,12 +296,16 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
 
     settings: the guides' model yaml, already read. Raises UserError for a Wan that is not supported, or lacks files.
     """
+    if not settings and any((folder / name).is_dir() for name in TWO_NETWORKS):
+        raise UserError(str(folder), f"a Wan2.2 model of two networks, which is not supported yet; {SUPPORTED}")
     path = layout.transformer_in(folder, settings)
     if path is None:
         return None
     outlines, config = layout.peek_transformer(path)
     if not sizes.is_wan(outlines):
         return None
+    if unlike := next((model for name, model in NOT_YET.items() if name in outlines), None):
+        raise UserError(str(path), f"a Wan network of {unlike}, which is not supported yet; {SUPPORTED}")
     network = sizes.transformer(outlines, config, str(path))
     family = variant(network, str(path))
     files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
@@ -299,10 +316,12 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         objective=_schedule(settings.get("scheduler_kwargs") or {}),
         options={"files": files},
         frozen_files=files.for_encoding(),
+        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
     )
 
 
 def _schedule(said: dict[str, Any]) -> Flow:
+    said = schedule.checked(said, "config_path: scheduler_kwargs")
     if said.get("use_dynamic_shifting"):
         raise UserError("config_path", "scheduler_kwargs.use_dynamic_shifting is true; only a fixed shift is supported")
-    return Flow(shift=float(said.get("shift", 5.0)), steps=int(said.get("num_train_timesteps", 1000)))
+    return Flow(shift=float(said.get("shift", 5.0)), steps=said.get("num_train_timesteps", 1000))

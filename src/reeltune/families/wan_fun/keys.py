@@ -135,14 +135,14 @@ def image_from_released(state: State) -> State:
     for name, tensor in state.items():
         if name.startswith(IMAGE_LEFT):
             continue
-        if ".attn.to_qkv." in name:
+        if name.count(".attn.to_qkv.") == 1 and tensor.ndim and tensor.shape[0] % 3 == 0 < tensor.shape[0]:
             layer, kind = name.removeprefix("visual.transformer.").split(".attn.to_qkv.")
             parts = zip(QKV, tensor.chunk(3), strict=True)
             split |= {f"encoder.layers.{layer}.self_attn.{part}.{kind}": piece for part, piece in parts}
         elif name == "visual.cls_embedding":
             split[name] = tensor.reshape(-1)
         else:
-            split[name] = tensor[0] if name == "visual.pos_embedding" else tensor
+            split[name] = tensor[0] if name == "visual.pos_embedding" and tensor.ndim == 3 else tensor
     return rename(split, IMAGE)
 
 

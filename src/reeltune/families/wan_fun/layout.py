@@ -20,8 +20,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from reeltune.core.errors import refuse
-from reeltune.families import weights
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import brief
+from reeltune.families import configs, tensor_files, weights
 from reeltune.families.spec import Loading
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
@@ -70,7 +71,7 @@ class Files:
 
 def transformer_in(folder: Path, settings: dict[str, Any]) -> Path | None:
     """The folder or file of the transformer's weights, if there is one. `settings` is the model yaml."""
-    return next(filter(weights.has_weights, _candidates(folder, settings, "transformer")), None)
+    return next(filter(tensor_files.has_weights, _candidates(folder, settings, "transformer")), None)
 
 
 def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_image: bool) -> Files:
@@ -91,7 +92,11 @@ def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_im
 def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]:
     section, key = SUBPATHS[name]
     said = (settings.get(section) or {}).get(key)
-    return [folder / said] if said else [folder / RELEASED[name], folder / DIFFUSERS[name]]
+    if not said:
+        return [folder / RELEASED[name], folder / DIFFUSERS[name]]
+    if not isinstance(said, str) or "\0" in said or Path(said).is_absolute() or ".." in Path(said).parts:
+        raise UserError("config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint")
+    return [folder / said]
 
 
 # ---- loading one network
@@ -99,34 +104,31 @@ def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]
 
 def peek_transformer(path: Path) -> tuple[State, dict[str, Any]]:
     """(outlines of the tensors in our names, config.json); weights are not read."""
-    return keys.from_released(weights.peek(path)), weights.read_config(path)
+    return keys.from_released(weights.peek(path)), configs.read_config(path)
 
 
 def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[str, Any]]:
     """(network, its config.json as read)"""
     outlines, config = peek_transformer(path)
-    with torch.device("meta"):
-        net = WanFunTransformer(**sizes.transformer(outlines, config, str(path)))
+    net = configs.build(WanFunTransformer, sizes.transformer(outlines, config, str(path)), str(path))
     source = path if how.transformer_path is None else weights.saved_transformer(how.transformer_path)
     given = weights.peek(source) if how.device.type == "meta" else weights.read(source, how.fake)
     state = keys.from_released(given)
     if given.keys() != state.keys():  # bad keys are told by the names that the file has
-        refuse(str(source), weights.differences(keys.to_released(net.state_dict()), given))
+        refuse(str(source), list(weights.misfits(keys.to_released(net.state_dict()), given)))
     weights.fit(net, state, str(source), how.dtype, how.device)
     return net, config
 
 
 def load_vae(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> AutoencoderKLWan:
     state = keys.vae_from_released(weights.read(path, fake))
-    with torch.device("meta"):
-        net = with_quick_norms(AutoencoderKLWan(**sizes.vae(state, _own_config(path), str(path))))
+    net = with_quick_norms(configs.build(AutoencoderKLWan, sizes.vae(state, _own_config(path), str(path)), str(path)))
     return _frozen(net, state, path, dtype)
 
 
 def load_text(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> UMT5EncoderModel:
     state = keys.text_from_released(weights.read(path, fake))
-    with torch.device("meta"):
-        net = UMT5EncoderModel(sizes.text(state, str(path)))
+    net = configs.build(UMT5EncoderModel, {"config": sizes.text(state, str(path))}, str(path))
     _frozen(net, state, path, dtype)
     net.encoder.embed_tokens.weight = net.shared.weight  # one table under two names, not two
     return net
@@ -135,8 +137,7 @@ def load_text(path: Path, dtype: torch.dtype | None, fake: AbstractContextManage
 def load_image(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> CLIPVisionModel:
     named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path, fake).items()}
     state = keys.image_from_released(named)
-    with torch.device("meta"):
-        net = CLIPVisionModel(sizes.image(state, _own_config(path), str(path)))
+    net = configs.build(CLIPVisionModel, {"config": sizes.image(state, _own_config(path), str(path))}, str(path))
     tower: Any = getattr(net, "vision_model", net)  # older releases of transformers nest it
     tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]  # the one buffer
     _frozen(tower, state, path, dtype)
@@ -145,7 +146,7 @@ def load_image(path: Path, dtype: torch.dtype | None, fake: AbstractContextManag
 
 def _own_config(path: Path) -> dict[str, Any]:
     """A network's config.json; beside a single file in the root lies the transformer's, which is another's."""
-    return weights.read_config(path) if path.is_dir() else {}
+    return configs.read_config(path) if path.is_dir() else {}
 
 
 def _frozen(net: nn.Module, state: State, path: Path, dtype: torch.dtype | None) -> Any:

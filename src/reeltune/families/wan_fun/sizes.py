@@ -15,6 +15,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, UMT5Config
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import AGAIN
+from reeltune.families import configs
+from reeltune.families.tensor_files import notice
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
 State = dict[str, Tensor]
@@ -30,7 +33,15 @@ NAMES = {  # ours: what the dialects call it
 }
 HEADS = ("num_heads", "num_attention_heads")
 HEAD_DIM = 128  # of every released Wan transformer, where config.json does not say
+RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}  # of the 1.3B, 5B and 14B networks
 ADAPTER_SHRINK = 8  # pixels per latent cell of released camera models, where config.json does not say
+
+
+TYPES = {  # of what is read of any dialect
+    **dict.fromkeys((*(key for keys in NAMES.values() for key in keys), *HEADS, "text_len"), int | None),
+    "downscale_factor_control_adapter": int | None,
+    "eps": float,
+}
 
 
 FLAGS = {  # what config.json may say of parts: the tensor that shows it
@@ -51,8 +62,10 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
 
     Raises UserError where config.json contradicts the weights, or names what is not supported.
     """
+    configs.check_types(config, TYPES, where)
     embedders = {name: f"condition_embedder.{name}.linear_1.weight" for name in ("text_embedder", "time_embedder")}
-    _need(state, (*embedders.values(), "proj_out.weight", "blocks.0.ffn.net.0.proj.weight"), where, "a Wan transformer")
+    needed = dict.fromkeys((*embedders.values(), "proj_out.weight", "blocks.0.ffn.net.0.proj.weight"), 2)
+    _need(state, {**needed, "patch_embedding.weight": 5}, where, "a Wan transformer")
     width, in_channels, *patch = state["patch_embedding.weight"].shape
     found = {
         "in_channels": in_channels,
@@ -61,7 +74,7 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
         "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
         "freq_dim": state[embedders["time_embedder"]].shape[1],
         "text_dim": state[embedders["text_embedder"]].shape[1],
-        "num_layers": count(state, "blocks."),
+        "num_layers": count(state, "blocks.", where),
     }
     problems = []
     for name, size in found.items():
@@ -75,7 +88,13 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
             if config.get(flag) is not None and bool(config[flag]) != (tensor in state)
         ]
     heads = next((config[key] for key in HEADS if config.get(key)), width // HEAD_DIM)
-    if not heads or width % heads:
+    if width in RELEASED_HEADS and heads != RELEASED_HEADS[width]:
+        problems.append(
+            f"num_heads is {heads}, but every released network of width {width} has {RELEASED_HEADS[width]}"
+        )
+    elif heads > 0 and heads * HEAD_DIM != width:  # weights do not tell: a wrong number trains, and answers noise
+        notice(f"{where}: config.json makes heads of {width // heads}; those of released networks have {HEAD_DIM}")
+    if heads < 1 or width % heads:
         problems.append(f"{heads} attention heads do not divide the width {width}; config.json must give num_heads")
         heads = 1
     if config.get("text_len", TEXT_LENGTH) != TEXT_LENGTH:
@@ -85,6 +104,8 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
     image = state.get("condition_embedder.image_embedder.norm1.weight")
     ref, adapter = state.get("ref_conv.weight"), state.get("control_adapter.conv.weight")
     shrink = config.get("downscale_factor_control_adapter") or ADAPTER_SHRINK
+    axes = {"condition_embedder.image_embedder.norm1.weight": 1, "ref_conv.weight": 4, "control_adapter.conv.weight": 4}
+    _need(state, {name: ndim for name, ndim in axes.items() if name in state}, where, "a Wan transformer")
     del found["width"]
     return found | {
         "patch_size": tuple(patch),
@@ -142,7 +163,8 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 
     Raises UserError where there is not one of each per latent channel.
     """
-    _need(state, ("encoder.conv_in.weight", "post_quant_conv.weight"), where, "a Wan2.1 VAE")
+    _need(state, {"encoder.conv_in.weight": 5, "post_quant_conv.weight": 5}, where, "a Wan2.1 VAE")
+    configs.check_types(config, dict.fromkeys(("latents_mean", "latents_std"), list[float]), where)
     channels = state["post_quant_conv.weight"].shape[0]
     default = inspect.signature(AutoencoderKLWan.__init__).parameters
     found = {name: config.get(name, default[name].default) for name in ("latents_mean", "latents_std")}
@@ -160,7 +182,8 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 def text(state: State, where: str) -> UMT5Config:
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     bias = f"{attention}.relative_attention_bias.weight"
-    _need(state, ("shared.weight", f"{attention}.q.weight", bias, feed), where, "a UMT5 encoder")
+    needed = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
+    _need(state, needed, where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
     buckets, heads = state[bias].shape
     return UMT5Config(
@@ -168,7 +191,7 @@ def text(state: State, where: str) -> UMT5Config:
         d_model=width,
         d_kv=state[f"{attention}.q.weight"].shape[0] // heads,
         d_ff=state[feed].shape[1],
-        num_layers=count(state, "encoder.block."),
+        num_layers=count(state, "encoder.block.", where),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=128,
@@ -181,13 +204,15 @@ def text(state: State, where: str) -> UMT5Config:
 def image(state: State, config: dict[str, Any], where: str) -> CLIPVisionConfig:
     """CLIP ViT-H/14 or a smaller one; 16 heads and exact GELU as released (https://github.com/mlfoundations/open_clip)."""
     patches, positions = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
-    _need(state, (patches, positions, "encoder.layers.0.mlp.fc1.weight"), where, "a CLIP picture tower")
+    needed = {patches: 4, positions: 2, "encoder.layers.0.mlp.fc1.weight": 2}
+    _need(state, needed, where, "a CLIP picture tower")
+    configs.check_types(config, {"num_attention_heads": int, "hidden_act": str}, where)
     width, _, _, patch = state[patches].shape
     places = state[positions].shape[0]
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(state, "encoder.layers."),
+        num_hidden_layers=count(state, "encoder.layers.", where),
         num_attention_heads=config.get("num_attention_heads", 16),
         image_size=patch * isqrt(places - 1),
         patch_size=patch,
@@ -196,12 +221,24 @@ def image(state: State, config: dict[str, Any], where: str) -> CLIPVisionConfig:
     )
 
 
-def count(state: State, prefix: str) -> int:
-    """How many numbered layers there are under `prefix`."""
-    return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in state if name.startswith(prefix))
+def count(state: State, prefix: str, where: str) -> int:
+    """How many numbered layers there are under `prefix`. Raises UserError where the numbers are not 0, 1, 2, ..."""
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)}
+    if numbers != {str(i) for i in range(len(numbers))}:
+        raise UserError(where, f"layers {prefix}0, 1, 2 and so on are not all there, or others are; {AGAIN}")
+    return len(numbers)
 
 
-def _need(state: State, names: tuple[str, ...], where: str, what: str) -> None:
-    missing = [name for name in names if name not in state]
+def _need(state: State, axes: dict[str, int], where: str, what: str) -> None:
+    """axes: name -> of how many axes the tensor is, none of them empty."""
+    missing = [name for name in axes if name not in state]
     if missing:
         raise UserError(where, f"is not {what}: it has no {', '.join(missing)}, but {', '.join([*state][:3])}, …")
+    refuse(
+        where,
+        [
+            f"is not {what}: {name} is {tuple(state[name].shape)}, which should have {count} axes"
+            for name, count in axes.items()
+            if state[name].ndim != count or not state[name].numel()
+        ],
+    )

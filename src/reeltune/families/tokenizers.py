@@ -1,0 +1,96 @@
+"""Tokenizers and image processors from a checkpoint's files, which may hold anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import AGAIN, as_user_error, brief, refuse_foreign
+from reeltune.families.configs import from_files, read_config
+
+TEMPLATE_S = 10  # seconds that a chat template may take for one caption; the slowest released takes 0.01
+TEMPLATE_BYTES = 2**30
+RENDER = """
+import resource, sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+resource.setrlimit(resource.RLIMIT_AS, ({most}, {most}))
+how = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+environment = ImmutableSandboxedEnvironment(**how)
+turns = [dict(role="user", content=[dict(type="text", text="a cat")])]
+try:
+    environment.from_string(sys.stdin.read()).render(messages=turns, add_generation_prompt=True)
+except MemoryError:
+    raise
+except Exception:
+    pass
+"""  # what is wrong with a template otherwise is told where it is used
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Of the class that its files name. Raises UserError if they are not whole, or name code of their own."""
+    import transformers  # slow, and not every family has such encoders
+
+    for file in sorted(folder.glob("*")):  # some of which the library reads as far as they go
+        if file.suffix == ".json":
+            read_config(folder, file.name)
+        elif file.is_file():
+            refuse_foreign(file, "a part of a tokenizer")
+    settings = read_config(folder, "tokenizer_config.json")
+    kind, longest = settings.get("tokenizer_class"), settings.get("model_max_length", 1)
+    problems = []
+    if not isinstance(kind, str | None):
+        problems.append(f"tokenizer_class is {brief(kind)}; expected a name")
+    elif "auto_map" in settings and not hasattr(transformers, kind or ""):
+        problems.append(
+            f"names code of its own ({brief(settings['auto_map'])}), which is not run; give the released one"
+        )
+    if type(longest) not in (int, float) or not longest >= 1:
+        problems.append(f"model_max_length is {brief(longest)}; expected a number")
+    refuse(str(folder / "tokenizer_config.json"), problems)
+    with as_user_error(folder, "is no tokenizer"):
+        tokenizer = from_files(transformers.AutoTokenizer, folder)
+        tokenizer("a cat", truncation=True, max_length=8)
+    return tokenizer
+
+
+def check_chat_template(tokenizer: Any, folder: Path) -> None:
+    """Raises UserError for a template that cannot make a user's turn of a caption in bounded time and memory."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise UserError(str(folder), f"its tokenizer has no chat_template; {AGAIN}")
+    if not _ends(template):
+        raise UserError(str(folder), f"its chat_template does not come to an end; {AGAIN}")
+    with as_user_error(folder, "its chat_template cannot be used"):
+        as_turns(tokenizer, ["a cat"])
+
+
+def as_turns(tokenizer: Any, captions: list[str]) -> list[str]:
+    """Each caption as a user's turn, and the beginning of the answer."""
+    turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+@cache
+def _ends(template: str) -> bool:
+    """In a process of its own, because neither its loops nor its powers can be interrupted."""
+    code = RENDER.format(most=TEMPLATE_BYTES)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code], input=template.encode(), capture_output=True, timeout=TEMPLATE_S
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def load_image_processor(cls: Any, folder: Path) -> Any:
+    """Of a transformers class. Raises UserError if its settings are not there or not whole."""
+    settings = read_config(folder, "preprocessor_config.json")
+    if not settings:
+        raise UserError(str(folder), "no preprocessor_config.json; download it")
+    with as_user_error(folder / "preprocessor_config.json", f"is no {cls.__name__}"):
+        return cls.from_dict(settings)

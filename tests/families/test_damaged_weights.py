@@ -1,0 +1,619 @@
+"""Files of weights, configs and tokenizers that are broken, hostile or of another kind: one UserError that says so.
+
+What is sound though odd, such as weights under another tool's prefix, is read, with a notice.
+"""
+
+import ast
+import json
+import pickle
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reeltune import families
+from reeltune.core.errors import UserError
+from reeltune.families import configs, schedule, tensor_files, tokenizers, weights
+from reeltune.families.wan_fun import family as wan
+from reeltune.families.wan_fun import layout, sizes
+from tests.families.tiny_wan import filled, network, tiny_checkpoint, tokenizer_in
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "control_t2v", "control_t2v")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture
+def notices(caplog):
+    tensor_files.notice.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records if record.name == tensor_files.notices.name]
+
+
+def refused(act, *words) -> UserError:
+    """What `act` raises, within two seconds and after at most a few lines."""
+    began = time.monotonic()
+    with pytest.raises(UserError) as told:
+        act()
+    assert time.monotonic() - began < 2 and len(told.value.problems) < 40
+    for word in words:
+        assert word in str(told.value)
+    return told.value
+
+
+# ---- headers
+
+
+def safetensors(table, data=b"", length=None) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(**changes) -> bytes:
+    return safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}, bytes(8))
+
+
+HEADERS = {
+    "list": (safetensors([1, 2]), "its header is no table"),
+    "null": (safetensors(b"null"), "its header is no table"),
+    "entry is a number": (safetensors({"a": 1}), "no dtype, shape and place of 'a'"),
+    "no offsets": (safetensors({"a": {"dtype": "F32", "shape": [2]}}), "no dtype, shape and place of 'a'"),
+    "negative size": (one(shape=[-2]), "'a' has shape [-2]"),
+    "huge size": (one(shape=[10**30]), "has shape"),
+    "huge beside nothing": (one(shape=[0, 2**39, 2**39, 2**39], data_offsets=[0, 0]), "has shape"),
+    "size is text": (one(shape="xx"), "has shape 'xx'"),
+    "size is true": (one(shape=[True, 2]), "has shape [True, 2]"),
+    "sizes are lists": (one(shape=[[2]]), "has shape [[2]]"),
+    "offsets are text": (one(data_offsets=["0", "8"]), "at ['0', '8']"),
+    "three offsets": (one(data_offsets=[0, 4, 8]), "no dtype, shape and place"),
+    "offsets backwards": (one(data_offsets=[8, 0]), "in -8 bytes"),
+    "other bytes": (one(shape=[3]), "'a' has shape [3] in 8 bytes"),
+    "unknown dtype": (one(dtype="F4"), "'a' has dtype 'F4'; known are F64, F32"),
+    "dtype is a list": (one(dtype=["F32"]), "'a' has dtype ['F32']"),
+    "cut short": (one()[:-1], "promises 8 bytes of weights and it has 7"),
+    "more than promised": (one() + b"x", "promises 8 bytes of weights and it has 9"),
+    "deep": (safetensors(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
+    "8 EB of header": (safetensors({}, length=2**63 - 1), "bytes of header, and the file has 10"),
+    "7 bytes": (b"\x01\0\0\0\0\0\0", "it ends after less than 8 bytes"),
+    "empty": (b"", "is empty, not weights"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n", "is a Git LFS pointer"),
+    "web page": (b"<!DOCTYPE html><html>401 Unauthorized</html>", "is a saved web page"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(4096), "is a GGUF file, quantised for inference"),
+    "zeros": (bytes(4096), "its beginning is zeros"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_is_checked_before_it_is_believed(name, tmp_path):
+    content, words = HEADERS[name]
+    file = tmp_path / WEIGHTS
+    file.write_bytes(content)
+    for read in (weights.peek, weights.read):
+        error = refused(lambda read=read: read(tmp_path), words)
+        assert error.where == str(file) and len(str(error)) < 700
+
+
+def test_a_header_of_any_length_is_no_archive(tmp_path):
+    """The file begins with its header's length, which may look like the mark of an archive or a pickle."""
+    for length in (0x8B1F, 0x0280, 0x04034B50 % 2**16):
+        table = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+        (tmp_path / WEIGHTS).write_bytes(safetensors(table + b" " * (length - len(table) - 1) + b"}", bytes(8)))
+        assert weights.read(tmp_path)["a"].shape == (2,)
+
+
+def test_small_dtypes_are_outlined(tmp_path):
+    state = {"a": torch.zeros(2, 3, dtype=torch.int8), "b": torch.zeros(4, dtype=torch.float8_e4m3fn)}
+    save_file(state, tmp_path / WEIGHTS)
+    outlines = weights.peek(tmp_path)
+    assert {name: (t.dtype, t.shape) for name, t in outlines.items()} == {
+        n: (t.dtype, t.shape) for n, t in state.items()
+    }
+
+
+# ---- which files
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "../../../etc/passwd", "/etc/passwd", "a\\b", 5, ["a"], None]
+)
+def test_an_index_names_files_beside_it_alone(name, copy):
+    shutil.copy(copy / WEIGHTS, copy.parent / "outside.safetensors")
+    (copy / WEIGHTS).unlink()
+    (copy / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(lambda: families.find(copy), "index.json", "weight_map must name files beside it")
+
+
+@pytest.mark.parametrize("table", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": 5}])
+def test_an_index_without_a_map(table, copy):
+    (copy / WEIGHTS).unlink()
+    (copy / f"{WEIGHTS}.index.json").write_text(json.dumps(table))
+    refused(lambda: families.find(copy), "has no weight_map")
+
+
+def test_missing_shards_are_counted(tmp_path):
+    (tmp_path / "model-00001-of-00100.safetensors").write_bytes(one())
+    error = refused(lambda: weights.read(tmp_path), "model-00002-of-00100.safetensors is missing", "and 91 more")
+    assert len(error.problems) == 9
+    (tmp_path / "model-00001-of-00100.safetensors").rename(tmp_path / "model-00001-of-99999999.safetensors")
+    refused(lambda: weights.read(tmp_path), "says that it is one of 99999999")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for i in (1, 2):
+        save_file({"a": torch.full((2,), float(i))}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    refused(lambda: weights.read(tmp_path), "a is in another file too")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["diffusion_pytorch_model.fp16.safetensors"],
+            "has the variant diffusion_pytorch_model.fp16.safetensors alone",
+        ),
+        (["model.fp16-00001-of-00002.safetensors"], "has the variant model.fp16-00001"),
+        (["diffusion_pytorch_model.bin"], "has diffusion_pytorch_model.bin, but expected"),
+        (["config.json"], "no weights here; expected diffusion_pytorch_model.safetensors or model.safetensors"),
+    ],
+)
+def test_why_there_are_no_weights(names, words, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    refused(lambda: weights.read(tmp_path), words)
+
+
+def test_a_dangling_link_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("../blobs/gone")
+    refused(lambda: weights.read(tmp_path), "model.safetensors is a link to ../blobs/gone, which is not there")
+
+
+# ---- pickles
+
+
+class Shell:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch CODE_RAN",)
+
+
+def test_a_pickle_says_what_it_would_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights.pth"
+    for write in (lambda: torch.save({"a": Shell()}, file), lambda: file.write_bytes(pickle.dumps(Shell()))):
+        write()
+        error = refused(lambda: weights.read(file), "holds more than tensors, and loading it could run code")
+        assert "weights_only" not in str(error) and "trust" not in str(error)  # torch's advice to run it
+    assert not (tmp_path / "CODE_RAN").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"<html>", "is a saved web page"),
+        (one(), "is a safetensors file; expected weights of torch.save; rename it"),
+        (b"PK\x03\x04rubbish", "cannot be read"),
+        (b"\x80\x02rubbish", "cannot be read"),
+        (b"nothing at all", "is no file of torch.save, for it begins with b'nothing at all'"),
+    ],
+)
+def test_what_is_no_pickle_is_said(content, words, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    refused(lambda: weights.read(tmp_path / "weights.pth"), words)
+
+
+def test_a_pickle_under_the_other_name_is_told(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    refused(lambda: weights.read(tmp_path), "is a file of torch.save", "rename it to end in .pth")
+
+
+@pytest.mark.parametrize("name", tensor_files.TABLES)
+def test_weights_in_a_known_table_are_taken_out(name, tmp_path, notices):
+    file = tmp_path / "weights.pth"
+    torch.save({name: {"module.a.weight": torch.ones(2)}, "step": 7}, file)
+    assert weights.read(file)["a.weight"].tolist() == [1, 1]
+    assert [name in notices()[0], "module." in notices()[1]] == [True, True] and len(notices()) == 2
+
+
+def test_several_tables_are_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}, "ema": {"a": torch.ones(1)}}, tmp_path / "weights.pth")
+    refused(lambda: weights.read(tmp_path / "weights.pth"), "holds several tables, model and ema")
+    torch.save({"step": 1, "optimizer": {"a": torch.ones(1)}}, tmp_path / "weights.pth")
+    refused(lambda: weights.read(tmp_path / "weights.pth"), "is not a plain table of tensors by name")
+
+
+# ---- names and types of tensors
+
+
+@pytest.mark.parametrize("prefix", [*tensor_files.PREFIXES, "module.model."])
+def test_a_known_prefix_is_left_out_in_every_family(prefix, checkpoint, tmp_path, notices):
+    other = filled(network("control_t2v"), 99)
+    layout.save_transformer(tmp_path / "plain", other.state_dict(), dict(other.config))
+    state = load_file(tmp_path / "plain" / WEIGHTS)
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "trained.safetensors")
+    net = (
+        families.find(checkpoint)
+        .load(checkpoint, encoders=False, transformer_path=tmp_path / "trained.safetensors")
+        .net
+    )
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in net.state_dict().items())
+    assert [repr(prefix) in line for line in notices() if "begin with" in line] == [True]
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    save_file({"model.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / WEIGHTS)
+    assert weights.read(tmp_path).keys() == {"model.a", "b"}
+
+
+def test_an_unknown_prefix_is_told_in_a_few_lines(copy):
+    state = load_file(copy / WEIGHTS)
+    save_file({f"strange.{name}": tensor for name, tensor in state.items()}, copy.parent / "other.safetensors")
+    family = families.find(copy)
+    error = refused(
+        lambda: family.load(copy, transformer_path=copy.parent / "other.safetensors"),
+        "most of it does not fit",
+        f"and {len(state) - weights.NAMED} more",
+    )
+    assert len(error.problems) == 1 + 2 * (weights.NAMED + 1)
+
+
+def test_fp8_weights_are_said_in_one_line(copy, notices):
+    state = load_file(copy / WEIGHTS)
+    coarse = {name: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for name, t in state.items()}
+    save_file(coarse, copy / WEIGHTS)
+    net = families.find(copy).load(copy, encoders=False).net
+    count = sum(t.ndim > 1 for t in state.values())
+    said = [line for line in notices() if "are stored in fp8" in line]
+    assert len(said) == 1 and f"{count} of {len(state)} tensors" in said[0]
+    name = "blocks.0.attn1.to_q.weight"
+    assert torch.equal(net.state_dict()[name], coarse["blocks.0.self_attn.q.weight"].float())
+
+
+def test_quantised_weights_are_refused(copy):
+    state = load_file(copy / WEIGHTS)
+    state["blocks.0.self_attn.q.weight"] = state["blocks.0.self_attn.q.weight"].to(torch.int8)
+    save_file(state, copy / WEIGHTS)
+    refused(
+        lambda: families.find(copy).load(copy, encoders=False),
+        "its weights are quantised; give the release in bf16",
+        "blocks.0.self_attn.q.weight is stored as int8",
+    )
+    state["blocks.0.self_attn.q.weight"] = state["blocks.0.self_attn.q.weight"].to(torch.float8_e4m3fn)
+    save_file(state | {"blocks.0.self_attn.q.scale_weight": torch.ones(1)}, copy / WEIGHTS)
+    refused(lambda: families.find(copy).load(copy, encoders=False), "its weights are quantised", "scale_weight")
+
+
+def outlines(width) -> dict:
+    """What tells the sizes of a Wan network, of any width, without its memory."""
+    axes = {
+        "patch_embedding.weight": (width, 32, 1, 2, 2),
+        "proj_out.weight": (64, width),
+        "blocks.0.ffn.net.0.proj.weight": (4 * width, width),
+        "condition_embedder.text_embedder.linear_1.weight": (width, 8),
+        "condition_embedder.time_embedder.linear_1.weight": (width, 8),
+    }
+    return {name: torch.empty(shape, device="meta") for name, shape in axes.items()}
+
+
+@pytest.mark.parametrize("width", sizes.RELEASED_HEADS)
+def test_heads_that_no_release_has_are_refused(width):
+    heads = width // sizes.HEAD_DIM
+    assert sizes.transformer(outlines(width), {"num_heads": heads}, "here")["attention_head_dim"] == 128
+    refused(
+        lambda: sizes.transformer(outlines(width), {"num_heads": 2 * heads}, "here"),
+        f"num_heads is {2 * heads}",
+        str(heads),
+    )
+
+
+def test_heads_of_another_width_are_said(notices):
+    assert sizes.transformer(outlines(256), {"num_heads": 4}, "here")["attention_head_dim"] == 64
+    assert notices() == ["here: config.json makes heads of 64; those of released networks have 128"]
+    assert sizes.transformer(outlines(256), {}, "there")["attention_head_dim"] == 128 and len(notices()) == 1
+
+
+def test_layers_are_counted_not_believed(copy):
+    state = load_file(copy / WEIGHTS)
+    for name in ("blocks.999999999.self_attn.q.weight", "blocks.x.self_attn.q.weight"):
+        save_file(state | {name: torch.zeros(1)}, copy / WEIGHTS)
+        refused(lambda: families.find(copy), "layers blocks.0, 1, 2 and so on are not all there, or others are")
+
+
+@pytest.mark.parametrize("name", ["patch_embedding.weight", "head.head.weight", "text_embedding.0.weight"])
+def test_a_tensor_of_other_axes(name, copy):
+    save_file(load_file(copy / WEIGHTS) | {name: torch.zeros(3)}, copy / WEIGHTS)
+    refused(lambda: families.find(copy), "is not a Wan transformer", "(3,), which should have")
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", "is no table of settings"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("<html>", "is a saved web page"),
+        ('{"num_layers": "many"}', "num_layers is 'many'; expected a whole number"),
+        ('{"num_layers": 1000000000}', "num_layers is 1000000000"),
+        ('{"num_heads": -4}', "-4 attention heads"),
+        ('{"num_heads": [2]}', "num_heads is [2]"),
+        ('{"num_heads": 2.0}', "num_heads is 2.0"),
+        ('{"dim": true}', "dim is True"),
+        ('{"eps": "x"}', "eps is 'x'; expected a number"),
+        ('{"eps": Infinity}', "eps is inf; expected a number"),
+        ('{"num_heads": 16, "text_len": null}', "text_len is None"),
+        ('{"_class_name": ["WanModel"]}', "_class_name is ['WanModel']"),
+    ],
+)
+def test_a_config_of_the_wrong_types(content, words, copy):
+    (copy / "config.json").write_text(content)
+    refused(lambda: families.find(copy).load(copy, encoders=False), words)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("scheduler_kwargs: [1]", "scheduler_kwargs is [1]; expected a table"),
+        ("scheduler_kwargs: {shift: x}", "shift is 'x'; expected a number"),
+        ("scheduler_kwargs: {shift: -1.0}", "shift is -1; expected more than 0"),
+        ("scheduler_kwargs: {shift: .nan}", "shift is nan"),
+        ("scheduler_kwargs: {num_train_timesteps: 0}", "num_train_timesteps is 0; expected 1 to"),
+        ("scheduler_kwargs: {num_train_timesteps: 1.5}", "num_train_timesteps is 1.5"),
+        ("scheduler_kwargs: {use_dynamic_shifting: [1]}", "use_dynamic_shifting is [1]; expected true or false"),
+        ("vae_kwargs: text", "vae_kwargs is 'text'; expected a table"),
+        ("vae_kwargs: {vae_subpath: [a]}", "vae_subpath is ['a']; expected a place inside the checkpoint"),
+        ("vae_kwargs: {vae_subpath: ../x.pth}", "vae_subpath is '../x.pth'; expected a place inside"),
+        ("vae_kwargs: {vae_subpath: /etc/passwd}", "vae_subpath is '/etc/passwd'; expected a place inside"),
+        ("a: &a [x]\nb: [*a, *a]", "*a stands for another value"),
+    ],
+)
+def test_a_models_yaml_of_the_wrong_types(section, words, copy):
+    (copy / "model.yaml").write_text(section)
+    refused(lambda: families.find(copy, config_path=copy / "model.yaml"), words)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width: int = 4, num_layers: int = 2, scale: float = 0.5, kinds: tuple[str, ...] = ("a",)):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(num_layers))
+        assert width % 2 == 0, "odd"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"width": "4"}, "width is '4'; expected a whole number up to"),
+        ({"width": 2**40}, f"width is {2**40}"),
+        ({"width": 0}, "width is 0; expected more than 0"),
+        ({"width": None}, "width is None"),
+        ({"scale": -0.5}, "scale is -0.5; expected more than 0"),
+        ({"kinds": "a"}, "kinds is 'a'; expected a list of up to 64, each text"),
+        ({"kinds": []}, "kinds is []"),
+        ({"kinds": ["a"] * 65}, "kinds is ["),
+    ],
+)
+def test_arguments_are_held_to_the_classs_types(config, words):
+    refused(lambda: configs.check(Net, config, "here"), words)
+    configs.check(Net, {"width": 6, "num_layers": 1, "scale": 1, "kinds": ["a", "b"], "more": "ignored"}, "here")
+
+
+def test_a_network_that_cannot_be_built():
+    assert configs.build(Net, {"width": 6}, "here").layers[0].weight.is_meta
+    refused(
+        lambda: configs.build(Net, {"width": 5}, "here"), "Net cannot be made of its config.json (AssertionError: odd)"
+    )
+
+
+def test_no_more_layers_than_the_weights_number():
+    names = ["layers.0.weight", "layers.1.weight"]
+    configs.check_layers({"num_layers": 2, "text_config": {"num_hidden_layers": 2}}, names, "here")
+    refused(lambda: configs.check_layers({"num_layers": 3}, names, "here"), "num_layers is 3, but the weights have 2")
+    inner = {"text_config": {"num_hidden_layers": 10**9}}
+    refused(lambda: configs.check_layers(inner, names, "here"), "num_hidden_layers is 1000000000")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attn_implementation": "kernels-community/flash-attn"}, "code from a hub, which is not run"),
+        ({"_attn_implementation": "someone/kernel:fn"}, "code from a hub, which is not run"),
+        ({"quantization_config": {"load_in_8bit": True}}, "its weights are quantised"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000, but the weights have"),
+        ({"d_model": "wide"}, "is no config of"),
+        ({"d_kv": 10**12}, "which is absurd"),
+        ({"d_ff": 10**7}, "config.json makes a network of"),
+        ({"dtype": "float99"}, "float99"),
+        ({"dense_act_fn": "nothing"}, "cannot be made of its config.json"),
+    ],
+)
+def test_an_encoders_config(changes, words, tmp_path):
+    from transformers import T5Config, T5EncoderModel
+
+    small = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(**small)).save_pretrained(tmp_path)
+    weights.load_encoder(T5EncoderModel, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(lambda: weights.load_encoder(T5EncoderModel, tmp_path), words)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"_class_name": "DDIMScheduler", "beta_start": "x"}, "beta_start is 'x'; expected a number"),
+        ({"_class_name": "DDIMScheduler", "beta_start": 0.5, "beta_end": 0.1}, "expected 0 < start <= end < 1"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": ["epsilon"]}, "prediction_type is ['epsilon']"),
+        ({"_class_name": schedule.FLOW, "num_train_timesteps": 10**7}, "num_train_timesteps is 10000000"),
+        ({"_class_name": schedule.FLOW, "shift": 10**9}, "shift is 1e+09"),
+    ],
+)
+def test_a_scheduler_of_the_wrong_types(said, words, tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(said))
+    refused(lambda: schedule.read(tmp_path), words)
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}, "names code of its own"),
+        ({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": None}, "names code of its own"),
+        ({"tokenizer_class": 5}, "tokenizer_class is 5; expected a name"),
+        ({"tokenizer_class": ["T5Tokenizer"]}, "tokenizer_class is ['T5Tokenizer']"),
+        ({"model_max_length": "x"}, "model_max_length is 'x'; expected a number"),
+        ({"model_max_length": -1}, "model_max_length is -1"),
+        ({"added_tokens_decoder": [1]}, "is no tokenizer"),
+        ({"added_tokens_decoder": {"x": {}}}, "is no tokenizer"),
+    ],
+)
+def test_a_tokenizer_of_the_wrong_types_runs_nothing(changes, words, tmp_path, monkeypatch):
+    folder = tokenizer_in(tmp_path / "tokenizer")
+    (folder / "evil.py").write_text("from pathlib import Path\nPath(__file__).with_name('CODE_RAN').touch()\n")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("a question was asked"))
+    refused(lambda: tokenizers.load_tokenizer(folder), words)
+    assert not (folder / "CODE_RAN").exists()
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"model": 5}', b'{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_fast_tokenizer_of_the_wrong_kind(content, tmp_path):
+    folder = tokenizer_in(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_bytes(content)
+    refused(lambda: tokenizers.load_tokenizer(folder), "is no tokenizer")
+
+
+def test_a_pointer_in_a_tokenizer_is_named(tmp_path):
+    folder = tokenizer_in(tmp_path / "tokenizer")
+    (folder / "spiece.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(lambda: tokenizers.load_tokenizer(folder), "spiece.model", "is a Git LFS pointer")
+
+
+class Templated:
+    """A tokenizer as far as templates go."""
+
+    def __init__(self, chat_template):
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, turns, **how):
+        return [turn[0]["content"][0]["text"] for turn in turns]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9**(9**(9**9)) }}",
+        "{{ 'x' * 10000000000 }}",
+    ],
+)
+def test_a_chat_template_that_never_ends(template, monkeypatch, tmp_path):
+    monkeypatch.setattr(tokenizers, "TEMPLATE_S", 1.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="its chat_template does not come to an end"):
+        tokenizers.check_chat_template(Templated(template), tmp_path)
+    assert time.monotonic() - began < 4
+
+
+def test_a_chat_template_that_is_none(tmp_path):
+    refused(lambda: tokenizers.check_chat_template(Templated(None), tmp_path), "has no chat_template")
+    plain = "{% for message in messages %}{{ message.content[0].text | upper }}{% endfor %}"
+    tokenizers.check_chat_template(Templated(plain), tmp_path)
+
+
+def test_one_helper_calls_from_pretrained():
+    """Nothing else in the source does, so that nothing is fetched and no code beside the weights is run."""
+    source = Path(families.__file__).parents[1]
+    calls = [
+        (file.relative_to(source).as_posix(), node)
+        for file in source.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "load_from_hub", "trust_remote_code")
+    ]
+    assert [file for file, _ in calls] == ["families/configs.py"]
+    kept = {}
+
+    class Recorded:
+        @classmethod
+        def from_pretrained(cls, folder, **settings):
+            kept.update(settings)
+
+    configs.from_files(Recorded, Path("folder"), dtype="auto")
+    assert kept == {"local_files_only": True, "trust_remote_code": False, "dtype": "auto"}
+
+
+# ---- what a path is
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~/models/wan", "nothing expands ~ in a recipe; write '/"),
+        (
+            "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
+            "`hf download alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
+        ),
+        ("/no/such/folder", "is not a folder; give that of a download"),
+    ],
+)
+def test_a_path_that_is_no_folder(path, words):
+    refused(lambda: families.find(path), words)
+
+
+def test_a_link_and_a_file_are_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").write_text("")
+    refused(lambda: families.find(tmp_path / "link"), "is a link to gone, which is not there")
+    refused(lambda: families.find(tmp_path / "file"), "but a file; give the folder")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"snapshots/abc/config.json": b"{}", "refs/main": b"abc"}, "this is the hub's cache; give "),
+        (
+            {"transformer/diffusion_pytorch_model.fp16.safetensors": b"x"},
+            "has the variant diffusion_pytorch_model.fp16",
+        ),
+        ({"diffusion_pytorch_model.bin": b"x"}, "has diffusion_pytorch_model.bin"),
+        ({"wan-q4.gguf": b"GGUF\3\0\0\0"}, "wan-q4.gguf is a GGUF file"),
+        ({"inner/config.json": b"{}"}, "inner is meant"),
+        ({f"part_{i}": b"x" for i in range(30)}, "and 18 more, which is no checkpoint"),
+        ({"high_noise_model/config.json": b"{}"}, "a Wan2.2 model of two networks, which is not supported yet"),
+        ({"transformer_2/config.json": b"{}"}, "a Wan2.2 model of two networks, which is not supported yet"),
+    ],
+)
+def test_why_a_folder_is_no_checkpoint(files, words, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    refused(lambda: families.find(tmp_path), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("img_emb.emb_pos", "a Wan network of Wan2.1-FLF2V, which is not supported yet"),
+        ("vace_patch_embedding.weight", "a Wan network of Wan2.1-VACE"),
+    ],
+)
+def test_wan_models_that_are_not_supported_yet(name, words, copy):
+    save_file(load_file(copy / WEIGHTS) | {name: torch.zeros(1)}, copy / WEIGHTS)
+    refused(lambda: families.find(copy), words)
+    assert wan.SUPPORTED in str(refused(lambda: wan.variant({"out_channels": 48, "in_channels": 48}, "here"), "Wan2.2"))
