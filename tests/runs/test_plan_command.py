@@ -74,7 +74,7 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     samples = 4 * len(inputs.plan(0))
     assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
     assert re.search(r"steps +6\b", told)
-    assert "ZeRO-2, shared out by arithmetic" in told
+    assert "ZeRO-2, sharded by arithmetic" in told
     assert "It fits." in told
     for words in ("gradients being exchanged", "frozen networks", "preview", "host:", "disk:"):
         assert words in told, words

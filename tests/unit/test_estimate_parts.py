@@ -28,9 +28,9 @@ def test_an_epoch_counted_by_hand():
     records = Measured([True, True, True, False], [40, 40, 40, 1], [64, 64, 64, 64], [128, 128, 64, 64], fps=8.0)
     rules = SizeRules(video_sample_n_frames=5, video_sample_size=64, image_sample_size=64, video_sample_stride=2)
     found = forecast_data(Plan(records, rules, group=2, seed=0), records, rules)
-    assert [(b.shape, b.samples, b.micro_steps, b.tokens, b.aspect, b.side) for b in found.buckets] == [
-        (Shape(5, 64, 64), 4, 2, 2 * 16, "1:1", 64),
-        (Shape(1, 64, 64), 2, 1, 16, "1:1", 64),
+    assert [(b.shape, b.samples, b.micro_steps, b.tokens, b.aspect, b.side, b.footage_s) for b in found.buckets] == [
+        (Shape(5, 64, 64), 4, 2, 2 * 16, "1:1", 64, (9 / 8, 9 / 8)),
+        (Shape(1, 64, 64), 2, 1, 16, "1:1", 64, (0, 0)),
     ]
     assert found.samples == 6
     assert found.micro_steps == 3
@@ -53,6 +53,13 @@ def test_counts_are_those_of_the_draws():
     assert {b.shape: b.samples for b in found.buckets} == {
         shape: sum(draw.shape == shape for draw in draws) for shape in {draw.shape for draw in draws}
     }
+    for bucket in found.buckets:
+        spans = [
+            (draw.frames[-1] + 1 - draw.frames[0]) / records.fps[draw.record] if records.kind_video[draw.record] else 0
+            for draw in draws
+            if draw.shape == bucket.shape
+        ]
+        assert bucket.footage_s == pytest.approx((min(spans), max(spans)))
     assert found.step_tokens == pytest.approx((np.mean(per_step), np.percentile(per_step, 95), max(per_step)))
     assert found.repeated == pytest.approx(plan.repeats / len(draws))
     lost = [1 - 1 / (max(d.crop.width / d.shape.width, 1) * max(d.crop.height / d.shape.height, 1)) for d in draws]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -97,7 +98,7 @@ class _FakeStep:
         self.tracker = Tracker(fake)
         if memory.offload_activations:
             attribution.offload_activations(parts.net, self.tracker)
-        objective = replace(setup.objective)  # which makes its tables anew
+        objective = copy(setup.objective)  # which makes its tables anew
         self.setup = replace(setup, parts=parts, objective=objective, autocast=engine.autocast)
         self.learner = learner_of(
             replace(

@@ -102,26 +102,26 @@ class Planned:
     machines: Machines
     inputs: Inputs
     estimator: Estimator
+    progress: Callable[[str], None]  # is told what is estimated now
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
-    """progress: is told what is estimated now. Raises UserError for what training would refuse, and for machines that
-    there are not."""
+    """progress: as of Planned. Raises UserError for what training would refuse, and for machines that there are not."""
     check(recipe, machines)
     estimator = Estimator(recipe)
     family, mode, gpus = estimator.family, estimator.mode, machines.gpus
     groups = gpus // recipe.parallel.context_parallel  # of devices, that take samples of their own
     inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * groups)
-    planned = Planned(recipe, machines, inputs, estimator)
+    planned = Planned(recipe, machines, inputs, estimator, progress)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
     steps = steps_of(recipe, data.micro_steps)
 
-    verdict, largest = attempt(planned, (), progress)
+    verdict, largest = attempt(planned, ())
     peaks, offloaded_bytes = on_each(recipe, largest, gpus)
     draws = first_draws(planned, recipe, gpus)
-    sizes = at_sizes(planned, data, draws, largest, progress)
+    sizes = at_sizes(planned, data, draws, largest)
     step_flops = mean_flops(data, sizes)
     clip_flops = throughput.Curve(
         [*sizes], [recipe.parallel.context_parallel * sum(passes(step).values()) for step in sizes.values()]
@@ -140,14 +140,14 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         ways=recipe.cache.cache_variants,
         largest_step=largest,
         peaks=peaks,
-        kept_bytes=kept_bytes(planned, draws, largest, progress),
+        kept_bytes=kept_bytes(planned, draws, largest),
         host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes),
         disk_bytes=disk_bytes(recipe, largest, steps, data, len(inputs.train), sizes),
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
         throughput=expected_throughput(machines, clip_flops, len(draws)),
         verdict=verdict,
-        offers=offers(planned, verdict, largest, progress),
+        offers=offers(planned, verdict, largest),
     )
 
 
@@ -187,11 +187,9 @@ def goes(planned: Planned, changes: Sequence[Change]) -> bool:
     return True
 
 
-def attempt(
-    planned: Planned, changes: Sequence[Change], progress: Callable[[str], None]
-) -> tuple[Verdict, StepEstimate]:
+def attempt(planned: Planned, changes: Sequence[Change]) -> tuple[Verdict, StepEstimate]:
     """The largest step with these changes, and whether it fits."""
-    progress(" and ".join(change.words for change in changes) or "the largest step")
+    planned.progress(" and ".join(change.words for change in changes) or "the largest step")
     recipe, gpus = changed(planned, changes)
     step = estimate(
         planned, recipe, gpus, first_draws(planned, recipe, gpus), preview=with_preview(recipe, planned.inputs)
@@ -199,30 +197,26 @@ def attempt(
     return judge(on_each(recipe, step, gpus)[0], planned.machines.size_bytes), step
 
 
-def offers(planned: Planned, verdict: Verdict, largest: StepEstimate, progress: Callable[[str], None]) -> list[Offer]:
+def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Offer]:
     """Of what could make it fit, the cheapest."""
     recipe, gpus = planned.recipe, planned.machines.gpus
     engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
     possible = changes(recipe, engine, gpus, largest.still_blocks, tiles=tiles)
     candidates = [one for one in possible if goes(planned, (one,))]
-    return search(candidates, partial(goes, planned), partial(attempt, planned, progress=progress), (verdict, largest))
+    return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
 
 
-def kept_bytes(
-    planned: Planned, draws: list[Draw], largest: StepEstimate, progress: Callable[[str], None]
-) -> dict[bool, int]:
+def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> dict[bool, int]:
     """Gradient checkpointing or not -> activations kept for the backward pass."""
     recipe = planned.recipe
     on = recipe.training.gradient_checkpointing
-    progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
+    planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
     other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
     step = estimate(planned, other, planned.machines.gpus, draws, preview=False)
     return {on: largest.saved_bytes, not on: step.saved_bytes}
 
 
-def at_sizes(
-    planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate, progress: Callable[[str], None]
-) -> dict[int, StepEstimate]:
+def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate) -> dict[int, StepEstimate]:
     """Tokens of a sample -> the step at that size: the most, the least, and those of the middle sample."""
     counts = np.cumsum([bucket.samples for bucket in data.buckets])
     middle = data.buckets[int(np.searchsorted(2 * counts, data.samples))]
@@ -230,7 +224,7 @@ def at_sizes(
     for bucket in (data.buckets[-1], middle):
         if bucket.tokens not in sizes:
             shape = bucket.shape
-            progress(f"a step of {shape.frames} x {shape.height} x {shape.width}")
+            planned.progress(f"a step of {shape.frames} x {shape.height} x {shape.width}")
             same = [replace(draw, shape=shape, frames=tuple(range(shape.frames)), ref_frame=0) for draw in draws]
             sizes[bucket.tokens] = estimate(planned, planned.recipe, planned.machines.gpus, same, preview=False)
     return sizes
@@ -243,8 +237,8 @@ def passes(step: StepEstimate) -> dict[str, int]:
 
 def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
     """Phase -> FLOPs of a mean micro-step of one process."""
-    found = [passes(step) for step in sizes.values()]
-    curves = {phase: throughput.Curve([*sizes], [flops[phase] for flops in found]) for phase in found[0]}
+    flops = [passes(step) for step in sizes.values()]
+    curves = {phase: throughput.Curve([*sizes], [one[phase] for one in flops]) for phase in flops[0]}
     return {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()

@@ -1,4 +1,4 @@
-"""Deep networks rehearsed with few of their blocks, exactly.
+"""Deep networks estimated with few of their blocks, exactly.
 
 Of a run of equal blocks four are left, of which one stands for all that are gone. Its weights, gradients and state,
 what it keeps for the backward pass and its FLOPs count as often as it stands for. From one block to the next a pass
