@@ -12,7 +12,7 @@ from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
 from reeltune.estimate import memory_tracker
 from reeltune.estimate.epoch import forecast_data
-from reeltune.estimate.fake_step import ALL, rehearse
+from reeltune.estimate.estimator import Estimator
 from tests.runs import test_estimate
 from tests.runs.small_run import recipe
 from tests.unit import test_plan
@@ -36,7 +36,7 @@ def count_rows(rows: int) -> tuple[float, float]:
 def predicted_over_measured(checkpoint: Path, mode: str, folder: Path) -> float:
     """Of weights, gradients, optimizer state and kept activations together, in bf16 without recomputation."""
     run = recipe(checkpoint, folder, folder / "out", train_mode=mode, mixed_precision="bf16")
-    found = rehearse(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, phases=ALL - {"preview"})
+    found = Estimator(run).step(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, preview=False)
     predicted = found.peaks["step"]["weights"] + found.gradient_bytes + found.state_bytes + found.saved_bytes
     return predicted / sum(test_estimate.real_step(run, SHAPE).values())
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import swap_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
-from reeltune.config.recipe import Memory, Model, Optimization
+from reeltune.config.recipe import Model, Recipe, Training
 from reeltune.core.types import Encoded, Posterior, Shape
 from reeltune.diffusion.loss import diffusion_loss, settle
 from reeltune.distributed.engine import Engine, peak_flops
@@ -28,7 +28,7 @@ from reeltune.families.spec import Parts
 from reeltune.families.wan_fun.family import CONTROL_V1_1 as FAMILY
 from reeltune.families.wan_fun.net import WanFunTransformer
 from reeltune.memory.blocks import blocks_of
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 
 CHANNELS, TEXT, TEXT_WIDTH, IMAGE, IMAGE_WIDTH = 16, 512, 4096, 257, 1280
 ROUNDS, WARM_UP = 6, 3
@@ -113,18 +113,8 @@ class Step:
         if compiled:
             for block in blocks_of(parts.net, FAMILY.blocks):
                 block.compile()
-        self.learner = Learner(
-            FAMILY,
-            parts,
-            self.engine,
-            Model(trained_weights="bf16_stochastic"),
-            Optimization(),
-            Memory(),
-            seed=0,
-            gradient_checkpointing=True,
-            batch=1,
-            accumulate=1,
-        )
+        recipe = Recipe(model=Model(trained_weights="bf16_stochastic"), training=Training(gradient_checkpointing=True))
+        self.learner = learner_of(recipe, FAMILY, parts, self.engine, batch=1, accumulate=1)
         self.encoded, self.seed = encoded(clip, self.engine.device), 0
 
     def __call__(self) -> None:

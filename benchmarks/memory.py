@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from reeltune import families
-from reeltune.config.recipe import Memory, Model, Optimization
+from reeltune.config.recipe import Memory, Model, Optimization, Recipe, Training
 from reeltune.distributed.engine import Engine
 from reeltune.memory import blocks
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer
 from reeltune.optim.step_in_backward import StepInBackward
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 from tests.families.tiny_wan import tiny_checkpoint
 
 WEIGHTS = ("fp32", "bf16_stochastic")
@@ -125,20 +125,13 @@ class Step:
     def __init__(self, checkpoint: Path, way: Way):
         self.family = families.find(checkpoint)
         parts = self.family.load(checkpoint, encoders=False)
-        model = Model(trainable_modules=FIRST) if way.still else Model()
-        optimization = replace(Optimization(), max_grad_norm=way.max_grad_norm)
-        self.learner = Learner(
-            self.family,
-            parts,
-            Engine("no"),
-            model,
-            optimization,
-            way.memory,
-            seed=0,
-            gradient_checkpointing=way.checkpointing,
-            batch=1,
-            accumulate=1,
+        recipe = Recipe(
+            model=Model(trainable_modules=FIRST) if way.still else Model(),
+            training=Training(gradient_checkpointing=way.checkpointing),
+            memory=way.memory,
+            optimization=Optimization(max_grad_norm=way.max_grad_norm),
         )
+        self.learner = learner_of(recipe, self.family, parts, Engine("no"), batch=1, accumulate=1)
         chance = torch.Generator().manual_seed(0)
         self.x = torch.randn(1, 16, 3, 28, 28, generator=chance)
         self.cond = {

@@ -101,3 +101,19 @@ def bad_inputs(request) -> Path:
 def seeds(request) -> Path:
     """The guides."""
     return _beside(request, "seeds") or HERE / "guides"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Small clips with controls, for all tests that leave them as they are."""
+    from tests.runs.small_run import data_set
+
+    return data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A checkpoint of the toy family."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy.json").write_text("{}")
+    return folder

@@ -234,7 +234,7 @@ def _plan(argv: Sequence[str]) -> int:
         print(recipe_help("plan") + "\n" + parser.format_help().partition("\n\n")[2], end="")
         return 0
     try:
-        own, rest = parser.parse_known_args(argv)
+        options, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as wrong:
         raise UserError(
             "plan", f"{wrong.argument_name}: {wrong.message}; reeltune plan --help tells what it takes"
@@ -244,7 +244,7 @@ def _plan(argv: Sequence[str]) -> int:
     from reeltune.estimate.main import Machines
     from reeltune.estimate.page import tell
 
-    tell(recipe, Machines(own.gpus, own.device, own.throughput, own.measured), own.html)
+    tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
     return 0
 
 
@@ -258,13 +258,13 @@ RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, 
 def _report(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("reeltune report", description="Writes report.html of a run's folder.")
     parser.add_argument("run", type=Path, help="folder of the run (output_dir)")
-    wanted = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
     from reeltune.reporting.report import write
 
-    if not wanted.run.is_dir():
-        raise UserError("report", f"{str(wanted.run)!r} is no folder; give the output_dir of a run")
-    print(write(wanted.run))
+    if not options.run.is_dir():
+        raise UserError("report", f"{str(options.run)!r} is no folder; give the output_dir of a run")
+    print(write(options.run))
     return 0
 
 
@@ -314,11 +314,11 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
     start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
     parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
-    wanted = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
     from reeltune.demo.main import run
 
-    return run(wanted.out, family=wanted.family)
+    return run(options.out, family=options.family)
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {

@@ -95,20 +95,20 @@ def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="one file up to this, else shards [5GB]")
     parser.add_argument("--safe_serialization", action="store_true", help="always so; without it a notice says so")
     parser.add_argument("-d", "--debug", action="store_true", help="changes nothing")
-    wanted = parser.parse_args(argv)
+    options = parser.parse_args(argv)
 
     def act() -> int:
-        if not wanted.safe_serialization:
+        if not options.safe_serialization:
             notices.warning("--safe_serialization was not given: weights are written as safetensors all the same")
-        return exported(wanted.checkpoint_dir, wanted.output_dir, max_shard_size=wanted.max_shard_size)
+        return exported(options.checkpoint_dir, options.output_dir, max_shard_size=options.max_shard_size)
 
     return guarded(act)
 
 
 def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     """The flags of one of SCRIPTS. Raises UserError with everything that is wrong with them."""
-    own = SCRIPTS[script]
-    refused = {**REFUSED, **own.refused}
+    original = SCRIPTS[script]
+    refused = {**REFUSED, **original.refused}
     words, given, problems = flags(argv)
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
     for name in [name for name in given if name in ACCEPTED]:
@@ -116,5 +116,5 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
         notices.warning("--%s changes nothing here: %s", name, ACCEPTED[name])
     for name in [name for name in given if name in refused]:
         problems.append(f"{name} is {given.pop(name)}; {refused[name]}")
-    tree = {"train_mode": own.train_mode}
+    tree = {"train_mode": original.train_mode}
     return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)

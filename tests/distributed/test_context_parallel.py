@@ -21,7 +21,7 @@ from tests.distributed.processes import FORKS, free_port, train
 from tests.families.every_family import SHOWN, pairs
 from tests.families.tiny_wan import network, tiny_checkpoint
 from tests.runs.same_run import assert_equal
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 
 STEPS, CLIPS = 3, 2  # of a micro-step
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
@@ -95,11 +95,6 @@ class Runs:
         assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
         for file in ("ledger.csv", "ledger.json"):
             assert (self.folder / name / file).read_text() == (self.folder / alone / file).read_text()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from reeltune.training import loop as module
 from tests.distributed.gathered import leave_gathered
 from tests.distributed.processes import FOUND_SECONDS, forked, hasty, train
 from tests.runs.same_run import assert_same_end
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 
 STEPS, HALF = 20, 10
 BF16 = {"mixed_precision": "bf16", "max_train_steps": HALF}
@@ -34,11 +34,6 @@ EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if with_deepspeed else EVERY[:2]
 of_engines = pytest.mark.parametrize("engine", EVERY)
 KILLED = ("all", "one", "all within a save", "one within a save")  # of the processes; `one` is either by chance
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"))
 
 
 class Runs:

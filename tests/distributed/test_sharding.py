@@ -11,10 +11,11 @@ import pytest
 
 from reeltune.estimate import sharding
 from reeltune.training import loop as module
+from reeltune.training.learner import Learner
 from tests.distributed.processes import forked
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
-from tests.unit.test_estimate_parts import rehearsed
+from tests.unit.test_estimate_parts import estimate
 
 NEAR = 0.05
 SIZES = {"width": 256, "heads": 2, "layers": 8}
@@ -52,12 +53,12 @@ def in_use_bytes() -> int:
 
 def watch(out: str, rank: int) -> None:
     """From before the learner to the end of the third backward pass."""
-    start, make, step = {}, module.Learner.__init__, module.Learner.step
+    start, make, step = {}, module.learner_of, Learner.step
 
-    def made(learner, family, parts, *given, **named):
+    def made(recipe, family, parts, *given, **named):
         start["bytes"] = in_use_bytes()
         start["weights"] = sum(weight.numel() for weight in parts.net.parameters())
-        make(learner, family, parts, *given, **named)
+        return make(recipe, family, parts, *given, **named)
 
     def stepped(learner, number, rate):
         if number == 2:
@@ -66,7 +67,7 @@ def watch(out: str, rank: int) -> None:
             Path(out, f"{rank}.json").write_text(json.dumps({"held": held, "parameters": psi}))
         return step(learner, number, rate)
 
-    module.Learner.__init__, module.Learner.step = made, stepped
+    module.learner_of, Learner.step = made, stepped
 
 
 def held(engine, count, folder):
@@ -94,8 +95,8 @@ def test_each_process_holds_what_was_foretold(engine, beside_bytes, tmp_path):
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
     each, psi = held(engine, 2, tmp_path)
     parts = {"weights": 4 * psi, "gradients": 4 * psi, "optimizer": 8 * psi}
-    found = rehearsed(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
-    foretold = sharding.peaks(found, engine, 2)[0]["backward"]
+    step = estimate(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
+    foretold = sharding.peaks(step, engine, 2)[0]["backward"]
     gathered = foretold.pop("gathered", 0)  # ZeRO-3 gives it back when it needs the room, FSDP at once
     kept = gathered if engine == "zero3" else 0
     if engine == "zero2":

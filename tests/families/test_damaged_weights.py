@@ -320,9 +320,10 @@ def test_heads_that_no_release_has_are_refused(width):
 
 
 def test_heads_of_another_width_are_said(notices):
-    assert sizes.transformer(outlines(256), {"num_heads": 4}, "here")["attention_head_dim"] == 64
+    sizes.tell_heads(sizes.transformer(outlines(256), {"num_heads": 4}, "here"), "here")
     assert notices() == ["here: config.json makes heads of 64; those of released networks have 128"]
-    assert sizes.transformer(outlines(256), {}, "there")["attention_head_dim"] == 128 and len(notices()) == 1
+    sizes.tell_heads(sizes.transformer(outlines(256), {}, "there"), "there")
+    assert len(notices()) == 1
 
 
 def test_layers_are_counted_not_believed(copy):
@@ -478,6 +479,7 @@ def test_a_scheduler_of_the_wrong_types(said, words, tmp_path):
         ({"tokenizer_class": ["T5Tokenizer"]}, "tokenizer_class is ['T5Tokenizer']"),
         ({"model_max_length": "x"}, "model_max_length is 'x'; expected a number"),
         ({"model_max_length": -1}, "model_max_length is -1"),
+        ({"extra_ids": 10**9}, "extra_ids is 1000000000; expected at most 10,000"),
         ({"added_tokens_decoder": [1]}, "is no tokenizer"),
         ({"added_tokens_decoder": {"x": {}}}, "is no tokenizer"),
     ],

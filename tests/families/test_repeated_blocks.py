@@ -1,4 +1,4 @@
-"""Few blocks rehearsed for many, against all of them."""
+"""A step on few blocks for many, against all of them."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from reeltune import families
 from reeltune.core.types import Shape
 from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.estimate import memory_tracker
-from reeltune.estimate.fake_step import ALL, rehearse
+from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.repeated_blocks import shorten
 from reeltune.run.model import choose_family, load_parts
 from tests.families.every_family import OWN, derive
@@ -44,9 +44,9 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatc
     model = deep(name, tmp_path)
     mode = families.find(model).modes[0]
     run = recipe(model, tmp_path, tmp_path / "out", train_mode=mode, mixed_precision="bf16", **SETTINGS[setting])
-    phases = ALL - {"preview"} if setting == "in_backward" else ALL
     few, all_ = (
-        rehearse(run, draws(Shape(5, 32, 48)), CAPTIONS, phases=phases, whole=whole) for whole in (False, True)
+        Estimator(run, whole=whole).step(run, draws(Shape(5, 32, 48)), CAPTIONS, preview=setting != "in_backward")
+        for whole in (False, True)
     )
     assert few.flops == all_.flops
     assert few.saved_bytes == all_.saved_bytes
@@ -68,7 +68,6 @@ def test_blocks_that_differ_are_left_and_keep_their_names(tmp_path):
     assert stand.times == 3
     assert [name for name, _ in net.blocks.named_children()] == ["0", "1", "4", "5", "6", "7", "8"]
     rest = {"trainable_modules": ["blocks.3."], "mixed_precision": "bf16"}
-    found = rehearse(
-        recipe(model, tmp_path, tmp_path, **rest), draws(Shape(5, 32, 32)), CAPTIONS, phases=ALL - {"preview"}
-    )
+    run = recipe(model, tmp_path, tmp_path, **rest)
+    found = Estimator(run).step(run, draws(Shape(5, 32, 32)), CAPTIONS, preview=False)
     assert found.trainable == sum(weight.numel() for weight in net.blocks[0].parameters())

@@ -1,4 +1,4 @@
-"""Tiny random Wan2.1-Fun checkpoints in the released layout, of any variant and size."""
+"""Tiny random Wan2.1-Fun checkpoints in the released layout, of any variant and size, and a batch for them."""
 
 import math
 from pathlib import Path
@@ -8,10 +8,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from reeltune.core.types import Batch, Draw
 from reeltune.families.wan_fun.layout import write_released
 from reeltune.families.wan_fun.net import WanFunTransformer
 
 CHANNELS = 16
+FRAMES, HEIGHT, WIDTH = 5, 32, 48
 VARIANTS = {  # conditioning channels, picture features, ref_conv, camera channels
     "control_v1.0": (2 * CHANNELS, True, 0, 0),
     "control_v1.1": (2 * CHANNELS, True, CHANNELS, 0),
@@ -80,3 +82,25 @@ def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24
             tokenizer_in(Path(tokenizer)),
         )
     return folder
+
+
+def batch(mode, count=2, ref_frames=(0, 3), keep=None) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(channels=3):
+        shape = (count, FRAMES, channels, HEIGHT, WIDTH)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    mask = torch.ones(count, FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
+    mask[0, :2, :, : WIDTH // 2] = False  # the first sample has something to keep
+    draws = [Draw(i, None, None, (), 0, seed=i) for i in range(count)]
+    return Batch(
+        draws,
+        ["a cat.", "two dogs"][:count],
+        pixels(),
+        torch.tensor(ref_frames[:count]),
+        keep or {},
+        control_BFCHW=pixels() if mode.startswith("control") and "camera" not in mode else None,
+        camera_BFCHW=pixels(6).float() / 255 if "camera" in mode else None,
+        mask_BFHW=mask if mode in ("inpaint", "i2v") else None,
+    ).to("cpu")

@@ -299,8 +299,8 @@ def test_where_a_machine_has_no_room_all_wait_and_it_is_said_once(engine, to_do,
 def test_the_room_wanted_is_that_of_all_processes_of_a_machine(share, has_room, to_do, tmp_path, monkeypatch):
     """One that has a third of the bytes, and two others there that have as much each."""
     learners = []
-    real = Saving._held
-    monkeypatch.setattr(Saving, "_held", lambda saving: learners.append(saving.learner) or real(saving))
+    real = Saving._contents
+    monkeypatch.setattr(Saving, "_contents", lambda saving: learners.append(saving.learner) or real(saving))
     monkeypatch.setattr(Engine, "gather", lambda engine, thing: [thing] * 3)
     monkeypatch.setattr(background_save, "room_bytes", lambda: int(share * 3 * sum(learners[-1].held_bytes().values())))
     assert train(to_do(max_train_steps=3)) == 0

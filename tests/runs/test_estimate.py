@@ -8,15 +8,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from reeltune.core.types import Crop, Draw, Shape
-from reeltune.diffusion.loss import diffusion_loss
 from reeltune.distributed.engine import Engine
+from reeltune.estimate import estimator as estimator_module
 from reeltune.estimate import memory_tracker
-from reeltune.estimate.fake_step import ALL, rehearse
-from reeltune.estimate.fakes import empty_batch
-from reeltune.memory.levers import reworked
+from reeltune.estimate.estimator import Estimator
+from reeltune.estimate.fake_batch import empty_batch
+from reeltune.estimate.result import StepEstimate
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
+from reeltune.training.loss import training_loss
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe
 
@@ -27,6 +28,10 @@ NEAR = 0.05  # the count and the allocator's
 def draws(shape: Shape) -> list[Draw]:
     crop = Crop(shape.height, shape.width, 0, 0)
     return [Draw(0, shape, crop, tuple(range(shape.frames)), 0, seed) for seed in range(2)]
+
+
+def estimate(run, shape: Shape) -> StepEstimate:
+    return Estimator(run).step(run, draws(shape), CAPTIONS, preview=False)
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +61,10 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     parts = load_parts(run, family, engine.device)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
     checkpointing = run.training.gradient_checkpointing
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        run.model,
-        run.optimization,
-        run.memory,
-        seed=0,
-        gradient_checkpointing=checkpointing,
-        batch=2,
-        accumulate=1,
-    )
-    stand = draws(shape)
-    batch = empty_batch(family, mode, stand, CAPTIONS, torch.no_grad())
+    learner = learner_of(run, family, parts, engine, batch=2, accumulate=1)
+    batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
     encoded = setup.encode(batch)
-    strata = [draw.stratum for draw in stand]
-    forward_pass = partial(
-        diffusion_loss, family.denoise, learner.net, objective, encoded, parts.null, batch.seeds, strata
-    )
+    forward_pass = partial(training_loss, setup, learner.net, encoded, batch.draws, run.loss)
     forward_pass()  # what is made once and kept, such as tables
     gc.collect()
     with Allocated() as forward:
@@ -95,36 +85,52 @@ def real_step(run, shape: Shape) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
-def test_a_rehearsal_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
+def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)  # of this allocator
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
     run, shape = recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48)
-    found, real = rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"}), real_step(run, shape)
+    found, real = estimate(run, shape), real_step(run, shape)
     assert found.peaks["step"]["weights"] == pytest.approx(real["weights"], rel=NEAR)
     assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
     assert found.state_bytes == pytest.approx(real["state"], rel=NEAR)
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
-def test_phases_left_out_are_those_of_the_rehearsal_before(tmp_path):
+def test_what_recipes_have_in_common_is_computed_once(tmp_path):
+    """And comes to what each of them takes by itself."""
     (folder := tmp_path / "model").mkdir()
     model = tiny_checkpoint(folder, variant="control_v1.1")
     settings = {"mixed_precision": "bf16", "use_ema": True, "gradient_checkpointing": True}
-
-    def make(**changed):
-        return recipe(model, tmp_path, tmp_path / "out", **{**settings, **changed})
-
     shape = Shape(5, 32, 32)
-    base = rehearse(make(), draws(shape), CAPTIONS)
-    for changed in ({"gradient_checkpointing": False}, {"use_ema": False}, {"low_vram": True}):
-        [name] = changed
-        whole = rehearse(make(**changed), draws(shape), CAPTIONS)
-        part = rehearse(make(**changed), draws(shape), CAPTIONS, phases=reworked([name]), like=base)
-        for phase in whole.peaks:
-            total, known = sum(part.peaks[phase].values()), sum(whole.peaks[phase].values())
-            assert total == pytest.approx(known, rel=NEAR), (changed, phase)
-        assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=NEAR)
-        assert part.state_bytes == whole.state_bytes
+    base = recipe(model, tmp_path, tmp_path / "out", **settings)
+    estimator = Estimator(base)
+    estimator.step(base, draws(shape), CAPTIONS)
+    changes = [
+        {"gradient_checkpointing": False},
+        {"low_vram": True, "vae_tiling": True},
+        {"cache_folder": str(tmp_path / "cache"), "cache_variants": 1, "use_ema": False},
+        {"gradient_accumulation_steps": 2, "trained_weights": "bf16_stochastic"},
+    ]
+    for change in changes:
+        run = recipe(model, tmp_path, tmp_path / "out", **{**settings, **change})
+        alone, among_others = (one.step(run, draws(shape), CAPTIONS) for one in (Estimator(run), estimator))
+        assert among_others == alone, change
+
+
+def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(tmp_path, monkeypatch):
+    (folder := tmp_path / "model").mkdir()
+    model = tiny_checkpoint(folder, variant="control_v1.1")
+    called = []
+    for name in ("encode", "decode", "training_step"):
+        made = getattr(estimator_module, name)
+        monkeypatch.setattr(estimator_module, name, lambda *a, n=name, f=made, **k: (called.append(n), f(*a, **k))[1])
+    plain, other, visiting = (
+        recipe(model, tmp_path, tmp_path / "out", **more) for more in ({}, {"use_ema": True}, {"low_vram": True})
+    )
+    estimator = Estimator(plain)
+    for run in (plain, other, visiting):
+        estimator.step(run, draws(Shape(5, 32, 32)), CAPTIONS)
+    assert called == ["encode", "training_step", "decode", "training_step", "encode", "decode"]
 
 
 @pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
@@ -132,18 +138,13 @@ def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(tmp_path, 
     (folder := tmp_path / "model").mkdir()
     model = tiny_checkpoint(folder, variant="control_v1.1")
     settings = {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic", optimizer: True}
-    plain, fused = (
-        rehearse(
-            recipe(model, tmp_path, tmp_path / "out", step_in_backward=inside, **settings),
-            draws(Shape(5, 32, 32)),
-            CAPTIONS,
-            phases=ALL - {"preview"},
-        )
-        for inside in (False, True)
+    plain, inside = (
+        estimate(recipe(model, tmp_path, tmp_path / "out", step_in_backward=on, **settings), Shape(5, 32, 32))
+        for on in (False, True)
     )
-    assert fused.state_bytes == plain.state_bytes
-    assert fused.gradient_bytes == 0 < plain.gradient_bytes
-    assert "gradients" not in fused.peaks["step"]
+    assert inside.state_bytes == plain.state_bytes
+    assert inside.gradient_bytes == 0 < plain.gradient_bytes
+    assert "gradients" not in inside.peaks["step"]
     assert plain.peaks["step"]["gradients"] == plain.gradient_bytes
 
 
@@ -151,8 +152,7 @@ def lean(tmp_path, shape, **settings):
     (folder := tmp_path / "-".join(f"{name}={value}" for name, value in settings.items())).mkdir()
     model = tiny_checkpoint(folder, variant="control_v1.1", width=192, heads=4, layers=6)
     settings = {"mixed_precision": "bf16", "trainable_modules": ["patch_embedding"], **settings}
-    run = recipe(model, tmp_path, tmp_path / "out", **settings)
-    return rehearse(run, draws(shape), CAPTIONS, phases=ALL - {"preview"})
+    return estimate(recipe(model, tmp_path, tmp_path / "out", **settings), shape)
 
 
 def test_blocks_that_are_swapped_are_on_the_host_and_come_one_by_one(tmp_path, monkeypatch):

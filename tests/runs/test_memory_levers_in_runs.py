@@ -15,7 +15,7 @@ from reeltune.optim.trainable import released_names
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.sample import Setup
-from reeltune.training.learner import Learner
+from reeltune.training.learner import Learner, learner_of
 from tests.families.every_family import Pair
 from tests.runs.same_run import assert_equal
 from tests.runs.small_run import data_set, recipe
@@ -61,19 +61,7 @@ def steps(start, **changes) -> tuple[list, Learner]:
     engine = Engine(made.training.mixed_precision)
     dtype = torch.float32 if made.model.trained_weights == "fp32" else torch.bfloat16
     parts = family.load(made.model.pretrained_model_name_or_path, dtype=dtype, encoders=False)
-    checkpointing = made.training.gradient_checkpointing
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        made.model,
-        made.optimization,
-        made.memory,
-        seed=1,
-        gradient_checkpointing=checkpointing,
-        batch=2,
-        accumulate=1,
-    )
+    learner = learner_of(made, family, parts, engine, batch=2, accumulate=1)
     _, _, objective = choose_family(made)
     told = []
     for step in range(STEPS):

@@ -74,7 +74,7 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     samples = 4 * len(inputs.plan(0))
     assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
     assert re.search(r"steps +6\b", told)
-    assert "ZeRO-2, shared out by arithmetic" in told
+    assert "ZeRO-2, sharded by arithmetic" in told
     assert "It fits." in told
     for words in ("gradients being exchanged", "frozen networks", "preview", "host:", "disk:"):
         assert words in told, words
@@ -133,7 +133,7 @@ def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path)
         assert "encode" not in waits.peaks[phase]
     assert both.peaks["encode"] == apart.peaks["encode"]
     copies = "copies of what is saved, while it is written"
-    assert both.host_bytes[copies] == 4 * both.rehearsal.trainable + both.rehearsal.state_bytes
+    assert both.host_bytes[copies] == 4 * both.largest_step.trainable + both.largest_step.state_bytes
     assert copies not in waits.host_bytes
     tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")
     offers = forecast(run_of(place, tmp_path / "out", **own), tight).offers
@@ -163,16 +163,16 @@ def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypat
     found = forecast(run, Machines(device="A100"))
     assert time.process_time() - began < 60
     psi = sum(torch.Size(shape).numel() for shape in released(goldens, name).values())
-    assert found.rehearsal.trainable == psi
+    assert found.largest_step.trainable == psi
     step = found.peaks["step"]
     for part, size in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
         assert step[part] == pytest.approx(size, rel=0.001), part
     text = sum(torch.Size(shape).numel() for shape in released(goldens, "umt5-xxl-enc").values())
-    assert found.rehearsal.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
+    assert found.largest_step.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
     tokens = found.data.buckets[0].tokens * found.batch + 512 * found.batch
-    forward = found.rehearsal.flops["forward"]
+    forward = found.largest_step.flops["forward"]
     assert 2 * psi * found.data.buckets[0].tokens * found.batch < forward < 2 * psi * tokens  # text passes some of it
-    assert found.rehearsal.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
+    assert found.largest_step.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
 
 
 @pytest.mark.golden
@@ -199,7 +199,7 @@ def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeyp
         build(read(str(RECIPES / "wan2.1_fun_v1.1_14b_control_80gb.yaml")), where), Machines(device="H100")
     )
     assert found.data.buckets[0].tokens == 32760
-    assert found.rehearsal.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
+    assert found.largest_step.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
     assert found.verdict.safe
     assert found.verdict.need_bytes < 70e9
     # Recomputed once, then two products for each of the forward pass; in attention five for its two.

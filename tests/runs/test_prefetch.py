@@ -15,7 +15,7 @@ from reeltune.training import loop as module
 from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from tests.families.every_family import Pair
 from tests.runs.same_run import StopAfter, assert_same_end
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 
 CPU = torch.device("cpu")
 LIMIT_SECONDS = 300  # for a thread to begin
@@ -110,11 +110,6 @@ def test_where_batches_are_encoded_ahead():
 def test_not_with_low_vram():
     with pytest.raises(UserError, match="encode_ahead and low_vram are true"):
         build({"low_vram": True, "encode_ahead": True})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"))
 
 
 def run(pair: Pair, data, folder, name, **changes):

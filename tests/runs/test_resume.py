@@ -20,7 +20,7 @@ from reeltune.training.loop import train
 from tests.distributed.processes import changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
-from tests.runs.small_run import data_set, measured, recipe
+from tests.runs.small_run import measured, recipe
 
 MODES = {  # train mode -> the checkpoint it is run on, and settings that go with it
     "control_ref": ("control_v1.1", {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}),
@@ -37,11 +37,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["reeltune.training.loop", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"]
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

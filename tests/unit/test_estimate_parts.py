@@ -14,7 +14,7 @@ from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import forecast_data
 from reeltune.estimate.remedies import MARGIN, Change, judge, search
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 from tests.unit.test_plan import RULES, Measured, mixed
 
 GB = 10**9
@@ -28,9 +28,9 @@ def test_an_epoch_counted_by_hand():
     records = Measured([True, True, True, False], [40, 40, 40, 1], [64, 64, 64, 64], [128, 128, 64, 64], fps=8.0)
     rules = SizeRules(video_sample_n_frames=5, video_sample_size=64, image_sample_size=64, video_sample_stride=2)
     found = forecast_data(Plan(records, rules, group=2, seed=0), records, rules)
-    assert [(b.shape, b.samples, b.micro_steps, b.tokens, b.aspect, b.side) for b in found.buckets] == [
-        (Shape(5, 64, 64), 4, 2, 2 * 16, "1:1", 64),
-        (Shape(1, 64, 64), 2, 1, 16, "1:1", 64),
+    assert [(b.shape, b.samples, b.micro_steps, b.tokens, b.aspect, b.side, b.footage_s) for b in found.buckets] == [
+        (Shape(5, 64, 64), 4, 2, 2 * 16, "1:1", 64, (9 / 8, 9 / 8)),
+        (Shape(1, 64, 64), 2, 1, 16, "1:1", 64, (0, 0)),
     ]
     assert found.samples == 6
     assert found.micro_steps == 3
@@ -53,6 +53,13 @@ def test_counts_are_those_of_the_draws():
     assert {b.shape: b.samples for b in found.buckets} == {
         shape: sum(draw.shape == shape for draw in draws) for shape in {draw.shape for draw in draws}
     }
+    for bucket in found.buckets:
+        spans = [
+            (draw.frames[-1] + 1 - draw.frames[0]) / records.fps[draw.record] if records.kind_video[draw.record] else 0
+            for draw in draws
+            if draw.shape == bucket.shape
+        ]
+        assert bucket.footage_s == pytest.approx((min(spans), max(spans)))
     assert found.step_tokens == pytest.approx((np.mean(per_step), np.percentile(per_step, 95), max(per_step)))
     assert found.repeated == pytest.approx(plan.repeats / len(draws))
     lost = [1 - 1 / (max(d.crop.width / d.shape.width, 1) * max(d.crop.height / d.shape.height, 1)) for d in draws]
@@ -66,10 +73,11 @@ PSI = 1000
 STEP = {"weights": 4 * PSI, "gradients": 4 * PSI, "optimizer": 8 * PSI, "activations": 700, "frozen": 90}
 
 
-def rehearsed(**changes) -> Rehearsal:
-    found = Rehearsal(
+def estimate(**changes) -> StepEstimate:
+    step = StepEstimate(
         peaks={"backward": STEP},
         flops={},
+        resident={},
         saved_bytes=700,
         gradient_bytes=4 * PSI,
         state_bytes=8 * PSI,
@@ -82,11 +90,8 @@ def rehearsed(**changes) -> Rehearsal:
         block_parameters=100,
         still_blocks=0,
         other_parameters=40,
-        encoded_bytes=0,
-        reached=(),
-        encoded=None,
     )
-    return replace(found, **changes)
+    return replace(step, **changes)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def rehearsed(**changes) -> Rehearsal:
     ],
 )
 def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, shared):
-    parts = sharding.peaks(rehearsed(), engine, gpus)[0]["backward"]
+    parts = sharding.peaks(estimate(), engine, gpus)[0]["backward"]
     assert parts.pop("activations") == 700
     assert parts.pop("frozen") == 90
     assert sum(parts.values()) == shared
@@ -108,23 +113,23 @@ def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, share
 
 def test_shards_shrink_with_devices_and_copies_do_not():
     def total(engine, gpus):
-        return sum(sharding.peaks(rehearsed(), engine, gpus)[0]["backward"].values())
+        return sum(sharding.peaks(estimate(), engine, gpus)[0]["backward"].values())
 
     assert total("fsdp", 8) < total("fsdp", 4) < total("fsdp", 2) < total("ddp", 2) == total("ddp", 8)
 
 
 def test_copies_are_of_the_precision_that_computes():
-    half, full = (sharding.peaks(rehearsed(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
+    half, full = (sharding.peaks(estimate(number_bytes=n), "zero2", 4)[0]["backward"] for n in (2, 4))
     assert {part: full[part] / half[part] for part in half if full[part] != half[part]} == dict.fromkeys(
         ("weights", "buckets"), 2
     )
 
 
 def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
-    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, offload=True)
+    peaks, host = sharding.peaks(estimate(), "fsdp", 4, offload=True)
     assert host == (4 + 8 + 4) * PSI // 4
     assert peaks["backward"] == {"gathered": 4 * 100 + 4 * 40 + 6 * 100, "activations": 700, "frozen": 90}
-    peaks, host = sharding.peaks(rehearsed(), "fsdp", 4, keep_gathered=True)
+    peaks, host = sharding.peaks(estimate(), "fsdp", 4, keep_gathered=True)
     assert host == 0
     assert peaks["backward"]["gathered"] == 2 * (PSI - 40) + 4 * 40 + 6 * 100
 
@@ -181,9 +186,9 @@ def offered(candidates, tried, *, goes=lambda changes: True, taken_bytes=140):
         names = [name for change in changes for name in change.settings]
         tried.append(names)
         left = taken_bytes - sum(SAVINGS.get(name, 0) for name in names)
-        return judge({"step": {"weights": left}, "encode": {"weights": 90}}, 100), rehearsed()
+        return judge({"step": {"weights": left}, "encode": {"weights": 90}}, 100), estimate()
 
-    before = judge({"step": {"weights": taken_bytes}, "encode": {"weights": 90}}, 100), rehearsed()
+    before = judge({"step": {"weights": taken_bytes}, "encode": {"weights": 90}}, 100), estimate()
     offers = search(candidates, goes, try_out, before)
     assert all(offer.verdict.safe for offer in offers)
     return [[name for change in offer.changes for name in change.settings] for offer in offers], offers
@@ -216,7 +221,7 @@ def test_a_change_takes_the_place_of_one_it_does_not_go_with():
     assert offered([Change({"b": 1}, ""), Change({"b": 2, "d": 1}, "")], [])[0] == [["b", "d"]]
 
 
-def test_what_spares_nothing_in_the_fullest_phase_is_not_rehearsed():
+def test_what_spares_nothing_in_the_fullest_phase_is_not_tried():
     tried = []
     assert offered([*named("e", phases=frozenset({"encode"})), *named("d")], tried)[0] == [["d"]]
     assert tried == [["d"]]
@@ -226,9 +231,9 @@ def test_changes_that_spare_less_together_are_not_offered():
     def try_out(changes):
         names = {name for change in changes for name in change.settings}
         left = 140 - (30 if names & {"x", "y"} else 0) - (20 if "z" in names else 0)  # x and y spare the same
-        return judge({"step": {"weights": left}}, 100), rehearsed()
+        return judge({"step": {"weights": left}}, 100), estimate()
 
-    before = judge({"step": {"weights": 140}}, 100), rehearsed()
+    before = judge({"step": {"weights": 140}}, 100), estimate()
     offers = search(named("x", "y", "z"), lambda changes: True, try_out, before)
     assert [[name for change in offer.changes for name in change.settings] for offer in offers] == [
         ["x", "z"],

@@ -13,7 +13,7 @@ from reeltune.memory import levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
 from reeltune.training.out_of_memory import GREW, PHASES, remedies
 from scripts.memory_page import page, table
-from tests.unit.test_estimate_parts import rehearsed
+from tests.unit.test_estimate_parts import estimate
 
 PAGE = Path(__file__).parents[2] / "docs/memory.md"
 NEW = Lever(
@@ -22,7 +22,6 @@ NEW = Lever(
     "half of everything",
     "colour",
     phases=frozenset({"step"}),
-    reworks=frozenset({"step"}),
     excludes=(Exclusion("mixed_precision", "; they never meet; use bf16", refused=("no",)),),
 )
 
@@ -34,7 +33,7 @@ def test_a_new_row_is_seen_in_refusals_remedies_the_message_and_the_page(monkeyp
     assert told.value.problems == ["allow_tf32 is true and mixed_precision is no; they never meet; use bf16"]
     last = list(changes(Recipe(), "one", 1, 0, tiles=True))[-1]
     assert (last.settings, last.words, last.price) == ({"allow_tf32": True}, "allow_tf32: true", "colour")
-    assert last.phases == {"step"} == levers.reworked(["allow_tf32"])
+    assert last.phases == {"step"}
     assert list(remedies("step", Recipe()))[-1] == "allow_tf32: true"
     assert "allow_tf32: true" not in remedies("forward", Recipe())  # it spares nothing there
     assert "allow_tf32: true" not in remedies("step", build({"mixed_precision": "no"}))  # it would be refused
@@ -53,7 +52,7 @@ def test_rows_name_settings_engines_and_phases_that_there_are():
     for lever in levers.LEVERS:
         assert lever.setting in names or lever.setting == "gpus"
         assert {*lever.unless, *lever.replaces, *lever.beside, *(one.setting for one in lever.excludes)} <= names
-        assert lever.phases | lever.reworks <= ALL
+        assert lever.phases <= ALL
         assert lever.price.format_map({}) == lever.price and lever.spares
     assert set(SHARDED) == {name for name, engine in ENGINES.items() if engine.own_copies}
     assert PHASES.keys() <= GREW.keys() and frozenset().union(*PHASES.values()) <= ALL
@@ -71,7 +70,7 @@ def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
     for change in offered:
         written = {name: value for name, value in change.settings.items() if name != "gpus"}
         assert flat(build({**flat(recipe), **written})) != flat(recipe), change.words
-        assert "{" not in change.price.format_map(numbers(rehearsed(), rehearsed(), change.settings))
+        assert "{" not in change.price.format_map(numbers(estimate(), estimate(), change.settings))
 
 
 def words(tree, engine="one", gpus=1, frozen_blocks=0, tiles=True):

@@ -175,9 +175,8 @@ def test_a_share_of_the_blocks_is_recomputed(share, twice):
 def test_activations_wait_elsewhere_and_weights_do_not(monkeypatch):
     sent = []
     monkeypatch.setattr(blocks, "LEAST_BYTES", 64 * 4 * 8)
-    monkeypatch.setattr(blocks, "to_host", lambda tensor: sent.append(tensor.shape) or tensor.clone())
     net = Net()
-    offload_activations(net)
+    offload_activations(net, to_host=lambda tensor: sent.append(tensor.shape) or tensor.clone())
     assert_same(losses(net, steps=1), losses(Net(), steps=1))
     # of each block: its input, before and after `shared`, and what is between its layers, for tanh and for `two`
     assert sorted(sent) == sorted([torch.Size([8, 64])] * 8 + [torch.Size([8, 96])] * 8)
@@ -186,9 +185,8 @@ def test_activations_wait_elsewhere_and_weights_do_not(monkeypatch):
 def test_a_forward_pass_that_fails_ends_the_offloading(monkeypatch):
     sent = []
     monkeypatch.setattr(blocks, "LEAST_BYTES", 0)
-    monkeypatch.setattr(blocks, "to_host", lambda tensor: sent.append(tensor.shape) or tensor.clone())
     net = Net()
-    offload_activations(net)
+    offload_activations(net, to_host=lambda tensor: sent.append(tensor.shape) or tensor.clone())
     with pytest.raises(RuntimeError):
         net(torch.randn(8, 65))
     sent.clear()

@@ -56,7 +56,6 @@ PRIVATE = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": Use(
         "torch.ops.aten:_scaled_dot_product_flash_attention_for_cpu_backward", *OPERATOR
     ),
-    "_modules": Use("torch.nn.modules.module", "blocks leave a list without new names for the others", "delattr"),
     "_get_default_store": Use(
         "torch.distributed.distributed_c10d:_get_default_store",
         "the watchdog speaks over the store at which the processes met, whatever launched them",

@@ -146,7 +146,9 @@ def test_many_unknown_settings_are_counted():
     assert len(str(told.value)) < 400 and time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "/etc/passwd", "..", ".", "", "a\0b", 5, None, ["a"]])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "a\\b", "/etc/passwd", "..", ".", "", "a\0b", "x" * 256, "\ud800", 5, None, ["a"]]
+)
 def test_names_that_could_leave_the_folder(name):
     with pytest.raises(ValueError, match="no name of a file in this folder"):
         bare_name(name)

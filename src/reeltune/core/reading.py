@@ -18,6 +18,7 @@ from reeltune.core.errors import UserError
 
 MOST_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json of an encoder here has 17 MB
 MOST_YAML_BYTES = 100_000  # the densest take PyYAML two seconds (measured, 2026-11)
+MOST_NAME_BYTES = 255  # of a file's, on any file system
 DEPTH = 64  # lists and tables within each other; no file of a checkpoint or a recipe has ten
 AGAIN = "download it again"
 
@@ -38,8 +39,9 @@ class as_user_error:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        panic = kind is not None and kind.__name__ == "PanicException"  # of libraries in Rust: no Exception
-        if (isinstance(error, Exception) or panic) and not isinstance(error, UserError | MemoryError):
+        if error is None or isinstance(error, UserError | MemoryError):
+            return
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of libraries in Rust
             raise UserError(self.where, f"{self.problem} ({reason_of(error)}); {self.remedy}") from error
 
 
@@ -115,7 +117,8 @@ def brief(value: Any, most: int = 120) -> str:
 
 def bare_name(name: Any) -> str:
     """A file's name as another file gives it. Raises ValueError for what could lead out of the folder."""
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0"):
+    plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
+    if not plain or name in ("", ".", "..") or len(name.encode()) > MOST_NAME_BYTES:
         raise ValueError(f"{str(name)[:80]!r} is no name of a file in this folder")
     return name
 

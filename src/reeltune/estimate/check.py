@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from reeltune.config.recipe import Recipe
-from reeltune.core.types import Draw, Geometry, Shape
 from reeltune.data.plan import Plan
-from reeltune.data.records import Records
+from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import choose_family
 from reeltune.training.loop import steps_of
@@ -24,7 +21,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     yield from _entries(recipe, inputs, plan)
     yield from _steps(recipe, plan)
     yield ""
-    yield from _table(_sizes(plan, inputs.train), family.geometry)
+    yield from _table(forecast_data(plan, inputs.train, inputs.rules).buckets)
 
 
 def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
@@ -56,45 +53,16 @@ def _steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield f"run      {steps} of {_count(training.gradient_accumulation_steps, 'micro-step')}"
 
 
-@dataclass
-class _Size:
-    """What the first epoch draws at one Shape."""
-
-    samples: int = 0
-    shortest_s: float = math.inf  # seconds of footage that a sample covers
-    longest_s: float = 0.0
-
-
-def _sizes(plan: Plan, records: Records) -> dict[Shape, _Size]:
-    sizes: dict[Shape, _Size] = {}
-    for k in range(len(plan)):
-        for draw in plan[k]:
-            size = sizes.setdefault(draw.shape, _Size())
-            size.samples += 1
-            seconds = footage_s(draw, records)
-            size.shortest_s = min(size.shortest_s, seconds)
-            size.longest_s = max(size.longest_s, seconds)
-    return sizes
-
-
-def footage_s(draw: Draw, records: Records) -> float:
-    """Seconds from the first frame taken to the end of the last; 0 for an image."""
-    fps = float(records.fps[draw.record])
-    return (draw.frames[-1] + 1 - draw.frames[0]) / fps if fps > 0 else 0.0
-
-
-def _table(sizes: dict[Shape, _Size], geometry: Geometry) -> Iterator[str]:
+def _table(buckets: list[Bucket]) -> Iterator[str]:
     yield "samples  frames  height  width  tokens  seconds of footage"
-    for shape, size in sorted(sizes.items(), key=lambda item: -geometry.tokens(item[0])):
-        footage = f"{size.shortest_s:.2f}"
-        if round(size.longest_s, 2) != round(size.shortest_s, 2):
-            footage += f" to {size.longest_s:.2f}"
-        if not size.longest_s:
+    for bucket in buckets:
+        (frames, height, width), (shortest_s, longest_s) = bucket.shape, bucket.footage_s
+        footage = f"{shortest_s:.2f}"
+        if round(longest_s, 2) != round(shortest_s, 2):
+            footage += f" to {longest_s:.2f}"
+        if not longest_s:
             footage = "still"
-        yield (
-            f"{size.samples:7,}  {shape.frames:6}  {shape.height:6}  {shape.width:5}  "
-            f"{geometry.tokens(shape):6,}  {footage}"
-        )
+        yield f"{bucket.samples:7,}  {frames:6}  {height:6}  {width:5}  {bucket.tokens:6,}  {footage}"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

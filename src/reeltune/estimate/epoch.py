@@ -11,7 +11,7 @@ from math import isqrt
 
 import numpy as np
 
-from reeltune.core.types import Geometry, Shape
+from reeltune.core.types import Shape
 from reeltune.data.plan import Measures, Plan
 from reeltune.data.shapes import ROUNDING, SizeRules, sampled_step
 
@@ -26,6 +26,7 @@ class Bucket:
     samples: int
     micro_steps: int
     tokens: int  # of one sample
+    footage_s: tuple[float, float]  # that a sample covers, at least and at most; stills have none
 
     @property
     def aspect(self) -> str:
@@ -60,24 +61,25 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
     group = record.shape[1]
     tokens = np.array([rules.geometry.tokens(shape) for shape in shapes])
     micro_steps = np.bincount(which, minlength=len(shapes))
-    buckets = [
-        Bucket(shape, int(count) * group, int(count), int(each))
-        for shape, count, each in zip(shapes, micro_steps, tokens, strict=True)
-        if count
-    ]
+    covered_s = footage_s(records, rules, shapes, which, record)
+
+    def bucket(i: int) -> Bucket:
+        seconds, count = covered_s[which == i], int(micro_steps[i])
+        return Bucket(shapes[i], count * group, count, int(tokens[i]), (float(seconds.min()), float(seconds.max())))
+
     per_micro = tokens[which] * group
     whole = len(per_micro) - len(per_micro) % accumulate or len(per_micro)
     per_step = np.add.reduceat(per_micro[:whole], np.arange(0, whole, accumulate))
     lost = picture_lost(records, rules, shapes, which, record)
     return DataForecast(
-        buckets=sorted(buckets, key=lambda bucket: -bucket.tokens),
+        buckets=sorted(map(bucket, np.flatnonzero(micro_steps).tolist()), key=lambda bucket: -bucket.tokens),
         samples=record.size,
         micro_steps=len(which),
         step_tokens=(float(per_step.mean()), float(np.percentile(per_step, 95)), float(per_step.max())),
         cropped=float((lost > CUT).mean()),
         picture_lost=float(lost.mean()),
         repeated=float(repeated.mean()),
-        footage_s=footage_s(records, rules, shapes, which, record),
+        footage_s=float(covered_s.sum()),
     )
 
 
@@ -92,16 +94,12 @@ def picture_lost(
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
-def footage_s(records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray) -> float:
-    """Seconds from the first frame taken to the end of the last, over all samples; stills have none."""
+def footage_s(
+    records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray
+) -> np.ndarray:
+    """float[steps, group]: seconds of each sample from the first frame taken to the end of the last."""
     frames = np.array([shape.frames for shape in shapes])[which][:, None]
     fps = np.asarray(records.fps, dtype=np.float64)[record]
     span = np.floor((frames - 1) * sampled_step(rules, fps) + ROUNDING) + 1
     moving = np.asarray(records.kind_video)[record] & (fps > 0)
-    return float(np.divide(span, fps, out=np.zeros(span.shape), where=moving).sum())
-
-
-def cells(geometry: Geometry, shape: Shape) -> int:
-    """Latent cells of a clip."""
-    T, h, w = geometry.latent(shape)
-    return T * h * w
+    return np.divide(span, fps, out=np.zeros(span.shape), where=moving)

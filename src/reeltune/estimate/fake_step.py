@@ -1,217 +1,202 @@
-"""One training step, run by the very code that trains, on tensors that have sizes and no values."""
+"""One training step, run by the very code that trains, on fake tensors: they have sizes and no values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
-from itertools import compress
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from reeltune.config.recipe import Recipe
-from reeltune.core.types import Draw, Encoded
-from reeltune.diffusion.loss import Loss, diffusion_loss, settle
+from reeltune.config.recipe import Model, Recipe
+from reeltune.core.types import Draw
+from reeltune.diffusion.loss import Loss, settle
 from reeltune.distributed.engine import Engine
-from reeltune.estimate import repeated_blocks
+from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.attribution import (
+    Times,
     give_gradients,
     gradients_owned,
-    host_apart,
+    own_network,
     own_state,
-    own_what_is_there,
     tensors_in,
-)
-from reeltune.estimate.fakes import (
-    counts_of,
-    empty_batch,
-    first_of,
-    one_of,
-    renewed,
-    still_matching,
-    tensors_of,
     weights_of,
 )
+from reeltune.estimate.fake_batch import first_of
+from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
-from reeltune.estimate.result import Rehearsal
-from reeltune.families import weights
-from reeltune.memory.lever import ALL, TRAINED
+from reeltune.estimate.result import StepEstimate
+from reeltune.memory.blocks import blocks_of
 from reeltune.memory.size import size_bytes
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.optim.trainable import matches, released_names, select
+from reeltune.run.model import load_parts
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
+from reeltune.training.loss import training_loss
 
-RESIDENT = ("weights", "still", "average", "frozen", "batch")  # parts that are there in every phase
+RESIDENT = ("weights", "still", "average")  # parts that are there in every phase
 
 
-def rehearse(
-    recipe: Recipe,
-    draws: Sequence[Draw],
-    captions: Sequence[str],
-    *,
-    phases: Set[str] = ALL,
-    like: Rehearsal | None = None,
-    whole: bool = False,
-) -> Rehearsal:
-    """A micro-step of these draws, and the optimizer's step after it; then a preview of the first draw's shape.
-
-    phases: those that are run; all others are as in `like`, a rehearsal of the same run, but for what is there all the
-    time. Without `like` only "preview" can be left out. whole: with each of equal blocks, which takes long and comes
-    to the same (forecast/repeated_blocks.py). Raises UserError as loading does.
-    """
+def engine_of(recipe: Recipe) -> Engine:
     asked = recipe.training.mixed_precision
-    engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
-    with one_of(recipe.parallel.context_parallel) as mesh:
-        return _rehearse(engine, mesh, recipe, draws, captions, phases, like, whole)
+    return Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
 
 
-def _rehearse(
-    engine: Engine,
-    mesh: DeviceMesh | None,
+def training_step(
     recipe: Recipe,
+    setup: Setup,
+    encoding: Encoding,
     draws: Sequence[Draw],
-    captions: Sequence[str],
-    phases: Set[str],
-    like: Rehearsal | None,
-    whole: bool,
-) -> Rehearsal:
-    family, mode, objective = choose_family(recipe)
-    training = recipe.training
-    with weights.unread() as stand_ins:
-        recipe = replace(recipe, training=replace(training, low_vram=False))
-        parts = load_parts(recipe, family, engine.device)
-        batch = empty_batch(family, mode, draws, captions, stand_ins)
-    counts = counts_of(family, parts, recipe.model)
-    alike = not recipe.memory.blocks_to_swap and recipe.memory.gradient_checkpointing_share == 1
-    stands = repeated_blocks.shorten(parts.net, family.blocks) if alike and not whole else []
-    times = repeated_blocks.times_of(stands)
-    if mesh is not None and family.split is not None:
-        family.split(parts.net, mesh)
-    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        still_matching(recipe.model, parts.net, counts.names),
-        recipe.optimization,
-        recipe.memory,
-        seed=training.seed,
-        gradient_checkpointing=training.gradient_checkpointing,
-        batch=len(draws),
-        accumulate=training.gradient_accumulation_steps,
-    )
-    in_backward = recipe.memory.step_in_backward
-    if in_backward and phases & (TRAINED | {"step"}):
-        phases = phases | TRAINED | {"step"}
-    seeds, strata = batch.seeds, [draw.stratum for draw in draws]
+    fake: FakeTensorMode,
+    *,
+    preview: bool = True,
+    whole: bool = False,
+) -> StepEstimate:
+    """Forward and backward pass of an encoded batch, the optimizer's step, and with `preview` a denoising pass.
 
-    def forward_pass() -> Loss:
-        return diffusion_loss(
-            family.denoise,
-            learner.net,
-            objective,
-            encoded,
-            parts.null,
-            seeds,
-            strata,
-            motion_sub_loss_ratio=recipe.loss.motion_sub_loss_ratio if recipe.loss.motion_sub_loss else None,
-            loss_outlier_threshold=recipe.loss.loss_outlier_threshold,
+    Frozen networks and the batch itself are not counted. setup: as for encoding; its network is loaded anew. whole:
+    with each of equal blocks, which takes long and comes to the same (repeated_blocks.py). Raises UserError as loading
+    does.
+    """
+    engine = engine_of(recipe)
+    with first_of(recipe.parallel.context_parallel) as mesh:
+        step = _FakeStep(recipe, setup, encoding, draws, fake, engine, mesh, whole=whole)
+        with step.tracker, repeated_blocks.counted(step.stands, step.tracker):
+            return step.run(preview=preview)
+
+
+class _FakeStep:
+    def __init__(
+        self,
+        recipe: Recipe,
+        setup: Setup,
+        encoding: Encoding,
+        draws: Sequence[Draw],
+        fake: FakeTensorMode,
+        engine: Engine,
+        mesh: DeviceMesh | None,
+        *,
+        whole: bool,
+    ):
+        self.recipe, self.draws, self.fake, self.encoded = recipe, draws, fake, encoding.encoded
+        family, memory = setup.family, recipe.memory
+        parts = load_parts(recipe, family, engine.device, encoders=False, fake=fake)
+        parts.null = encoding.null
+        names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
+        model = recipe.model
+        select(parts.net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
+        self.counts = counts_of(parts.net, family.blocks)
+        self.network_bytes = size_bytes(weights_of(parts.net))
+        alike = not memory.blocks_to_swap and memory.gradient_checkpointing_share == 1
+        self.stands = repeated_blocks.shorten(parts.net, family.blocks) if alike and not whole else []
+        self.times: Times = repeated_blocks.times_of(self.stands)
+        if mesh is not None and family.split is not None:
+            family.split(parts.net, mesh)
+        self.tracker = Tracker(fake)
+        if memory.offload_activations:
+            attribution.offload_activations(parts.net, self.tracker)
+        objective = copy(setup.objective)  # which makes its tables anew
+        self.setup = replace(setup, parts=parts, objective=objective, autocast=engine.autocast)
+        self.learner = learner_of(
+            replace(
+                recipe,
+                model=still_matching(model, parts.net, names),
+                memory=replace(memory, offload_activations=False),
+            ),
+            family,
+            parts,
+            engine,
+            batch=len(draws),
+            accumulate=recipe.training.gradient_accumulation_steps,
+        )
+        own_network(self.tracker, self.learner, self.times)
+        self.resident = {part: self.tracker.live[part] for part in RESIDENT}
+        batch = [*encoding.encoded.tensors().values(), *encoding.null.values()]
+        self.tracker.own(batch, ELSEWHERE)  # Encoding.batch_bytes has them
+
+    def run(self, *, preview: bool) -> StepEstimate:
+        tracker, learner = self.tracker, self.learner
+        passes = self._forward_backward()
+        reached = [parameter for parameter in learner.learning if parameter.grad is not None]
+        self._optimizer_step(reached)
+        if preview:
+            with tracker.phase("preview"):
+                self._denoise()
+        if self.recipe.memory.step_in_backward:
+            tracker.flops["backward"] = tracker.flops.pop("step")
+        return StepEstimate(
+            peaks=tracker.peaks,
+            flops=dict(tracker.flops),
+            resident=self.resident,
+            state_bytes=tracker.live["optimizer"],
+            swapped_bytes=size_bytes([weights_of(block) for block in learner.network.swapped]),
+            number_bytes=learner.engine.dtype.itemsize,
+            weight_bytes={"network": self.network_bytes},
+            **passes,
+            **self.counts,
         )
 
-    tracker = Tracker(stand_ins)
-    cached = recipe.cache.cache_folder is not None
-    own_what_is_there(tracker, parts, learner, batch, times, visiting=training.low_vram or cached)
-    if "encode" not in phases:
-        assert like is not None
-        encoded = renewed(like.encoded, stand_ins)
-    elif cached:
-        encoded = setup.encode(batch)  # on another day
-    if "encode" not in phases or cached:
-        tracker.own(tensors_of(encoded), "batch")
-    with tracker, host_apart(tracker), repeated_blocks.counted(stands, tracker):
-        if "encode" in phases and not cached:
-            with tracker.phase("encode"):
-                encoded = setup.encode(batch)
-        tracker.rename("encode", "batch")
-        resident = {part: tracker.live[part] for part in RESIDENT}
-        if in_backward and "step" in phases:  # its state is made bit by bit, and is there in later steps
-            learner.backward(forward_pass().value, last=True)
-            learner.step(0, recipe.optimization.learning_rate)
-            own_state(tracker, learner, times)
-        if "forward" in phases:
-            with tracker.phase("forward"):
-                loss = forward_pass()
-            tracker.own(tensors_in(dict(vars(objective))), ELSEWHERE)  # its tables, made once
-            saved_bytes, offloaded_bytes = tracker.live["forward"] + tracker.live["casts"], tracker.live[HOST]
-            tracker.rename("forward", "activations")
-            with tracker.phase("backward"), gradients_owned(tracker, learner.learning, times):
-                learner.backward(loss.value / training.gradient_accumulation_steps, last=True)
-            gradient_bytes = tracker.live["gradients"]
-            reached = tuple(parameter.grad is not None for parameter in learner.learning)
-            del loss
-        else:
-            assert like is not None
-            saved_bytes, offloaded_bytes = like.saved_bytes, like.offloaded_bytes
-            gradient_bytes, reached = like.gradient_bytes, like.reached
-        del batch
-        if "step" in phases:
-            with_gradients = [*compress(learner.learning, reached)]
-            if not in_backward:  # the first step makes the state, which later ones find
-                give_gradients(with_gradients, tracker, times, stand_ins)
-                learner.step(0, recipe.optimization.learning_rate)
-                own_state(tracker, learner, times)
-                give_gradients(with_gradients, tracker, times, stand_ins)
-            with tracker.phase("step"):
-                learner.step(1, recipe.optimization.learning_rate)
-            own_state(tracker, learner, times)
-            state_bytes = tracker.live["optimizer"]
-        else:
-            assert like is not None
-            state_bytes = like.state_bytes
-        if "preview" in phases:
-            with tracker.phase("preview"):
-                one_pass(setup, learner.plain, encoded)
-    peaks = tracker.peaks
-    if like is not None:
-        peaks |= {phase: like.peaks[phase] | resident for phase in like.peaks.keys() - phases - {"encode"}}
-        if "encode" in like.peaks.keys() - phases:
-            peaks["encode"] = like.peaks["encode"] | {**resident, "batch": like.peaks["encode"].get("batch", 0)}
-    for phase in peaks:  # later steps find it there
-        peaks[phase]["optimizer"] = state_bytes
-    if training.gradient_accumulation_steps > 1:  # later micro-steps find the gradients of those before
-        for phase in ("encode", "forward", "backward"):
-            if phase in peaks:
-                peaks[phase]["gradients"] = gradient_bytes
-    if in_backward and "step" in phases:
-        tracker.flops["backward"] = tracker.flops.pop("step")
-    sizes = {name: size_bytes(weights_of(module)) for name, module in parts.frozen.items()}
-    return Rehearsal(
-        peaks=peaks,
-        flops={**(like.flops if like is not None else {}), **tracker.flops},
-        saved_bytes=saved_bytes,
-        gradient_bytes=gradient_bytes,
-        state_bytes=state_bytes,
-        offloaded_bytes=offloaded_bytes,
-        swapped_bytes=sum(size_bytes(weights_of(block)) for block in learner.swapped),
-        parameters=counts.parameters,
-        trainable=counts.trainable,
-        number_bytes=engine.dtype.itemsize,
-        weight_bytes={"network": counts.network_bytes, **sizes},
-        block_parameters=counts.block_parameters,
-        still_blocks=counts.still_blocks,
-        other_parameters=counts.other_parameters,
-        encoded_bytes=size_bytes(tensors_of(encoded)) // len(draws),
-        reached=reached,
-        encoded=encoded,
-    )
+    def _forward_backward(self) -> dict[str, int]:
+        """Bytes that the forward pass keeps, on the device and on the host, and those of the gradients."""
+        tracker, learner = self.tracker, self.learner
+        if self.recipe.memory.step_in_backward:  # its state is made weight by weight, and is there in later steps
+            learner.backward(self._loss().value, last=True)
+            learner.step(0, self.recipe.optimization.learning_rate)
+            own_state(tracker, learner, self.times)
+        with tracker.phase("forward"):
+            loss = self._loss()
+        tracker.own(tensors_in(vars(self.setup.objective)), ELSEWHERE)  # its tables, made once
+        kept = {"saved_bytes": tracker.live["forward"] + tracker.live["casts"], "offloaded_bytes": tracker.live[HOST]}
+        tracker.rename("forward", "activations")
+        with tracker.phase("backward"), gradients_owned(tracker, learner.learning, self.times):
+            learner.backward(loss.value / self.recipe.training.gradient_accumulation_steps, last=True)
+        return kept | {"gradient_bytes": tracker.live["gradients"]}
+
+    def _loss(self) -> Loss:
+        return training_loss(self.setup, self.learner.net, self.encoded, self.draws, self.recipe.loss)
+
+    def _optimizer_step(self, reached: Sequence[nn.Parameter]) -> None:
+        """reached: the parameters that a backward pass gives gradients."""
+        rate = self.recipe.optimization.learning_rate
+        if not self.recipe.memory.step_in_backward:  # the first step makes the state, which later ones find
+            self.learner.step(0, rate)
+            own_state(self.tracker, self.learner, self.times)
+            give_gradients(reached, self.tracker, self.times, self.fake)
+        with self.tracker.phase("step"):
+            self.learner.step(1, rate)
+        own_state(self.tracker, self.learner, self.times)
+
+    def _denoise(self) -> None:
+        """One pass for one clip."""
+        setup, one = self.setup, self.encoded.map(lambda tensor: tensor[:1])
+        with at_rest(self.learner.plain):
+            x0, cond = settle(one, [0], setup.parts.null)
+            setup.denoise(self.learner.plain, x0, torch.ones(1, device=x0.device), cond)
 
 
-def one_pass(setup: Setup, net: nn.Module, encoded: Encoded) -> None:
-    """A preview's heaviest moments: one denoising pass of one clip, and decoding it."""
-    one = first_of(encoded)
-    with at_rest(net):
-        x0, cond = settle(one, [0], setup.parts.null)
-        x0 = setup.denoise(net, x0, torch.ones(1, device=x0.device), cond)
-        del cond
-        setup.family.decode(setup.parts, x0)
+def counts_of(net: nn.Module, classes: tuple[str, ...]) -> dict[str, int]:
+    """Parameters of a network and of its blocks, which are of these class names, once it is said what learns."""
+    blocks = blocks_of(net, classes)
+    parameters = sum(weight.numel() for weight in net.parameters())
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
+    return {
+        "parameters": parameters,
+        "trainable": sum(weight.numel() for weight in net.parameters() if weight.requires_grad),
+        "block_parameters": max(sizes),
+        "other_parameters": parameters - sum(sizes),
+        "still_blocks": sum(not any(weight.requires_grad for weight in block.parameters()) for block in blocks),
+    }
+
+
+def still_matching(model: Model, net: nn.Module, names: dict[str, str]) -> Model:
+    """Without the patterns that match only blocks that were taken out."""
+    left = [names[name] for name, _ in net.named_parameters()]
+
+    def some(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one for one in patterns if any(matches(one, name) for name in left))
+
+    low = some(model.trainable_modules_low_learning_rate)
+    return replace(model, trainable_modules=some(model.trainable_modules), trainable_modules_low_learning_rate=low)

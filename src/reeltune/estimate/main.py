@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from reeltune.config.parse import build, flat
-from reeltune.config.recipe import Parallel, Recipe
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Draw, Shape
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import PEAK_FLOPS
 from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import DataForecast, forecast_data
-from reeltune.estimate.fake_step import ALL, TRAINED, rehearse
+from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import check_split, choose_family
+from reeltune.run.model import check_split
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
@@ -81,7 +82,7 @@ class Forecast:
     batch: int
     steps: int
     ways: int  # cache_variants
-    rehearsal: Rehearsal  # as the engine computes
+    largest_step: StepEstimate  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
     kept_bytes: dict[bool, int]  # gradient checkpointing or not -> activations kept for the backward pass
     host_bytes: dict[str, int]
@@ -93,101 +94,43 @@ class Forecast:
     offers: list[Offer]
 
 
-def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = lambda _: None) -> Forecast:
-    """told: what is being done now. Raises UserError for what training would refuse, and for unknown machines."""
-    engine = sharding.name_of(recipe.parallel.engine, machines.gpus)
+@dataclass(frozen=True)
+class Planned:
+    """What stays as it is while changes of the recipe are tried."""
+
+    recipe: Recipe
+    machines: Machines
+    inputs: Inputs
+    estimator: Estimator
+    progress: Callable[[str], None]  # is told what is estimated now
+
+
+def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
+    """progress: as of Planned. Raises UserError for what training would refuse, and for machines that there are not."""
     check(recipe, machines)
-    family, mode, _ = choose_family(recipe)
-    world = machines.gpus // recipe.parallel.context_parallel  # that take samples of their own
-    inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * world)
+    estimator = Estimator(recipe)
+    family, mode, gpus = estimator.family, estimator.mode, machines.gpus
+    groups = gpus // recipe.parallel.context_parallel  # of devices, that take samples of their own
+    inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * groups)
+    planned = Planned(recipe, machines, inputs, estimator, progress)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
     steps = steps_of(recipe, data.micro_steps)
 
-    known: dict[Any, Rehearsal] = {}
-
-    def rehearsed(
-        recipe: Recipe, engine: str, draws: list[Draw], phases: Set[str], like: Rehearsal | None
-    ) -> Rehearsal:
-        if ENGINES[engine].own_copies and recipe.training.mixed_precision != "no":
-            recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
-        captions = [inputs.train[draw.record].text for draw in draws]
-        alike = replace(recipe, parallel=replace(Parallel(), context_parallel=recipe.parallel.context_parallel))
-        key = (alike, draws[0].shape, len(draws), frozenset(phases))
-        if key not in known:  # engines and their numbers of devices share what one device does
-            known[key] = rehearse(recipe, draws, captions, phases=phases, like=like)
-        return known[key]
-
-    def first_draws(recipe: Recipe, gpus: int) -> list[Draw]:
-        """Of the first rank in the first micro-step, which is the largest."""
-        b = recipe.training.train_batch_size
-        world = gpus // recipe.parallel.context_parallel
-        rules = size_rules(recipe, family)
-        fresh = Plan(inputs.train, rules, group=b * world, seed=recipe.training.seed, largest_first=True)
-        return fresh.share(0, 0, b)
-
-    def changed_by(changed: tuple[Change, ...]) -> tuple[Recipe, int, dict[str, Any]]:
-        """(recipe, devices, settings) with these changes. Raises UserError if they do not go with the rest."""
-        settings = {name: value for change in changed for name, value in change.settings.items()}
-        gpus = settings.pop("gpus", machines.gpus)
-        other = build({**flat(recipe), **settings})
-        check(other, replace(machines, gpus=gpus))
-        check_split(family, other.parallel.context_parallel)
-        return other, gpus, settings
-
-    def goes(changed: tuple[Change, ...]) -> bool:
-        try:
-            changed_by(changed)
-        except UserError:
-            return False
-        return True
-
-    def attempt(changed: tuple[Change, ...], base: Rehearsal | None = None) -> tuple[Verdict, Rehearsal]:
-        told(" and ".join(change.words for change in changed) or "the largest step")
-        other, gpus, settings = changed_by(changed)
-        name = sharding.name_of(other.parallel.engine, gpus)
-        draws, phases = first_draws(other, gpus), shown
-        if base is not None:
-            otherwise = [*settings, *(["trained_weights"] if name != engine else [])]
-            phases = shown & levers.reworked(otherwise)
-        found = rehearsed(other, name, draws, phases, base)
-        peaks, _ = on_each(other, found, gpus)
-        if not with_preview(other, inputs):
-            peaks.pop("preview", None)
-        return judge(peaks, machines.size_bytes), found
-
-    shown = ALL if with_preview(recipe, inputs) else ALL - {"preview"}
-    verdict, base = attempt(())
-    peaks, kept_back_bytes = on_each(recipe, base, machines.gpus)
-    draws = first_draws(recipe, machines.gpus)
-    checkpointing = recipe.training.gradient_checkpointing
-    told("activations without gradient_checkpointing" if checkpointing else "activations with gradient_checkpointing")
-    toggled = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not checkpointing))
-    other = rehearsed(toggled, engine, draws, TRAINED, base)
-    sizes = sized(
-        data, base, lambda shape: rehearsed(recipe, engine, at(draws, shape), TRAINED | {"encode"}, base), told
+    verdict, largest = attempt(planned, ())
+    peaks, offloaded_bytes = on_each(recipe, largest, gpus)
+    draws = first_draws(planned, recipe, gpus)
+    sizes = at_sizes(planned, data, draws, largest)
+    step_flops = mean_flops(data, sizes)
+    clip_flops = throughput.Curve(
+        [*sizes], [recipe.parallel.context_parallel * sum(passes(step).values()) for step in sizes.values()]
     )
-    curves = {
-        phase: throughput.Curve([*sizes], [found.flops.get(phase, 0) for found in sizes.values()])
-        for phase in ("encode", "forward", "backward")
-    }
-    together = recipe.parallel.context_parallel  # devices of which each does its part of a clip
-    whole = throughput.Curve(
-        [*sizes], [together * sum(found.flops.get(phase, 0) for phase in curves) for found in sizes.values()]
-    )
-    mean = {
-        phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
-        for phase, curve in curves.items()
-    }
-    possible = changes(recipe, engine, machines.gpus, base.still_blocks, tiles=family.vae_tiles)
-    candidates = [change for change in possible if goes((change,))]
-    offers = search(candidates, goes, partial(attempt, base=base), (verdict, base))
     return Forecast(
         model=family.name,
         mode=mode,
         machines=machines,
-        engine=engine,
+        engine=sharding.name_of(recipe.parallel.engine, gpus),
         inputs=inputs,
         left_out=left_out(inputs, plan),
         data=data,
@@ -195,17 +138,111 @@ def forecast(recipe: Recipe, machines: Machines, told: Callable[[str], None] = l
         batch=len(draws),
         steps=steps,
         ways=recipe.cache.cache_variants,
-        rehearsal=base,
+        largest_step=largest,
         peaks=peaks,
-        kept_bytes={checkpointing: base.saved_bytes, not checkpointing: other.saved_bytes},
-        host_bytes=host_bytes(recipe, base, draws, family.needs[mode], machines.gpus, kept_back_bytes),
-        disk_bytes=disk_bytes(recipe, base, steps, data, len(inputs.train), sizes),
-        step_flops=mean,
-        run_flops=sum(mean.values()) * steps * accumulate * machines.gpus,
-        throughput=expected_throughput(machines, whole, len(draws)),
+        kept_bytes=kept_bytes(planned, draws, largest),
+        host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes),
+        disk_bytes=disk_bytes(recipe, largest, steps, data, len(inputs.train), sizes),
+        step_flops=step_flops,
+        run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
+        throughput=expected_throughput(machines, clip_flops, len(draws)),
         verdict=verdict,
-        offers=offers,
+        offers=offers(planned, verdict, largest),
     )
+
+
+def first_draws(planned: Planned, recipe: Recipe, gpus: int) -> list[Draw]:
+    """Of the first rank in the first micro-step, which is the largest."""
+    batch, seed = recipe.training.train_batch_size, recipe.training.seed
+    group = batch * gpus // recipe.parallel.context_parallel
+    rules = size_rules(recipe, planned.estimator.family)
+    return Plan(planned.inputs.train, rules, group=group, seed=seed, largest_first=True).share(0, 0, batch)
+
+
+def estimate(planned: Planned, recipe: Recipe, gpus: int, draws: list[Draw], *, preview: bool) -> StepEstimate:
+    """Of one device, in the precision in which the engine of so many computes."""
+    engine = ENGINES[sharding.name_of(recipe.parallel.engine, gpus)]
+    if engine.own_copies and recipe.training.mixed_precision != "no":
+        recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
+    captions = [planned.inputs.train[draw.record].text for draw in draws]
+    return planned.estimator.step(recipe, draws, captions, preview=preview)
+
+
+def changed(planned: Planned, changes: Sequence[Change]) -> tuple[Recipe, int]:
+    """(recipe, devices) with these changes. Raises UserError if they do not go with the rest."""
+    settings = {name: value for change in changes for name, value in change.settings.items()}
+    gpus = settings.pop("gpus", planned.machines.gpus)
+    recipe = build({**flat(planned.recipe), **settings})
+    check(recipe, replace(planned.machines, gpus=gpus))
+    check_split(planned.estimator.family, recipe.parallel.context_parallel)
+    return recipe, gpus
+
+
+def goes(planned: Planned, changes: Sequence[Change]) -> bool:
+    """Whether they go together, and with the rest of the recipe."""
+    try:
+        changed(planned, changes)
+    except UserError:
+        return False
+    return True
+
+
+def attempt(planned: Planned, changes: Sequence[Change]) -> tuple[Verdict, StepEstimate]:
+    """The largest step with these changes, and whether it fits."""
+    planned.progress(" and ".join(change.words for change in changes) or "the largest step")
+    recipe, gpus = changed(planned, changes)
+    step = estimate(
+        planned, recipe, gpus, first_draws(planned, recipe, gpus), preview=with_preview(recipe, planned.inputs)
+    )
+    return judge(on_each(recipe, step, gpus)[0], planned.machines.size_bytes), step
+
+
+def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Offer]:
+    """Of what could make it fit, the cheapest."""
+    recipe, gpus = planned.recipe, planned.machines.gpus
+    engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
+    possible = changes(recipe, engine, gpus, largest.still_blocks, tiles=tiles)
+    candidates = [one for one in possible if goes(planned, (one,))]
+    return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
+
+
+def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> dict[bool, int]:
+    """Gradient checkpointing or not -> activations kept for the backward pass."""
+    recipe = planned.recipe
+    on = recipe.training.gradient_checkpointing
+    planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
+    other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
+    step = estimate(planned, other, planned.machines.gpus, draws, preview=False)
+    return {on: largest.saved_bytes, not on: step.saved_bytes}
+
+
+def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate) -> dict[int, StepEstimate]:
+    """Tokens of a sample -> the step at that size: the most, the least, and those of the middle sample."""
+    counts = np.cumsum([bucket.samples for bucket in data.buckets])
+    middle = data.buckets[int(np.searchsorted(2 * counts, data.samples))]
+    sizes = {data.buckets[0].tokens: largest}
+    for bucket in (data.buckets[-1], middle):
+        if bucket.tokens not in sizes:
+            shape = bucket.shape
+            planned.progress(f"a step of {shape.frames} x {shape.height} x {shape.width}")
+            same = [replace(draw, shape=shape, frames=tuple(range(shape.frames)), ref_frame=0) for draw in draws]
+            sizes[bucket.tokens] = estimate(planned, planned.recipe, planned.machines.gpus, same, preview=False)
+    return sizes
+
+
+def passes(step: StepEstimate) -> dict[str, int]:
+    """Phase -> FLOPs, of those that each micro-step has."""
+    return {phase: step.flops.get(phase, 0) for phase in ("encode", "forward", "backward")}
+
+
+def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
+    """Phase -> FLOPs of a mean micro-step of one process."""
+    flops = [passes(step) for step in sizes.values()]
+    curves = {phase: throughput.Curve([*sizes], [one[phase] for one in flops]) for phase in flops[0]}
+    return {
+        phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
+        for phase, curve in curves.items()
+    }
 
 
 def check(recipe: Recipe, machines: Machines) -> None:
@@ -236,11 +273,11 @@ def check(recipe: Recipe, machines: Machines) -> None:
     refuse("plan", problems)
 
 
-def on_each(recipe: Recipe, found: Rehearsal, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
+def on_each(recipe: Recipe, step: StepEstimate, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
     """As sharding.peaks, of the recipe's engine; and where the next batch is encoded beside training, that too."""
     parallel = recipe.parallel
     name = sharding.name_of(parallel.engine, gpus)
-    peaks, host = sharding.peaks(found, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    peaks, host = sharding.peaks(step, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
     if encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
@@ -252,49 +289,26 @@ def with_preview(recipe: Recipe, inputs: Inputs) -> bool:
     return bool(shown.validation_prompts or (shown.preview_count and len(inputs.held_out)))
 
 
-def sized(
-    data: DataForecast, base: Rehearsal, rehearsed: Callable[[Shape], Rehearsal], told: Callable[[str], None]
-) -> dict[int, Rehearsal]:
-    """Tokens of a sample -> the step at that size: the most, the least, and those of the middle sample."""
-    most, least = data.buckets[0], data.buckets[-1]
-    seen, middle = 0, most
-    for middle in data.buckets:
-        seen += middle.samples
-        if 2 * seen >= data.samples:
-            break
-    found = {most.tokens: base}
-    for bucket in (least, middle):
-        if bucket.tokens not in found:
-            told(f"a step of {bucket.shape.frames} x {bucket.shape.height} x {bucket.shape.width}")
-            found[bucket.tokens] = rehearsed(bucket.shape)
-    return found
-
-
-def at(draws: list[Draw], shape: Shape) -> list[Draw]:
-    """The same of another shape."""
-    return [replace(draw, shape=shape, frames=tuple(range(shape.frames)), ref_frame=0) for draw in draws]
-
-
 def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
     rows = [(row.path, row.reason) for row in (*inputs.scan.left_out, *inputs.unsuited)]
     return rows + [(inputs.train[record].path, reason) for record, reason in plan.left_out]
 
 
 def host_bytes(
-    recipe: Recipe, found: Rehearsal, draws: list[Draw], needs: tuple[str, ...], gpus: int, kept_back_bytes: int
+    recipe: Recipe, step: StepEstimate, draws: list[Draw], needs: tuple[str, ...], gpus: int, kept_back_bytes: int
 ) -> dict[str, int]:
     """Of the machine's own memory, in the largest step, for all processes of one machine."""
     frames, height, width = draws[0].shape
     per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays are fp32
     batch = len(draws) * frames * height * width * per_pixel
     workers = recipe.data.dataloader_num_workers
-    frozen = sum(size for name, size in found.weight_bytes.items() if name != "network")
+    frozen = sum(size for name, size in step.weight_bytes.items() if name != "network")
     waiting = {
         "what offload keeps there": kept_back_bytes,
-        "activations that wait there": found.offloaded_bytes,
-        "weights of swapped blocks": found.swapped_bytes,
+        "activations that wait there": step.offloaded_bytes,
+        "weights of swapped blocks": step.swapped_bytes,
     }
-    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, found)}
+    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, step)}
     copies = copies if recipe.output.save_in_background else {}
     return (
         {what: gpus * size for what, size in waiting.items() if size}
@@ -302,20 +316,20 @@ def host_bytes(
         | {
             "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
             "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
-            * (frozen if recipe.training.low_vram else max(found.weight_bytes["network"], frozen)),
+            * (frozen if recipe.training.low_vram else max(step.weight_bytes["network"], frozen)),
         }
     )
 
 
 def disk_bytes(
-    recipe: Recipe, found: Rehearsal, steps: int, data: DataForecast, clips: int, sizes: dict[int, Rehearsal]
+    recipe: Recipe, step: StepEstimate, steps: int, data: DataForecast, clips: int, sizes: dict[int, StepEstimate]
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
-    average = 4 * found.trainable if recipe.optimization.use_ema else 0
-    one = saved_bytes(recipe, found) + (found.weight_bytes["network"] + average if average else 0)
+    average = 4 * step.trainable if recipe.optimization.use_ema else 0
+    one = saved_bytes(recipe, step) + (step.weight_bytes["network"] + average if average else 0)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
-    encoded = throughput.Curve([*sizes], [rehearsal.encoded_bytes for rehearsal in sizes.values()])
+    encoded = throughput.Curve([*sizes], [step.encoded_bytes for step in sizes.values()])
     mean = sum(encoded(bucket.tokens) * bucket.samples for bucket in data.buckets) / data.samples
     ways = max(recipe.cache.cache_variants, 1)
     return {
@@ -325,10 +339,10 @@ def disk_bytes(
     }
 
 
-def saved_bytes(recipe: Recipe, found: Rehearsal) -> int:
+def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
     """Weights, optimizer state and moving average, each once."""
-    average = 4 * found.trainable if recipe.optimization.use_ema else 0
-    return found.weight_bytes["network"] + found.state_bytes + average
+    average = 4 * step.trainable if recipe.optimization.use_ema else 0
+    return step.weight_bytes["network"] + step.state_bytes + average
 
 
 def expected_throughput(

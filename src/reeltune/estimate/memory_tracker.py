@@ -48,12 +48,12 @@ class Tracker(TorchDispatchMode):
     Works alike on real tensors and on those of FakeTensorMode. What was there before is told to `own`; what a kernel
     allocates and frees within itself is not seen.
 
-    stand_ins: where large tensors made of nothing, such as noise, have no values either.
+    fake: where large tensors made of nothing, such as noise, have no values either.
     """
 
-    def __init__(self, stand_ins: FakeTensorMode | None = None):
+    def __init__(self, fake: FakeTensorMode | None = None):
         super().__init__()
-        self.stand_ins = stand_ins
+        self.fake = fake
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
         self.flops: Counter[str] = Counter()
@@ -130,9 +130,9 @@ class Tracker(TorchDispatchMode):
 
     def _made_of_nothing(self, func, args, kwargs) -> Tensor | None:
         """A large tensor without values, if that is what is asked for."""
-        if self.stand_ins is None or isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
+        if self.fake is None or isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
             return None
-        with self.stand_ins:
+        with self.fake:
             out = func(*args, **kwargs)
         return out if out.numel() > VALUED else None
 

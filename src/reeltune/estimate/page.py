@@ -33,24 +33,24 @@ class Table:
     note: str = ""
 
 
-def tables(found: Forecast) -> list[Table]:
+def tables(plan: Forecast) -> list[Table]:
     return [
-        data_table(found),
-        size_table(found),
-        *left_out_tables(found),
-        memory_table(found),
-        other_memory(found),
-        time_table(found),
+        data_table(plan),
+        size_table(plan),
+        *left_out_tables(plan),
+        memory_table(plan),
+        other_memory(plan),
+        time_table(plan),
     ]
 
 
-def verdict_lines(found: Forecast) -> tuple[str, str]:
+def verdict_lines(plan: Forecast) -> tuple[str, str]:
     """(the answer, its reason)"""
-    verdict, machines = found.verdict, found.machines
+    verdict, machines = plan.verdict, plan.machines
     where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
-    frames, height, width = found.largest
+    frames, height, width = plan.largest
     needs = (
-        f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({found.batch} x {frames} frames of "
+        f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({plan.batch} x {frames} frames of "
         f"{width} x {height}), which takes {size(verdict.need_bytes)} of {size(verdict.have_bytes)} on {where}"
     )
     if verdict.safe:
@@ -60,7 +60,7 @@ def verdict_lines(found: Forecast) -> tuple[str, str]:
     return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much."
 
 
-def offer_rows(found: Forecast) -> list[tuple[str, str, str]]:
+def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
     """(changes, what is then needed, price), the cheapest first."""
     return [
         (
@@ -68,31 +68,31 @@ def offer_rows(found: Forecast) -> list[tuple[str, str, str]]:
             f"{size(offer.verdict.need_bytes)}, {size(offer.verdict.spare_bytes)} to spare",
             "\n".join(offer.prices),
         )
-        for offer in found.offers
+        for offer in plan.offers
     ]
 
 
-def data_table(found: Forecast) -> Table:
-    data, inputs = found.data, found.inputs
+def data_table(plan: Forecast) -> Table:
+    data, inputs = plan.data, plan.inputs
     mean, high, most = data.step_tokens
     rows = [
         (
             "entries",
             f"{inputs.scan.entries:,}: {len(inputs.train):,} to train on, {len(inputs.held_out):,} held out",
         ),
-        ("left out", f"{len(found.left_out):,}"),
+        ("left out", f"{len(plan.left_out):,}"),
         ("samples in an epoch", f"{data.samples:,}, of which {data.repeated:.1%} repeated to fill groups"),
         ("tokens per optimizer step", f"{mean:,.0f} on average, 95 % up to {high:,.0f}, {most:,.0f} at most"),
         ("cropped", f"{data.cropped:.0%} of samples; {data.picture_lost:.1%} of the picture is lost on average"),
         ("footage seen in an epoch", span(data.footage_s)),
-        ("ways of reading a clip", f"{found.ways} (cache_variants)" if found.ways else "new ones at every use"),
-        ("steps", f"{found.steps:,}"),
+        ("ways of reading a clip", f"{plan.ways} (cache_variants)" if plan.ways else "new ones at every use"),
+        ("steps", f"{plan.steps:,}"),
     ]
     return Table("Data", ("", ""), rows, words=2)
 
 
-def size_table(found: Forecast) -> Table:
-    buckets = found.data.buckets
+def size_table(plan: Forecast) -> Table:
+    buckets = plan.data.buckets
     rows = [
         (
             bucket.aspect,
@@ -101,7 +101,7 @@ def size_table(found: Forecast) -> Table:
             f"{bucket.shape.width} x {bucket.shape.height}",
             f"{bucket.tokens:,}",
             f"{bucket.samples:,}",
-            f"{bucket.samples / found.data.samples:.1%}",
+            f"{bucket.samples / plan.data.samples:.1%}",
         )
         for bucket in buckets[:LISTED]
     ]
@@ -112,50 +112,50 @@ def size_table(found: Forecast) -> Table:
     )
 
 
-def left_out_tables(found: Forecast) -> list[Table]:
-    if not found.left_out:
+def left_out_tables(plan: Forecast) -> list[Table]:
+    if not plan.left_out:
         return []
-    more = len(found.left_out) - LISTED
+    more = len(plan.left_out) - LISTED
     note = f"and {more:,} more; reeltune check lists all" if more > 0 else ""
-    return [Table("Left out", ("entry", "why"), found.left_out[:LISTED], 2, note)]
+    return [Table("Left out", ("entry", "why"), plan.left_out[:LISTED], 2, note)]
 
 
-def memory_table(found: Forecast) -> Table:
-    phases = [phase for phase in PHASES if phase in found.peaks]
+def memory_table(plan: Forecast) -> Table:
+    phases = [phase for phase in PHASES if phase in plan.peaks]
     rows = [
-        (words, *(size(found.peaks[phase].get(part, 0)) for phase in phases))
+        (words, *(size(plan.peaks[phase].get(part, 0)) for phase in phases))
         for part, words in PARTS.items()
-        if any(found.peaks[phase].get(part) for phase in phases)
+        if any(plan.peaks[phase].get(part) for phase in phases)
     ]
-    rows.append(("together", *(size(sum(found.peaks[phase].values())) for phase in phases)))
-    kept = [f"{size(found.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
-    engine = ENGINES[found.engine].words
-    how = "" if found.engine in ("one", "ddp") else ", shared out by arithmetic"
+    rows.append(("together", *(size(sum(plan.peaks[phase].values())) for phase in phases)))
+    kept = [f"{size(plan.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
+    engine = ENGINES[plan.engine].words
+    how = "" if plan.engine in ("one", "ddp") else ", sharded by arithmetic"
     note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]} gradient_checkpointing, {kept[1]}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
 
-def other_memory(found: Forecast) -> Table:
-    rows = [("host: " + name, size(count)) for name, count in found.host_bytes.items()]
-    rows += [("disk: " + name, size(count)) for name, count in found.disk_bytes.items()]
+def other_memory(plan: Forecast) -> Table:
+    rows = [("host: " + name, size(count)) for name, count in plan.host_bytes.items()]
+    rows += [("disk: " + name, size(count)) for name, count in plan.disk_bytes.items()]
     return Table("Host and disk", ("", ""), rows)
 
 
-def time_table(found: Forecast) -> Table:
-    whole = sum(found.step_flops.values())
+def time_table(plan: Forecast) -> Table:
+    whole = sum(plan.step_flops.values())
     rows = [
         (f"{PHASES[phase]} of a mean micro-step", f"{rounded(flops / 1e12)} TFLOP", f"{flops / whole:.0%}")
-        for phase, flops in found.step_flops.items()
+        for phase, flops in plan.step_flops.items()
     ]
-    rows.append((f"all {found.steps:,} steps", f"{rounded(found.run_flops / 1e15)} PFLOP", ""))
+    rows.append((f"all {plan.steps:,} steps", f"{rounded(plan.run_flops / 1e15)} PFLOP", ""))
     note = "No throughput is known for this device: give --throughput or --measured for the time."
-    if found.throughput is not None:
-        least, most = throughput.seconds(found.run_flops, found.throughput, found.machines.gpus)
-        told = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
-        rows.append(("time for them", told, ""))
-        rates = (found.throughput.low, found.throughput.high)
-        told = " to ".join(dict.fromkeys(rounded(rate / 1e12) for rate in rates))
-        note = f"At {told} TFLOP/s of each device: {found.throughput.source}."
+    if plan.throughput is not None:
+        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.machines.gpus)
+        time = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
+        rows.append(("time for them", time, ""))
+        rates = (plan.throughput.low, plan.throughput.high)
+        rate = " to ".join(dict.fromkeys(rounded(flops_per_s / 1e12) for flops_per_s in rates))
+        note = f"At {rate} TFLOP/s of each device: {plan.throughput.source}."
     return Table("Time", ("", "", ""), rows, 1, note)
 
 
@@ -177,20 +177,20 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def show(found: Forecast, console: Console) -> None:
-    console.print(f"[bold]{found.model}[/], train_mode {found.mode}")
-    for table in tables(found):
+def show(plan: Forecast, console: Console) -> None:
+    console.print(f"[bold]{plan.model}[/], train_mode {plan.mode}")
+    for table in tables(plan):
         console.print()
         console.print(_drawn(table))
         if table.note:
             console.print(table.note, style="dim", highlight=False)
-    answer, reason = verdict_lines(found)
-    tone = "green" if found.verdict.safe else "yellow" if found.verdict.fits else "red"
+    answer, reason = verdict_lines(plan)
+    tone = "green" if plan.verdict.safe else "yellow" if plan.verdict.fits else "red"
     console.print(f"\n[bold {tone}]{answer}[/] {reason}", highlight=False)
-    if found.offers:
+    if plan.offers:
         heads = ("what would make it fit, cheapest first", "then takes", "at the price of")
-        console.print(_drawn(Table("", heads, offer_rows(found), 3)))
-    elif not found.verdict.safe:
+        console.print(_drawn(Table("", heads, offer_rows(plan), 3)))
+    elif not plan.verdict.safe:
         console.print("No change of this recipe that is known here makes it fit.")
 
 
@@ -215,45 +215,45 @@ COLOURS = {  # colour -> (what it stands for, its parts)
 }
 
 
-def write_page(found: Forecast, path: Path) -> Path:
+def write_page(plan: Forecast, path: Path) -> Path:
     """The tables, and pictures of memory and sizes, in one file that needs no other."""
-    answer, reason = verdict_lines(found)
+    answer, reason = verdict_lines(plan)
     page = (
         report.environment()
         .get_template("estimate/plan.html")
         .render(
-            name=found.model,
-            mode=found.mode,
-            machines=found.machines,
-            engine=ENGINES[found.engine].words,
-            tone="good" if found.verdict.safe else "open" if found.verdict.fits else "bad",
+            name=plan.model,
+            mode=plan.mode,
+            machines=plan.machines,
+            engine=ENGINES[plan.engine].words,
+            tone="good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad",
             answer=answer,
             reason=reason,
-            offers=offer_rows(found),
-            memory=Markup(memory_chart(found)),
+            offers=offer_rows(plan),
+            memory=Markup(memory_chart(plan)),
             legend=[(colour, words) for colour, (words, _) in COLOURS.items()],
-            sizes=Markup(size_chart(found)),
-            tables=tables(found),
+            sizes=Markup(size_chart(plan)),
+            tables=tables(plan),
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return report.write_whole(path, page)
 
 
-def memory_chart(found: Forecast) -> str:
+def memory_chart(plan: Forecast) -> str:
     rows = [
         (
             PHASES[phase],
             [(colour, sum(parts.get(part, 0) for part in named) / 1e9) for colour, (_, named) in COLOURS.items()],
         )
-        for phase, parts in found.peaks.items()
+        for phase, parts in plan.peaks.items()
     ]
-    return charts.stacked(rows, found.verdict.have_bytes / 1e9, "memory of each device by phase", "GB")
+    return charts.stacked(rows, plan.verdict.have_bytes / 1e9, "memory of each device by phase", "GB")
 
 
-def size_chart(found: Forecast) -> str:
+def size_chart(plan: Forecast) -> str:
     by_tokens: Counter[int] = Counter()
-    for bucket in found.data.buckets:
+    for bucket in plan.data.buckets:
         by_tokens[bucket.tokens] += bucket.samples
     tokens = sorted(by_tokens)
     names = [f"{count:,}" for count in tokens]
@@ -264,8 +264,8 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     """`reeltune plan`: prints the forecast; with `html` also writes it there."""
     waiting = Console(stderr=True)
     with waiting.status("reading measurements") as status:
-        found = forecast(recipe, machines, told=lambda words: status.update(f"rehearsing: {words}"))
+        plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
     console = Console()
-    show(found, console)
+    show(plan, console)
     if html is not None:
-        console.print(f"page: {write_page(found, html)}", highlight=False, soft_wrap=True)
+        console.print(f"page: {write_page(plan, html)}", highlight=False, soft_wrap=True)

@@ -9,14 +9,14 @@ from typing import Any
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL
 from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
 TOLD = 3  # sets of changes named
-TRIES = 8  # sets of several changes that are rehearsed for one of them
+TRIES = 8  # sets of several changes that are estimated for one of them
 PCIE_BYTES_PER_S = 25e9  # of a x16 PCIe 4 link in practice; 31.5e9 by its standard
 
 
@@ -84,7 +84,7 @@ def changes(recipe: Recipe, engine: str, gpus: int, frozen_blocks: int, *, tiles
         yield Change(settings, lever.plan_price or lever.price, lever.where(values))
 
 
-def numbers(before: Rehearsal, after: Rehearsal, settings: dict[str, Any]) -> dict[str, Any]:
+def numbers(before: StepEstimate, after: StepEstimate, settings: dict[str, Any]) -> dict[str, Any]:
     """What a price may name: from the step as it is, the step with the change, and what was written for it."""
     visits = 2 * sum(size for name, size in before.weight_bytes.items() if name != "network")
     offloaded, swapped = 2 * after.offloaded_bytes, 2 * after.swapped_bytes  # there and back; in both passes
@@ -100,8 +100,8 @@ def numbers(before: Rehearsal, after: Rehearsal, settings: dict[str, Any]) -> di
     }
 
 
-def step_flops(rehearsal: Rehearsal) -> int:
-    return sum(rehearsal.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
+def step_flops(step: StepEstimate) -> int:
+    return sum(step.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ NONE: Chosen = frozenset()
 def search(
     candidates: list[Change],
     goes: Callable[[tuple[Change, ...]], bool],
-    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]],
-    before: tuple[Verdict, Rehearsal],
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]],
+    before: tuple[Verdict, StepEstimate],
 ) -> list[Offer]:
     """Up to TOLD sets of changes that make it fit with room to spare; none, if it has that. candidates: the cheapest
     first.
@@ -149,9 +149,9 @@ def search(
 class Tries:
     candidates: list[Change]
     goes: Callable[[tuple[Change, ...]], bool]
-    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, Rehearsal]]
-    known: dict[Chosen, tuple[Verdict, Rehearsal]] = field(repr=False)
-    """Sets that were rehearsed; first the run as it is."""
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]]
+    known: dict[Chosen, tuple[Verdict, StepEstimate]] = field(repr=False)
+    """Sets that were estimated; first the run as it is."""
 
     def picked(self, chosen: Chosen) -> tuple[Change, ...]:
         return tuple(self.candidates[i] for i in sorted(chosen))
@@ -168,7 +168,7 @@ class Tries:
         return Offer(picked, verdict, tuple(prices))
 
     def expected(self, chosen: Chosen) -> dict[str, int]:
-        """Phase -> bytes, if beside the largest part of the set that was rehearsed each change spares what it does
+        """Phase -> bytes, if beside the largest part of the set that was estimated each change spares what it does
         alone."""
         part = max((part for part in self.known if part <= chosen), key=len)
         before, totals = self.known[NONE][0].totals, dict(self.known[part][0].totals)

@@ -1,4 +1,4 @@
-"""Deep networks rehearsed with few of their blocks, exactly.
+"""Deep networks estimated with few of their blocks, exactly.
 
 Of a run of equal blocks four are left, of which one stands for all that are gone. Its weights, gradients and state,
 what it keeps for the backward pass and its FLOPs count as often as it stands for. From one block to the next a pass
@@ -47,7 +47,7 @@ def _cut(blocks: nn.ModuleList, classes: tuple[str, ...]) -> Iterator[Stand]:
         if gone < 1:
             continue
         for name, _ in run[2 : 2 + gone]:
-            del blocks._modules[name]  # not by index, which would rename those behind it
+            delattr(blocks, name)  # not by index, which would rename those behind it
         yield Stand(run[0][1], run[1][1], run[-1][1], 1 + gone)
 
 

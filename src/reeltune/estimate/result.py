@@ -1,9 +1,8 @@
-"""What a rehearsed step took: its parts, and when.  (no torch)"""
+"""What a step takes: its parts, and when.  (no torch)"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 PARTS = {  # part -> what it is, in the order in which it is told
     "weights": "trained weights",
@@ -34,22 +33,24 @@ PHASES = {
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class StepEstimate:
     """What one step of one process on one device takes, at the shape it was given."""
 
     peaks: dict[str, dict[str, int]]
     """phase -> part -> bytes at the fullest moment of the phase."""
     flops: dict[str, int]
     """phase -> FLOPs of a micro-step; a preview's are of one denoising pass and decoding."""
+    resident: dict[str, int]
+    """part -> bytes that are there in every phase."""
     saved_bytes: int
     """Activations kept for the backward pass, when it begins."""
-    gradient_bytes: int
-    state_bytes: int
-    """Of the optimizer."""
     offloaded_bytes: int
     """Activations that wait in the machine's own memory."""
     swapped_bytes: int
     """Weights of blocks that do."""
+    gradient_bytes: int
+    state_bytes: int
+    """Of the optimizer."""
     parameters: int
     trainable: int
     number_bytes: int
@@ -62,9 +63,5 @@ class Rehearsal:
     """Blocks of which nothing learns."""
     other_parameters: int
     """Outside of blocks."""
-    encoded_bytes: int
+    encoded_bytes: int = 0
     """Of what encoding makes of one sample, in float32."""
-    reached: tuple[bool, ...] = field(repr=False)
-    """Which of the learning parameters had a gradient."""
-    encoded: Any = field(repr=False)
-    """That itself (types.Encoded), for rehearsals that begin after it."""

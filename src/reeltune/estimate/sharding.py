@@ -1,4 +1,4 @@
-"""What a step takes on each of several GPUs: a rehearsed step on one, its parts copied or shared out.  (no torch)
+"""What a step takes on each of several GPUs: the step of one, its parts copied or sharded.  (no torch)
 
 Psi is the number of trained parameters, N of GPUs.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reeltune.estimate.result import Rehearsal
+from reeltune.estimate.result import StepEstimate
 
 Parts = dict[str, int]
-FULL = 4  # bytes of a number in fp32; those that compute have found.number_bytes
+FULL = 4  # bytes of a number in fp32; those that compute have step.number_bytes
 BUCKET = 500_000_000  # numbers: reduce_bucket_size and allgather_bucket_size (deepspeed.ai/docs/config-json)
 LIVE = 1_000_000_000  # numbers: stage3_max_live_parameters, of the same page
 
@@ -21,79 +21,79 @@ class Engine:
     """How parts of a step on one GPU become parts of a step on each of N."""
 
     words: str
-    share: Callable[[Rehearsal, str, int], Parts]
-    """(rehearsal, phase, N) -> parts at the fullest moment of the phase."""
+    share: Callable[[StepEstimate, str, int], Parts]
+    """(step, phase, N) -> parts at the fullest moment of the phase."""
     own_copies: bool
     """The network computes with copies of its own in the run's precision, not under autocast."""
     offloaded: tuple[str, ...] = ()
     """Parts that `offload` keeps in the machine's own memory."""
 
 
-def _one(found: Rehearsal, phase: str, gpus: int) -> Parts:
-    return dict(found.peaks[phase])
+def _one(step: StepEstimate, phase: str, gpus: int) -> Parts:
+    return dict(step.peaks[phase])
 
 
-def _ddp(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _ddp(step: StepEstimate, phase: str, gpus: int) -> Parts:
     """Gradients are copied into buckets that are exchanged (torch/csrc/distributed/c10d/reducer.cpp)."""
-    return {**found.peaks[phase], "buckets": found.peaks[phase]["weights"]}
+    return {**step.peaks[phase], "buckets": step.peaks[phase]["weights"]}
 
 
-def _zero2(found: Rehearsal, phase: str, gpus: int) -> Parts:
-    """bf16 weights whole; fp32 copies, state and gradients shared out (https://arxiv.org/abs/1910.02054, section 5)."""
-    share = -(-found.trainable // gpus)
-    parts = _computed_in_copies(found, phase)
-    parts |= {"masters": FULL * share, "optimizer": _state(found, share), "gradients": FULL * share}
+def _zero2(step: StepEstimate, phase: str, gpus: int) -> Parts:
+    """bf16 weights whole; fp32 copies, state and gradients sharded (https://arxiv.org/abs/1910.02054, section 5)."""
+    share = -(-step.trainable // gpus)
+    parts = _computed_in_copies(step, phase)
+    parts |= {"masters": FULL * share, "optimizer": _state(step, share), "gradients": FULL * share}
     if phase == "step":
         parts["gradients"] += FULL * share  # once more, in one piece
-    parts["buckets"] = found.number_bytes * BUCKET  # whole, however small the network (stage_1_and_2.py, setup_buckets)
+    parts["buckets"] = step.number_bytes * BUCKET  # whole, however small the network (stage_1_and_2.py, setup_buckets)
     return parts
 
 
-def _zero3(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _zero3(step: StepEstimate, phase: str, gpus: int) -> Parts:
     """As ZeRO-2, and the weights too: whole only where they are at work, up to stage3_max_live_parameters."""
-    parts = _zero2(found, phase, gpus)
+    parts = _zero2(step, phase, gpus)
     whole = parts["weights"]
     parts["weights"] = -(-whole // gpus)
-    parts["gathered"] = found.number_bytes * min(LIVE, found.parameters) if phase != "encode" else 0
+    parts["gathered"] = step.number_bytes * min(LIVE, step.parameters) if phase != "encode" else 0
     return parts
 
 
-def _fsdp(found: Rehearsal, phase: str, gpus: int) -> Parts:
-    """fp32 weights, gradients and state shared out. Whole are two blocks of bf16 weights, as one computes while the
+def _fsdp(step: StepEstimate, phase: str, gpus: int) -> Parts:
+    """fp32 weights, gradients and state sharded. Whole are two blocks of bf16 weights, as one computes while the
     next is gathered; what is in no block, in fp32; and a block's gradients in bf16 and, to be added up, in fp32
     (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
-    share = -(-found.trainable // gpus)
-    parts = _computed_in_copies(found, phase)
+    share = -(-step.trainable // gpus)
+    parts = _computed_in_copies(step, phase)
     parts["weights"] = FULL * share + parts.pop("still", 0) // gpus
-    parts["optimizer"] = _state(found, share)
+    parts["optimizer"] = _state(step, share)
     if phase != "encode":
-        parts["gathered"] = 2 * found.number_bytes * found.block_parameters + FULL * found.other_parameters
+        parts["gathered"] = 2 * step.number_bytes * step.block_parameters + FULL * step.other_parameters
     if phase in ("backward", "step"):
         parts["gradients"] = FULL * share
     if phase == "backward":
-        parts["gathered"] += (found.number_bytes + FULL) * found.block_parameters
+        parts["gathered"] += (step.number_bytes + FULL) * step.block_parameters
     return parts
 
 
-def _fsdp_gathered(found: Rehearsal, phase: str, gpus: int) -> Parts:
+def _fsdp_gathered(step: StepEstimate, phase: str, gpus: int) -> Parts:
     """With keep_gathered all blocks stay whole from forward to backward pass."""
-    parts = _fsdp(found, phase, gpus)
+    parts = _fsdp(step, phase, gpus)
     if phase in ("forward", "backward"):
-        in_blocks = found.parameters - found.other_parameters
-        parts["gathered"] += found.number_bytes * (in_blocks - 2 * found.block_parameters)
+        in_blocks = step.parameters - step.other_parameters
+        parts["gathered"] += step.number_bytes * (in_blocks - 2 * step.block_parameters)
     return parts
 
 
-def _computed_in_copies(found: Rehearsal, phase: str) -> Parts:
+def _computed_in_copies(step: StepEstimate, phase: str) -> Parts:
     """The phase's parts; of weights kept in fp32, the copies that compute."""
-    parts = dict(found.peaks[phase])
-    parts["weights"] = found.number_bytes * found.trainable
+    parts = dict(step.peaks[phase])
+    parts["weights"] = step.number_bytes * step.trainable
     parts.pop("gradients", None)
     return parts
 
 
-def _state(found: Rehearsal, share: int) -> int:
-    return found.state_bytes * share // max(found.trainable, 1)
+def _state(step: StepEstimate, share: int) -> int:
+    return step.state_bytes * share // max(step.trainable, 1)
 
 
 ENGINES = {
@@ -106,17 +106,17 @@ ENGINES = {
 
 
 def name_of(engine: str | None, gpus: int) -> str:
-    """engine: that of the recipe. One process has nothing to deal out."""
+    """engine: that of the recipe. One process has nothing to shard."""
     return "one" if gpus == 1 else engine or "ddp"
 
 
 def peaks(
-    found: Rehearsal, engine: str, gpus: int, *, offload: bool = False, keep_gathered: bool = False
+    step: StepEstimate, engine: str, gpus: int, *, offload: bool = False, keep_gathered: bool = False
 ) -> tuple[dict[str, Parts], int]:
     """(phase -> part -> bytes on each GPU, bytes that each process keeps in the machine's own memory)."""
     kind = ENGINES[engine]
     share = _fsdp_gathered if engine == "fsdp" and keep_gathered else kind.share
-    all_parts = {phase: share(found, phase, gpus) for phase in found.peaks}
+    all_parts = {phase: share(step, phase, gpus) for phase in step.peaks}
     kept = kind.offloaded if offload else ()
     host = max(sum(parts.get(part, 0) for part in kept) for parts in all_parts.values())
     return {

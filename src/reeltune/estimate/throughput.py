@@ -43,10 +43,6 @@ class Throughput:
     high: float
     source: str
 
-    @property
-    def middle(self) -> float:
-        return math.sqrt(self.low * self.high)
-
 
 def given(flops_per_s: float) -> Throughput:
     return Throughput(flops_per_s, flops_per_s, "as given, taken as exact")
@@ -76,8 +72,8 @@ def measured(run: Path, batch_flops: Curve, batch_size: int) -> Throughput:
     flops = np.array([samples / batch_size * batch_flops(tokens / samples) / gpus for _, samples, tokens in steps])
     rate = flops.sum() / taken_s.sum()
     error = CONFIDENCE * (taken_s - flops / rate).std(ddof=1) / math.sqrt(len(steps)) / taken_s.mean()
-    told = f"measured in {len(steps)} steps of {run}, within {error:.0%} (95 % band)"
-    return Throughput(rate * max(1 - error, 0.01), rate * (1 + error), told)
+    source = f"measured in {len(steps)} steps of {run}, within {error:.0%} (95 % band)"
+    return Throughput(rate * max(1 - error, 0.01), rate * (1 + error), source)
 
 
 def seconds(run_flops: float, throughput: Throughput, gpus: int) -> tuple[float, float]:

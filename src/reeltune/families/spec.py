@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,13 @@ class Loading:
     frozen_dtype: torch.dtype | None  # of VAE and encoders; None: as stored
     device: torch.device  # of the trained network; "meta": its weights are not read
     transformer_path: Path | None  # other weights for the same network: a file, or a saved folder
+    fake: AbstractContextManager | None = None
+    """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
 
 
-def plain(tokenizer: Any, captions: list[str]) -> list[str]:
+def plain(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """Captions as they are."""
-    return captions
+    return list(captions)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class TokenLimit:
     reader: str  # "the text encoder"
     tokenizer: Path  # its folder
     tokens: int  # at most, those around the caption included
-    as_read: Callable[[Any, list[str]], list[str]] = plain
+    as_read: Callable[[Any, Sequence[str]], list[str]] = plain
     """(tokenizer, captions) -> what is tokenised: the caption in its template."""
     special: bool = True
     """The tokenizer adds its own marks of beginning and end."""
@@ -167,17 +169,18 @@ class Family:
         network_device: torch.device | str | None = None,
         vae_tiling: bool = False,
         transformer_path: str | Path | None = None,
+        fake: AbstractContextManager | None = None,
     ) -> Parts:
         """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
         Without `encoders` VAE and encoders are read when they are first borrowed, and null stays empty; without
         `network` its weights are not read, and it stays on the meta device. transformer_path: other weights for the
-        same network. Raises UserError listing every missing, unexpected and misshapen key.
+        same network. fake: as of Loading. Raises UserError listing every missing, unexpected and misshapen key.
         """
         device = torch.device(device)
         place = torch.device(network_device or device) if network else torch.device("meta")
         other = None if transformer_path is None else Path(transformer_path)
-        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other))
+        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other, fake))
         parts.device, parts.low_vram = device, low_vram
         if vae_tiling:
             self._tile(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import AGAIN, as_user_error, brief, refuse_foreign
 from reeltune.families.configs import from_files, read_config
 
+MOST = 10_000  # of a number in tokenizer_config.json: so many tokens of its own T5's may make
 TEMPLATE_S = 10  # seconds that a chat template may take for one caption; the slowest released takes 0.01
 TEMPLATE_BYTES = 2**30
 RENDER = """
@@ -50,6 +52,11 @@ def load_tokenizer(folder: Path) -> Any:
         )
     if type(longest) not in (int, float) or not longest >= 1:
         problems.append(f"model_max_length is {brief(longest)}; expected a number")
+    problems += [
+        f"{name} is {brief(value)}; expected at most {MOST:,}"
+        for name, value in settings.items()
+        if type(value) is int and name != "model_max_length" and abs(value) > MOST
+    ]
     refuse(str(folder / "tokenizer_config.json"), problems)
     with as_user_error(folder, "is no tokenizer"):
         tokenizer = from_files(transformers.AutoTokenizer, folder)
@@ -68,7 +75,7 @@ def check_chat_template(tokenizer: Any, folder: Path) -> None:
         as_turns(tokenizer, ["a cat"])
 
 
-def as_turns(tokenizer: Any, captions: list[str]) -> list[str]:
+def as_turns(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """Each caption as a user's turn, and the beginning of the answer."""
     turns = [[{"role": "user", "content": [{"type": "text", "text": caption}]}] for caption in captions]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, few
@@ -37,30 +35,12 @@ def peek(path: Path) -> dict[str, Tensor]:
     return _read(path, "meta")
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors as stored, on the CPU."""
-    mode = _stand_ins.get()
-    if mode is None:
+def read(path: Path, fake: AbstractContextManager | None = None) -> dict[str, Tensor]:
+    """The tensors as stored, on the CPU; in a `fake` mode (spec.Loading) their names, shapes and dtypes alone."""
+    if fake is None:
         return _read(path, "cpu")
-    with mode:
+    with fake:
         return {name: torch.empty_like(outline, device="cpu") for name, outline in peek(path).items()}
-
-
-@contextmanager
-def unread() -> Iterator[FakeTensorMode]:
-    """Within, networks are loaded without reading their weights, which stay tensors of a shape and dtype alone.
-
-    What is computed with them, and outside too, is such a tensor (torch.FakeTensorMode, which is given).
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    token = _stand_ins.set(mode)
-    try:
-        yield mode
-    finally:
-        _stand_ins.reset(token)
-
-
-_stand_ins: ContextVar[FakeTensorMode | None] = ContextVar("stand_ins", default=None)
 
 
 def _read(path: Path, device: str) -> dict[str, Tensor]:
@@ -210,6 +190,7 @@ def load_component(
     replacement: str | Path | None = None,
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     correct: Callable[[Any], Any] = lambda net: net,
+    fake: AbstractContextManager | None = None,
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
@@ -219,20 +200,22 @@ def load_component(
     """
     source = folder if replacement is None else saved_transformer(replacement)
     on_meta = torch.device(device).type == "meta"
-    state = names(peek(source) if on_meta else read(source))
+    outlines = names(peek(source))
     config, where = configs.read_config(folder), str(folder / "config.json")
-    configs.check_layers(config, state, where)
+    configs.check_layers(config, outlines, where)
     net = correct(configs.build(cls, configs.arguments_of(cls, config), where))
-    fit(net, state, str(source), dtype, device)
+    fit(net, outlines if on_meta else names(read(source, fake)), str(source), dtype, device)
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
-    return net if _stand_ins.get() else net.to(device)  # the buffers too; stand-ins are there, and cannot be moved
+    return net.to(device) if fake is None else net  # the buffers too; fake tensors cannot be moved
 
 
-def load_frozen(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+def load_frozen(
+    cls: Any, folder: Path, dtype: torch.dtype | None = None, fake: AbstractContextManager | None = None
+) -> Any:
     """A frozen network of a diffusers class, as `load_component` reads it."""
-    return load_component(cls, folder, dtype).requires_grad_(False).eval()
+    return load_component(cls, folder, dtype, fake=fake).requires_grad_(False).eval()
 
 
 def _refuse_larger(net: nn.Module, outlines: Mapping[str, Tensor], where: str) -> None:
@@ -245,7 +228,9 @@ def _refuse_larger(net: nn.Module, outlines: Mapping[str, Tensor], where: str) -
         raise UserError(where, f"{problem}; {configs.MISFIT}")
 
 
-def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+def load_encoder(
+    cls: Any, folder: Path, dtype: torch.dtype | None = None, fake: AbstractContextManager | None = None
+) -> Any:
     """A frozen network of a transformers class, which knows the key names of older releases; None: dtype as stored.
 
     Raises UserError with every name that is missing, unexpected or of another shape.
@@ -255,9 +240,8 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     outlines = tensors_of(folder, "meta")  # the library would end in errors of its own
     tell_fp8(outlines, str(folder))
     config = configs.encoder_config(cls, folder, outlines)
-    mode = _stand_ins.get()
-    if mode is not None:
-        with mode:
+    if fake is not None:
+        with fake:
             net = cls._from_config(config, dtype=dtype)
         return net.requires_grad_(False).eval()
     _refuse_larger(configs.build(cls._from_config, {"config": config}, str(folder)), outlines, str(folder))

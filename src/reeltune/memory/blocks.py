@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -45,7 +45,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def offload_activations(net: nn.Module) -> None:
+def offload_activations(
+    net: nn.Module,
+    *,
+    to_host: Callable[[Tensor], Tensor] = to_host,
+    to_device: Callable[[Tensor, torch.device], Tensor] = to_device,
+) -> None:
     """What its forward pass keeps for the backward pass waits in the CPU's memory: all tensors of LEAST_BYTES or more
     but the weights, which are on the device anyway."""
     passes: list[saved_tensors_hooks] = []

@@ -56,8 +56,6 @@ class Lever:
     """In which it lowers the fullest moment."""
     beside: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Setting in use -> the phases that are left to this one."""
-    reworks: frozenset[str] = ALL
-    """In which it changes more than what is there all the time, so that `plan` rehearses them again."""
     same_bits: bool = True
     alone: bool = False
     """Several processes that train together cannot have it."""

@@ -3,7 +3,7 @@ docs/memory.md come from this table.  (no torch)"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from reeltune.memory.lever import (
     SEEN,
@@ -53,12 +53,6 @@ def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
             yield from ((lever, {**replaced, **settings}) for settings in options)
 
 
-def reworked(settings: Iterable[str]) -> frozenset[str]:
-    """The phases that are another where these settings are."""
-    names = set(settings)
-    return frozenset[str]().union(*(lever.reworks for lever in LEVERS if lever.setting in names))
-
-
 def sharded_by(engine: str) -> Callable[[Values], Iterator[Settings]]:
     def change(values: Values) -> Iterator[Settings]:
         if values.get("gpus", 1) > 1:
@@ -91,7 +85,6 @@ LEVERS: tuple[Lever, ...] = (
         "more passes, of smaller portions: `gradient_accumulation_steps` for as many samples a step",
         "as many samples a step, in smaller portions",
         phases=TRAINED | {"encode"},
-        reworks=TRAINED | {"encode"},
         changes=half_the_batch,
     ),
     Lever(
@@ -101,7 +94,6 @@ LEVERS: tuple[Lever, ...] = (
         "encoding is no longer done while the network trains",
         "nothing is encoded while the network trains",
         phases=TRAINED | {"encode", "step"},
-        reworks=frozenset(),
         unless=("cache_folder",),
         changes=encode_between,
     ),
@@ -111,7 +103,6 @@ LEVERS: tuple[Lever, ...] = (
         "weights that `engine: fsdp` keeps whole between forward and backward pass",
         "they are gathered a second time",
         phases=TRAINED,
-        reworks=frozenset(),
     ),
     Lever(
         "low_vram",
@@ -119,7 +110,6 @@ LEVERS: tuple[Lever, ...] = (
         "VAE and encoders between uses",
         "two journeys of their weights a step; [a cache](cache.md) spares both",
         "{visits_gib:.1f} GiB to and from the device each micro-step, {visits_s:.1f} s of PCIe 4",
-        reworks=SEEN,
         excludes=(
             Exclusion(
                 "encode_ahead",
@@ -137,7 +127,6 @@ LEVERS: tuple[Lever, ...] = (
         "[`reeltune cache`](cache.md) before it, and its disk; each clip is read in `cache_variants` ways and no more",
         f"`reeltune cache` before it, and its disk; each clip is read in {VARIANTS} ways and no more",
         beside={"low_vram": SEEN},
-        reworks=SEEN,
         in_use=bool,
         changes=a_cache,
         label="`cache_folder`",
@@ -149,7 +138,6 @@ LEVERS: tuple[Lever, ...] = (
         "what previews of held-out clips take",
         "no previews",
         phases=frozenset({"preview"}),
-        reworks=frozenset(),
         unless=("validation_prompts",),
     ),
     Lever(
@@ -159,7 +147,6 @@ LEVERS: tuple[Lever, ...] = (
         "1.33 of the time",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
-        reworks=TRAINED,
     ),
     Lever(
         "gradient_checkpointing_share",
@@ -168,7 +155,6 @@ LEVERS: tuple[Lever, ...] = (
         "1.16 of the time",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
-        reworks=TRAINED,
         label="`gradient_checkpointing_share: 0.5`",
     ),
     Lever(
@@ -179,7 +165,6 @@ LEVERS: tuple[Lever, ...] = (
         "fewer bytes",
         "{offloaded_gb:.0f} GB to and from the host in a step, {offloaded_s:.1f} s of PCIe 4",
         phases=TRAINED,
-        reworks=TRAINED,
         excludes=(not_in(SHARDED, "use gradient_checkpointing, or engine ddp"),),
     ),
     Lever(
@@ -189,7 +174,6 @@ LEVERS: tuple[Lever, ...] = (
         "two journeys of the weights a step, and those blocks are recomputed: 1.46 without any way to go",
         "{swapped_gb:.0f} GB to the device in a step, {swapped_s:.1f} s of PCIe 4; {more_flops:+.0%} arithmetic in a "
         "step, the same result",
-        reworks=TRAINED | {"preview"},
         alone=True,
         off=0,
         in_use=bool,
@@ -231,7 +215,6 @@ LEVERS: tuple[Lever, ...] = (
         "without clipping nothing (1.04), with clipping a second backward pass (1.69)",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=frozenset({"backward", "step"}),
-        reworks=TRAINED | {"step"},
         alone=True,
         excludes=(
             Exclusion(
@@ -253,7 +236,6 @@ LEVERS: tuple[Lever, ...] = (
         "what is sharded, to the CPU's memory",
         "the way there and back in each step",
         "what is sharded lives in the host's memory",
-        reworks=frozenset(),
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),
         ),
@@ -265,7 +247,6 @@ LEVERS: tuple[Lever, ...] = (
         "latents differ near seams; seams are worked on twice",
         "latents differ a little near the seams of tiles",
         phases=SEEN,
-        reworks=SEEN,
         same_bits=False,
         unless=("cache_folder",),
         changes=tiles,
@@ -275,7 +256,6 @@ LEVERS: tuple[Lever, ...] = (
         False,
         "4 bytes for each trained parameter",
         "no moving average of the weights",
-        reworks=frozenset({"step"}),
         same_bits=False,
     ),
     Lever(
@@ -284,7 +264,6 @@ LEVERS: tuple[Lever, ...] = (
         "half of weights and gradients",
         "chance in the last bits; on average what fp32 learns",
         "weights are rounded to bf16, up or down by chance, so that small updates count on average",
-        reworks=TRAINED | {"step"},
         same_bits=False,
         excludes=(
             Exclusion(
@@ -302,7 +281,6 @@ LEVERS: tuple[Lever, ...] = (
         "6 of AdamW's 8 bytes of state",
         "both moments are rounded to 8 bits",
         "AdamW with both moments rounded to 8 bits",
-        reworks=frozenset({"step"}),
         same_bits=False,
         excludes=(not_in(SHARDED, "leave it out: the state is sharded already"),),
         unless=("use_adafactor",),
@@ -313,7 +291,6 @@ LEVERS: tuple[Lever, ...] = (
         True,
         "4 of the 8 bytes",
         "another optimizer: find its rate anew",
-        reworks=frozenset({"step"}),
         same_bits=False,
         excludes=(not_in(("fsdp",), "use AdamW, or engine ddp"),),
         unless=("use_8bit_adam", "use_adafactor"),
@@ -324,7 +301,6 @@ LEVERS: tuple[Lever, ...] = (
         "all 8 bytes",
         "another optimizer without momentum; its rate is relative to the weights' size",
         "another optimizer: find its rate anew",
-        reworks=frozenset({"step"}),
         same_bits=False,
         excludes=(not_in(SHARDED, "use AdamW, or engine ddp"),),
         replaces=("use_8bit_adam", "use_came"),
@@ -336,7 +312,6 @@ LEVERS: tuple[Lever, ...] = (
         "shorter clips",
         "half as much of a clip at a time",
         phases=TRAINED | SEEN,
-        reworks=TRAINED | SEEN,
         same_bits=False,
         changes=half_as_long,
         label="`video_sample_n_frames`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,13 @@ def load_parts(
     encoders: bool = True,
     network: bool = True,
     start_on: torch.device | None = None,
+    fake: AbstractContextManager | None = None,
 ) -> Parts:
     """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
 
     transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
     are read when they are needed; without `network` the trained one's weights are not read. start_on: where all
-    networks are to be at first, if not on the device.
+    networks are to be at first, if not on the device. fake: torch's FakeTensorMode, to read no weights at all.
     """
     parts = family.load(
         recipe.model.pretrained_model_name_or_path,
@@ -123,6 +125,7 @@ def load_parts(
         network_device=torch.device("cpu") if recipe.memory.blocks_to_swap else None,
         vae_tiling=recipe.memory.vae_tiling,
         transformer_path=transformer or recipe.model.transformer_path,
+        fake=fake,
     )
     parts.device = device
     return parts

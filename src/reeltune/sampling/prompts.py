@@ -52,10 +52,10 @@ def prompt_requests(
     """
     needs = frozenset(family.needs[mode])
     guide = next((name for name in GUIDES if name in needs), None)
-    wanted = {len(prompts)} if guide else {0}
+    counts = {len(prompts)} if guide else {0}
     if guide == "mask":
-        wanted.add(0)
-    if len(paths) not in wanted:
+        counts.add(0)
+    if len(paths) not in counts:
         rule = f"give {GUIDES[guide]} for each prompt" if guide else f"train_mode {mode} takes none"
         rule += ", or none at all" if guide == "mask" else ""
         raise UserError("validation_paths", f"{len(prompts)} prompts and {len(paths)} paths; {rule}")

@@ -152,11 +152,11 @@ def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
 def sample_clips(recipe: Recipe) -> list[Path]:
     """`reeltune sample`: a clip for each of validation_prompts into output_dir/samples, beside those that are there, by
     the weights of resume_from_checkpoint, or the recipe's."""
-    wanted, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
-    if not wanted.validation_prompts:
+    validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
+    if not validation.validation_prompts:
         raise UserError("validation_prompts", "is empty, so there is nothing to make; give a prompt or more")
     family, mode, objective = choose_family(recipe)
-    prompts, paths, seed = wanted.validation_prompts, wanted.validation_paths, recipe.training.seed
+    prompts, paths, seed = validation.validation_prompts, validation.validation_paths, recipe.training.seed
     requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     parts, weights = load_trained(recipe, family, engine.device)
@@ -164,7 +164,7 @@ def sample_clips(recipe: Recipe) -> list[Path]:
     first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
     made = [folder / f"{first + i}.mp4" for i in range(len(requests))]
     for path, request in zip(made, requests, strict=True):
-        steps, scale = wanted.preview_steps, wanted.guidance_scale
+        steps, scale = validation.preview_steps, validation.guidance_scale
         batch = request.batch()
         make_clip(setup, parts.net, request, batch, path, steps=steps, guidance_scale=scale, weights=weights)
     return made

@@ -103,13 +103,13 @@ class HeldOut:
     def _start(self, step: int, losses: np.ndarray) -> tuple[int, np.ndarray]:
         """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
         path = self.output_dir / "validation" / "start.json"
-        told = {"clips": self.names, "levels": self.levels}
+        measured_on = {"clips": self.names, "levels": self.levels}
         if step == 0 or not path.is_file():
             with whole_file(path) as file:
-                file.write(json.dumps({"step": step, **told, "losses": losses.tolist()}, indent=1) + "\n")
+                file.write(json.dumps({"step": step, **measured_on, "losses": losses.tolist()}, indent=1) + "\n")
             return step, losses
         kept = read_table(path, REMEDY)
-        changed = [name for name in told if kept.get(name) != told[name]]
+        changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
                 str(path),
@@ -189,17 +189,17 @@ class Validation:
     @classmethod
     def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
         """reader: of the held-out records, perhaps none. Raises UserError for unusable validation_paths."""
-        wanted, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
+        validation, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
         held_out = None
         if len(reader.records):
-            levels = wanted.held_out_levels
+            levels = validation.held_out_levels
             held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
-        if wanted.validation_prompts:
-            prompts, paths = wanted.validation_prompts, wanted.validation_paths
+        if validation.validation_prompts:
+            prompts, paths = validation.validation_prompts, validation.validation_paths
             requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
         else:
-            requests = held_out_requests(reader, rules, count=wanted.preview_count, seed=seed)
-        previews = Previews(setup, requests, wanted.preview_steps, wanted.guidance_scale)
+            requests = held_out_requests(reader, rules, count=validation.preview_count, seed=seed)
+        previews = Previews(setup, requests, validation.preview_steps, validation.guidance_scale)
         return cls(held_out, previews, output_dir)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ class UnderWay:
     step: int
     waits: bool  # whether training waits until it is done
     blocked_seconds: float = 0.0
-    is_told: bool = False
+    is_logged: bool = False
 
 
 class Saving:
@@ -54,7 +54,7 @@ class Saving:
         self.learner, self.ledger, self.log = run.learner, run.ledger, run.log
         self.step = -1  # that has a checkpoint, or has one under way
         self.under_way: UnderWay | None = None
-        self.has_told_of_room = False
+        self.has_logged_no_room = False
 
     def save(self, progress: Progress, *, last: bool = False) -> None:
         """checkpoint-N, unless this step has one already."""
@@ -65,9 +65,9 @@ class Saving:
             self.watchdog.doing("save", progress.step)  # again
             self.log.flush()  # a run killed later then has every line up to this step
             shares = self.engine.of_samples(self.ledger.share())
-            held = self._held()
-            waits = last or not self._has_room(held)
-            work = self._work(replace(progress), held if waits else copied(held), shares)
+            contents = self._contents()
+            waits = last or not self._has_room(contents)
+            work = self._work(replace(progress), contents if waits else copied(contents), shares)
             self.under_way = UnderWay(_begin(work, asked, self.engine.device), progress.step, waits)
             self.step = progress.step
         if self.under_way is None:
@@ -108,8 +108,8 @@ class Saving:
         """Of what is under way, once it is done; a checkpoint that is whole is told of."""
         assert self.under_way is not None
         error = self.under_way.done.exception()
-        if error is None and not self.under_way.is_told:
-            self.under_way.is_told = True
+        if error is None and not self.under_way.is_logged:
+            self.under_way.is_logged = True
             written, seconds = self.under_way.done.result()
             if written is not None:
                 folder, size_bytes = written
@@ -119,17 +119,17 @@ class Saving:
 
     # ---- what is written
 
-    def _held(self) -> Any:
+    def _contents(self) -> Any:
         """By this process: tensors that train on, and plain values."""
         if self.engine.sharded:
             return list(self.learner.pieces()), self.learner.scalars()
         return (self.learner.weights(), self.learner.state()) if self.engine.main else ()
 
-    def _work(self, progress: Progress, held: Any, shares: list[Share]) -> Callable[[], Written]:
-        """held: as `_held` gives it, or a copy."""
+    def _work(self, progress: Progress, contents: Any, shares: list[Share]) -> Callable[[], Written]:
+        """contents: as `_contents` gives it, or a copy."""
         keep, write_more = self.recipe.output.checkpoints_total_limit, partial(self._write_more, shares)
         if self.engine.sharded:
-            pieces, scalars = held
+            pieces, scalars = contents
             group = self.engine.cpu_group
             assert group is not None  # several processes have one
 
@@ -141,7 +141,7 @@ class Saving:
             return partial(save_shares, write_more=write_outline_and_more, keep=keep)
         if not self.engine.main:
             return lambda: None
-        weights, state = held
+        weights, state = contents
         return partial(
             checkpoint.save,
             self.out,
@@ -156,27 +156,27 @@ class Saving:
         self.ledger.save(folder / "ledger.npz", shares)
         (folder / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
 
-    def _has_room(self, held: Any) -> bool:
+    def _has_room(self, contents: Any) -> bool:
         """Whether a copy is wanted, and every machine has memory for the copies of all its processes."""
         if not self.recipe.output.save_in_background:
             return False
-        needed = int(SPARE * sum(_copied_bytes(leaf) for leaf in tree_leaves(held)))
-        told = self.engine.gather((platform.node(), needed, room_bytes()))
-        for machine in {name for name, _, _ in told}:
-            needed = sum(needed for name, needed, _ in told if name == machine)
-            room = min(room for name, _, room in told if name == machine)
+        needed = int(SPARE * sum(_copied_bytes(leaf) for leaf in tree_leaves(contents)))
+        memory = self.engine.gather((platform.node(), needed, room_bytes()))
+        for machine in {name for name, _, _ in memory}:
+            needed = sum(needed for name, needed, _ in memory if name == machine)
+            room = min(room for name, _, room in memory if name == machine)
             if needed > room:
-                self._tell_of_room(machine, needed, room)
+                self._log_no_room(machine, needed, room)
                 return False
         return True
 
-    def _tell_of_room(self, machine: str, needed: int, room: int) -> None:
-        if not self.has_told_of_room:
+    def _log_no_room(self, machine: str, needed: int, room: int) -> None:
+        if not self.has_logged_no_room:
             self.log.notice(
                 f"training waits while a checkpoint is written: to go on meanwhile it needs {needed / 2**30:.2f} GiB "
                 f"of memory for a copy, and {machine} has {room / 2**30:.2f} GiB left"
             )
-        self.has_told_of_room = True
+        self.has_logged_no_room = True
 
 
 def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> Future[tuple[Written, float]]:
@@ -194,9 +194,9 @@ def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> F
     return done
 
 
-def copied(held: Any) -> Any:
+def copied(contents: Any) -> Any:
     """Its tensors as they are now, in the host's memory."""
-    return tree_map(_copied, held)
+    return tree_map(_copied, contents)
 
 
 def _copied(leaf: Any) -> Any:

@@ -6,20 +6,19 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared, Whole
-from reeltune.config.recipe import Memory, Model, Optimization
-from reeltune.core.errors import UserError, refuse
+from reeltune.config.recipe import Optimization, Recipe
+from reeltune.core.errors import UserError
 from reeltune.distributed.ddp import piece
 from reeltune.distributed.engine import Engine
-from reeltune.distributed.sharded_io import Piece, whole
+from reeltune.distributed.sharded_io import Piece
 from reeltune.families.spec import Family, Parts
-from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
-from reeltune.memory.levers import pulled_alone
 from reeltune.memory.size import size_bytes
 from reeltune.optim.optimizers import (
     MovingAverage,
@@ -31,96 +30,35 @@ from reeltune.optim.optimizers import (
     soften_outliers,
 )
 from reeltune.optim.step_in_backward import StepInBackward
-from reeltune.optim.trainable import released_names, select
+from reeltune.training.trained_network import TrainedNetwork, prepare_network
 
 
 class Learner:
     """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping.
 
-    found: the checkpoint that the run goes on from; `load_state` then reads what goes with its weights.
+    batch: samples of this process in a pass, of which a step has `accumulate`.
     """
 
     def __init__(
         self,
-        family: Family,
-        parts: Parts,
+        network: TrainedNetwork,
+        optimizer: Any,
         engine: Engine,
-        model: Model,
         optimization: Optimization,
-        memory: Memory,
         *,
-        seed: int,
-        gradient_checkpointing: bool,
+        step_in_backward: bool,
         batch: int,
         accumulate: int,
-        found: Path | None = None,
     ):
-        self.family, self.parts, self.engine, self.optimization = family, parts, engine, optimization
-        self.names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
-        self.shapes = {name: list(w.shape) for name, w in parts.net.named_parameters()}
-        if found is not None and checkpoint.is_shared(found):
-            self._read_weights(found)
-        if engine.context > 1 and family.split is not None:
-            family.split(parts.net, engine.context_mesh())
-        select(parts.net, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
-        self.swapped = self._save_memory(memory, gradient_checkpointing)
-        self.plain = engine.shard(parts.net, family.blocks, swapped=self.swapped)
-        groups = select(self.plain, self.names, model.trainable_modules, model.trainable_modules_low_learning_rate)
-        self.learning = [parameter for group in groups for parameter in group["params"]]
+        self.network, self.plain, self.names, self.learning = network, network.plain, network.names, network.learning
+        self.engine, self.optimization = engine, optimization
         self.average = MovingAverage(self.plain, optimization.ema_decay) if optimization.use_ema else None
-        build = partial(
-            build_optimizer,
-            learning_rate=optimization.learning_rate,
-            betas=(optimization.adam_beta1, optimization.adam_beta2),
-            epsilon=optimization.adam_epsilon,
-            weight_decay=optimization.adam_weight_decay,
-            use_8bit_adam=optimization.use_8bit_adam,
-            use_came=optimization.use_came,
-            use_adafactor=optimization.use_adafactor,
-        )
-        rounding = model.trained_weights == "bf16_stochastic"
-        optimizer = StochasticRounding(groups, build, seed) if rounding else build(groups)
         self.trainer = engine.prepare(
-            self.plain,
-            optimizer,
-            batch=batch,
-            accumulate=accumulate,
-            max_norm=self._most_norm,
+            self.plain, optimizer, batch=batch, accumulate=accumulate, max_norm=self._most_norm
         )
         self.net, self.optimizer = self.trainer.net, self.trainer.optimizer
-        self.fused = StepInBackward(optimizer, self.learning) if memory.step_in_backward else None
+        self.in_backward = StepInBackward(optimizer, self.learning) if step_in_backward else None
         self.plain.train()
-
-    def _read_weights(self, found: Path) -> None:
-        """Of a checkpoint that several processes wrote, into the network as it was loaded."""
-        parameters = self.parts.net.named_parameters()
-        Shared(found).fill(whole(f"weights/{self.names[name]}", weight) for name, weight in parameters)
-
-    def _save_memory(self, memory: Memory, gradient_checkpointing: bool) -> list[nn.Module]:
-        """Returns the blocks that wait in the CPU's memory."""
-        refuse(
-            "recipe",
-            [
-                f"{name} is {getattr(memory, name)} and there are {self.engine.world} processes, which must have all "
-                "gradients and weights on their devices at once; leave it out, or start one process"
-                for name in pulled_alone(vars(memory))
-                if self.engine.world > 1
-            ],
-        )
-        blocks = blocks_of(self.parts.net, self.family.blocks)
-        swapped = swap(blocks, memory.blocks_to_swap, self.engine.device)
-        if gradient_checkpointing:
-            recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
-        if memory.offload_activations:
-            offload_activations(self.parts.net)
-        return swapped
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Parameters, and how many of them learn."""
-        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        learning = [sizes[name] for name, weight in self.plain.named_parameters() if weight.requires_grad]
-        return {"parameters": sum(sizes.values()), "trainable": sum(learning)}
 
     def held_bytes(self) -> dict[str, int]:
         """part -> bytes of it that this process has now."""
@@ -147,10 +85,10 @@ class Learner:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """last: of the micro-steps of a step."""
-        if self.fused is None:
+        if self.in_backward is None:
             self.trainer.backward(loss, last=last)
         else:
-            self.fused.backward(loss)
+            self.in_backward.backward(loss)
 
     def step(self, step: int, rate: float) -> Tensor:
         """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
@@ -161,8 +99,8 @@ class Learner:
         set_rate(self.optimizer, rate)
         norm = (
             self.trainer.step(self.learning, ceiling, soften)
-            if self.fused is None
-            else self.fused.step(ceiling, soften)
+            if self.in_backward is None
+            else self.in_backward.step(ceiling, soften)
         )
         if self.average is not None:
             self.average.update(step)
@@ -179,9 +117,9 @@ class Learner:
 
     def write_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, folder: Path) -> None:
         """transformer/ and, if there is an average, transformer_ema/, both in the released form."""
-        self.family.save(folder / "transformer", weights, self.parts.config)
+        self.network.family.save(folder / "transformer", weights, self.network.config)
         if average is not None:
-            self.family.save(folder / "transformer_ema", {**weights, **average}, self.parts.config)
+            self.network.family.save(folder / "transformer_ema", {**weights, **average}, self.network.config)
 
     def pieces(self) -> Iterator[Piece]:
         """What this process keeps of weights, optimizer state and average, views of them all."""
@@ -195,9 +133,9 @@ class Learner:
 
     def write_outline(self, folder: Path, scalars: dict[str, dict[str, float]]) -> None:
         """What the pieces do not say: the network's config.json, shapes, and numbers of the optimizer's state."""
-        state = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
-        self.family.save(folder / "transformer", state, self.parts.config)
-        shapes = {self.names[name]: shape for name, shape in self.shapes.items()}
+        state = {name: torch.empty(shape, device="meta") for name, shape in self.network.shapes.items()}
+        self.network.family.save(folder / "transformer", state, self.network.config)
+        shapes = {self.names[name]: shape for name, shape in self.network.shapes.items()}
         Shared.write_outline(folder, shapes, scalars)
 
     def state(self) -> dict:
@@ -208,29 +146,72 @@ class Learner:
             "average": None if self.average is None else self.average.weights,
         }
 
-    def load_state(self, found: Path) -> None:
+    def load_state(self, resumed_from: Path) -> None:
         """Of the checkpoint whose weights are in the network already."""
-        is_shared = checkpoint.is_shared(found)
+        is_shared = checkpoint.is_shared(resumed_from)
         if is_shared != self.engine.sharded and self.optimization.use_came:
             raise UserError(
                 "resume",
-                f"use_came is true, whose state is another in each engine; {found.name} was written by "
+                f"use_came is true, whose state is another in each engine; {resumed_from.name} was written by "
                 f"{'zero2 or zero3' if is_shared else 'ddp'} and engine is {self.engine.name}; restore it",
             )
         if is_shared or self.engine.sharded:
-            held = Shared(found) if is_shared else self._whole(found)
-            self.trainer.make_state(self.names, held.keys, held.scalars)
+            saved = Shared(resumed_from) if is_shared else self._whole(resumed_from)
+            self.trainer.make_state(self.names, saved.keys, saved.scalars)
             # ZeRO has a state also for what never had a gradient, and there it stays zero.
-            held.fill(piece for piece in self.pieces() if piece.name in held or "optimizer/" not in piece.name)
+            saved.fill(piece for piece in self.pieces() if piece.name in saved or "optimizer/" not in piece.name)
             return
-        state = checkpoint.load(found)
+        state = checkpoint.load(resumed_from)
         self.optimizer.load_state_dict(state["optimizer"])
         self.engine.load_scaler_state(state["scaler"])
         if self.average is not None and state["average"] is not None:
             for name, weight in self.average.weights.items():
                 weight.copy_(state["average"][name])
 
-    def _whole(self, found: Path) -> Whole:
-        of = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
-        state = checkpoint.load(found)
-        return Whole(found, state, [of[id(weight)] for weight in self.learning], self.names)
+    def _whole(self, resumed_from: Path) -> Whole:
+        names = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
+        state = checkpoint.load(resumed_from)
+        return Whole(resumed_from, state, [names[id(weight)] for weight in self.learning], self.names)
+
+
+def learner_of(
+    recipe: Recipe,
+    family: Family,
+    parts: Parts,
+    engine: Engine,
+    *,
+    batch: int,
+    accumulate: int,
+    resumed_from: Path | None = None,
+) -> Learner:
+    """What learns in a run of this recipe; `load_state` then reads what goes with the weights of `resumed_from`."""
+    checkpointing, memory = recipe.training.gradient_checkpointing, recipe.memory
+    network = prepare_network(
+        family, parts, engine, recipe.model, memory, gradient_checkpointing=checkpointing, resumed_from=resumed_from
+    )
+    rounding_seed = recipe.training.seed if recipe.model.trained_weights == "bf16_stochastic" else None
+    optimizer = optimizer_of(network.groups, recipe.optimization, rounding_seed=rounding_seed)
+    return Learner(
+        network,
+        optimizer,
+        engine,
+        recipe.optimization,
+        step_in_backward=memory.step_in_backward,
+        batch=batch,
+        accumulate=accumulate,
+    )
+
+
+def optimizer_of(groups: list[dict[str, Any]], optimization: Optimization, *, rounding_seed: int | None) -> Any:
+    """rounding_seed: of the dice that round bf16 weights; None: weights are in fp32."""
+    build = partial(
+        build_optimizer,
+        learning_rate=optimization.learning_rate,
+        betas=(optimization.adam_beta1, optimization.adam_beta2),
+        epsilon=optimization.adam_epsilon,
+        weight_decay=optimization.adam_weight_decay,
+        use_8bit_adam=optimization.use_8bit_adam,
+        use_came=optimization.use_came,
+        use_adafactor=optimization.use_adafactor,
+    )
+    return build(groups) if rounding_seed is None else StochasticRounding(groups, build, rounding_seed)

@@ -27,7 +27,7 @@ from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.duties import Duties, Step, is_due
-from reeltune.training.learner import Learner
+from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
 from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
@@ -91,26 +91,15 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str
     setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=encode_options(recipe))
     validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
     samples = split.group * training.gradient_accumulation_steps
-    learner = Learner(
-        family,
-        parts,
-        engine,
-        recipe.model,
-        recipe.optimization,
-        recipe.memory,
-        seed=training.seed,
-        gradient_checkpointing=training.gradient_checkpointing,
-        batch=split.batch,
-        accumulate=training.gradient_accumulation_steps * split.passes,
-        found=resumed_from,
-    )
+    passes = training.gradient_accumulation_steps * split.passes
+    learner = learner_of(recipe, family, parts, engine, batch=split.batch, accumulate=passes, resumed_from=resumed_from)
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
-        describe(out, recipe, {**facts, **learner.counts, "processes": engine.world})
+        describe(out, recipe, {**facts, **learner.network.counts, "processes": engine.world})
     return Run(
         recipe=recipe,
         engine=engine,

@@ -62,9 +62,8 @@ def from_first(engine: Engine, act: Callable[[], T]) -> T:
 
 def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:
     """Raises UserError where a process was started with other settings, engine or libraries than rank 0."""
-    wish = engine.wish
-    asked = {"engine": wish.engine, "keep_gathered": wish.keep_gathered, "offload": wish.offload}
-    others = {"DeepSpeed's settings": wish.deepspeed, "blocks to wrap": wish.blocks}
+    asked = {"engine": engine.wish.engine, "keep_gathered": engine.wish.keep_gathered, "offload": engine.wish.offload}
+    others = {"DeepSpeed's settings": engine.wish.deepspeed, "blocks to wrap": engine.wish.blocks}
     versions = {f"the version of {name}": version(name) for name in LIBRARIES}
     refuse(
         "launch: processes of one run take the same command, and the same environment, on every machine",
@@ -76,10 +75,10 @@ def refuse_other_checkpoint(engine: Engine, recipe: Recipe) -> None:
     """Raises UserError where a process finds another checkpoint, by samples of its files, than rank 0."""
     model = recipe.model
     paths = [path for path in (model.pretrained_model_name_or_path, model.transformer_path) if path is not None]
-    found = {str(file): sampled(file) for path in paths for file in files_of(Path(path))}
+    samples = {str(file): sampled(file) for path in paths for file in files_of(Path(path))}
     refuse(
         "pretrained_model_name_or_path: processes would train from other weights; give all machines the same files",
-        differences(engine.gather(found)),
+        differences(engine.gather(samples)),
     )
 
 
@@ -109,10 +108,10 @@ def refuse_other_records(engine: Engine, records: Records) -> None:
     if engine.world == 1:
         return
     looked_at = range(0, len(records), max(1, len(records) // CLIPS))
-    found = {path: os.path.getsize(path) for path in (records[i].path for i in looked_at) if os.path.exists(path)}
+    sizes = {path: os.path.getsize(path) for path in (records[i].path for i in looked_at) if os.path.exists(path)}
     refuse(
         "train_data_meta: processes would train on other clips; give all machines the same files",
-        differences(engine.gather({"the list of usable clips": records.digest(), **found})),
+        differences(engine.gather({"the list of usable clips": records.digest(), **sizes})),
     )
 
 
@@ -123,11 +122,11 @@ def differences(of_ranks: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     ours, theirs = of_ranks[0], of_ranks[other[0]]
     names = [name for name in {**ours, **theirs} if ours.get(name, "missing") != theirs.get(name, "missing")]
-    said = [
+    lines = [
         f"{name} is {theirs.get(name, 'missing')} for {_ranks(other)}, {ours.get(name, 'missing')} for rank 0"
         for name in names[:8]
     ]
-    return [*said, *([f"and {len(names) - 8} more"] if len(names) > 8 else [])]
+    return [*lines, *([f"and {len(names) - 8} more"] if len(names) > 8 else [])]
 
 
 def files_of(folder: Path) -> list[Path]:

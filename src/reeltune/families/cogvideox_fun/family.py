@@ -35,11 +35,15 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 def read(folder: Path, family: Family, how: Loading) -> Parts:
     place = folder / "transformer"
     net = weights.load_component(
-        CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected
+        CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected, fake=how.fake
     )
     parts = Parts(net, config=configs.read_config(place))
-    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", how.frozen_dtype)
-    parts.loaders["text"] = partial(weights.load_encoder, T5EncoderModel, folder / "text_encoder", how.frozen_dtype)
+    parts.loaders["vae"] = partial(
+        weights.load_frozen, AutoencoderKLCogVideoX, folder / "vae", how.frozen_dtype, how.fake
+    )
+    parts.loaders["text"] = partial(
+        weights.load_encoder, T5EncoderModel, folder / "text_encoder", how.frozen_dtype, how.fake
+    )
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(folder / "tokenizer")
     return parts
 

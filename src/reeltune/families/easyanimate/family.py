@@ -11,6 +11,7 @@ Conditions by name, as `encode` gives them and `denoise` takes them:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,24 +50,25 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         how.device,
         replacement=how.transformer_path,
         names=partial(from_released, config=config),
+        fake=how.fake,
     )
     parts = Parts(corrected(net), config=config)
-    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype)
+    parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype, how.fake)
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(folder / "tokenizer")
     if "text_t5" in family.caption:
         for name, cls in (("", BertModel), ("_2", T5EncoderModel)):
             parts.loaders[f"text{name}"] = partial(
-                weights.load_encoder, cls, folder / f"text_encoder{name}", how.frozen_dtype
+                weights.load_encoder, cls, folder / f"text_encoder{name}", how.frozen_dtype, how.fake
             )
         parts.extras["tokenizer_2"] = tokenizers.load_tokenizer(folder / "tokenizer_2")
     else:
         tokenizers.check_chat_template(parts.extras["tokenizer"], folder / "tokenizer")
-        parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", how.frozen_dtype)
+        parts.loaders["text"] = partial(_load_qwen, folder / "text_encoder", how.frozen_dtype, how.fake)
     return parts
 
 
-def _load_qwen(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder, dtype).model
+def _load_qwen(folder: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None) -> nn.Module:
+    qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder, dtype, fake).model
     qwen.visual = None  # only captions are read
     return qwen
 

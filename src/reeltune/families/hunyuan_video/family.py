@@ -11,6 +11,7 @@ Conditions by name, as `encode` gives them and `denoise` takes them:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,13 +64,16 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         how.dtype,
         how.device,
         replacement=how.transformer_path,
+        fake=how.fake,
     )
     config = configs.read_config(folder / "transformer")
     parts = Parts(net, config=config)
-    parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype)
+    parts.loaders["vae"] = partial(_load_vae, folder / "vae", how.frozen_dtype, how.fake)
     model = LlavaForConditionalGeneration if with_picture else LlamaModel
-    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", how.frozen_dtype)
-    parts.loaders["text_2"] = partial(weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype)
+    parts.loaders["text"] = partial(weights.load_encoder, model, folder / "text_encoder", how.frozen_dtype, how.fake)
+    parts.loaders["text_2"] = partial(
+        weights.load_encoder, CLIPTextModel, folder / "text_encoder_2", how.frozen_dtype, how.fake
+    )
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
         parts.extras[name] = tokenizers.load_tokenizer(folder / name)
     if with_picture:
@@ -79,8 +83,8 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     return parts
 
 
-def _load_vae(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    vae = weights.load_frozen(AutoencoderKLHunyuanVideo, folder, dtype)
+def _load_vae(folder: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None) -> nn.Module:
+    vae = weights.load_frozen(AutoencoderKLHunyuanVideo, folder, dtype, fake)
     vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
     return vae
 

@@ -58,7 +58,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
             weight.normal_(0, 0.1, generator=generator)
     if how.transformer_path is not None:
         source = weights.saved_transformer(how.transformer_path)
-        weights.fit(net, from_released(weights.read(source), {}), str(source))
+        weights.fit(net, from_released(weights.read(source, how.fake), {}), str(source))
     return Parts(net.to(how.device, how.dtype))
 
 

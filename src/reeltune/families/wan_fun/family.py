@@ -47,13 +47,13 @@ SPLIT = {name: how for name, how in WanTransformer3DModel._cp_plan.items() if na
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
     files: layout.Files = family.options["files"]
-    net, config = layout.load_transformer(files.transformer, how.transformer_path, how.dtype, how.device)
+    net, config = layout.load_transformer(files.transformer, how)
     parts = Parts(net, config=config)
     parts.extras["image_dim"] = net.config["image_dim"]
-    parts.loaders["vae"] = partial(layout.load_vae, files.vae, how.frozen_dtype)
-    parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype)
+    parts.loaders["vae"] = partial(layout.load_vae, files.vae, how.frozen_dtype, how.fake)
+    parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype, how.fake)
     if files.image is not None:
-        parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype)
+        parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype, how.fake)
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(files.tokenizer)
     return parts
 
@@ -307,6 +307,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     if unlike := next((model for name, model in NOT_YET.items() if name in outlines), None):
         raise UserError(str(path), f"a Wan network of {unlike}, which is not supported yet; {SUPPORTED}")
     network = sizes.transformer(outlines, config, str(path))
+    sizes.tell_heads(network, str(path))
     family = variant(network, str(path))
     files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
     _, patch, _ = network["patch_size"]

@@ -10,6 +10,7 @@ Tensor names may be of either form in either place: they are told apart by the n
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import brief
+from reeltune.core.reading import bare_name, brief
 from reeltune.families import configs, tensor_files, weights
+from reeltune.families.spec import Loading
 from reeltune.families.wan_fun import keys, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
 from reeltune.families.wan_fun.vae import with_quick_norms
@@ -92,9 +94,12 @@ def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]
     said = (settings.get(section) or {}).get(key)
     if not said:
         return [folder / RELEASED[name], folder / DIFFUSERS[name]]
-    if not isinstance(said, str) or "\0" in said or Path(said).is_absolute() or ".." in Path(said).parts:
-        raise UserError("config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint")
-    return [folder / said]
+    try:
+        return [folder.joinpath(*map(bare_name, Path(said).parts))]
+    except (TypeError, ValueError):
+        raise UserError(
+            "config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint"
+        ) from None
 
 
 # ---- loading one network
@@ -105,37 +110,35 @@ def peek_transformer(path: Path) -> tuple[State, dict[str, Any]]:
     return keys.from_released(weights.peek(path)), configs.read_config(path)
 
 
-def load_transformer(
-    path: Path, replacement: Path | None, dtype: torch.dtype, device: torch.device
-) -> tuple[WanFunTransformer, dict[str, Any]]:
-    """(network, its config.json as read). `replacement` holds other weights for it: a file or a saved folder."""
+def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[str, Any]]:
+    """(network, its config.json as read)"""
     outlines, config = peek_transformer(path)
     net = configs.build(WanFunTransformer, sizes.transformer(outlines, config, str(path)), str(path))
-    source = path if replacement is None else weights.saved_transformer(replacement)
-    given = weights.peek(source) if device.type == "meta" else weights.read(source)
+    source = path if how.transformer_path is None else weights.saved_transformer(how.transformer_path)
+    given = weights.peek(source) if how.device.type == "meta" else weights.read(source, how.fake)
     state = keys.from_released(given)
     if given.keys() != state.keys():  # bad keys are told by the names that the file has
         refuse(str(source), list(weights.misfits(keys.to_released(net.state_dict()), given)))
-    weights.fit(net, state, str(source), dtype, device)
+    weights.fit(net, state, str(source), how.dtype, how.device)
     return net, config
 
 
-def load_vae(path: Path, dtype: torch.dtype | None) -> AutoencoderKLWan:
-    state = keys.vae_from_released(weights.read(path))
+def load_vae(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> AutoencoderKLWan:
+    state = keys.vae_from_released(weights.read(path, fake))
     net = with_quick_norms(configs.build(AutoencoderKLWan, sizes.vae(state, _own_config(path), str(path)), str(path)))
     return _frozen(net, state, path, dtype)
 
 
-def load_text(path: Path, dtype: torch.dtype | None) -> UMT5EncoderModel:
-    state = keys.text_from_released(weights.read(path))
+def load_text(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> UMT5EncoderModel:
+    state = keys.text_from_released(weights.read(path, fake))
     net = configs.build(UMT5EncoderModel, {"config": sizes.text(state, str(path))}, str(path))
     _frozen(net, state, path, dtype)
     net.encoder.embed_tokens.weight = net.shared.weight  # one table under two names, not two
     return net
 
 
-def load_image(path: Path, dtype: torch.dtype | None) -> CLIPVisionModel:
-    named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path).items()}
+def load_image(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> CLIPVisionModel:
+    named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path, fake).items()}
     state = keys.image_from_released(named)
     net = configs.build(CLIPVisionModel, {"config": sizes.image(state, _own_config(path), str(path))}, str(path))
     tower: Any = getattr(net, "vision_model", net)  # older releases of transformers nest it

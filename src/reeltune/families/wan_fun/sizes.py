@@ -7,6 +7,7 @@ The transformer's config.json comes in four dialects: as released (in_dim, dim),
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from math import isqrt, prod
 from typing import Any
 
@@ -92,8 +93,6 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
         problems.append(
             f"num_heads is {heads}, but every released network of width {width} has {RELEASED_HEADS[width]}"
         )
-    elif heads > 0 and heads * HEAD_DIM != width:  # weights do not tell: a wrong number trains, and answers noise
-        notice(f"{where}: config.json makes heads of {width // heads}; those of released networks have {HEAD_DIM}")
     if heads < 1 or width % heads:
         problems.append(f"{heads} attention heads do not divide the width {width}; config.json must give num_heads")
         heads = 1
@@ -119,6 +118,13 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
         "camera_channels": 0 if adapter is None else adapter.shape[1] // shrink**2,
         "camera_shrink": shrink,
     }
+
+
+def tell_heads(arguments: dict[str, Any], where: str) -> None:
+    """A notice of heads that no release has: weights do not tell, and a wrong number trains and answers noise."""
+    width = arguments["attention_head_dim"]
+    if width != HEAD_DIM:
+        notice(f"{where}: config.json makes heads of {width}; those of released networks have {HEAD_DIM}")
 
 
 def released_config(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
 def text(state: State, where: str) -> UMT5Config:
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     bias = f"{attention}.relative_attention_bias.weight"
-    needed = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
+    needed: dict[str, int] = dict.fromkeys(("shared.weight", f"{attention}.q.weight", bias, feed), 2)
     _need(state, needed, where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
     buckets, heads = state[bias].shape
@@ -229,7 +235,7 @@ def count(state: State, prefix: str, where: str) -> int:
     return len(numbers)
 
 
-def _need(state: State, axes: dict[str, int], where: str, what: str) -> None:
+def _need(state: State, axes: Mapping[str, int], where: str, what: str) -> None:
     """axes: name -> of how many axes the tensor is, none of them empty."""
     missing = [name for name in axes if name not in state]
     if missing:

@@ -1,0 +1,33 @@
+"""Tiny checkpoints of Wan2.1-Fun."""
+
+import pytest
+
+from reeltune import families
+from tests.families.tiny_wan import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """variant -> folder, laid out once."""
+    made = {}
+
+    def get(variant):
+        if variant not in made:
+            made[variant] = tiny_checkpoint(tmp_path_factory.mktemp(variant.replace(".", "_")), variant)
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def loaded_wan(tiny_wan):
+    """variant -> (family, parts), loaded once; tests leave the weights as they are."""
+    made = {}
+
+    def get(variant):
+        if variant not in made:
+            family = families.find(tiny_wan(variant))
+            made[variant] = family, family.load(tiny_wan(variant))
+        return made[variant]
+
+    return get
