@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from reeltune.core.types import Crop, Shape
-from reeltune.data import media
+from reeltune.data import clips, display
 from reeltune.data.media import MediaError, measure, read_frames, write_clip
 
 SIDE = 64  # pixels of most clips here
@@ -70,7 +70,7 @@ def test_frames_are_the_ones_asked_for(tmp_path, ending, codec, options):
     assert found.fps == pytest.approx(24, rel=0.01)
     for picks in PICKS:
         assert numbers(read_frames(path, picks, WHOLE, Shape(len(picks), SIDE, SIDE))) == picks
-    index = media._index(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+    index = clips.index_of(str(path))
     assert all(index.start_for(pts) <= pts for pts in index.pts.tolist())  # open groups: not the keyframe it precedes
 
 
@@ -102,7 +102,7 @@ def test_each_frame_is_decoded_once_and_no_more_than_needed(tmp_path, monkeypatc
     encode(path, numbered(50), bf=0, crf=12, gop=10, **{"x264-params": "scenecut=0"})
     measure(path, "video")
     resized = []
-    real = media.VideoReformatter
+    real = display.VideoReformatter
 
     class Counting:
         def __init__(self):
@@ -112,10 +112,10 @@ def test_each_frame_is_decoded_once_and_no_more_than_needed(tmp_path, monkeypatc
             resized.append(frame.pts)
             return self.inner.reformat(frame, *args, **kwargs)
 
-    monkeypatch.setattr(media, "VideoReformatter", Counting)
+    monkeypatch.setattr(display, "VideoReformatter", Counting)
     read_frames(path, [25, 27, 25, 27], WHOLE, Shape(4, SIDE, SIDE))
     assert len(resized) == len(set(resized)) == 2
-    index = media._index(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+    index = clips.index_of(str(path))
     assert index.start_for(int(index.pts[25])) == index.pts[20]  # the keyframe before, not the clip's start
 
 

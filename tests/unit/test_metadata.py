@@ -147,7 +147,9 @@ def test_share_of_bad_rows(folder):
     with pytest.raises(UserError) as caught:
         scan(meta, folder, needs=PLAIN, max_bad_share=0.049)
     head, line = caught.value.problems
-    assert head == "1 of 20 entries (5.00%) cannot be used; max_bad_share allows 4.90%"
+    assert head == "1 of 20 entries (5.00%) cannot be used; max_bad_share allows 4.90%; mend them, or raise " + (
+        "max_bad_share to train without them"
+    )
     assert line == "entry 19: has no file_path. Name its clip or picture"
 
 

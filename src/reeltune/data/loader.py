@@ -18,7 +18,7 @@ from reeltune.core.rng import dice
 from reeltune.core.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.masks import draw_mask
-from reeltune.data.media import MediaError, read_frames
+from reeltune.data.media import MediaError, frames_on_show, read_frames
 from reeltune.data.plan import Plan
 
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
@@ -108,27 +108,31 @@ class Reader(Dataset[Batch]):
             sample.encoded = self._encoded(record, draw, sample.keep)
         if not self._with_pixels:
             return sample
-        sample.pixels_FCHW = torch.from_numpy(read_frames(record.path, draw.frames, draw.crop, draw.shape))
+        # Of a clip of uneven rate they are chosen by its own time stamps; what accompanies it goes by frame.
+        frames: Sequence[int] = draw.frames
+        if draw.rate is not None:
+            frames = frames_on_show(record.path, frames, record.fps, draw.rate)
+        sample.pixels_FCHW = torch.from_numpy(read_frames(record.path, frames, draw.crop, draw.shape))
         if "control" in self.needs:
-            sample.control_FCHW = torch.from_numpy(self._control(record, draw))
+            sample.control_FCHW = torch.from_numpy(self._control(record, draw, frames))
         if "camera" in self.needs:
-            sample.camera_FCHW = torch.from_numpy(self._camera(record, draw))
+            sample.camera_FCHW = torch.from_numpy(self._camera(record, draw, frames))
         if "mask" in self.needs:
             sample.mask_FHW = torch.from_numpy(draw_mask(draw.seen_seed, draw.shape, self.mask_law))
         return sample
 
-    def _control(self, record: Record, draw: Draw) -> np.ndarray:
+    def _control(self, record: Record, draw: Draw, frames: Sequence[int]) -> np.ndarray:
         assert record.control_path is not None
         try:
-            return read_frames(record.control_path, draw.frames, draw.crop, draw.shape)
+            return read_frames(record.control_path, frames, draw.crop, draw.shape)
         except MediaError as error:
             raise MediaError(f"has a control that {error}: {record.control_path}") from error
 
-    def _camera(self, record: Record, draw: Draw) -> np.ndarray:
+    def _camera(self, record: Record, draw: Draw, frames: Sequence[int]) -> np.ndarray:
         """Rays of the whole resized picture, cut as it is."""
         assert record.camera_path is not None
         try:
-            rows = resample(read_poses(record.camera_path), record.frames, draw.frames)
+            rows = resample(read_poses(record.camera_path), record.frames, frames)
             rays_FHWC = rays(rows, draw.crop.height, draw.crop.width)
         except CameraError as error:
             raise CameraError(f"has a camera path that is bad at {error}: {record.camera_path}") from error

@@ -1,0 +1,129 @@
+"""A decoded frame of a clip, as a viewer shows it: turned, deinterlaced, over white, in BT.709 colours.  (no torch)"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import av
+import av.filter
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
+
+from reeltune.data.findings import MediaError
+
+# Lanczos aliases least of swscale's filters (zone plate at 4x down: rmse 0.5, bicubic 3.3, area 13.7; measured,
+# 2026-11), and planar output is the fastest (0.84 ms against 1.37 for packed RGB, 720p to 256; measured, 2026-11).
+FILTER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND
+
+# Light that an 8-bit picture for a plain screen has no room for, by transfer function (ITU-T H.273, table 3).
+_UNSHOWN = {
+    ColorTrc.LINEAR: "has linear light",
+    ColorTrc.LOG: "has logarithmic light",
+    ColorTrc.LOG_SQRT: "has logarithmic light",
+    ColorTrc.SMPTE2084: "is HDR (PQ)",
+    ColorTrc.SMPTE428: "has the colours of a cinema file (SMPTE ST 428)",
+    ColorTrc.ARIB_STD_B67: "is HDR (HLG)",
+}
+_WIDE = (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)  # the last two are P3
+
+
+class _Turn(NamedTuple):
+    """From coded rows and columns to displayed ones: transpose, then flip."""
+
+    transposed: bool
+    flip_rows: bool
+    flip_columns: bool
+
+    def apply(self, plane: np.ndarray) -> np.ndarray:
+        plane = plane.T if self.transposed else plane
+        return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+def turn_of(frame: av.VideoFrame) -> _Turn:
+    """The display matrix [[a, b], [c, d]] sends coded (x, y) to (ax + cy, bx + dy); FFmpeg, libavutil/display.h."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _Turn(False, False, False)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        return _Turn(True, b < 0, c < 0)
+    return _Turn(False, d < 0, a < 0)
+
+
+def refuse_unshown(frame: av.VideoFrame) -> None:
+    """Raises MediaError for a frame whose light is not that of a plain screen: tools that make it so differ by a tenth
+    of the range, so that the choice of look is the user's."""
+    if (light := _UNSHOWN.get(frame.color_trc)) is not None:
+        raise MediaError(
+            f"{light}, and would be read in false colours",
+            remedy="Write it as SDR in BT.709 (docs/data.md has a command), or correct its tags if they are wrong",
+        )
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether something lies under it."""
+    return _may_be_transparent(frame) and bool((_planes(frame.reformat(format="gbrap"))[3] < 255).any())
+
+
+def _may_be_transparent(frame: av.VideoFrame) -> bool:
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
+class Displayer:
+    """Frames of one clip to a height and width, each resized once."""
+
+    def __init__(self, height: int, width: int):
+        """Pixels, as displayed."""
+        self.height, self.width = height, width
+        self._resize, self._uncover = VideoReformatter(), VideoReformatter()
+
+    def planes(self, frame: av.VideoFrame) -> list[np.ndarray]:
+        """uint8 H W of red, green and blue, which belong to the frame. Raises MediaError for HDR."""
+        refuse_unshown(frame)
+        turn = turn_of(frame)
+        height, width = (self.width, self.height) if turn.transposed else (self.height, self.width)
+        narrow = ColorPrimaries.BT709 if frame.color_primaries in _WIDE else None
+        if _may_be_transparent(frame):
+            frame = self._over_white(frame)
+        planar = self._resize.reformat(
+            frame, width, height, "gbrp", interpolation=FILTER, dst_color_primaries=narrow, threads=1
+        )
+        green, blue, red = (turn.apply(plane) for plane in _planes(planar))
+        return [red, green, blue]
+
+    def _over_white(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """At full size, so that what lies under transparent parts does not bleed out of them."""
+        covered = self._uncover.reformat(frame, format="gbrap", interpolation=FILTER, threads=1)
+        green, blue, red, alpha = (plane.astype(np.int32) for plane in _planes(covered))
+        rgb_HWC = np.stack([red, green, blue], axis=-1)
+        alpha_HW1 = alpha[..., None]
+        rgb_HWC = (rgb_HWC * alpha_HW1 + 255 * (255 - alpha_HW1) + 127) // 255
+        uncovered = av.VideoFrame.from_ndarray(rgb_HWC.astype(np.uint8), "rgb24")
+        uncovered.color_primaries, uncovered.color_trc = frame.color_primaries, frame.color_trc
+        return uncovered
+
+
+def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
+    return [
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+        for plane in frame.planes
+    ]
+
+
+def deinterlaced(
+    before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None, time_base
+) -> av.VideoFrame:
+    """The frame with the lines of its second field made anew from those around them, in space and time (bwdif)."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
+    fields = graph.add("bwdif", "mode=send_frame:parity=auto:deint=all")
+    graph.link_nodes(source, fields, graph.add("buffersink")).configure()
+    for one in (before, frame, after):
+        if one is not None:
+            graph.push(one)
+    graph.push(None)
+    if before is not None:
+        graph.vpull()
+    made = graph.vpull()
+    made.pts = frame.pts
+    return made
