@@ -23,10 +23,11 @@ def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int]
     """
     if share == 0:
         return list(range(len(records))), []
+    named = [(record.path, record.content) for record in records]
     first_path: dict[int, str] = {}  # of each content
-    for record in sorted(records, key=lambda record: record.path):
-        first_path.setdefault(record.content, record.path)
-    files = [first_path[record.content] if record.content else record.path for record in records]
+    for path, content in sorted(named):
+        first_path.setdefault(content, path)
+    files = [first_path[content] if content else path for path, content in named]
     by_hash = sorted(set(files), key=lambda path: seed_of(0, "held out", os.path.relpath(path, root)))
     count = max(1, round(share * len(by_hash)))
     if count >= len(by_hash):

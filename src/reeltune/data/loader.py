@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from reeltune.data.masks import draw_mask
 from reeltune.data.media import MediaError, frames_on_show, read_frames
 from reeltune.data.plan import Plan
 
+FILES_A_WORKER = 20  # open at once: pipes, and two batches of shared tensors on their way
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
 T = TypeVar("T")
 Place = tuple[int, int, int, int]  # epoch, micro-step, rank, world
@@ -193,8 +196,10 @@ def stream(
 def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
     """data[place] of each place, in order, read by so many processes; tensors in page-locked memory for a GPU.
 
-    Raises UserError where a process dies.
+    Raises UserError where a process dies, and where so many may not have the files open that they need.
     """
+    if workers:
+        _allow_open_files(FILES_A_WORKER * workers)
     loader = DataLoader(
         data,
         batch_size=None,
@@ -223,6 +228,21 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         f"a process that reads clips died ({death}); it may have run out of memory: "
         "give fewer, or 0 to read in the training process",
     )
+
+
+def _allow_open_files(more: int) -> None:
+    """Without them a batch would be lost on its way, and be waited for without end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + more
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            "dataloader_num_workers",
+            f"processes that read clips need about {needed} open files, and the system allows {hard}; raise that limit "
+            "(ulimit -n), give fewer, or 0 to read in the training process",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class _Handed(Dataset[Batch | UserError]):

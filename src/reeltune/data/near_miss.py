@@ -20,7 +20,7 @@ class NearMisses:
     def of(self, path: str) -> str | None:
         """In words, the file that is there under nearly this path below the folder, or None."""
         named = os.path.relpath(path, self.folder)
-        parts = named.replace("\\", "/").split("/")
+        parts = [part for part in named.replace("\\", "/").split("/") if part.strip() != "."]
         # A path may begin outside the folder, and pass through it.
         own_name = os.path.basename(self.folder)
         for start in [0, *(i + 1 for i, part in enumerate(parts) if part == own_name)]:

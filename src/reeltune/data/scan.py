@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -90,6 +91,8 @@ def scan(
                 lasting = all(finding.lasting for finding in findings)
                 _save(saved, _digest(data), found, [file.path for file in files], stamps_N2, lasting)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(str(meta), f"cannot be checked: {error.strerror}; raise that limit (ulimit -n)") from error
         raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
     _refuse_bad(meta, found, max_bad_share)
     return found

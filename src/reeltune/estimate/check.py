@@ -6,17 +6,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from reeltune.config.recipe import Recipe
 from reeltune.core.types import Draw, Geometry, Shape
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
-from reeltune.run.inputs import Inputs, choose_family, gather
+from reeltune.run.inputs import Inputs, choose_family, gather, load_parts
 from reeltune.training.loop import steps_of
 
 
 def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
     family, mode, _ = choose_family(recipe)
+    # By names and shapes alone, which tell whether the weights are there and fit.
+    load_parts(recipe, family, torch.device("cpu"), encoders=False, network=False)
     inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"

@@ -23,7 +23,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, notice_of, scan
-from reeltune.data.shapes import SizeRules, budget_frames, clip_length
+from reeltune.data.shapes import SizeRules, budget_frames, clip_length, lone_frames
 from reeltune.diffusion.objective import Objective
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.reporting.ledger import Ledger
@@ -155,7 +155,7 @@ def gather(
 
     found = measured(data.train_data_meta)
     usable, unsuited = suited(found.records, rules, family.least_frames)
-    notices = [*found.notices, *short_clips(usable, rules)]
+    notices = [*found.notices, *lone_frames(rules), *short_clips(usable, rules)]
     if data.validation_data_meta is not None:
         train, held = usable, measured(data.validation_data_meta)
         held_out, short = suited(held.records, rules, family.least_frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,10 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader, collate
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.plan import Plan
-from reeltune.data.shapes import SizeRules
+from reeltune.data.shapes import SizeRules, clip_length
 from reeltune.families.spec import Family
+
+notices = logging.getLogger(__name__)
 
 GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
     "control": "a control clip or picture",
@@ -63,6 +66,8 @@ def prompt_requests(
         except (MediaError, CameraError) as error:
             problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref']}")
     refuse("validation_paths", problems)
+    for record in records:
+        notice_short(record, rules)
     begun = bool(paths) and guide in ("ref", "mask")
     drop = {name: float(name != "control" and not begun) for name in family.drop}
     plan = partial(Plan, records, rules, group=1, seed=seed)  # never asked for: these draws are fixed
@@ -83,6 +88,8 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
     if guide == "control":
         kind: Kind = "image" if path.lower().endswith(PICTURES) else "video"
         seen = measure(path, kind)
+        for note in seen.notes:
+            notices.warning("%s: %s", path, note)
         return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)
     if guide == "camera":
         read_poses(path)
@@ -91,6 +98,17 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
         seen = measure(path, "image")
         return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width)
     return Record(entry, "", prompt, "video", frames, fps, side, side)
+
+
+def notice_short(record: Record, rules: SizeRules) -> None:
+    """Says so where a clip gives fewer frames than are asked for."""
+    legal, rate = rules.geometry.legal_frames, rules.video_sample_fps
+    frames, wanted = legal(int(clip_length(rules, record.frames, record.fps))), legal(rules.video_sample_n_frames)
+    if record.kind == "video" and frames < wanted:
+        step = f"at stride {rules.video_sample_stride}" if rate is None else f"at {rate:g} per second"
+        name = record.control_path or record.path
+        made = "1 frame is" if frames == 1 else f"{frames} frames are"
+        notices.warning("%s: the clip has fewer than %d frames %s, and %s made", name, wanted, step, made)
 
 
 def read_one(reader: Reader, draw: Draw) -> Batch:
