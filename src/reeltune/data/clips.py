@@ -32,6 +32,7 @@ class _Clip(NamedTuple):
     stream: av.VideoStream
     coder: av.VideoCodecContext
     streams: int  # of video in the file
+    size: tuple[int, int]  # width and height, by the header
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def _opened(path: str, **options: str) -> Iterator[_Clip]:
             stream = _shown(streams)
             if stream.codec_context is None:
                 raise MediaError("is of a codec that cannot be decoded")
-            yield _Clip(container, stream, _coder(stream), len(streams))
+            size = stream.codec_context.width, stream.codec_context.height  # which decoding may change
+            yield _Clip(container, stream, _coder(stream), len(streams), size)
     except av.FFmpegError as error:
         raise MediaError(f"does not decode: {error.strerror}") from None
 
@@ -237,8 +239,7 @@ def _with_neighbours(frames: Iterator[av.VideoFrame]) -> Iterator[tuple]:
 def _check_size(path: str, clip: _Clip, frame: av.VideoFrame, rank: int) -> tuple[int, int]:
     """The frame's width and height. Raises MediaError if the clip's first frame has others."""
     size = frame.width, frame.height
-    stated = clip.stream.codec_context.width, clip.stream.codec_context.height
-    if rank and size != stated:  # the header may be wrong: the first frame tells
+    if rank and size != clip.size:  # the header may be wrong: the first frame tells
         first = _size_of(path, 0)
         if first != size:
             raise _size_changes(path, first, rank)

@@ -24,7 +24,12 @@ _UNSHOWN = {
     ColorTrc.SMPTE428: "has the colours of a cinema file (SMPTE ST 428)",
     ColorTrc.ARIB_STD_B67: "is HDR (HLG)",
 }
-_WIDE = (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)  # the last two are P3
+_TO_BT709 = {  # linear RGB of wider primaries -> that of BT.709 (ITU-R BT.2087; SMPTE EG 432-1, D65)
+    ColorPrimaries.BT2020: [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
+    ColorPrimaries.SMPTE432: [[1.2249, -0.2249, 0.0], [-0.0421, 1.0421, 0.0], [-0.0196, -0.0786, 1.0983]],
+}
+_GAMMA = 2.4  # of a plain screen (ITU-R BT.1886)
+_LINEAR = (np.arange(256) / 255.0).astype(np.float32) ** _GAMMA
 
 
 class _Turn(NamedTuple):
@@ -82,14 +87,13 @@ class Displayer:
         refuse_unshown(frame)
         turn = turn_of(frame)
         height, width = (self.width, self.height) if turn.transposed else (self.height, self.width)
-        narrow = ColorPrimaries.BT709 if frame.color_primaries in _WIDE else None
+        wide = _TO_BT709.get(frame.color_primaries)
         if _may_be_transparent(frame):
             frame = self._over_white(frame)
-        planar = self._resize.reformat(
-            frame, width, height, "gbrp", interpolation=FILTER, dst_color_primaries=narrow, threads=1
-        )
-        green, blue, red = (turn.apply(plane) for plane in _planes(planar))
-        return [red, green, blue]
+        planar = self._resize.reformat(frame, width, height, "gbrp", interpolation=FILTER, threads=1)
+        green, blue, red = _planes(planar)
+        planes = [red, green, blue] if wide is None else _narrowed([red, green, blue], wide)
+        return [turn.apply(plane) for plane in planes]
 
     def _over_white(self, frame: av.VideoFrame) -> av.VideoFrame:
         """At full size, so that what lies under transparent parts does not bleed out of them."""
@@ -98,9 +102,15 @@ class Displayer:
         rgb_HWC = np.stack([red, green, blue], axis=-1)
         alpha_HW1 = alpha[..., None]
         rgb_HWC = (rgb_HWC * alpha_HW1 + 255 * (255 - alpha_HW1) + 127) // 255
-        uncovered = av.VideoFrame.from_ndarray(rgb_HWC.astype(np.uint8), "rgb24")
-        uncovered.color_primaries, uncovered.color_trc = frame.color_primaries, frame.color_trc
-        return uncovered
+        return av.VideoFrame.from_ndarray(rgb_HWC.astype(np.uint8), "rgb24")
+
+
+def _narrowed(rgb: list[np.ndarray], to_bt709: list[list[float]]) -> list[np.ndarray]:
+    """8-bit planes of wide primaries to those of BT.709; what these cannot show is clipped. (swscale takes ten seconds
+    to prepare for it; measured, 2026-11.)"""
+    linear = [_LINEAR[plane] for plane in rgb]
+    narrow = [sum(weight * plane for weight, plane in zip(row, linear, strict=True)) for row in to_bt709]
+    return [(np.clip(plane, 0, 1) ** (1 / _GAMMA) * 255 + 0.5).astype(np.uint8) for plane in narrow]
 
 
 def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
