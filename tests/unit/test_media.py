@@ -495,7 +495,7 @@ def test_interlaced_frames_are_deinterlaced(tmp_path):
             start = 8 + 8 * n + 4 * field
             frames_FHWC[n, field::2, start : start + 16] = 220
     path = tmp_path / "fields.mp4"
-    fields = {"flags": "+ildct+ilme", "bf": "2"}
+    fields = {"flags": "+ildct+ilme", "bf": "2", "g": "4"}
     tagged(path, frames_FHWC, primaries=1, transfer=1, matrix=1, **fields)
     found = measure(path, "video")
     assert found.notes == ("its frames are interlaced, and are deinterlaced",) and found.frames == 12
@@ -536,6 +536,9 @@ def test_colour_profiles_are_applied(tmp_path):
     assert read_picture(path, 32, 32)[0, :, 5, 5].tolist() == [230, 20, 20]
     Image.new("L", (32, 32), 90).save(path, icc_profile=plain)
     assert read_picture(path, 32, 32)[0, :, 5, 5].tolist() == [90] * 3
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100, icc_profile=plain)
+    assert measure(tmp_path / "ink.jpg", "image").notes != ()  # a profile of another kind of colours
+    assert np.abs(read_picture(tmp_path / "ink.jpg", 32, 32)[0, :, 5, 5].astype(int) - [255, 0, 0]).max() <= 3
     for broken in (b"no profile", plain[:200]):
         Image.fromarray(red).save(path, icc_profile=broken)
         assert measure(path, "image").notes == ("its colour profile cannot be used, and its colours are taken as sRGB",)
