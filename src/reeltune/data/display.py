@@ -16,7 +16,7 @@ from reeltune.data.findings import MediaError
 FILTER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND
 
 # Light that an 8-bit picture for a plain screen has no room for, by transfer function (ITU-T H.273, table 3).
-_UNSHOWN = {
+_UNSHOWN: dict[int, str] = {
     ColorTrc.LINEAR: "has linear light",
     ColorTrc.LOG: "has logarithmic light",
     ColorTrc.LOG_SQRT: "has logarithmic light",
@@ -24,7 +24,9 @@ _UNSHOWN = {
     ColorTrc.SMPTE428: "has the colours of a cinema file (SMPTE ST 428)",
     ColorTrc.ARIB_STD_B67: "is HDR (HLG)",
 }
-_TO_BT709 = {  # linear RGB of wider primaries -> that of BT.709 (ITU-R BT.2087; SMPTE EG 432-1, D65)
+_TO_BT709: dict[
+    int, list[list[float]]
+] = {  # linear RGB of wider primaries -> that of BT.709 (ITU-R BT.2087; SMPTE EG 432-1, D65)
     ColorPrimaries.BT2020: [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
     ColorPrimaries.SMPTE432: [[1.2249, -0.2249, 0.0], [-0.0421, 1.0421, 0.0], [-0.0196, -0.0786, 1.0983]],
 }

@@ -85,15 +85,15 @@ def _in_srgb(picture: Image.Image, icc_profile: bytes | None) -> tuple[Image.Ima
     if not icc_profile:
         return colours.convert("RGB"), []
     try:
-        profile = ImageCms.getOpenProfile(io.BytesIO(icc_profile))
-        mode = _MODES.get(profile.profile.xcolor_space.strip(), "")
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        mode = _MODES.get(getattr(profile.profile, "xcolor_space", "").strip(), "")
         if (mode == "CMYK") != (colours.mode == "CMYK") or (mode == "L" and colours.mode == "RGB"):
             raise ImageCms.PyCMSError(f"a {mode} profile in a {colours.mode} picture")
         changed = ImageCms.profileToProfile(
             colours.convert(mode),
             profile,
             ImageCms.createProfile("sRGB"),
-            renderingIntent=ImageCms.getDefaultIntent(profile),
+            renderingIntent=ImageCms.Intent(ImageCms.getDefaultIntent(profile)),
             outputMode="RGB",
         )
         assert changed is not None  # it is asked for a copy

@@ -189,6 +189,7 @@ class _Judge:
         row.notices.extend(own.measure.notes)
         if row.control:
             control = self.findings[File(row.control, row.kind)].measure
+            assert control is not None  # or it would have a reason
             _compare_control(row, own.measure, control)
             row.notices += [f"of the control: {note}" for note in control.notes if note not in own.measure.notes]
         if row.camera and self.findings[File(row.camera, "camera")].poses != own.measure.frames:
@@ -222,8 +223,8 @@ def notice_of(count: int, entries: Iterable[int], sentence: str) -> str:
     return f"{count} {'entry' if count == 1 else 'entries'} ({named}): {sentence}"
 
 
-def _compare_control(row: Row, own: Measure, control: Measure | None) -> None:
-    assert control is not None and row.control is not None
+def _compare_control(row: Row, own: Measure, control: Measure) -> None:
+    assert row.control is not None
     name = shown(row.control)
     if control.frames != own.frames:
         reason = f"control {name} has {control.frames} frames, its clip {own.frames}: lengths differ"
