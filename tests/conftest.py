@@ -98,6 +98,12 @@ def bad_inputs(request) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases(request) -> Path:
+    """Inputs that were once answered wrongly."""
+    return _beside(request, "cases")
+
+
+@pytest.fixture(scope="session")
 def seeds(request) -> Path:
     """The guides."""
     return _beside(request, "seeds") or HERE / "guides"

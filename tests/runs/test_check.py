@@ -1,8 +1,10 @@
 """What `check` prints, against data whose answer is known."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +105,42 @@ def test_what_training_would_refuse(given, tmp_path):
         lines_of(given, tmp_path, max_bad_share=0.1)
     with pytest.raises(UserError, match="it can do inpaint and i2v; set train_mode to inpaint"):
         lines_of(given, tmp_path, train_mode="control_ref")
+
+
+def test_weights_that_training_would_refuse(given, tmp_path):
+    """Also those that training would only meet after the scan."""
+    with pytest.raises(UserError, match="nowhere"):
+        lines_of(given, tmp_path, transformer_path=given / "nowhere")
+    tiny_checkpoint(tmp_path / "other", "inp", text=48)
+    with pytest.raises(UserError, match="other"):  # of the same family, for another text encoder
+        lines_of(given, tmp_path, transformer_path=tmp_path / "other")
+    tiny_checkpoint(tmp_path / "same", "inp")
+    assert lines_of(given, tmp_path, transformer_path=tmp_path / "same") == lines_of(given, tmp_path)
+
+
+def test_what_clips_are_is_told(given, tmp_path):
+    """HDR ones are left out; the rates of uneven ones are said, and sides at which a clip is one frame."""
+    rows = json.loads((given / "metadata.json").read_text())[:3]
+    slowing = [n + 3 * max(n - 9, 0) for n in range(20)]
+    for name, transfer, times in (("hdr.mp4", 18, range(20)), ("uneven.mp4", 1, slowing)):
+        with av.open(str(given / name), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+            stream.codec_context.color_trc = transfer
+            for n in times:
+                frame = av.VideoFrame(96, 64, "yuv420p")
+                frame.pts, frame.time_base = n, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        rows.append(rows[0] | {"file_path": name})
+    meta = tmp_path / "told.json"
+    meta.write_text(json.dumps(rows))
+    sizes = {"image_sample_size": 192, "random_hw_adapt": True, "training_with_video_token_length": True}
+    lines = lines_of(given, tmp_path, train_data_meta=meta, token_sample_size=64, **sizes)
+    assert "entry 3, hdr.mp4: the file is HDR (HLG), and would be read in false colours. Write it as SDR" in lines[3]
+    notices = [line for line in lines if line.startswith("notice")]
+    assert "1 entry (4): its frames are unevenly spaced in time, at 2 to 10 a second" in notices[0]
+    assert any("at side 192 the token budget leaves one frame" in notice for notice in notices)
 
 
 def test_all_that_does_not_suit_the_model_is_told_at_once(given, tmp_path):

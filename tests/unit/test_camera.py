@@ -11,6 +11,8 @@ from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.families.wan_fun.family import pack_frames
 
 ROW = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 {x} 0 1 0 0 0 0 1 0"
+LENS = "0 {} 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
+TURN = "0 0.9 1.6 0.5 0.5 0 0 {}"
 TOLERANCE = 1e-5
 
 
@@ -43,6 +45,20 @@ def test_any_white_space_and_blank_last_lines(tmp_path):
         (ROW.format(x=0) + "\n" + ROW.format(x=0), "line 1 is a pose"),
         ("\n" + ROW.format(x=0) + "\n\n" + ROW.format(x=0), "line 3: 0 columns"),
         ("\n1 2\n1 2\n1 2", r"line 2: 2 columns.*\(2 more"),
+        ("\n" + LENS.format("1152 1152 640 360"), r"line 2: focal lengths 1152, 1152 .*are these pixels\?"),
+        ("\n" + LENS.format("0.9 1152 0.5 0.5"), r"line 2: .*are these pixels\?"),
+        ("\n" + LENS.format("0.9 1.6 640 0.5"), r"line 2: .*centre 640, 0.5 .*are these pixels\?"),
+        ("\n" + LENS.format("0.001 0.001 0.5 0.5"), "line 2: focal lengths 0.001, 0.001 .* no fractions"),
+        ("\n" + LENS.format("0.9 1.6 -0.5 0.5"), "line 2: .*centre -0.5, 0.5 are no fractions"),
+        ("\n" + TURN.format("100 0 0 0 0 100 0 0 0 0 100 0"), "line 2: .*a rotation scaled by 100$"),
+        ("\n" + TURN.format("0.5 0 0 0 0 0.5 0 0 0 0 0.5 0"), "line 2: .*a rotation scaled by 0.5$"),
+        ("\n" + TURN.format("1 0.5 0 0 0 1 0 0 0 0 1 0"), "line 2: .*sheared"),
+        ("\n" + TURN.format("1 0 0 1 0 0 1 0 0 0 0 1"), "line 2: .*(sheared|no inverse)"),  # columns taken for rows
+        ("\n" + TURN.format("1 0 0 0 0 -1 0 0 0 0 1 0"), "line 2: .*mirrors"),
+        (
+            "\n" + "\n".join(f"{t}{ROW.format(x=0)[1:]}" for t in (0, 5, 9, 7)),
+            r"line 5: times run back.*7 .* 9",
+        ),
         ("header", "no pose"),
         ("", "no pose"),
     ],
@@ -50,6 +66,13 @@ def test_any_white_space_and_blank_last_lines(tmp_path):
 def test_bad_files_name_their_line(tmp_path, text, says):
     with pytest.raises(CameraError, match=says):
         read_poses(write(tmp_path / "a.txt", text))
+
+
+def test_what_is_sound(tmp_path):
+    """Equal times, and rotations written with three digits."""
+    turned = "0.866 0 0.5 0.1 0 1 0 0.2 -0.5 0 0.866 3"
+    text = "\n" + "\n".join(TURN.format(turned) for _ in range(3))
+    assert read_poses(write(tmp_path / "a.txt", text)).shape == (3, 19)
 
 
 def test_unreadable_files(tmp_path):

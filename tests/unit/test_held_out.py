@@ -53,6 +53,29 @@ def test_a_file_in_both_lists_is_refused():
         refuse_shared(records(NAMES[:3]), records(NAMES[1:6]))
 
 
+def test_copies_stay_on_one_side():
+    rows = [replace(row, content=1 + row.entry // 2) for row in records(NAMES)]
+    train, held = split(rows, 0.2, "/data")
+    assert not {rows[row].content for row in train} & {rows[row].content for row in held}
+    assert len(held) == 40
+    alone = [replace(row, content=1 + row.entry) for row in records(NAMES)]
+    assert split(alone, 0.1, "/data") == split(records(NAMES), 0.1, "/data")  # as without copies
+
+
+def test_a_copy_in_the_other_list_is_refused(tmp_path):
+    for name, data in {"a.mp4": b"1" * 99, "copy.mp4": b"1" * 99, "other.mp4": b"2" * 99}.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "a.mp4")
+
+    def listed(*names):
+        return [replace(row, content=7) for row in records(names, root=str(tmp_path))]
+
+    for name in ("copy.mp4", "link.mp4"):
+        with pytest.raises(UserError, match=rf"has 1 of its files too: .*/{name} \(the same as .*/a\.mp4\)"):
+            refuse_shared(listed("a.mp4"), listed(name))
+    refuse_shared(listed("a.mp4"), listed("other.mp4"))  # ends alike, and not the rest
+
+
 RULES = SizeRules(video_sample_n_frames=49, video_sample_stride=2, video_sample_size=256, image_sample_size=256)
 
 

@@ -6,9 +6,11 @@ import random
 import signal
 import time
 from dataclasses import fields, replace
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from reeltune.core.types import Batch, MaskLaw, Progress, Record
 from reeltune.data.camera import rays, read_poses, resample
 from reeltune.data.loader import ATTEMPTS, Reader, stream
 from reeltune.data.masks import draw_mask
-from reeltune.data.media import read_frames, write_clip
+from reeltune.data.media import measure, read_frames, write_clip
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
@@ -317,3 +319,41 @@ def test_pinning_reaches_every_tensor(folder, monkeypatch):
             assert after.shape == (1, *before.shape), name
     assert pinned.keep["text"].shape == (1, 2)
     assert pinned.draws == batch.draws
+
+
+def test_too_few_open_files_are_refused_and_not_waited_for(folder, monkeypatch):
+    """Without a file to receive it by, a batch would be waited for without end."""
+    limits = [20, 20]
+    monkeypatch.setattr("resource.getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    with pytest.raises(UserError, match=r"need about \d+ open files, and the system allows 20; raise that limit"):
+        next(stream(reader(rows(folder)), Progress(), workers=2))
+    limits[1] = 4096  # what may be raised is raised
+    next(stream(reader(rows(folder)), Progress(), workers=1))
+    assert 20 < limits[0] < 4096
+
+
+def test_a_clip_of_uneven_rate_is_read_by_time_and_its_control_frame_by_frame(folder, tmp_path):
+    path = tmp_path / "uneven.mp4"
+    times = [n if n < 8 else 8 + 4 * (n - 8) for n in range(18)]  # in 1/16 s
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=16)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        for n, time_stamp in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 12 * n, np.uint8), "rgb24")
+            frame.pts, frame.time_base = time_stamp, Fraction(1, 16)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+    found = measure(path, "video")
+    record = replace(rows(folder)[4], path=str(path), frames=found.frames, fps=found.fps)  # its control: 18 even frames
+    rules = replace(RULES, video_sample_fps=4.0, random_frame_crop=False)
+    reading = reader([record], group=1, rules=rules)
+    draw = reading.plan(0)[0][0]
+    assert draw.rate == 4.0
+    sample = reading.open(draw)
+    start_s = draw.frames[0] / found.fps
+    shown = [max(n for n in range(18) if times[n] / 16 <= start_s + i / 4 + 1e-3) for i in range(5)]
+    assert list(draw.frames) != shown
+    assert [round(float(grey) / 12) for grey in sample.pixels_FCHW.float().mean((1, 2, 3))] == shown
+    control_FCHW = read_frames(record.control_path, shown, draw.crop, draw.shape)
+    assert torch.equal(sample.control_FCHW, torch.from_numpy(control_FCHW))

@@ -147,7 +147,9 @@ def test_share_of_bad_rows(folder):
     with pytest.raises(UserError) as caught:
         scan(meta, folder, needs=PLAIN, max_bad_share=0.049)
     head, line = caught.value.problems
-    assert head == "1 of 20 entries (5.00%) cannot be used; max_bad_share allows 4.90%"
+    assert head == "1 of 20 entries (5.00%) cannot be used; max_bad_share allows 4.90%; mend them, or raise " + (
+        "max_bad_share to train without them"
+    )
     assert line == "entry 19: has no file_path. Name its clip or picture"
 
 
@@ -374,3 +376,104 @@ def test_a_pipe_does_not_wait(folder):
     os.mkfifo(folder / "pipe.mp4")
     with pytest.raises(UserError, match="is not a regular file"):
         scan(write_list(folder, [{"file_path": "pipe.mp4", "text": "x"}]), folder, needs=PLAIN)
+
+
+# Odd places and near misses
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_a_list_that_may_never_end_is_not_read(tmp_path, ending):
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    with pytest.raises(UserError, match="is no regular file; name a metadata file"):
+        scan(tmp_path / f"pipe.{ending}", tmp_path, needs=PLAIN)
+    (tmp_path / f"zero.{ending}").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is no regular file"):
+        scan(tmp_path / f"zero.{ending}", tmp_path, needs=PLAIN)
+    with open(tmp_path / f"large.{ending}", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"is 1,024\.0 GiB large, and a list may have 2\.0 GiB"):
+        scan(tmp_path / f"large.{ending}", tmp_path, needs=PLAIN)
+    with pytest.raises(UserError, match="is a folder"):
+        scan(tmp_path, tmp_path, needs=PLAIN)
+
+
+def test_a_time_far_ahead(folder, measured):
+    meta = write_list(folder, [{"file_path": "0.png", "text": "x", "type": "image"}])
+    seen = []
+    for year in (2400, 2401, 2401):
+        os.utime(folder / "0.png", ns=(0, (year - 1970) * 31_556_952 * 10**9))
+        assert len(scan(meta, folder, needs=PLAIN, index_dir=folder / "index").records) == 1
+        seen.append(len(measured))
+    assert seen == [1, 2, 2]  # a change is seen
+
+
+def near(folder: Path, named: str) -> str:
+    """The reason given for a path."""
+    entry = {"file_path": named, "text": "x", "type": "video"}
+    with pytest.raises(UserError) as caught:
+        scan(write_list(folder, [entry]), folder, needs=PLAIN)
+    return caught.value.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("there", "named", "words"),
+    [
+        ("train/c1.mp4", "train\\c1.mp4", "; there is train/c1.mp4 (with / and not \\). Correct the path"),
+        ("train/c1.mp4", "Train/C1.MP4", "; there is train/c1.mp4 (in other letter case). Correct the path"),
+        ("train/c1.mp4", "train/c1.mp4 ", "; there is train/c1.mp4 (with other spaces at the ends). Correct"),
+        ("train/c1.mp4", ".\\Train\\c1.mp4", "; there is train/c1.mp4. Correct the path"),
+        ("train/c1.mp4", "Train\\c1.mp4 ", "(with / and not \\, with other spaces at the ends, in other letter case)"),
+        ("train/caf\u00e9.mp4", "train/cafe\u0301.mp4", "; there is train/caf\u00e9.mp4 (in another Unicode form). "),
+        ("train/cafe\u0301.mp4", "train/caf\u00e9.mp4", "(in another Unicode form). Correct the path"),
+        ("train/c1.mp4", "train/c1.mov", "; there is train/c1.mp4. Correct the path"),
+        ("train/c1.mp4", "{folder}/train/c1.mp4", "; there is train/c1.mp4. Correct the path"),
+        ("train/c1.mp4", "train/c2.mp4", "No such file or directory. Put a clip"),
+        ("train/c1.mp4", "other/c1.mp4", "No such file or directory. Put a clip"),
+    ],
+)
+def test_a_path_that_nearly_exists_names_the_file(tmp_path, there, named, words):
+    (tmp_path / "train").mkdir()
+    (tmp_path / there).write_bytes(b"x")
+    assert words in near(tmp_path, named.replace("{folder}", tmp_path.name))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"video_path": "0.mp4", "text": "x"}, "has no file_path, but video_path. Rename video_path to file_path"),
+        ({"image": "0.png", "prompt": "x"}, "has no file_path, but image; has no text, but prompt. Rename image"),
+        ({"file_path": "0.mp4", "caption": "x"}, "has no text, but caption. Rename caption to text"),
+        ({"clip": "0.mp4", "text": "x"}, "has no file_path; its other keys are clip. Name its clip"),
+        ({"file_path": "0.mp4", "text": "x", "control_path": "1.mp4"}, "is missing, but there is control_path"),
+    ],
+)
+def test_keys_of_other_tools_are_known(folder, entry, words):
+    with pytest.raises(UserError) as caught:
+        scan(write_list(folder, [entry]), folder, needs=CONTROL if "control_path" in entry else PLAIN)
+    assert words in caught.value.problems[1]
+
+
+def test_columns_of_other_tools_are_known(folder):
+    (folder / "other.csv").write_text("video,caption\n0.mp4,x\n")
+    with pytest.raises(UserError, match="video seems to be file_path: rename it; caption seems to be text: rename it"):
+        scan(folder / "other.csv", folder, needs=PLAIN)
+
+
+def test_captions_that_are_none_are_said(folder):
+    texts = ["nan", " None ", "1.txt", "captions/my clip.txt", "A file named 1.txt lies here.", "none of it", "a/b"]
+    entries = [{"file_path": "0.png", "text": text, "type": "image"} for text in texts]
+    told = [line for line in scan(write_list(folder, entries), folder, needs=PLAIN).notices if "the caption is" in line]
+    assert [line.partition(";")[0] for line in told] == [
+        "1 entry (0): the caption is the word nan, perhaps of an empty cell",
+        "1 entry (1): the caption is the word none, perhaps of an empty cell",
+        "2 entries (2, 3): the caption is a file's name, and the model learns that",
+    ]
+
+
+def test_too_many_open_files_are_not_taken_for_a_full_disk(folder, monkeypatch):
+    def refused(*_given, **_more):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("reeltune.data.scan.measure_files", refused)
+    with pytest.raises(UserError, match="Too many open files; raise that limit"):
+        scan(folder / "list.json", folder, needs=PLAIN, index_dir=folder / "index")

@@ -19,6 +19,7 @@ from reeltune.data.shapes import (
     frame_indices,
     frame_window,
     loaded_size,
+    lone_frames,
     outcomes,
     reference_frame,
     rungs_for,
@@ -318,3 +319,20 @@ def test_supports_add_to_one():
         assert len(support) > 40
         assert sum(o.p for o in support) == pytest.approx(1, abs=1e-12)
         assert all(h >= o.crop[0] and w >= o.crop[1] for o in support for h, w in o.resize)
+
+
+def test_sides_at_which_clips_become_pictures_are_told():
+    rules = SizeRules(
+        video_sample_n_frames=9,
+        video_sample_size=256,
+        image_sample_size=640,
+        token_sample_size=256,
+        random_hw_adapt=True,
+        training_with_video_token_length=True,
+    )
+    assert [budget_frames(rules, side) for side in rules.ladder] == [9, 1, 1, 1]
+    (line,) = lone_frames(rules)
+    assert line.startswith("at side 384, 512, 640 the token budget leaves one frame")
+    assert lone_frames(replace(rules, token_sample_size=640)) == []
+    assert lone_frames(replace(rules, video_sample_n_frames=1)) == []
+    assert lone_frames(replace(rules, training_with_video_token_length=False)) == []

@@ -21,7 +21,7 @@ from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.reading import read_table
 from reeltune.core.types import Draw, Record
 
-READING_VERSION = 1  # raise it when the same file, crop and seed are read as other pixels, rays or masks
+READING_VERSION = 2  # raise it when the same file, crop and seed are read as other pixels, rays or masks
 Split = Literal["train", "held_out"]
 
 
@@ -49,7 +49,8 @@ class Keys:
         """Of all but the text. Raises OSError if a file is gone."""
         files = [path and self._file(path) for path in (record.path, record.control_path, record.camera_path)]
         seed = draw.seen_seed if self.seeds_count else None
-        return digest([self._facts, "clip", split, files, draw.shape, draw.crop, draw.frames, draw.ref_frame, seed])
+        frames = [draw.frames, draw.rate]
+        return digest([self._facts, "clip", split, files, draw.shape, draw.crop, frames, draw.ref_frame, seed])
 
     def text(self, record: Record, clip: str) -> str:
         """clip: the key of the clip that it belongs to."""

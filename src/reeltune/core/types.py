@@ -117,6 +117,7 @@ class Record:
     width: int
     control_path: str | None = None  # a clip or picture of the same length and aspect
     camera_path: str | None = None  # a pose file (.txt)
+    content: int = 0  # of size and both ends of the file: the same for a copy; 0 is unknown
 
 
 class Crop(NamedTuple):
@@ -141,6 +142,7 @@ class Draw:
     stratum: tuple[int, int] = (0, 1)  # (i, n): draw the noise level from the i-th of n equal strata
     repeat: bool = False  # drawn only to fill a group
     variant_seed: int | None = None  # of its variant, where a clip has a fixed number of them
+    rate: float | None = None  # frames per second, where a clip of uneven rate is read by time from frames[0] on
 
     @property
     def seen_seed(self) -> int:

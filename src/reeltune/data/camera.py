@@ -16,6 +16,8 @@ import numpy as np
 COLUMNS = 19
 POSE_ASPECT = 1280 / 720  # of the footage the poses were made on; assumed whatever the clip (as released)
 SINGULAR = 1e-6  # least determinant of the 3x3 part; a rotation has 1
+ORTHONORMAL = 0.01  # that R times its transpose may differ from 1 in any element: numbers of three digits do by less
+FOCAL = (0.05, 20.0)  # least and greatest, of the width or height: fields of view of 169 and of 2.9 degrees
 
 
 class CameraError(Exception):
@@ -25,8 +27,8 @@ class CameraError(Exception):
 def read_poses(path: str | Path) -> np.ndarray:
     """The file's poses, float64 N,19. Any white space separates numbers; blank lines at the end are ignored.
 
-    Raises CameraError (with the line number) for a missing header line, a row that is not 19 finite numbers,
-    a focal length that is not positive, and a matrix without an inverse.
+    Raises CameraError (with the line number) for a missing header line, a row that is not 19 finite numbers, lengths
+    and centres that are no fractions of a picture, a matrix that is no rotation and shift, and times that run back.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
@@ -41,7 +43,13 @@ def read_poses(path: str | Path) -> np.ndarray:
         raise CameraError(f"line {number}: {problem}{others}")
     if len(lines) < 2:
         raise CameraError("no pose after the header line")
-    return np.array([line.split() for line in lines[1:]], dtype=np.float64)
+    poses_N19 = np.array([line.split() for line in lines[1:]], dtype=np.float64)
+    backwards = np.flatnonzero(np.diff(poses_N19[:, 0]) < 0)
+    if len(backwards):
+        row = int(backwards[0])
+        times = f"{poses_N19[row + 1, 0]:g} comes after {poses_N19[row, 0]:g}"
+        raise CameraError(f"line {row + 3}: times run backwards ({times}); put the poses in the order of the clip")
+    return poses_N19
 
 
 def _row_problem(line: str) -> str | None:
@@ -54,10 +62,32 @@ def _row_problem(line: str) -> str | None:
         return str(error)
     if not all(map(math.isfinite, row)):
         return "a number is not finite"
-    if min(row[1], row[2]) <= 0:
-        return f"focal lengths {row[1]:g}, {row[2]:g}; they must be positive"
-    if abs(np.linalg.det(np.reshape(row[7:], (3, 4))[:, :3])) < SINGULAR:
+    return _lens_problem(*row[1:5]) or _rotation_problem(np.reshape(row[7:], (3, 4))[:, :3])
+
+
+def _lens_problem(fx: float, fy: float, cx: float, cy: float) -> str | None:
+    if min(fx, fy) <= 0:
+        return f"focal lengths {fx:g}, {fy:g}; they must be positive"
+    outside = not all(FOCAL[0] <= focal <= FOCAL[1] for focal in (fx, fy)) or not all(0 <= c <= 1 for c in (cx, cy))
+    if not outside:
+        return None
+    problem = f"focal lengths {fx:g}, {fy:g} and centre {cx:g}, {cy:g} are no fractions of a picture's width and height"
+    if max(fx, fy, cx, cy) > FOCAL[1]:
+        return f"{problem}: are these pixels? Divide the first of each pair by the width, the second by the height"
+    return problem
+
+
+def _rotation_problem(rotation: np.ndarray) -> str | None:
+    if abs(np.linalg.det(rotation)) < SINGULAR:
         return "the world-to-camera matrix has no inverse"
+    square = rotation @ rotation.T
+    if np.abs(square - np.eye(3)).max() > ORTHONORMAL:
+        scale = math.sqrt(np.trace(square) / 3)
+        scaled = np.abs(square / scale**2 - np.eye(3)).max() <= ORTHONORMAL
+        how = f"a rotation scaled by {scale:g}" if scaled else "sheared, or its numbers stand in another order"
+        return f"the first three columns of the world-to-camera matrix must be a rotation, and are {how}"
+    if np.linalg.det(rotation) < 0:
+        return "the world-to-camera matrix mirrors: its rotation has determinant -1; turn an odd axis round"
     return None
 
 

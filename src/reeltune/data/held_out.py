@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Iterable, Sequence
 
@@ -17,13 +18,17 @@ def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int]
     """(rows to train on, rows held out), each ascending: `share` of the files, at least one if share is over 0.
 
     Files are chosen by a hash of their path below `root`, so that neither the run's seed nor the order of the metadata
-    matters, new files hardly change the choice, and all entries of one file stay on one side.
+    matters, new files hardly change the choice, and all entries of one file, or of copies of it, stay on one side.
     Raises UserError if nothing would be left to train on.
     """
     if share == 0:
         return list(range(len(records))), []
-    paths = [record.path for record in records]
-    by_hash = sorted(set(paths), key=lambda path: seed_of(0, "held out", os.path.relpath(path, root)))
+    named = [(record.path, record.content) for record in records]
+    first_path: dict[int, str] = {}  # of each content
+    for path, content in sorted(named):
+        first_path.setdefault(content, path)
+    files = [first_path[content] if content else path for path, content in named]
+    by_hash = sorted(set(files), key=lambda path: seed_of(0, "held out", os.path.relpath(path, root)))
     count = max(1, round(share * len(by_hash)))
     if count >= len(by_hash):
         raise UserError(
@@ -32,16 +37,26 @@ def split(records: Sequence[Record], share: float, root: str) -> tuple[list[int]
         )
     held = set(by_hash[:count])
     rows: tuple[list[int], list[int]] = ([], [])
-    for row, path in enumerate(paths):
+    for row, path in enumerate(files):
         rows[path in held].append(row)
     return rows
 
 
 def refuse_shared(train: Iterable[Record], held_out: Iterable[Record]) -> None:
-    """Raises UserError if a file is in both: what is trained on tells nothing of learning."""
-    both = sorted({record.path for record in train} & {record.path for record in held_out})
+    """Raises UserError if a file is in both, by its path, another path or as a copy: what is trained on tells nothing
+    of learning."""
+    trained = list(train)
+    paths, by_content = {record.path for record in trained}, {record.content: record.path for record in trained}
+    both = {}  # path held out -> path trained on
+    for record in held_out:
+        copy = by_content.get(record.content) if record.content else None
+        if record.path in paths:
+            both[record.path] = record.path
+        elif copy is not None and filecmp.cmp(record.path, copy, shallow=False):
+            both[record.path] = copy
     if both:
-        names = ", ".join(both[:NAMED]) + (", ..." if len(both) > NAMED else "")
+        pairs = [path if path == copy else f"{path} (the same as {copy})" for path, copy in sorted(both.items())]
+        names = ", ".join(pairs[:NAMED]) + (", ..." if len(both) > NAMED else "")
         raise UserError(
             "validation_data_meta",
             f"train_data_meta has {len(both)} of its files too: {names}; held-out clips must not be trained on; take "
@@ -69,4 +84,5 @@ def fixed_draw(record: Record, row: int, rules: SizeRules) -> Draw:
         frames=frames,
         ref_frame=0,
         seed=seed_of(0, "held out", row),
+        rate=None if record.kind == "image" else rules.video_sample_fps,
     )

@@ -59,7 +59,8 @@ def _hashes(record: Record, root: str) -> tuple[int, int, int]:
     paths = [path for path in (record.path, record.control_path, record.camera_path) if path]
     names = "\0".join(path.removeprefix(root) for path in paths)
     sizes = [_size_bytes(path) for path in paths]
-    content = f"{record.kind} {record.frames} {record.fps} {record.height} {record.width} {sizes}"
+    facts = record.kind, record.frames, record.fps, record.height, record.width, record.content
+    content = f"{facts} {sizes}"
     return _hash(names), _hash(content), _hash(record.text)
 
 

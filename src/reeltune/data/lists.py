@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from reeltune.core.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".csv")
 COLUMNS = ("file_path", "text")  # that a CSV header must name
+
+LARGEST_BYTES = 2**31  # of a list; it is read as a whole, and a million entries take a tenth of it
+# Keys of other tools' lists -> ours.
+OTHER_KEYS = {
+    **dict.fromkeys(("video", "video_path", "image", "image_path", "media", "media_path", "path", "file", "filename",
+                     "file_name", "filepath"), "file_path"),
+    **dict.fromkeys(("caption", "captions", "prompt", "description", "cap"), "text"),
+    **dict.fromkeys(("control", "control_path", "control_video", "control_image", "control_video_path",
+                     "conditioning_image", "conditioning_path"), "control_file_path"),
+    **dict.fromkeys(("subject", "subject_path", "object", "object_path"), "object_file_path"),
+}  # fmt: skip
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -28,6 +40,28 @@ _FOREIGN_MARKS = {
 
 class Misshapen(str):
     """A row that has no fields, and why."""
+
+
+def read_list(meta: Path) -> bytes:
+    """Raises UserError for what is no file, cannot be read or is too large."""
+    try:
+        status = meta.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise UserError(str(meta), f"is {what}; name a metadata file ({', '.join(ENDINGS)})")
+        if status.st_size > LARGEST_BYTES:
+            size, most = (f"{size / 2**30:,.1f} GiB" for size in (status.st_size, LARGEST_BYTES))
+            raise UserError(str(meta), f"is {size} large, and a list may have {most}; leave out what is not needed")
+        return meta.read_bytes()
+    except OSError as error:
+        raise UserError(str(meta), f"cannot be read: {error.strerror}") from None
+
+
+def renames(keys: Iterable[Any]) -> list[tuple[str, str]]:
+    """(key, what it should be called) of those that other tools use, where ours is not there too."""
+    keys = [key for key in keys if isinstance(key, str)]
+    meant = ((key, OTHER_KEYS.get(key.strip().lower())) for key in keys)
+    return [(key, ours) for key, ours in meant if ours is not None and ours not in keys]
 
 
 def rows(meta: Path, data: bytes) -> Iterator[Any]:
@@ -144,6 +178,7 @@ def _csv(meta: Path, text: str) -> Iterator[Any]:
             problem += ", ".join(name[:40] for name in header[:8])
             if len(header) == 1 and re.search("[;\t]", header[0]):
                 problem += "; separate the columns by commas"
+            problem += "".join(f"; {key} seems to be {ours}: rename it" for key, ours in renames(header))
             raise UserError(str(meta), problem)
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +20,10 @@ from reeltune.core.rng import dice
 from reeltune.core.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.masks import draw_mask
-from reeltune.data.media import MediaError, read_frames
+from reeltune.data.media import MediaError, frames_on_show, read_frames
 from reeltune.data.plan import Plan
 
+FILES_A_WORKER = 20  # open at once: pipes, and two batches of shared tensors on their way
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
 T = TypeVar("T")
 Place = tuple[int, int, int, int]  # epoch, micro-step, rank, world
@@ -108,27 +111,31 @@ class Reader(Dataset[Batch]):
             sample.encoded = self._encoded(record, draw, sample.keep)
         if not self._with_pixels:
             return sample
-        sample.pixels_FCHW = torch.from_numpy(read_frames(record.path, draw.frames, draw.crop, draw.shape))
+        # Of a clip of uneven rate they are chosen by its own time stamps; what accompanies it goes by frame.
+        frames: Sequence[int] = draw.frames
+        if draw.rate is not None:
+            frames = frames_on_show(record.path, frames, record.fps, draw.rate)
+        sample.pixels_FCHW = torch.from_numpy(read_frames(record.path, frames, draw.crop, draw.shape))
         if "control" in self.needs:
-            sample.control_FCHW = torch.from_numpy(self._control(record, draw))
+            sample.control_FCHW = torch.from_numpy(self._control(record, draw, frames))
         if "camera" in self.needs:
-            sample.camera_FCHW = torch.from_numpy(self._camera(record, draw))
+            sample.camera_FCHW = torch.from_numpy(self._camera(record, draw, frames))
         if "mask" in self.needs:
             sample.mask_FHW = torch.from_numpy(draw_mask(draw.seen_seed, draw.shape, self.mask_law))
         return sample
 
-    def _control(self, record: Record, draw: Draw) -> np.ndarray:
+    def _control(self, record: Record, draw: Draw, frames: Sequence[int]) -> np.ndarray:
         assert record.control_path is not None
         try:
-            return read_frames(record.control_path, draw.frames, draw.crop, draw.shape)
+            return read_frames(record.control_path, frames, draw.crop, draw.shape)
         except MediaError as error:
             raise MediaError(f"has a control that {error}: {record.control_path}") from error
 
-    def _camera(self, record: Record, draw: Draw) -> np.ndarray:
+    def _camera(self, record: Record, draw: Draw, frames: Sequence[int]) -> np.ndarray:
         """Rays of the whole resized picture, cut as it is."""
         assert record.camera_path is not None
         try:
-            rows = resample(read_poses(record.camera_path), record.frames, draw.frames)
+            rows = resample(read_poses(record.camera_path), record.frames, frames)
             rays_FHWC = rays(rows, draw.crop.height, draw.crop.width)
         except CameraError as error:
             raise CameraError(f"has a camera path that is bad at {error}: {record.camera_path}") from error
@@ -189,8 +196,10 @@ def stream(
 def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
     """data[place] of each place, in order, read by so many processes; tensors in page-locked memory for a GPU.
 
-    Raises UserError where a process dies.
+    Raises UserError where a process dies, and where so many may not have the files open that they need.
     """
+    if workers:
+        _allow_open_files(FILES_A_WORKER * workers)
     loader = DataLoader(
         data,
         batch_size=None,
@@ -219,6 +228,21 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         f"a process that reads clips died ({death}); it may have run out of memory: "
         "give fewer, or 0 to read in the training process",
     )
+
+
+def _allow_open_files(more: int) -> None:
+    """Without them a batch would be lost on its way, and be waited for without end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + more
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            "dataloader_num_workers",
+            f"processes that read clips need about {needed} open files, and the system allows {hard}; raise that limit "
+            "(ulimit -n), give fewer, or 0 to read in the training process",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class _Handed(Dataset[Batch | UserError]):

@@ -18,7 +18,7 @@ from reeltune.core.files import whole_file
 from reeltune.data.camera import CameraError, read_poses
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure
 
-INDEX_VERSION = 1  # raise it when a Measure is found otherwise
+INDEX_VERSION = 2  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring
 START_SECONDS = 120.0  # that a process may take to import what it needs
 ABSENT = [-1, -1]  # stamp of a file that is not there
@@ -35,6 +35,8 @@ class Finding(NamedTuple):
     measure: Measure | None
     reason: str | None = None
     lasting: bool = True  # holds as long as the file's bytes do
+    remedy: str = ""  # where there is more to say than to mend or replace the file
+    poses: int = 0  # of a camera path
 
 
 def stamps(paths: Iterable[str]) -> np.ndarray:
@@ -48,7 +50,8 @@ def _stamp(path: str) -> list[int]:
         status = os.stat(path)
     except OSError:
         return ABSENT
-    return [status.st_size, status.st_mtime_ns]
+    # From 2262 on, nanoseconds since 1970 pass 64 bits; they are told apart all the same.
+    return [status.st_size, (status.st_mtime_ns + 2**63) % 2**64 - 2**63]
 
 
 def _why_absent(path: str) -> str:
@@ -125,18 +128,18 @@ def _save_index(index_dir: Path | None, decode_check: str, index: dict[str, list
             file.write(data)
 
 
-def _packed(finding: Finding) -> list | str | None:
-    if finding.measure is None:
-        return finding.reason
+def _packed(finding: Finding) -> list:
     m = finding.measure
-    return [m.kind, m.frames, m.fps, m.height, m.width, m.notes]
+    measured = None if m is None else [m.kind, m.frames, m.fps, m.height, m.width, m.notes, m.content]
+    return [measured, finding.reason, finding.remedy, finding.poses]
 
 
-def _unpacked(held: list | str | None) -> Finding:
-    if isinstance(held, list):
-        kind, frames, fps, height, width, notes = held
-        return Finding(Measure(kind, frames, fps, height, width, tuple(notes)))
-    return Finding(None, held)
+def _unpacked(packed: list) -> Finding:
+    measured, reason, remedy, poses = packed
+    if measured is not None:
+        kind, frames, fps, height, width, notes, content = measured
+        measured = Measure(kind, frames, fps, height, width, tuple(notes), content)
+    return Finding(measured, reason, remedy=remedy, poses=poses)
 
 
 # The processes
@@ -145,13 +148,12 @@ def _unpacked(held: list | str | None) -> Finding:
 def _examine(file: File, decode_check: DecodeCheck) -> Finding:
     try:
         if file.kind == "camera":
-            read_poses(file.path)
-            return Finding(None)
+            return Finding(None, poses=len(read_poses(file.path)))
         return Finding(measure(file.path, file.kind, decode_check))
     except CameraError as error:
         return Finding(None, str(error), lasting=os.path.exists(file.path))
     except MediaError as error:
-        return Finding(None, str(error), error.lasting)
+        return Finding(None, str(error), error.lasting, error.remedy)
 
 
 def _serve(link: Connection, decode_check: DecodeCheck) -> None:

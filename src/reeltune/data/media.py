@@ -1,64 +1,30 @@
-"""Clips and pictures: measured, decoded, written. PyAV and Pillow live here.  (no torch)
+"""Clips and pictures: measured, read, written.  (no torch)
 
 A file is always seen as a viewer shows it: turned by its display matrix or EXIF orientation, with
-square pixels, over white where it is transparent, in 8-bit full-range RGB.
+square pixels, over white where it is transparent, deinterlaced, in 8-bit full-range RGB by its colour
+tags or profile.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import stat
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from reeltune.core.types import Crop, Kind, Shape
+from reeltune.data.clips import decode, frames_on_show, measure_clip
+from reeltune.data.display import FILTER, Displayer
+from reeltune.data.findings import DecodeCheck, Measure, MediaError, content_of, require_file
+from reeltune.data.pictures import is_picture, measure_picture, read_picture
 
-DecodeCheck = Literal["ends", "full", "header"]
+__all__ = ["DecodeCheck", "Measure", "MediaError", "frames_on_show", "measure", "read_frames", "write_clip"]
 
 MIN_SIDE = 16  # pixels: the smallest multiple that any family's heights and widths come in
-EVEN_RATE = 0.1  # frame intervals may differ by this share of their median before a clip counts as uneven
-
-# Real containers only: a playlist or a script with a clip's name could make FFmpeg open other files.
-_CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf", "protocol_whitelist": "file"}
-_PICTURES = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS or PDF, which start other programs
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, OverflowError,
-                  Image.DecompressionBombError)  # fmt: skip
-
-# Lanczos aliases least of swscale's filters (zone plate at 4x down: rmse 0.5, bicubic 3.3, area 13.7; measured,
-# 2026-11), and planar output is the fastest (0.84 ms against 1.37 for packed RGB, 720p to 256; measured, 2026-11).
-_FILTER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND
-
-
-class MediaError(Exception):
-    """Why one file cannot be used. `lasting`: its bytes are the cause, so trying again is of no use."""
-
-    def __init__(self, reason: str, *, lasting: bool = True):
-        super().__init__(reason)
-        self.lasting = lasting
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One file as displayed. fps is 0.0 for a picture; `notes` tells what a user may want to know of it."""
-
-    kind: Kind
-    frames: int
-    fps: float
-    height: int
-    width: int
-    notes: tuple[str, ...] = ()
 
 
 def measure(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") -> Measure:
@@ -69,11 +35,14 @@ def measure(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") ->
     Raises MediaError.
     """
     path = str(path)
-    _require_file(path)
-    found = _measure_clip(path, decode_check) if kind == "video" else _measure_picture(path, decode_check)
+    require_file(path)
+    found = measure_clip(path, decode_check) if kind == "video" else measure_picture(path, decode_check)
     if min(found.height, found.width) < MIN_SIDE:
         raise MediaError(f"is too small: {found.width}x{found.height} pixels; {MIN_SIDE} a side is the least")
-    return found
+    try:
+        return replace(found, content=content_of(path))
+    except OSError as error:
+        raise MediaError(f"cannot be read: {error.strerror}", lasting=False) from None
 
 
 def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shape) -> np.ndarray:
@@ -91,22 +60,16 @@ def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shap
     places: dict[int, list[int]] = {}
     for place, frame in enumerate(frames):
         places.setdefault(int(frame), []).append(place)
-    if _is_picture(path):
+    if is_picture(path):
         if set(places) - {0}:
             raise ValueError(f"a picture has frame 0 alone, not {sorted(places)}: {path}")
-        with _pillow(path) as stored:
-            picture = _displayed(stored).resize((crop.width, crop.height), Image.Resampling.LANCZOS)
-        out_FCHW[:] = np.asarray(picture)[window].transpose(2, 0, 1)
+        out_FCHW[:] = read_picture(path, crop)[:, *window]
         return out_FCHW
-    reformatter = VideoReformatter()
-    for rank, frame in _decode(path, sorted(places)):
-        turn = _turn(frame)
-        height, width = (crop.width, crop.height) if turn.transposed else (crop.height, crop.width)
-        planar = reformatter.reformat(frame, width, height, "gbrp", interpolation=_FILTER, threads=1)
+    displayer = Displayer(crop.height, crop.width)
+    for rank, frame, _ in decode(path, sorted(places)):
         first, *others = places[rank]
-        for channel, plane in zip((1, 2, 0), planar.planes, strict=True):
-            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
-            out_FCHW[first, channel] = turn.apply(rows)[window]
+        for channel, plane in enumerate(displayer.planes(frame)):
+            out_FCHW[first, channel] = plane[window]
         out_FCHW[others] = out_FCHW[first]
     return out_FCHW
 
@@ -132,218 +95,8 @@ def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: in
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_FILTER,
+                interpolation=FILTER,
                 threads=1,
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def _require_file(path: str) -> None:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise MediaError(f"cannot be opened: {error.strerror}", lasting=False) from None
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise MediaError("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-    if not os.access(path, os.R_OK):
-        raise MediaError("cannot be opened: Permission denied", lasting=False)
-    if status.st_size == 0:
-        raise MediaError("is empty (0 bytes)")
-
-
-# Clips
-
-
-class _Turn(NamedTuple):
-    """From coded rows and columns to displayed ones: transpose, then flip."""
-
-    transposed: bool
-    flip_rows: bool
-    flip_columns: bool
-
-    def apply(self, plane: np.ndarray) -> np.ndarray:
-        plane = plane.T if self.transposed else plane
-        return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
-
-
-def _turn(frame: av.VideoFrame) -> _Turn:
-    """The display matrix [[a, b], [c, d]] sends coded (x, y) to (ax + cy, bx + dy); FFmpeg, libavutil/display.h."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return _Turn(False, False, False)
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        return _Turn(True, b < 0, c < 0)
-    return _Turn(False, d < 0, a < 0)
-
-
-@contextmanager
-def _open_clip(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its first video stream that is not cover art; every FFmpeg error inside is a MediaError."""
-    try:
-        opened = av.open(path, container_options=_CONTAINERS, metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise MediaError(f"cannot be opened as a clip: {error.strerror}") from None
-    try:
-        with opened as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise MediaError("holds no video stream")
-            if streams[0].codec_context is None:
-                raise MediaError("is of a codec that cannot be decoded")
-            streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
-            yield container, streams[0]
-    except av.FFmpegError as error:
-        raise MediaError(f"does not decode: {error.strerror}") from None
-
-
-class _Index(NamedTuple):
-    """The packets of a clip. Frame n has time stamp pts[n]; the rest is in the order of decoding."""
-
-    pts: np.ndarray  # int64, display order
-    coded_pts: np.ndarray  # int64, decoding order
-    coded_key: np.ndarray  # bool, decoding order
-
-    def start_for(self, pts: int) -> int:
-        """Time stamp of the last keyframe from which the frame can be decoded.
-
-        It comes no later in either order: a frame shown before the keyframe it follows may need the one before.
-        """
-        place = int(np.argmax(self.coded_pts == pts))
-        keys = self.coded_pts[: place + 1][self.coded_key[: place + 1]]
-        keys = keys[keys <= pts]
-        return int(keys[-1]) if len(keys) else int(self.pts[0])
-
-
-def _read_index(container: av.container.InputContainer, stream: av.VideoStream) -> _Index:
-    """Read every packet once: the only frame-exact way on uneven rates and start offsets."""
-    pts, keys = [], []
-    for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:  # the end, or cut away by an edit list
-            continue
-        if packet.is_corrupt:
-            raise MediaError(f"packet {len(pts)} is cut short or damaged")
-        if packet.pts is None:
-            raise MediaError("its packets carry no time stamps; write it again as mp4")
-        pts.append(packet.pts)
-        keys.append(packet.is_keyframe)
-    if not pts:
-        raise MediaError("holds no frames")
-    coded_pts = np.array(pts, np.int64)
-    return _Index(np.unique(coded_pts), coded_pts, np.array(keys))
-
-
-@functools.lru_cache(maxsize=512)
-def _index(path: str, size: int, mtime_ns: int) -> _Index:
-    with _open_clip(path) as (container, stream):
-        return _read_index(container, stream)
-
-
-def _decode(path: str, ranks: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(rank, frame) for the ranks asked for, which ascend; each once, in display order. Raises MediaError."""
-    _require_file(path)
-    status = os.stat(path)
-    index = _index(path, status.st_size, status.st_mtime_ns)
-    if ranks[-1] >= len(index.pts):
-        raise MediaError(f"has {len(index.pts)} frames, so no frame {ranks[-1]}")
-    wanted = {int(index.pts[rank]): rank for rank in ranks}
-    for from_start in (False, True):  # some containers seek past the keyframe asked for
-        start = int(index.pts[0]) if from_start else index.start_for(min(wanted))
-        with _open_clip(path) as (container, stream):
-            if not from_start:
-                container.seek(start, stream=stream)
-            # A picture that no other refers to costs nothing if it is not wanted. H.264 marks those for certain;
-            # elsewhere the mark may hold for one temporal layer only.
-            skip = stream.codec_context.name == "h264"
-            for packet in container.demux(stream):
-                if skip:
-                    useful = packet.size == 0 or packet.pts in wanted
-                    stream.codec_context.skip_frame = "DEFAULT" if useful else "NONREF"
-                for frame in packet.decode():
-                    if frame.is_corrupt and frame.pts is not None and frame.pts >= start:
-                        raise MediaError(f"is damaged at {float(frame.pts * stream.time_base):.2f} s")
-                    if frame.pts in wanted:
-                        yield wanted.pop(frame.pts), frame
-                if not wanted:
-                    return
-    raise MediaError(f"does not decode: frame {min(wanted.values())} is missing")
-
-
-def _measure_clip(path: str, decode_check: DecodeCheck) -> Measure:
-    if _is_picture(path):
-        raise MediaError("is a picture, not a clip")
-    with _open_clip(path) as (_, stream):
-        promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
-        sar = stream.sample_aspect_ratio or Fraction(1)
-    status = os.stat(path)
-    index = _index(path, status.st_size, status.st_mtime_ns)
-    count = len(index.pts)
-    if count < promised:
-        raise MediaError(f"is cut short: it holds {count} of the {promised} frames that its header promises")
-    ((_, first),) = _decode(path, [0])
-    others = {"header": range(0), "ends": range(count - 1, count), "full": range(count)}[decode_check]
-    for _ in _decode(path, others) if others else ():
-        pass
-    notes = []
-    ticks = np.diff(index.pts)
-    if count > 2 and np.abs(ticks - np.median(ticks)).max() > EVEN_RATE * np.median(ticks) + 2:
-        notes.append("its frames are unevenly spaced in time, and frames are taken by number")
-        rate = (count - 1) / ((index.pts[-1] - index.pts[0]) * tick)
-    height, width = first.height, round(first.width * sar)
-    if width != first.width:
-        notes.append("its pixels are not square, and are made so")
-    if _turn(first).transposed:
-        height, width = width, height
-    return Measure("video", count, float(rate or 0), height, width, tuple(notes))
-
-
-# Pictures
-
-
-@contextmanager
-def _pillow(path: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path, formats=_PICTURES) as picture:
-            yield picture
-    except UnidentifiedImageError:
-        raise MediaError(f"is not a picture ({', '.join(_PICTURES)})") from None
-    except _PILLOW_ERRORS as error:
-        raise MediaError(f"is a picture that cannot be read: {error}") from None
-
-
-def _is_picture(path: str) -> bool:
-    try:
-        with Image.open(path, formats=_PICTURES):
-            return True
-    except _PILLOW_ERRORS:
-        return False
-
-
-def _displayed(stored: Image.Image) -> Image.Image:
-    """8-bit RGB, upright; transparent parts over white; 16 bits scaled to 8."""
-    picture = ImageOps.exif_transpose(stored)
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise MediaError("has more than 16 bits a pixel; write it with 8")
-        picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.mode == "F":
-        raise MediaError("has floating-point pixels; write it with 8 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def _measure_picture(path: str, decode_check: DecodeCheck) -> Measure:
-    with _pillow(path) as stored:
-        notes = ("it is animated, and its first picture is used",) if getattr(stored, "is_animated", False) else ()
-        if stored.format == "MPO":  # several views in one JPEG, as telephones write
-            notes = ()
-        width, height = stored.size
-        if stored.getexif().get(0x0112, 1) >= 5:  # EXIF Orientation: 5 to 8 exchange the sides
-            width, height = height, width
-        if decode_check != "header":
-            _displayed(stored)
-    return Measure("image", 1, 0.0, height, width, notes)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reeltune.core.types import Kind
-from reeltune.data.lists import Misshapen, kind_of
+from reeltune.data.lists import Misshapen, kind_of, renames
 from reeltune.data.records import Records
 
 __all__ = ["Folder", "LeftOut", "Problem", "Records", "Row", "check_row", "shown"]
@@ -26,7 +27,10 @@ __all__ = ["Folder", "LeftOut", "Problem", "Records", "Row", "check_row", "shown
 IMAGE_ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 VIDEO_ENDINGS = frozenset({".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts",
                            ".webm", ".wmv"})  # fmt: skip
+EMPTY_WORDS = frozenset({"nan", "none", "null", "n/a", "<na>", "undefined"})  # what tables write for nothing
+FILE_NAME = re.compile(r"\S+\.(txt|caption|json|jsonl|csv|md)|[^\n]*[/\\][^\n]*\.(txt|caption|json|jsonl|csv|md)", re.I)
 SHOWN = 120  # characters of a value in a message
+KNOWN_KEYS = frozenset({"file_path", "text", "type", "control_file_path", "object_file_path", "width", "height"})
 
 
 class Problem(NamedTuple):
@@ -98,7 +102,7 @@ def check_row(fields: Any, folder: Folder, needs: frozenset[str]) -> Row:
     named = fields.get("file_path")
     row.named = named if isinstance(named, str) else ""
     if named is None:
-        row.problems.append(Problem("has no file_path", "Name its clip or picture"))
+        row.problems.append(_missing(fields, "file_path", "Name its clip or picture"))
     else:
         row.path = _path(row, folder, "file_path", named) or ""
     _check_text(row, fields)
@@ -107,6 +111,15 @@ def check_row(fields: Any, folder: Folder, needs: frozenset[str]) -> Row:
     _check_subjects(row, fields, folder)
     row.stated = (_pixels(row, fields, "height"), _pixels(row, fields, "width"))
     return row
+
+
+def _missing(fields: dict[str, Any], key: str, remedy: str) -> Problem:
+    """Says what is there under another name, if anything is."""
+    names = ", ".join(given for given, ours in renames(fields) if ours == key)
+    if names:
+        return Problem(f"has no {key}, but {names}", f"Rename {names} to {key}")
+    others = ", ".join(shown(given) for given in list(fields)[:8] if given not in KNOWN_KEYS)
+    return Problem(f"has no {key}" + (f"; its other keys are {others}" if others else ""), remedy)
 
 
 def _path(row: Row, folder: Folder, key: str, named: Any) -> str | None:
@@ -135,7 +148,7 @@ def _encodable(text: str) -> bool:
 def _check_text(row: Row, fields: dict[str, Any]) -> None:
     text = fields.get("text")
     if "text" not in fields:
-        row.problems.append(Problem("has no text", 'Give a caption; "" trains without one'))
+        row.problems.append(_missing(fields, "text", 'Give a caption; "" trains without one'))
     elif not isinstance(text, str):
         row.problems.append(Problem(f"text is {kind_of(text)}, not a string", 'Give a caption; "" trains without one'))
     elif not _encodable(text):
@@ -144,11 +157,15 @@ def _check_text(row: Row, fields: dict[str, Any]) -> None:
         row.text = text
         if not text.strip():
             row.notices.append("the caption is empty, and the sample is trained without text")
+        elif (word := text.strip().lower()) in EMPTY_WORDS:
+            row.notices.append(f"the caption is the word {word}, perhaps of an empty cell; the model learns that word")
+        elif len(text) < 1024 and FILE_NAME.fullmatch(text.strip()):
+            row.notices.append("the caption is a file's name, and the model learns that; put in what the file says")
 
 
 def _check_type(row: Row, fields: dict[str, Any]) -> None:
     stated = fields.get("type")
-    ending = os.path.splitext(row.named)[1].lower()
+    ending = os.path.splitext(row.named.strip())[1].lower()
     if stated is None:
         if ending in VIDEO_ENDINGS | IMAGE_ENDINGS:
             row.kind = "video" if ending in VIDEO_ENDINGS else "image"
@@ -177,6 +194,8 @@ def _check_control(row: Row, fields: dict[str, Any], folder: Folder, needs: froz
         else:
             row.control = path if "control" in needs else None
     given = "null" if key in fields and named is None else "missing" if named is None else shown(named)
+    if given == "missing" and (names := [name for name, ours in renames(fields) if ours == key]):
+        given = f"missing, but there is {', '.join(names)}: perhaps rename it"
     if "control" in needs and row.control is None:
         row.problems.append(Problem(f"{key} is {given}; this mode needs a control clip or picture", f"Give {key}"))
     if "camera" in needs and row.camera is None:

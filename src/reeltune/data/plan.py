@@ -286,6 +286,7 @@ class Plan:
         return {
             "crop": centre_crop(cover(rules, int(height), int(width), shape), shape),
             "frames": frames,
+            "rate": rules.video_sample_fps if records.kind_video[record] else None,
             "ref_frame": reference.choices(range(shape.frames), reference_frame(rules, shape.frames))[0],
             "variant_seed": None if variant is None else seed_of(seed, "variant", *at),
         }

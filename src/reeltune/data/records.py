@@ -19,6 +19,7 @@ _NUMBERS = {
     "fps": np.float64,
     "height": np.int32,
     "width": np.int32,
+    "content": np.int64,
 }
 
 
@@ -34,6 +35,7 @@ class Records(Sequence[Record]):
     fps: np.ndarray  # float64
     height: np.ndarray  # int32
     width: np.ndarray  # int32
+    content: np.ndarray  # int64
     strings: np.ndarray  # uint8: path, text, control_path, camera_path of row 0, of row 1, ...
     ends: np.ndarray  # int64: where each string begins, and the last ends
 
@@ -97,6 +99,7 @@ class Records(Sequence[Record]):
             fps=float(self.fps[row]),
             height=int(self.height[row]),
             width=int(self.width[row]),
+            content=int(self.content[row]),
             control_path=control or None,
             camera_path=camera or None,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,13 +18,14 @@ import numpy as np
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.types import Record
-from reeltune.data.lists import rows
+from reeltune.data.lists import read_list, rows
 from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
+from reeltune.data.near_miss import NearMisses
 from reeltune.data.records import Records
 
-SCAN_VERSION = 2  # raise it when a row is judged otherwise
+SCAN_VERSION = 3  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
 NAMED_ENTRIES = 10  # that a notice names
@@ -63,10 +66,7 @@ def scan(
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
     row if their share exceeds max_bad_share.
     """
-    try:
-        data = meta.read_bytes()
-    except OSError as error:
-        raise UserError(str(meta), f"cannot be read: {error.strerror}") from None
+    data = read_list(meta)
     folder = Folder(data_dir, allow_outside_paths)
     options = [SCAN_VERSION, str(meta.absolute()), folder.path, sorted(needs), decode_check, allow_outside_paths]
     saved = index_dir / f"scan-{_digest(json.dumps(options).encode())}.npz" if index_dir else None
@@ -84,13 +84,15 @@ def scan(
                 seconds_per_file=seconds_per_file,
                 progress=progress,
             )
-            judge = _Judge(dict(zip(files, findings, strict=True)))
+            judge = _Judge(dict(zip(files, findings, strict=True)), NearMisses(folder.path))
             records = Records.of(judge.records(meta, data, folder, needs))
             found = Scan(records, judge.left_out, judge.notices(), len(records) + len(judge.left_out))
             if saved:
                 lasting = all(finding.lasting for finding in findings)
                 _save(saved, _digest(data), found, [file.path for file in files], stamps_N2, lasting)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(str(meta), f"cannot be checked: {error.strerror}; raise that limit (ulimit -n)") from error
         raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
     _refuse_bad(meta, found, max_bad_share)
     return found
@@ -101,7 +103,9 @@ def _refuse_bad(meta: Path, found: Scan, max_bad_share: float) -> None:
     if total == 0:
         raise UserError(str(meta), "the list is empty: there is nothing to train on")
     if bad == total or bad > max_bad_share * total:
-        rule = "nothing is left to train on" if bad == total else f"max_bad_share allows {max_bad_share:.2%}"
+        rule = "nothing is left to train on"
+        if bad < total:
+            rule = f"max_bad_share allows {max_bad_share:.2%}; mend them, or raise max_bad_share to train without them"
         head = f"{bad} of {total} entries ({bad / total:.2%}) cannot be used; {rule}"
         raise UserError(str(meta), [head, *map(str, found.left_out)])
 
@@ -128,8 +132,9 @@ def _files_of(row: Row) -> list[File]:
 class _Judge:
     """Rows and findings to records, left-out rows and notices."""
 
-    def __init__(self, findings: dict[File, Finding]):
+    def __init__(self, findings: dict[File, Finding], near_misses: NearMisses):
         self.findings = findings
+        self._near_misses = near_misses
         self.left_out: list[LeftOut] = []
         self._noticed: dict[str, list[int]] = {}  # sentence -> [how many, entries to name...]
         self._seen_files: set[int] = set()  # hashes, which are smaller than the strings
@@ -162,6 +167,7 @@ class _Judge:
                 width=measured.width,
                 control_path=row.control,
                 camera_path=row.camera,
+                content=measured.content,
             )
 
     def notices(self) -> list[str]:
@@ -174,13 +180,20 @@ class _Judge:
             if finding.reason is not None:
                 name = "the file" if file.path == row.path else shown(file.path)
                 what = {"video": "a clip", "image": "a picture", "camera": "a camera path"}[file.kind]
-                remedy = f"Put {what} that is whole there, or remove the entry"
-                row.problems.append(Problem(f"{name} {finding.reason}", remedy))
+                remedy = finding.remedy or f"Put {what} that is whole there, or remove the entry"
+                near = None if os.path.exists(file.path) else self._near_misses.of(file.path)
+                reason = f"{name} {finding.reason}" + (f"; {near}" if near else "")
+                row.problems.append(Problem(reason, "Correct the path" if near else remedy))
         if row.problems or own.measure is None:
             return None
         row.notices.extend(own.measure.notes)
         if row.control:
-            _compare_control(row, own.measure, self.findings[File(row.control, row.kind)].measure)
+            control = self.findings[File(row.control, row.kind)].measure
+            assert control is not None  # or it would have a reason
+            _compare_control(row, own.measure, control)
+            row.notices += [f"of the control: {note}" for note in control.notes if note not in own.measure.notes]
+        if row.camera and self.findings[File(row.camera, "camera")].poses != own.measure.frames:
+            row.notices.append("the camera path has not one pose for each frame, and is stretched over the clip")
         self._compare_stated(row, own.measure)
         return own.measure
 
@@ -210,8 +223,8 @@ def notice_of(count: int, entries: Iterable[int], sentence: str) -> str:
     return f"{count} {'entry' if count == 1 else 'entries'} ({named}): {sentence}"
 
 
-def _compare_control(row: Row, own: Measure, control: Measure | None) -> None:
-    assert control is not None and row.control is not None
+def _compare_control(row: Row, own: Measure, control: Measure) -> None:
+    assert row.control is not None
     name = shown(row.control)
     if control.frames != own.frames:
         reason = f"control {name} has {control.frames} frames, its clip {own.frames}: lengths differ"

@@ -233,6 +233,18 @@ def budget_frames(rules: SizeRules, side: int) -> int:
     return rules.geometry.legal_frames(min(n, n * rules.token_sample_size**2 // side**2))
 
 
+def lone_frames(rules: SizeRules) -> list[str]:
+    """A notice of sides at which the token budget leaves one frame of a clip, if there are any."""
+    sides = [side for side in rules.ladder if budget_frames(rules, side) == 1] if rules.by_budget else []
+    if not sides or rules.geometry.legal_frames(rules.video_sample_n_frames) == 1:
+        return []
+    named = ", ".join(map(str, sides))
+    return [
+        f"at side {named} the token budget leaves one frame, so that clips are trained as pictures there; raise "
+        "token_sample_size or video_sample_n_frames, or lower image_sample_size"
+    ]
+
+
 def _rung_weights(rules: SizeRules, rungs: int) -> list[float]:
     if rules.law.nearest_rung is None:
         return [1 / rungs] * rungs

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from reeltune.config.recipe import Recipe
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import choose_family
+from reeltune.run.model import choose_family, load_parts
 from reeltune.training.loop import steps_of
 
 
 def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
     family, mode, _ = choose_family(recipe)
+    # By names and shapes alone, which tell whether the weights are there and fit.
+    load_parts(recipe, family, torch.device("cpu"), encoders=False, network=False)
     inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"

@@ -102,15 +102,14 @@ class Ledger:
         """Writes the counts of all processes, and what the records were, as .npz, for a later `load`."""
         whole = _sum(shares or [self.share()])
         records = sorted(whole.failures)
-        np.savez_compressed(
-            path,
+        arrays = dict(
             used=whole.used,
             repeated=whole.repeated,
             failed=np.array(records, dtype=np.int64),
             failed_times=np.array([whole.failures[record][0] for record in records], dtype=np.int64),
             failed_reason=np.array([whole.failures[record][1] for record in records], dtype=np.str_),
-            **self.identity.arrays(),
         )
+        np.savez_compressed(path, allow_pickle=False, **arrays, **self.identity.arrays())
 
     def load(self, path: Path, *, accept_changes: bool = False) -> list[str]:
         """Goes on from saved counts. On one process only, or they count once for each.

@@ -18,7 +18,7 @@ from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
-from reeltune.data.shapes import SizeRules
+from reeltune.data.shapes import SizeRules, lone_frames
 from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
 from reeltune.reporting.ledger import Ledger
@@ -80,7 +80,7 @@ def gather(
 
     train_scan = scanned_with_bar(data.train_data_meta)
     usable, unsuited = suited(train_scan.records, rules, family.least_frames)
-    notices = [*train_scan.notices, *short_clips(usable, rules)]
+    notices = [*train_scan.notices, *lone_frames(rules), *short_clips(usable, rules)]
     notices += [] if just_scanned else cut_captions(family, named_captions(usable))
     if data.validation_data_meta is not None:
         train, held_out_scan = usable, scanned_with_bar(data.validation_data_meta)

@@ -16,7 +16,7 @@ from reeltune.data.loader import Reader, collate
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
-from reeltune.data.shapes import SizeRules
+from reeltune.data.shapes import SizeRules, clip_length
 from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
 from reeltune.families.tensor_files import notice
@@ -67,6 +67,8 @@ def prompt_requests(
         except (MediaError, CameraError) as error:
             problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref']}")
     refuse("validation_paths", problems)
+    for record in records:
+        notice_short(record, rules)
     begun = bool(paths) and guide in ("ref", "mask")
     drop = {name: float(name != "control" and not begun) for name in family.drop}
     plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
@@ -89,6 +91,8 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
     if guide == "control":
         kind: Kind = "image" if path.lower().endswith(PICTURES) else "video"
         seen = measure(path, kind)
+        for note in seen.notes:
+            notice("%s: %s", path, note)
         return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)
     if guide == "camera":
         read_poses(path)
@@ -97,6 +101,17 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
         seen = measure(path, "image")
         return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width)
     return Record(entry, "", prompt, "video", frames, fps, side, side)
+
+
+def notice_short(record: Record, rules: SizeRules) -> None:
+    """Says so where a clip gives fewer frames than are asked for."""
+    legal, rate = rules.geometry.legal_frames, rules.video_sample_fps
+    frames, wanted = legal(int(clip_length(rules, record.frames, record.fps))), legal(rules.video_sample_n_frames)
+    if record.kind == "video" and frames < wanted:
+        step = f"at stride {rules.video_sample_stride}" if rate is None else f"at {rate:g} per second"
+        name = record.control_path or record.path
+        made = "1 frame is" if frames == 1 else f"{frames} frames are"
+        notice("%s: the clip has fewer than %d frames %s, and %s made", name, wanted, step, made)
 
 
 def read_one(reader: Reader, draw: Draw) -> Batch:

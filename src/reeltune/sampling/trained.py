@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device) -> tuple[
     is_shared = checkpoint.is_shared(chosen)
     parts = load_parts(recipe, family, device, None if is_shared else chosen / "transformer")
     if is_shared:
-        names = released_names(parts.net, partial(family.to_released, config=parts.config))
+        names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
         Shared(chosen).fill(whole(f"weights/{names[name]}", weight) for name, weight in parts.net.named_parameters())
     return parts, {"path": str(chosen), "sha256": digest(parts.net)}
 
@@ -49,5 +48,5 @@ def digest(net: nn.Module) -> str:
     total = hashlib.sha256()
     for name, weight in sorted(net.named_parameters()):
         total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
