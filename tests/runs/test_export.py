@@ -1,6 +1,8 @@
 """Exports of a tiny checkpoint: both forms, shards, dtypes, and what is refused."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError
 from reeltune.export import streamed
 from reeltune.export.main import export
-from reeltune.families import tensor_files, weights
+from reeltune.families import configs, tensor_files, weights
 from tests.families.tiny_wan import tiny_checkpoint
 
 
@@ -83,3 +85,51 @@ def test_what_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="use_ema"):
         list(export(run / "checkpoint-3", tmp_path / "out", ema=True))
     assert not (tmp_path / "out").exists()
+
+
+def spoiled(run, folder, value):
+    """A copy of the run's checkpoint with `value` in one of its numbers."""
+    checkpoint = folder / "checkpoint-3"
+    shutil.copytree(run / "checkpoint-3", checkpoint)
+    (checkpoint / "digests.json").unlink(missing_ok=True)
+    state = weights.read(checkpoint / "transformer")
+    state["head.head.bias"][1] = value
+    weights.write_component(checkpoint / "transformer", state, configs.read_config(checkpoint / "transformer"))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (7e4, r"head\.head\.bias has 70000, more than fp16 holds; give --dtype bf16"),
+        (float("nan"), r"head\.head\.bias has 1 numbers that are not finite"),
+        (float("inf"), r"head\.head\.bias has 1 numbers that are not finite"),
+    ],
+)
+def test_finite_stays_finite_or_is_refused(value, words, run, tmp_path):
+    checkpoint = spoiled(run, tmp_path, value)
+    with pytest.raises(UserError, match=words):
+        list(export(checkpoint, tmp_path / "out", dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]  # nothing partial is left
+    if value == 7e4:
+        list(export(checkpoint, tmp_path / "out", dtype="bf16"))
+        assert weights.read(tmp_path / "out")["head.head.bias"][1] == torch.tensor(7e4).bfloat16()
+
+
+def test_another_tools_checkpoint(run, tmp_path):
+    theirs = tmp_path / "checkpoint-50"
+    shutil.copytree(run / "checkpoint-3" / "transformer", theirs / "transformer")
+    (theirs / "scheduler.bin").write_bytes(b"theirs")
+    list(export(theirs, tmp_path / "out", dtype="as_stored"))
+    written, source = weights.read(tmp_path / "out"), weights.read(theirs / "transformer")
+    assert written.keys() == source.keys() and all(torch.equal(written[name], source[name]) for name in source)
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("reeltune.export.streamed.write", full)
+    with pytest.raises(UserError, match=r"out.*\n.*No space left.*GB free.*nothing is left of it"):
+        list(export(run / "checkpoint-3", tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

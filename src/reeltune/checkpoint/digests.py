@@ -47,17 +47,18 @@ def read(checkpoint: Path) -> Digests | None:
         raise UserError(str(path), f"cannot be read ({broken}); take an earlier checkpoint") from broken
 
 
-def damages(checkpoint: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+def damages(checkpoint: Path, *, part: int = 0, parts: int = 1, under: tuple[str, ...] = ("",)) -> list[str]:
     """What is not as it was written, a line for each file; nothing for a checkpoint without digests.
 
-    part: of `parts` processes that share the reading, each of every so-manieth file.
+    part: of `parts` processes that share the reading, each of every so-manieth file. under: beginnings of the names of
+    the files that are looked at.
     """
     written = read(checkpoint)
     if written is None:
         return []
     there = {path.relative_to(checkpoint).as_posix(): path for path in files_of(checkpoint)}
     lines = []
-    for name in sorted(written)[part::parts]:
+    for name in sorted(name for name in written if name.startswith(under))[part::parts]:
         size_bytes, sha256 = written[name]
         path = there.get(name)
         if path is None:

@@ -40,6 +40,7 @@ NAME = re.compile(r"checkpoint-(\d+)$")
 PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
 OURS = ("progress.json", "ledger.npz", "optimizer.pt", SHARES)  # of which no other tool's checkpoint has any
 SET_ASIDE = "set_aside"
+WEIGHTS = ("transformer", SHARES)  # beginnings of the names of files that hold them
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -239,12 +240,12 @@ def sound_before(checkpoint: Path) -> str:
     return "restore it from a copy; there is no sound checkpoint before it"
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
+def verify(checkpoint: Path, *, under: tuple[str, ...] = ("",)) -> None:
     """Raises UserError for files that are not as they were written, which names the last sound one before it.
 
-    part: of `parts` processes, which share the reading.
+    under: beginnings of the names of the files that are looked at.
     """
-    if lines := digests.damages(checkpoint, part=part, parts=parts):
+    if lines := digests.damages(checkpoint, under=under):
         raise damaged(checkpoint, lines)
 
 

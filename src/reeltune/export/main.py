@@ -19,6 +19,8 @@ from reeltune.checkpoint.state import Shared
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
+from reeltune.core.files import writing
+from reeltune.core.reading import few
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
 from reeltune.families import configs, weights
@@ -43,35 +45,44 @@ def export(
     The weights have the names that the original tools load, or diffusers' with `diffusers`, which needs the model
     that was trained: that of the run's recipe, or pretrained_model_name_or_path. So does the forward pass of the
     proof, which is left out, with a line that says why, where the model is not there or does not fit into memory.
-    Raises UserError if `checkpoint` is none or lacks what is asked for, or `out` has something in it, and RuntimeError
-    if what was written does not come back equal.
+    Another tool's checkpoint-N with such weights is taken too. Raises UserError if `checkpoint` is none, is damaged or
+    lacks what is asked for, if `out` has something in it, or a number is not finite or would not be in `dtype`, and
+    RuntimeError if what was written does not come back equal; nothing is left of `out` then.
     """
     refuse("export", list(_problems(checkpoint, out, ema)))
+    checkpoints.verify(checkpoint, under=checkpoints.WEIGHTS)
     recipe = _recipe(checkpoint, pretrained_model_name_or_path)
     source = _source(checkpoint, ema)
-    outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
-    config = configs.read_config(checkpoint / "transformer")
+    own = _own_folder(checkpoint)
+    config = configs.read_config(own)
     family = _family(recipe) if diffusers else None
+    outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
+    theirs = _named(outline, family, config)
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    theirs = _named(outline, family, config)
-    if family is None:
-        shutil.copyfile(checkpoint / "transformer" / "config.json", partial / "config.json")
-    else:
-        family.save(partial, {name: outline[own] for name, own in theirs.items()}, config, diffusers=True)
-    files = streamed.write(
-        partial,
-        {name: outline[own] for name, own in theirs.items()},
-        lambda name: _cast(source[theirs[name]], dtype),
-        int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]],
-    )
-    proof = _proof(source, partial, theirs, dtype)
-    tried = _tried(recipe, partial, outline)
-    if out.exists():
-        out.rmdir()  # empty, or it would have been refused
-    partial.rename(out)
+    try:
+        with writing(out, "nothing is left of it"):
+            partial.mkdir(parents=True)
+            if family is None:
+                shutil.copyfile(own / "config.json", partial / "config.json")
+            else:
+                family.save(partial, {name: outline[mine] for name, mine in theirs.items()}, config, diffusers=True)
+            cast = Cast(source, dtype)
+            files = streamed.write(
+                partial,
+                {name: outline[mine] for name, mine in theirs.items()},
+                lambda name: cast(theirs[name]),
+                int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]],
+            )
+            refuse("export", few(cast.problems))
+        proof = _proof(source, partial, theirs, dtype)
+        tried = _tried(recipe, partial, outline)
+        if out.exists():
+            out.rmdir()  # empty, or it would have been refused
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for file in files:
         yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e6:,.1f} MB"
     names = "released" if family is None else "diffusers'"
@@ -79,8 +90,35 @@ def export(
     yield tried
 
 
+class Cast:
+    """Released name -> tensor in the type that is written; what is lost on the way is kept as `problems`."""
+
+    def __init__(self, source: Mapping[str, Tensor], dtype: str):
+        self.source, self.dtype = source, dtype
+        self.problems: list[str] = []
+
+    def __call__(self, name: str) -> Tensor:
+        tensor = self.source[name]
+        cast = _cast(tensor, self.dtype)
+        if not (finite := torch.isfinite(tensor)).all():
+            count = int((~finite).sum())
+            self.problems.append(f"{name} has {count:,} numbers that are not finite; export an earlier checkpoint")
+        elif not torch.isfinite(cast).all():
+            largest = float(tensor.abs().max())
+            remedy = "give --dtype bf16, fp32 or as_stored"
+            self.problems.append(f"{name} has {largest:g}, more than {self.dtype} holds; {remedy}")
+        return cast
+
+
+def _own_folder(checkpoint: Path) -> Path:
+    """Where the network's config.json lies."""
+    is_ours = (checkpoint / "progress.json").is_file()
+    return checkpoint / "transformer" if is_ours else checkpoints.their_weights(checkpoint)
+
+
 def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
-    if not (checkpoint / "progress.json").is_file():
+    is_ours, theirs = (checkpoint / "progress.json").is_file(), checkpoints.their_weights(checkpoint)
+    if not is_ours and not (weights.has_weights(theirs) and (theirs / "config.json").is_file()):
         have = ", ".join(str(path) for path in checkpoints.complete(checkpoint)) or "none"
         yield f"{checkpoint} is no complete checkpoint-N folder; complete ones in it: {have}"
     elif ema and not _has_average(checkpoint):
@@ -99,7 +137,7 @@ def _source(checkpoint: Path, ema: bool) -> Any:
     """The tensors by released name, each read when asked for; `outline` has them on the meta device."""
     if checkpoints.is_shared(checkpoint):
         return Shared(checkpoint).weights(average=ema)
-    return streamed.Stored(checkpoint / ("transformer_ema" if ema else "transformer"))
+    return streamed.Stored(checkpoint / "transformer_ema" if ema else _own_folder(checkpoint))
 
 
 def _recipe(checkpoint: Path, model: str | None) -> Recipe:

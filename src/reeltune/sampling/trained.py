@@ -34,7 +34,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device) -> tuple[
     if model.transformer_path is not None:
         both = f"transformer_path is {model.transformer_path} and resume_from_checkpoint is {wanted}"
         raise UserError("sample", f"{both}, which are two answers to whose weights are meant; leave one out")
-    checkpoint.verify(chosen)
+    checkpoint.verify(chosen, under=checkpoint.WEIGHTS)
     is_shared = checkpoint.is_shared(chosen)
     parts = load_parts(recipe, family, device, None if is_shared else chosen / "transformer")
     if is_shared:
