@@ -1,4 +1,4 @@
-"""Damaged checkpoints, runs and caches as the cases' own script makes them: one UserError each, before a step is taken."""
+"""Damaged checkpoints, runs and caches, as the cases' own script makes them: one UserError each, before a step."""
 
 import runpy
 import shutil

@@ -12,6 +12,7 @@ from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import choose_family, load_parts
 from reeltune.training.loop import steps_of
+from reeltune.training.rate import Rates, rate_notices, rate_of
 
 
 def check(recipe: Recipe) -> Iterator[str]:
@@ -49,12 +50,15 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
 
 def _steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     training = recipe.training
-    steps = _count(steps_of(recipe, len(plan)), "optimizer step")
+    total_steps = steps_of(recipe, len(plan))
+    steps = _count(total_steps, "optimizer step")
     yield (
         f"epoch    {_count(len(plan), 'micro-step')} of {_count(training.train_batch_size, 'sample')}, "
         f"{_count(plan.repeats, 'repeat')} to fill groups"
     )
     yield f"run      {steps} of {_count(training.gradient_accumulation_steps, 'micro-step')}"
+    yield f"rate     {Rates.of(rate_of(recipe.optimization, total_steps), total_steps)}"
+    yield from (f"notice   {line}" for line in rate_notices(recipe.optimization, total_steps))
 
 
 def _table(buckets: list[Bucket]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from reeltune.run.model import check_split
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
+from reeltune.training.rate import Rates, rate_of
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 DEVICES = {  # GB, from NVIDIA's data sheet of each
@@ -81,6 +82,7 @@ class Forecast:
     largest: Shape
     batch: int
     steps: int
+    rates: Rates  # of the optimizer, over those steps
     ways: int  # cache_variants
     largest_step: StepEstimate  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
@@ -137,6 +139,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         largest=draws[0].shape,
         batch=len(draws),
         steps=steps,
+        rates=Rates.of(rate_of(recipe.optimization, steps), steps),
         ways=recipe.cache.cache_variants,
         largest_step=largest,
         peaks=peaks,

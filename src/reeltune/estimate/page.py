@@ -87,6 +87,7 @@ def data_table(plan: Forecast) -> Table:
         ("footage seen in an epoch", span(data.footage_s)),
         ("ways of reading a clip", f"{plan.ways} (cache_variants)" if plan.ways else "new ones at every use"),
         ("steps", f"{plan.steps:,}"),
+        ("learning rate", str(plan.rates)),
     ]
     return Table("Data", ("", ""), rows, words=2)
 

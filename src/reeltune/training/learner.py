@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from reeltune.optim.optimizers import (
     StochasticRounding,
     build_optimizer,
     clip_ceiling,
-    rate_curve,
     set_rate,
     soften_outliers,
 )
@@ -69,19 +68,6 @@ class Learner:
             "the moving average": {} if self.average is None else self.average.weights,
         }
         return {part: size_bytes(tree) for part, tree in parts.items()}
-
-    def rate_curve(self, total_steps: int) -> Callable[[int], float]:
-        """Step -> learning rate."""
-        optimization = self.optimization
-        factor = rate_curve(
-            optimization.lr_scheduler,
-            warmup_steps=optimization.lr_warmup_steps,
-            total_steps=total_steps,
-            num_cycles=optimization.lr_num_cycles,
-            power=optimization.lr_power,
-            step_rules=optimization.lr_step_rules,
-        )
-        return lambda step: optimization.learning_rate * factor(step)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """last: of the micro-steps of a step."""

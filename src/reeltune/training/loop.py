@@ -33,6 +33,7 @@ from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
 from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from reeltune.training.rank_checks import from_first, refuse_apart, refuse_damaged, refuse_other_records
+from reeltune.training.rate import rate_notices, rate_of
 from reeltune.training.run import Run
 
 
@@ -96,6 +97,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
+    slow = rate_notices(recipe.optimization, total_steps)
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
@@ -106,7 +108,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str
         watchdog=watchdog,
         setup=setup,
         learner=learner,
-        rate=learner.rate_curve(total_steps),
+        rate=rate_of(recipe.optimization, total_steps),
         validation=validation,
         prefetcher=_prefetcher(recipe, engine, setup, inputs, split, progress, total_steps),
         pixel_reader=pixel_reader,
@@ -117,7 +119,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        notices=[*notices, *engine.wish.notices, *inputs.scan.notices, *changes],
+        notices=[*notices, *engine.wish.notices, *inputs.scan.notices, *slow, *changes],
     )
 
 
