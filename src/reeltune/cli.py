@@ -20,6 +20,7 @@ from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentence
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.distributed.launcher_settings import adopted
 
 USAGE = """\
 usage: reeltune COMMAND ...
@@ -113,6 +114,8 @@ def recipe_of(argv: Sequence[str], command: str) -> Recipe:
     tree = read(files[0]) if files else {}
     if files and "output_dir" not in given:
         tree = in_its_folder(Path(files[0]), tree)
+    if command == "train":
+        given = adopted({**tree, **given}) | given
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"
     return build(tree, given, where=where, required=REQUIRED[command], found=problems)

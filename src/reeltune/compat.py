@@ -12,6 +12,7 @@ from pathlib import Path
 from reeltune.cli import REQUIRED, exported, flags, guarded, size
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
+from reeltune.distributed.launcher_settings import adopted
 
 notices = logging.getLogger(__name__)
 
@@ -117,4 +118,5 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     for name in [name for name in given if name in refused]:
         problems.append(f"{name} is {given.pop(name)}; {refused[name]}")
     tree = {"train_mode": original.train_mode}
+    given = adopted({**tree, **given}) | given
     return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)
