@@ -1,8 +1,11 @@
-"""Tiny checkpoints of Wan2.1-Fun."""
+"""Tiny checkpoints of Wan2.1-Fun, and the notices of their loading."""
+
+import shutil
 
 import pytest
 
 from reeltune import families
+from reeltune.families import tensor_files
 from tests.families.tiny_wan import tiny_checkpoint
 
 
@@ -31,3 +34,19 @@ def loaded_wan(tiny_wan):
         return made[variant]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "control_t2v", "control_t2v")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture
+def notices(caplog):
+    tensor_files.notice.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records if record.name == tensor_files.notices.name]
