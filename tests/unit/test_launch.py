@@ -16,6 +16,8 @@ SIMPLE = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}  # 
 SEVERAL = SIMPLE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # the same, told of more: it starts one
 RANK = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+BATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # a script of sbatch, which no srun started
+ONE_TASK = SRUN | {"SLURM_NTASKS": "1"}
 RIGHT = r"torchrun --nproc_per_node N -m reeltune train"
 
 
@@ -48,12 +50,13 @@ def test_an_engine_without_a_launcher(engine):
 
 
 def test_launchers_that_do_not_meet():
-    with pytest.raises(UserError, match=r"srun started 2 launchers .* --nnodes and --rdzv_endpoint"):
-        wish(RANK | SRUN)
+    for environ in (SRUN, BATCH | {"SLURM_STEP_NUM_TASKS": "2"}):  # the second and the first of two
+        with pytest.raises(UserError, match=r"srun started 2 launchers .* --nnodes and --rdzv_endpoint"):
+            wish(RANK | environ)
     assert wish(RANK | SRUN | {"GROUP_WORLD_SIZE": "2"}) == Wish()
 
 
-@pytest.mark.parametrize("environ", [{}, SIMPLE, RANK, {"SLURM_NTASKS": "4"}, SRUN | {"SLURM_NTASKS": "1"}])
+@pytest.mark.parametrize("environ", [{}, SIMPLE, RANK, RANK | BATCH, {"SLURM_NTASKS": "4"}, ONE_TASK])
 def test_launches_that_are_as_meant(environ):
     """The last but one is a shell of salloc, in which nothing was started side by side."""
     assert wish(environ) == Wish()

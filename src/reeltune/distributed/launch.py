@@ -58,7 +58,8 @@ def _lone(environ: Mapping[str, str]):
     """Launches after which processes would be alone, or launchers."""
     tasks = environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environ else "1"
     if "LOCAL_RANK" in environ:
-        if environ.get("GROUP_WORLD_SIZE") == "1" and tasks != "1":  # torchrun's number of launchers that met
+        met = environ.get("GROUP_WORLD_SIZE")  # torchrun's number of launchers that found each other
+        if met == "1" and _beside(environ, tasks):
             yield (
                 f"srun started {tasks} launchers that know nothing of each other: each would train a run of its own; "
                 "give each torchrun --nnodes and --rdzv_endpoint, as in docs/clusters.md"
@@ -71,6 +72,16 @@ def _lone(environ: Mapping[str, str]):
         if count.isdigit() and int(count) > 1:
             yield f"{name} is {count}, but this process was started without a rank, and would train alone; {START}"
             return
+
+
+def _beside(environ: Mapping[str, str], tasks: str) -> bool:
+    """Whether srun has started others beside this one. The script of sbatch, in which a launcher may stand alone, is
+    task 0 of as many as the job asked for, in a step without tasks of its own.
+    """
+    in_step = environ.get("SLURM_STEP_NUM_TASKS")
+    if in_step is not None:
+        return in_step != "1"
+    return tasks != "1" and environ.get("SLURM_PROCID") != "0"
 
 
 def _launcher(environ: MutableMapping[str, str]) -> Wish | None:
