@@ -39,3 +39,13 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", without)
     with locked(tmp_path) as notice:
         assert "has no locks (No locks available)" in notice
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError), locked(tmp_path / "run"):
+        raise UserError("recipe", "refused")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError), locked(tmp_path / "run"):
+        (tmp_path / "run" / "index").mkdir()
+        raise UserError("recipe", "refused")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "index"]

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,9 +20,23 @@ NAME = ".lock"
 @contextmanager
 def locked(output_dir: Path) -> Iterator[str | None]:
     """Holds the folder, which is made, until it is left; the system lets it go when the process ends, however it does.
+    A folder that was made for it and in which nothing was written goes again.
 
     Gives a notice where the file system has no locks. Raises UserError that names the process which holds it.
     """
+    was_there = output_dir.exists()
+    try:
+        with _held(output_dir) as notice:
+            yield notice
+    finally:
+        if not was_there and [path.name for path in output_dir.glob("*")] == [NAME]:
+            with suppress(OSError):  # another process of the run may be writing there
+                (output_dir / NAME).unlink()
+                output_dir.rmdir()
+
+
+@contextmanager
+def _held(output_dir: Path) -> Iterator[str | None]:
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         file = (output_dir / NAME).open("a+")

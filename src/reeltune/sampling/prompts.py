@@ -111,7 +111,7 @@ def notice_short(record: Record, rules: SizeRules) -> None:
         step = f"at stride {rules.video_sample_stride}" if rate is None else f"at {rate:g} per second"
         name = record.control_path or record.path
         made = "1 frame is" if frames == 1 else f"{frames} frames are"
-        notice("%s: the clip has fewer than %d frames %s, and %s made", name, wanted, step, made)
+        notice(f"{name}: the clip has fewer than {wanted} frames {step}, and {made} made")
 
 
 def read_one(reader: Reader, draw: Draw) -> Batch:
