@@ -23,7 +23,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from reeltune import compat
 from reeltune.checkpoint.folder import is_shared
-from reeltune.distributed.launch import Wish, chosen
+from reeltune.distributed.launch import Parallelism, chosen
 from reeltune.families import weights
 from tests.distributed.processes import end, ends, environment, free_port, start, train
 from tests.runs.test_guides import SMALL
@@ -108,12 +108,17 @@ def test_what_the_launcher_is_told(name, seeds, monkeypatch):
     launch, *_ = printed(seeds, name)
     environ = environ_of(launch, monkeypatch) | {"LOCAL_RANK": "0"}
     monkeypatch.chdir(ROOT)
-    wish = chosen(None, keep_gathered=False, offload=False, environ=environ)
-    assert (wish.engine, wish.blocks, wish.keep_gathered, wish.offload) == (run.engine, run.blocks, False, False)
+    parallelism = chosen(None, keep_gathered=False, offload=False, environ=environ)
+    assert (parallelism.engine, parallelism.blocks, parallelism.keep_gathered, parallelism.offload) == (
+        run.engine,
+        run.blocks,
+        False,
+        False,
+    )
     said = ("FSDP runs as version 2: version 1 loses the optimizer's state on resume",)
-    assert wish.notices == (said if run.engine == "fsdp" else Wish().notices)
+    assert parallelism.notices == (said if run.engine == "fsdp" else Parallelism().notices)
     if run.engine != "fsdp":
-        assert wish.deepspeed is not None and wish.deepspeed["zero_optimization"]["overlap_comm"] is True
+        assert parallelism.deepspeed is not None and parallelism.deepspeed["zero_optimization"]["overlap_comm"] is True
 
 
 @pytest.fixture(scope="module")

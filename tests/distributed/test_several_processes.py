@@ -13,7 +13,7 @@ import torch
 
 from reeltune.checkpoint.folder import complete
 from reeltune.distributed import watchdog
-from reeltune.distributed.watchdog import EXIT_CODE, Watch
+from reeltune.distributed.watchdog import EXIT_CODE, Watchdog
 from reeltune.training.background_save import Saving
 from tests.distributed.processes import FOUND_SECONDS, forked, hasty
 from tests.runs.same_run import assert_same_end
@@ -72,7 +72,7 @@ class At:
     def __call__(self, rank):
         module, kind, name = self.where.rsplit(".", 2)
         kind = getattr(importlib.import_module(f"reeltune.{module}"), kind)
-        real, start, watches, turns = getattr(kind, name), Watch.__init__, [], []
+        real, start, watches, turns = getattr(kind, name), Watchdog.__init__, [], []
 
         def here(*args, **more):
             answer = real(*args, **more)
@@ -88,7 +88,7 @@ class At:
             watches.append(one)
 
         setattr(kind, name, here)
-        Watch.__init__ = keep
+        Watchdog.__init__ = keep
         watchdog.BEAT_SECONDS, watchdog.LOST_SECONDS = 0.2, 4.0
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from reeltune.config.parse import dump
 from reeltune.core.errors import UserError
-from reeltune.distributed.launch import Wish, chosen
+from reeltune.distributed.launch import Parallelism, chosen
 from tests.distributed.processes import end, start
 from tests.families.every_family import SHOWN
 from tests.runs.small_run import recipe
@@ -21,7 +21,7 @@ ONE_TASK = SRUN | {"SLURM_NTASKS": "1"}
 RIGHT = r"torchrun --nproc_per_node N -m reeltune train"
 
 
-def wish(environ, engine=None):
+def parallelism(environ, engine=None):
     return chosen(engine, keep_gathered=False, offload=False, environ=dict(environ))
 
 
@@ -37,29 +37,29 @@ def wish(environ, engine=None):
 )
 def test_a_process_that_would_train_alone(environ, said):
     with pytest.raises(UserError, match=said) as error:
-        wish(environ)
+        parallelism(environ)
     assert error.match(RIGHT)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
 def test_an_engine_without_a_launcher(engine):
     with pytest.raises(UserError, match=rf"engine is {engine}, but this process .* alone; .*{RIGHT}"):
-        wish({}, engine)
+        parallelism({}, engine)
     for environ in (SIMPLE, RANK | {"WORLD_SIZE": "1"}):  # one process, but asked for
-        assert wish(environ, engine).engine == engine
+        assert parallelism(environ, engine).engine == engine
 
 
 def test_launchers_that_do_not_meet():
     for environ in (SRUN, BATCH | {"SLURM_STEP_NUM_TASKS": "2"}):  # the second and the first of two
         with pytest.raises(UserError, match=r"srun started 2 launchers .* --nnodes and --rdzv_endpoint"):
-            wish(RANK | environ)
-    assert wish(RANK | SRUN | {"GROUP_WORLD_SIZE": "2"}) == Wish()
+            parallelism(RANK | environ)
+    assert parallelism(RANK | SRUN | {"GROUP_WORLD_SIZE": "2"}) == Parallelism()
 
 
 @pytest.mark.parametrize("environ", [{}, SIMPLE, RANK, RANK | BATCH, {"SLURM_NTASKS": "4"}, ONE_TASK])
 def test_launches_that_are_as_meant(environ):
     """The last but one is a shell of salloc, in which nothing was started side by side."""
-    assert wish(environ) == Wish()
+    assert parallelism(environ) == Parallelism()
 
 
 def fsdp(**more):
@@ -83,7 +83,7 @@ def zero(**more):
     ],
 )
 def test_what_accelerate_is_told_picks_the_engine(environ, told):
-    found = wish(environ)
+    found = parallelism(environ)
     assert (found.engine, found.keep_gathered, found.offload) == told
 
 
@@ -95,7 +95,7 @@ def test_accelerate_does_not_act_on_it_beside_us():
 
 def test_blocks_to_wrap_are_those_given():
     given = "HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock"
-    blocks = wish(fsdp(FSDP_TRANSFORMER_CLS_TO_WRAP=given)).blocks
+    blocks = parallelism(fsdp(FSDP_TRANSFORMER_CLS_TO_WRAP=given)).blocks
     assert blocks == ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock")
 
 
@@ -111,15 +111,15 @@ def test_blocks_to_wrap_are_those_given():
 )
 def test_what_cannot_be_done_is_refused(environ, engine, said):
     with pytest.raises(UserError, match=said):
-        wish(environ, engine)
+        parallelism(environ, engine)
 
 
 def test_two_stages_are_refused(tmp_path):
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"zero_stage is 3 and .*zero.json has stage 2; leave one out"):
-        wish(zero(zero_stage="3", config_file=str(file)))
-    assert wish(zero(zero_stage="2", config_file=str(file))).engine == "zero2"
+        parallelism(zero(zero_stage="3", config_file=str(file)))
+    assert parallelism(zero(zero_stage="2", config_file=str(file))).engine == "zero2"
 
 
 def test_accelerate_launch_without_multi_gpu_is_refused_with_the_right_command(tmp_path):

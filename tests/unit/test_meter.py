@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reeltune.core.types import Progress, Shape
-from reeltune.distributed.watchdog import Watch
+from reeltune.distributed.watchdog import Watchdog
 from reeltune.training.meter import Meter
 
 GEOMETRY = SimpleNamespace(tokens=lambda shape: shape.frames * 10)
@@ -15,7 +15,7 @@ GEOMETRY = SimpleNamespace(tokens=lambda shape: shape.frames * 10)
 @pytest.fixture
 def meter():
     engine = SimpleNamespace(device=torch.device("cpu"), place=(0, 2), world=4, peak_memory_bytes=lambda: 7)
-    return Meter(engine, Watch(0, 1, 60.0), GEOMETRY, samples=6, count_flops=True)
+    return Meter(engine, Watchdog(0, 1, 60.0), GEOMETRY, samples=6, count_flops=True)
 
 
 def test_a_row_is_of_all_passes_and_processes(meter):

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reeltune.core.errors import UserError
 from reeltune.distributed import fsdp, zero
 from reeltune.distributed.ddp import Direct
-from reeltune.distributed.launch import START, EngineName, Wish
+from reeltune.distributed.launch import START, EngineName, Parallelism
 from reeltune.distributed.zero import Zero
 from reeltune.memory.blocks import move
 
@@ -48,7 +48,7 @@ class Engine:
         *,
         allow_tf32: bool = False,
         on_cpu: bool = False,
-        wish: Wish | None = None,
+        parallelism: Parallelism | None = None,
         rank_timeout_seconds: float = 1800,
     ):
         on_cpu = on_cpu or not torch.cuda.is_available()
@@ -75,7 +75,7 @@ class Engine:
                 "launch",
                 f"{launched} processes were started but each sees {self.world}: they would train apart; {START}",
             )
-        self.wish = wish or Wish()
+        self.parallelism = parallelism or Parallelism()
         if self.world % self.context:
             raise UserError(
                 "launch",
@@ -103,7 +103,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Processes, next to each other, that have the same samples and share their tokens."""
-        return self.wish.context
+        return self.parallelism.context
 
     @property
     def place(self) -> tuple[int, int]:
@@ -122,7 +122,7 @@ class Engine:
     @property
     def name(self) -> EngineName:
         """One process has nothing to shard."""
-        return self.wish.engine if self.world > 1 else "ddp"
+        return self.parallelism.engine if self.world > 1 else "ddp"
 
     @property
     def sharded(self) -> bool:
@@ -145,12 +145,12 @@ class Engine:
         if self.name == "fsdp":
             fsdp.shard(
                 net,
-                self.wish.blocks or blocks,
+                self.parallelism.blocks or blocks,
                 device=self.device,
                 world=self.world,
                 dtype=self.dtype,
-                keep_gathered=self.wish.keep_gathered,
-                offload=self.wish.offload,
+                keep_gathered=self.parallelism.keep_gathered,
+                offload=self.parallelism.offload,
             )
         return net
 
@@ -159,9 +159,9 @@ class Engine:
         if self.name not in ("zero2", "zero3"):
             return Direct(self.accelerator, net, optimizer, ddp=self.name == "ddp" and self.world > 1)
         config = zero.settings(
-            self.wish.deepspeed or {},
+            self.parallelism.deepspeed or {},
             stage=int(self.name[-1]),
-            offload=self.wish.offload,
+            offload=self.parallelism.offload,
             bf16=self.dtype == torch.bfloat16,
             batch=batch,
             accumulate=accumulate,

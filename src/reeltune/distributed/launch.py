@@ -19,7 +19,7 @@ START = (
 
 
 @dataclass(frozen=True)
-class Wish:
+class Parallelism:
     """How several processes are to share the work."""
 
     engine: EngineName = "ddp"
@@ -33,7 +33,7 @@ class Wish:
 
 def chosen(
     engine: EngineName | None, *, keep_gathered: bool, offload: bool, environ: MutableMapping[str, str] = os.environ
-) -> Wish:
+) -> Parallelism:
     """The recipe's choice, or its launcher's. What accelerate would act on is taken out of `environ`.
 
     Raises UserError for a launch that would train in one process or in several that know nothing of each other,
@@ -46,7 +46,7 @@ def chosen(
             raise UserError(
                 "launch", f"engine is {engine}, but this process was started without a launcher and is alone; {START}"
             )
-        return Wish(engine or "ddp", keep_gathered=keep_gathered, offload=offload)
+        return Parallelism(engine or "ddp", keep_gathered=keep_gathered, offload=offload)
     if engine not in (None, asked.engine):
         raise UserError(
             "launch", f"the recipe's engine is {engine} and accelerate launch was told {asked.engine}; leave one out"
@@ -84,7 +84,7 @@ def _beside(environ: Mapping[str, str], tasks: str) -> bool:
     return tasks != "1" and environ.get("SLURM_PROCID") != "0"
 
 
-def _launcher(environ: MutableMapping[str, str]) -> Wish | None:
+def _launcher(environ: MutableMapping[str, str]) -> Parallelism | None:
     if environ.pop("ACCELERATE_USE_FSDP", "false") == "true":
         return _fsdp(environ)
     if environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true":
@@ -99,7 +99,7 @@ SHARDING = {  # accelerate's names and numbers -> (engine, keep_gathered)
 }
 
 
-def _fsdp(environ: Mapping[str, str]) -> Wish:
+def _fsdp(environ: Mapping[str, str]) -> Parallelism:
     """The flags of accelerate launch --use_fsdp, of version 1 or 2."""
     notices = []
     if environ.get("FSDP_VERSION", "1") == "1":
@@ -116,7 +116,7 @@ def _fsdp(environ: Mapping[str, str]) -> Wish:
     if environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
         notices.append("fsdp_activation_checkpointing changes nothing here: gradient_checkpointing asks for it")
     names = environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
-    return Wish(
+    return Parallelism(
         engine,
         blocks=tuple(name.strip() for name in names if name.strip()),
         keep_gathered=keep_gathered,
@@ -125,7 +125,7 @@ def _fsdp(environ: Mapping[str, str]) -> Wish:
     )
 
 
-def _deepspeed(environ: Mapping[str, str]) -> Wish:
+def _deepspeed(environ: Mapping[str, str]) -> Parallelism:
     """The flags of accelerate launch --use_deepspeed. Raises UserError for a file or a stage that cannot be used."""
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     settings = {} if file is None else _read(Path(file))
@@ -143,7 +143,7 @@ def _deepspeed(environ: Mapping[str, str]) -> Wish:
         offload = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
     if offload not in ("none", "cpu"):
         raise UserError("launch", f"the optimizer's offload device is {offload}; supported are cpu and none")
-    return Wish(engine="zero2" if stage == "2" else "zero3", offload=offload == "cpu", deepspeed=settings)
+    return Parallelism(engine="zero2" if stage == "2" else "zero3", offload=offload == "cpu", deepspeed=settings)
 
 
 def _read(file: Path) -> dict[str, Any]:

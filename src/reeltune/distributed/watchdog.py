@@ -27,7 +27,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 Doing = Literal["start", "validate", "data", "encode", "forward", "step", "save", "saved", "end"]
 
 
-class Watch:
+class Watchdog:
     """While entered, `doing` is told to the others. One process alone has nobody to watch.
 
     Left by an error, it tells the others, who stop. Raises UserError, naming the process, where the error is that the
@@ -50,7 +50,7 @@ class Watch:
         """(what, step) of this process."""
         return self._doing[:2]
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if self._thread is not None:
             # A connection of its own, for one that waits is locked.
             store: Any = dist.distributed_c10d._get_default_store()  # torch's type stubs know no clone

@@ -46,7 +46,7 @@ def check_split(family: Family, processes: int) -> None:
     if processes > 1 and family.split is None:
         raise UserError(
             "recipe",
-            f"context_parallel is {processes}, but {family.name} has no plan to deal out a clip's tokens; leave it "
+            f"context_parallel is {processes}, but {family.name} has no plan to split a clip's tokens; leave it "
             "out, and use engine fsdp or zero3, gradient_checkpointing, or smaller clips",
         )
 

@@ -17,7 +17,7 @@ from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
 from reeltune.distributed.engine import Engine, peak_flops
-from reeltune.distributed.watchdog import Watch
+from reeltune.distributed.watchdog import Watchdog
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
@@ -48,16 +48,16 @@ def train(recipe: Recipe) -> int:
     engine = Engine(
         recipe.training.mixed_precision,
         allow_tf32=recipe.training.allow_tf32,
-        wish=parallelism,
+        parallelism=parallelism,
         rank_timeout_seconds=patience_seconds,
     )
-    with Watch(engine.rank, engine.world, patience_seconds) as watchdog, ExitStack() as held:
+    with Watchdog(engine.rank, engine.world, patience_seconds) as watchdog, ExitStack() as held:
         lock = partial(held.enter_context, locked(Path(recipe.output.output_dir)))
         without_locks = from_first(engine, lock)
         return loop(start(recipe, engine, watchdog, [without_locks] if without_locks else []))
 
 
-def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str] = ()) -> Run:
+def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[str] = ()) -> Run:
     """Each process loads what it trains and what it trains on, as the checkpoint left it that the run goes on from."""
     refuse_apart(engine, recipe)
     out, training = Path(recipe.output.output_dir), recipe.training
@@ -119,7 +119,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watch, notices: Sequence[str
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        notices=[*notices, *engine.wish.notices, *inputs.scan.notices, *slow, *changes],
+        notices=[*notices, *engine.parallelism.notices, *inputs.scan.notices, *slow, *changes],
     )
 
 

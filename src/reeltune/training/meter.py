@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reeltune.core.types import Geometry, Progress, Shape
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
-from reeltune.distributed.watchdog import Doing, Watch
+from reeltune.distributed.watchdog import Doing, Watchdog
 from reeltune.reporting.log import PARTS
 
 SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
@@ -21,7 +21,7 @@ SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PART
 class Meter:
     """samples: of a step, over all processes. count_flops: whether there is a peak to compare them with."""
 
-    def __init__(self, engine: Engine, watchdog: Watch, geometry: Geometry, *, samples: int, count_flops: bool):
+    def __init__(self, engine: Engine, watchdog: Watchdog, geometry: Geometry, *, samples: int, count_flops: bool):
         self._engine, self._watchdog, self._geometry, self._samples = engine, watchdog, geometry, samples
         self._flop_count = FlopCount(enabled=count_flops)
 

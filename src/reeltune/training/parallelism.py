@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import broken_rules
 from reeltune.core.errors import UserError, refuse
-from reeltune.distributed.launch import START, Wish, chosen
+from reeltune.distributed.launch import START, Parallelism, chosen
 
 
-def parallelism_of(recipe: Recipe) -> Wish:
+def parallelism_of(recipe: Recipe) -> Parallelism:
     """Raises UserError for a launch that would not train as one run, and for settings that its engine has not."""
     parallel = recipe.parallel
     parallelism = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
@@ -19,7 +19,7 @@ def parallelism_of(recipe: Recipe) -> Wish:
     refuse("launch", [line for _, line in broken_rules(checked)])
     notices, name = parallelism.notices, parallelism.engine
     if name != "ddp" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        notices = *notices, f"engine is {name}, but one process was started: it has nothing to deal out. {START}"
+        notices = *notices, f"engine is {name}, but one process was started: it has nothing to shard. {START}"
     return replace(parallelism, context=parallel.context_parallel, notices=notices)
 
 

@@ -62,8 +62,12 @@ def from_first(engine: Engine, act: Callable[[], T]) -> T:
 
 def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:
     """Raises UserError where a process was started with other settings, engine or libraries than rank 0."""
-    asked = {"engine": engine.wish.engine, "keep_gathered": engine.wish.keep_gathered, "offload": engine.wish.offload}
-    others = {"DeepSpeed's settings": engine.wish.deepspeed, "blocks to wrap": engine.wish.blocks}
+    asked = {
+        "engine": engine.parallelism.engine,
+        "keep_gathered": engine.parallelism.keep_gathered,
+        "offload": engine.parallelism.offload,
+    }
+    others = {"DeepSpeed's settings": engine.parallelism.deepspeed, "blocks to wrap": engine.parallelism.blocks}
     versions = {f"the version of {name}": version(name) for name in LIBRARIES}
     refuse(
         "launch: processes of one run take the same command, and the same environment, on every machine",

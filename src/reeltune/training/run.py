@@ -10,7 +10,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.types import Progress
 from reeltune.data.loader import Reader
 from reeltune.distributed.engine import Engine
-from reeltune.distributed.watchdog import Watch
+from reeltune.distributed.watchdog import Watchdog
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log
 from reeltune.sampling.sample import Setup
@@ -27,7 +27,7 @@ class Run:
 
     recipe: Recipe
     engine: Engine
-    watchdog: Watch
+    watchdog: Watchdog
     setup: Setup
     learner: Learner
     rate: Callable[[int], float]  # step -> learning rate
