@@ -27,6 +27,7 @@ from reeltune.families import configs, weights
 from reeltune.families.spec import Family, check_mode
 from reeltune.memory.host import room_bytes
 
+PORTION = 2**18  # numbers
 SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -100,14 +101,18 @@ class Cast:
     def __call__(self, name: str) -> Tensor:
         tensor = self.source[name]
         cast = _cast(tensor, self.dtype)
-        if not (finite := torch.isfinite(tensor)).all():
-            count = int((~finite).sum())
+        if count := not_finite(tensor):
             self.problems.append(f"{name} has {count:,} numbers that are not finite; export an earlier checkpoint")
-        elif not torch.isfinite(cast).all():
-            largest = float(tensor.abs().max())
+        elif not_finite(cast):
+            largest = max(float(tensor.max()), -float(tensor.min()))
             remedy = "give --dtype bf16, fp32 or as_stored"
             self.problems.append(f"{name} has {largest:g}, more than {self.dtype} holds; {remedy}")
         return cast
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many of its numbers are not; looked at in portions, as memory has no room for more than the tensor."""
+    return sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(PORTION))
 
 
 def _own_folder(checkpoint: Path) -> Path:
