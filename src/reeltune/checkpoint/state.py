@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reeltune.checkpoint.folder import SHARES
 from reeltune.core.errors import refuse
@@ -63,6 +63,10 @@ class Shared:
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Raises UserError naming what is missing, or is of another size."""
         sharded_io.read(self.folder, pieces, self._metadata)
+
+    def fill_network(self, net: nn.Module, names: Mapping[str, str]) -> None:
+        """Its weights, in place. names: of its parameters -> released. Raises as `fill`."""
+        self.fill(sharded_io.whole(f"weights/{names[name]}", weight) for name, weight in net.named_parameters())
 
     def weights(self, *, average: bool = False) -> Weights:
         """By released name; with `average` those of the moving average, where there are."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
-from reeltune.core.reading import read_table
+from reeltune.core.reading import few, read_table
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
 ORDERING = (
@@ -37,9 +36,10 @@ LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av
 def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
     """Raises UserError if output_dir holds checkpoints that this run would mix its own with."""
     if theirs := checkpoint.of_other_tools(output_dir):
+        names = ", ".join(few([path.name for path in theirs]))
         raise UserError(
             "recipe",
-            f"output_dir {str(output_dir)!r} holds {shown_names(theirs)} of another tool, where this run would write "
+            f"output_dir {str(output_dir)!r} holds {names} of another tool, where this run would write "
             "its own; give another output_dir, and to go on from those weights "
             f"transformer_path {checkpoint.their_weights(theirs[-1])}",
         )
@@ -56,12 +56,6 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} holds "
             f"{there[-1].name} of another run; give another output_dir",
         )
-
-
-def shown_names(paths: Sequence[Path], most: int = 3) -> str:
-    """A few, and how many more there are."""
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
 
 
 def refuse_other_model(resumed_from: Path, facts: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.distributed.sharded_io import whole
 from reeltune.families.spec import Family, Parts
 from reeltune.optim.trainable import released_names
 from reeltune.run.model import load_parts
@@ -39,7 +38,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device) -> tuple[
     parts = load_parts(recipe, family, device, None if is_shared else chosen / "transformer")
     if is_shared:
         names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
-        Shared(chosen).fill(whole(f"weights/{names[name]}", weight) for name, weight in parts.net.named_parameters())
+        Shared(chosen).fill_network(parts.net, names)
     return parts, {"path": str(chosen), "sha256": digest(parts.net)}
 
 

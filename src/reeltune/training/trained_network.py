@@ -14,7 +14,6 @@ from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Memory, Model
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
-from reeltune.distributed.sharded_io import whole
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.memory.levers import pulled_alone
@@ -66,7 +65,7 @@ def prepare_network(
     names = released_names(net, lambda state: family.to_released(state, parts.config))
     shapes = {name: list(weight.shape) for name, weight in net.named_parameters()}
     if resumed_from is not None and checkpoint.is_shared(resumed_from):
-        Shared(resumed_from).fill(whole(f"weights/{names[name]}", weight) for name, weight in net.named_parameters())
+        Shared(resumed_from).fill_network(net, names)
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
     patterns = model.trainable_modules, model.trainable_modules_low_learning_rate
