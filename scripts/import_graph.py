@@ -19,7 +19,7 @@ FLOORS = (  # from the top; a room imports from its own floor's other rooms or f
     ("sampling", "cache"),
     ("run",),
     ("checkpoint",),
-    ("families", "reporting", "distributed"),
+    ("adapters", "families", "reporting", "distributed"),
     ("config",),
     ("diffusion", "data", "optim", "memory"),
     ("core",),

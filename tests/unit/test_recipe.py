@@ -134,6 +134,10 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
+        ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
+        ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
+        ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),
+        ({"rank": 8, "alpha_pattern": ["ffn.0=0"]}, "more than 0"),
     ],
 )
 def test_rules_between_fields(tree, names):
@@ -177,6 +181,10 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     tree = {name: other_value(setting) for name, setting in settings().items()}
     tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
     tree |= {
+        "trainable_modules": ["."],
+        "trainable_modules_low_learning_rate": [],
+        "rank_pattern": ["a: b=4", "no=8"],
+        "alpha_pattern": ["a: b=4.5", "no=8"],
         "use_came": False,
         "use_8bit_adam": False,
         "step_in_backward": False,

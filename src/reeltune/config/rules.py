@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reeltune.config.recipe import Recipe
+from reeltune.config.recipe import Adapter, Model, Recipe
 from reeltune.memory import levers
 
 ANY = math.inf
@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "held_out_share": (0, 0.5),
     "max_bad_share": (0, 1),
     "text_drop_ratio": (0, 1),
+    "rank": (0, ANY),
     "video_repeat": (0, ANY),
     "dataloader_num_workers": (0, ANY),
     "video_sample_n_frames": (1, ANY),
@@ -49,6 +50,8 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "context_parallel": (1, ANY),
 }
 ABOVE_ZERO = (
+    "network_alpha",
+    "lora_plus_ratio",
     "rank_timeout_seconds",
     "video_sample_fps",
     "logit_std",
@@ -57,7 +60,7 @@ ABOVE_ZERO = (
     "adam_epsilon",
     "max_grad_norm",
 )
-DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
+DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
@@ -82,6 +85,7 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
     yield from _together(recipe)
+    yield from _adapter(recipe)
     yield from _levers(values)
 
 
@@ -98,6 +102,33 @@ def written(settings: Mapping[str, object]) -> str:
     """Settings as they are written in a recipe; as the command's flag, what is none of its settings."""
     lines = (f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}" for name, value in settings.items())
     return ", ".join(lines)
+
+
+def _adapter(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    adapter, model = vars(recipe.adapter), recipe.model
+    if not recipe.adapter.rank:
+        for name, value in adapter.items():
+            if value != getattr(Adapter, name):
+                yield (
+                    (name, "rank"),
+                    f"{name} is {shown(value)} and rank is 0, so there is no adapter; set rank, to 32 if in doubt, "
+                    f"or leave {name} out",
+                )
+        return
+    for name in ("trainable_modules", "trainable_modules_low_learning_rate"):
+        if getattr(model, name) != getattr(Model, name):
+            yield (
+                (name, "rank"),
+                f"{name} is {shown(getattr(model, name))} and rank is {recipe.adapter.rank}: adapters learn and the "
+                "network's own weights do not; leave it out, or name weights to learn in full in train_whole",
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for entry in adapter[name]:
+            layer, _, number = entry.rpartition("=")
+            if not layer or not re.fullmatch(r"[1-9]\d*" if name == "rank_pattern" else r"\d*\.?\d+", number):
+                yield (name,), f"{name} has {entry!r}; write layer=number, as ffn.0=16"
+            elif float(number) <= 0:
+                yield (name,), f"{name} has {entry!r}; the number must be more than 0"
 
 
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
