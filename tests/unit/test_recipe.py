@@ -207,6 +207,8 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "step_in_backward",
         "keep_gathered",
         "offload",
+        "trainable_modules",
+        "trainable_modules_low_learning_rate",
     }
     assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
