@@ -194,7 +194,9 @@ def _network(
         for network in candidates
         for spelling in SPELLINGS
     }
-    fit = [(network, s) for network in candidates for s in SPELLINGS if not missing[network.name, s]]
+    fit: list[tuple[Network, Spelling]] = [
+        (network, spelling) for network in candidates for spelling in SPELLINGS if not missing[network.name, spelling]
+    ]
     if own is not None and fit and own not in [network for network, _ in fit]:
         raise UserError(where, f"is an adapter of {fit[0][0].title}, and this is {own.title}; give one made for it")
     if own is not None:
@@ -227,7 +229,8 @@ class _Reader:
         base: Mapping[str, Tensor] | None,
         alpha: float | None,
     ):
-        self.stored, self.network, self.spelling, self.form = stored, network, spelling, form
+        self.stored, self.network, self.form = stored, network, form
+        self.spelling: Spelling = spelling
         self.base, self.given_alpha = base, alpha
         self.problems: list[str] = []
         self.own_alphas = 0
@@ -267,8 +270,7 @@ class _Reader:
         return out
 
     def _split(self, out: dict[str, LowRank], pair: LowRank, found: list[tuple[Layer, str]], key: str) -> None:
-        width, rows = pair.A_RI.shape[1], pair.B_OR.shape[0]
-        outputs = [width] * 3 + ([rows - 3 * width] if len(found) == 4 else [])
+        outputs, rows, width = fused.outputs_of(pair, len(found)), pair.B_OR.shape[0], pair.A_RI.shape[1]
         if sum(outputs) != rows or min(outputs) <= 0:
             self.problems.append(f"{key} has {rows} outputs, which are not {len(found)} layers of {width} inputs")
             return

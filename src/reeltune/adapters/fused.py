@@ -29,6 +29,12 @@ def fuse(parts: Mapping[int, LowRank], outputs: Sequence[int]) -> LowRank:
     return LowRank(A, B.to(first.B_OR.dtype), alpha=float(A.shape[0]))
 
 
+def outputs_of(pair: LowRank, count: int) -> list[int]:
+    """Of `count` layers in one: query, key and value have as many as inputs, a fourth has what is left."""
+    width = pair.A_RI.shape[1]
+    return [width] * 3 + ([pair.B_OR.shape[0] - 3 * width] if count == 4 else [])
+
+
 def split(pair: LowRank, outputs: Sequence[int]) -> list[LowRank | None]:
     """The pair of each layer: of its own rank where no two share columns of B, else of the whole rank; None: no change.
 

@@ -59,8 +59,6 @@ class Network:
     """Which of `others` are parameters themselves."""
     sizes: dict[int, str] = field(default_factory=dict)
     """Width (D) -> the releases of it."""
-    pairs: tuple[tuple[str, str], ...] = ()
-    """Layers of which some tools take both or none."""
 
     def title_of(self, width: int | None) -> str:
         return f"{self.title}, {self.sizes.get(width or 0, f'width {width}' if width else 'of any width')}"
@@ -81,6 +79,10 @@ class Network:
         pattern, numbers = general(text)
         other = _others(self, spelling, joined).get(pattern)
         return None if other is None else other.format(*numbers)
+
+    def numbers(self, name: str) -> list[str]:
+        """Of the blocks that a name is in."""
+        return general(name)[1]
 
     def layer(self, released: str) -> Layer | None:
         found = self.find(released, "released")
@@ -255,7 +257,6 @@ NETWORKS = {
             WAN_OTHERS,
             ("blocks.{}.modulation", "head.modulation"),
             {1536: "1.3B", 3072: "5B", 5120: "14B"},
-            (("blocks.{}.cross_attn.k_img", "blocks.{}.cross_attn.v_img"),),
         ),
         Network("cogvideox_fun", "CogVideoX", tuple(_cogvideox()), COG_OTHERS, (), {1920: "2b", 3072: "5b"}),
         Network("easyanimate", "EasyAnimate V5", tuple(_easyanimate()), EASY_OTHERS, (), {3072: "7b or 12b"}),
