@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,23 @@ class Found:
         return self.networks[0]
 
     @property
+    def tool(self) -> str:
+        """Which wrote it, or whose form it is in."""
+        return "reeltune's own form" if {"family", "base_model", "rank"} <= self.metadata.keys() else self.form.tool
+
+    @property
     def title(self) -> str:
         return " or ".join(network.title_of(self.width) for network in self.networks)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file as it is."""
+    """A file as it is, or what several processes keep of one."""
 
     file: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     """PEFT's of the adapter, where they are beside or in the file."""
     settings_from: str = ""
 
