@@ -26,6 +26,7 @@ from reeltune.run.lock import locked
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
+from reeltune.training.dropout import seeded_dropout
 from reeltune.training.duties import Duties, Step, is_due
 from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
@@ -119,7 +120,14 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        notices=[*notices, *engine.parallelism.notices, *inputs.scan.notices, *slow, *changes],
+        notices=[
+            *notices,
+            *engine.parallelism.notices,
+            *inputs.scan.notices,
+            *slow,
+            *changes,
+            *learner.network.notices,
+        ],
     )
 
 
@@ -140,7 +148,8 @@ def loop(run: Run) -> int:
                 prefetcher.begin_next()
                 shape = batch.draws[0].shape
                 with stage("forward"):
-                    with meter.flops(shape):
+                    where = recipe.training.seed, progress.step, micro_step, engine.rank
+                    with meter.flops(shape), seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
                         loss = training_loss(run.setup, learner.net, encoded, batch.draws, recipe.loss)
                     learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)
