@@ -47,11 +47,17 @@ def build_optimizer(
     if use_prodigy:
         from pytorch_optimizer import Prodigy
 
-        # What its authors advise for diffusion models: https://github.com/konstmish/prodigy. One way on every device,
-        # which a resume on another needs: foreach is off.
-        advised = {"bias_correction": True, "safeguard_warmup": True, "foreach": False}
-        decays = {"betas": betas, "weight_decay": weight_decay}
-        return Prodigy(groups, lr=learning_rate, **decays, eps=epsilon, **advised)
+        # The first two are its authors' advice for diffusion models: https://github.com/konstmish/prodigy.
+        return Prodigy(
+            groups,
+            lr=learning_rate,
+            betas=betas,
+            eps=epsilon,
+            weight_decay=weight_decay,
+            bias_correction=True,
+            safeguard_warmup=True,
+            foreach=False,  # the same sums on every device
+        )
     if use_muon:
         return _muon(groups, betas=betas, epsilon=epsilon, weight_decay=weight_decay)
     if use_8bit_adam:
