@@ -236,6 +236,11 @@ class Optimization:
     """CAME, which keeps no second moment per weight."""
     use_adafactor: bool = False
     """Adafactor, which keeps no moment per weight; its rate is relative to the size of the weights."""
+    use_prodigy: bool = False
+    """Prodigy, which finds the rate and multiplies it by learning_rate, to be 1 (https://arxiv.org/abs/2306.06101)."""
+    use_muon: bool = False
+    """Muon for matrices and AdamW for the rest; steps are of AdamW's size, and so is the rate
+    (https://arxiv.org/abs/2502.16982)."""
     adam_beta1: float = 0.9
     """First-moment decay."""
     adam_beta2: float = 0.999

@@ -43,6 +43,10 @@ def not_in(engines: tuple[str, ...], remedy: str) -> Exclusion:
     return Exclusion("engine", f", which has no such thing; {remedy}", refused=engines)
 
 
+def prodigy(remedy: str) -> Exclusion:
+    return Exclusion("use_prodigy", f"; it finds its rate from all weights at once; {remedy}", refused=(True,))
+
+
 @dataclass(frozen=True)
 class Lever:
     setting: str
@@ -61,7 +65,7 @@ class Lever:
     """Several processes that train together cannot have it."""
     excludes: tuple[Exclusion, ...] = ()
     unless: tuple[str, ...] = ()
-    """Settings beside which it spares nothing."""
+    """Settings beside which it is not offered: it spares nothing, or is not what the run was to learn with."""
     replaces: tuple[str, ...] = ()
     """Settings that are turned off with it."""
     off: Any = False

@@ -21,6 +21,7 @@ from reeltune.memory.lever import (
     half_as_long,
     half_the_batch,
     not_in,
+    prodigy,
     tiles,
     two_to_a_clip,
 )
@@ -73,6 +74,9 @@ def given_up(values: Values, engine: str) -> Settings:
     barred = {lever.setting for lever, exclusion in excluded(sharded) if exclusion.setting == "engine"}
     barred |= set(pulled_alone(sharded))
     return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
+
+
+CHOSEN = ("use_prodigy", "use_muon")  # optimizers chosen for how they learn, which need all weights or whole matrices
 
 
 # The cheapest first: what ends in the same bits, then what does not, then more devices. What times and shares are of
@@ -186,6 +190,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradients and optimizer state, but for each process's share",
         "[several processes](clusters.md); bf16 copies compute",
         "bf16 copies compute; gradients and state are sharded",
+        unless=CHOSEN,
         in_use=SHARDED.__contains__,
         changes=sharded_by("zero2"),
     ),
@@ -195,6 +200,7 @@ LEVERS: tuple[Lever, ...] = (
         "weights, gradients and optimizer state, but for each process's share and two blocks' weights",
         "[several processes](clusters.md), which gather weights block by block in each pass",
         "weights are gathered block by block in each pass",
+        unless=CHOSEN,
         in_use=SHARDED.__contains__,
         changes=sharded_by("fsdp"),
     ),
@@ -227,6 +233,7 @@ LEVERS: tuple[Lever, ...] = (
                 "; whose loss scale is known only when all gradients are there; use bf16",
                 refused=("fp16",),
             ),
+            prodigy("leave step_in_backward out"),
         ),
         advice="step_in_backward: true, with one process",
     ),
@@ -272,6 +279,7 @@ LEVERS: tuple[Lever, ...] = (
                 allowed=("bf16",),
             ),
             not_in(SHARDED, "use fp32"),
+            prodigy("use fp32"),
         ),
         off="fp32",
     ),
@@ -283,7 +291,7 @@ LEVERS: tuple[Lever, ...] = (
         "AdamW with both moments rounded to 8 bits",
         same_bits=False,
         excludes=(not_in(SHARDED, "leave it out: the state is sharded already"),),
-        unless=("use_adafactor",),
+        unless=("use_adafactor", *CHOSEN),
         replaces=("use_came",),
     ),
     Lever(
@@ -293,7 +301,7 @@ LEVERS: tuple[Lever, ...] = (
         "another optimizer: find its rate anew",
         same_bits=False,
         excludes=(not_in(("fsdp",), "use AdamW, or engine ddp"),),
-        unless=("use_8bit_adam", "use_adafactor"),
+        unless=("use_8bit_adam", "use_adafactor", *CHOSEN),
     ),
     Lever(
         "use_adafactor",
@@ -303,6 +311,7 @@ LEVERS: tuple[Lever, ...] = (
         "another optimizer: find its rate anew",
         same_bits=False,
         excludes=(not_in(SHARDED, "use AdamW, or engine ddp"),),
+        unless=CHOSEN,
         replaces=("use_8bit_adam", "use_came"),
     ),
     Lever(
@@ -324,6 +333,7 @@ LEVERS: tuple[Lever, ...] = (
         "those devices, and a fast link between them",
         "{gpus} devices, and a fast link between them",
         same_bits=False,
+        unless=CHOSEN,
         in_use=lambda _: False,
         changes=more_devices,
         label="more devices, with `engine: fsdp`",
