@@ -21,6 +21,7 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, few
 from reeltune.families import configs
 from reeltune.families.tensor_files import has_weights, notice, tensors_of, without_prefix
+from reeltune.memory.quantized import Quantisation, quantize_linears
 
 NAMED = 8  # tensors of each kind of misfit that an error names
 T = TypeVar("T")
@@ -131,17 +132,25 @@ def fit(
     where: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantisation: Quantisation | None = None,
 ) -> nn.Module:
     """Puts copies of the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
 
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
+    quantisation: of some of its layers, one by one, so that a mapped file is never in memory as a whole.
     Raises UserError that names what is missing, unexpected, of another shape or quantised.
     """
     wanted = net.state_dict()
     refuse(where, list(misfits(wanted, state)))
     tell_fp8(state, where)
-    placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
-    net.load_state_dict(placed, assign=True)
+    quantised = {} if quantisation is None else quantize_linears(net, quantisation)
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        if name in quantised:
+            return quantised[name].pack(tensor, device)
+        return tensor.to(device, dtype or tensor.dtype, copy=True)
+
+    net.load_state_dict({name: place(name, tensor) for name, tensor in state.items()}, assign=True)
     return net
 
 
@@ -191,12 +200,14 @@ def load_component(
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     correct: Callable[[Any], Any] = lambda net: net,
     fake: AbstractContextManager | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
     On the meta device their names and shapes alone are read. Of config.json what the class takes is read.
-    names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
-    UserError as `fit` does. The class must keep nothing in buffers that its files lack.
+    names: renames the file's tensors to the class's. correct: changes the network before its weights go in.
+    quantisation: as for `fit`. Raises UserError as that does. The class must keep nothing in buffers that its files
+    lack.
     """
     source = folder if replacement is None else saved_transformer(replacement)
     on_meta = torch.device(device).type == "meta"
@@ -204,7 +215,7 @@ def load_component(
     config, where = configs.read_config(folder), str(folder / "config.json")
     configs.check_layers(config, outlines, where)
     net = correct(configs.build(cls, configs.arguments_of(cls, config), where))
-    fit(net, outlines if on_meta else names(read(source, fake)), str(source), dtype, device)
+    fit(net, outlines if on_meta else names(read(source, fake)), str(source), dtype, device, quantisation)
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")

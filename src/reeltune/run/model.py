@@ -133,6 +133,7 @@ def load_parts(
         vae_tiling=recipe.memory.vae_tiling,
         transformer_path=transformer or recipe.model.transformer_path,
         fake=fake,
+        base_weights=recipe.adapter.base_weights,
     )
     parts.device = device
     return parts
