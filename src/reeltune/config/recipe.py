@@ -289,6 +289,8 @@ class Validation:
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
     """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    negative_prompt: str = ""
+    """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30
