@@ -26,6 +26,7 @@ from reeltune.data.records import Records
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs
 from reeltune.run.model import encode_options
+from reeltune.run.precision import encoder_facts
 
 
 class Item(NamedTuple):
@@ -46,6 +47,7 @@ def keys_of(recipe: Recipe, family: Family, mode: str) -> Keys:
         "train_mode": mode,
         "mixed_precision": recipe.training.mixed_precision,
         "allow_tf32": recipe.training.allow_tf32,
+        **encoder_facts(recipe),
         **encode_options(recipe),
         **fingerprints(family.frozen_files, Path(recipe.cache.cache_folder) / "fingerprints.json"),
         "versions": [READING_VERSION, family.encode_version],
@@ -183,5 +185,5 @@ def differences(now: Mapping[str, Any], then: list[dict[str, Any]]) -> list[str]
     if not then or any(facts == now for facts in then):
         return []
     last = then[-1]
-    changed = [name for name in now if last.get(name) != now[name]]
-    return [f"it was made with {name} {last.get(name)}, which now is {now[name]}" for name in changed]
+    changed = [name for name in now | last if last.get(name) != now.get(name)]
+    return [f"it was made with {name} {last.get(name)}, which now is {now.get(name)}" for name in changed]

@@ -29,6 +29,7 @@ from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.precision import slow_bf16
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 
@@ -46,7 +47,7 @@ def fill(recipe: Recipe) -> int:
     work = Work.of(keys, inputs, Store(folder), rank, world)
     encoder = Encoder(recipe, family, mode, inputs, device)
     with Interrupt() as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
-        for notice in inputs.scan.notices:
+        for notice in [*inputs.scan.notices, *slow_bf16(recipe, only_encoding=True)]:
             bar.say(notice)
         with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):

@@ -13,8 +13,8 @@ from reeltune import families
 from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
-from reeltune.distributed.engine import DTYPES
 from reeltune.families.spec import Family, Parts, check_mode
+from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
 
 LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
@@ -108,7 +108,7 @@ def load_parts(
     start_on: torch.device | None = None,
     fake: AbstractContextManager | None = None,
 ) -> Parts:
-    """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
+    """The networks: the trained one as trained_weights says, the frozen ones as encoder_weights does.
 
     transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
     are read when they are needed; without `network` the trained one's weights are not read. start_on: where all
@@ -117,7 +117,7 @@ def load_parts(
     parts = family.load(
         recipe.model.pretrained_model_name_or_path,
         dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
-        frozen_dtype=DTYPES[recipe.training.mixed_precision],
+        frozen_dtype=encoder_dtype(recipe),
         device=device if start_on is None else start_on,
         low_vram=recipe.training.low_vram,
         encoders=encoders,
