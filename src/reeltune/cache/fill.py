@@ -43,10 +43,12 @@ def fill(recipe: Recipe) -> int:
     torch.backends.cuda.matmul.allow_tf32 = recipe.training.allow_tf32
     family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
-    folder, keys = Path(str(recipe.cache.cache_folder)), keys_of(recipe, family, mode)
+    folder = Path(str(recipe.cache.cache_folder))
+    keys = keys_of(recipe, family, mode, show_progress=rank == 0)
     work = Work.of(keys, inputs, Store(folder), rank, world)
     encoder = Encoder(recipe, family, mode, inputs, device)
-    with Interrupt() as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+    ends = "ends after this entry" if rank == 0 else ""
+    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
         for notice in [*inputs.scan.notices, *slow_bf16(recipe, only_encoding=True)]:
             bar.say(notice)
         with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this

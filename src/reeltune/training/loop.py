@@ -82,7 +82,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
-    cache = open_cache(recipe, family, mode, inputs)
+    cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
     transformer = None if resumed_from is None or checkpoint.is_shared(resumed_from) else resumed_from / "transformer"
     parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
@@ -128,7 +128,8 @@ def loop(run: Run) -> int:
     """Steps, until all are done or a signal ends the run. Returns train's exit code."""
     recipe, engine, progress, learner = run.recipe, run.engine, run.progress, run.learner
     prefetcher, meter, stage, passes = run.prefetcher, run.meter, run.meter.stage, run.passes
-    with Interrupt() as interrupt, run.log, Duties(run) as duties, prefetcher:
+    ends = "ends after this step, with a checkpoint" if engine.main else ""
+    with Interrupt(ends) as interrupt, run.log, Duties(run) as duties, prefetcher:
         duties.begin()
         while progress.step < run.total_steps and not engine.any(interrupt.code > 0 or duties.saving.has_failed()):
             meter.begin(progress.step)
