@@ -58,8 +58,17 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
         )
 
 
-def refuse_other_model(resumed_from: Path, facts: dict[str, str]) -> None:
-    """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say."""
+def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: bool) -> None:
+    """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say, or if not the same
+    learnt there: the network, or adapters."""
+    if checkpoint.is_adapter(resumed_from) and not adapters:
+        raise UserError("resume", f"{resumed_from} keeps adapters, and rank is 0; restore rank")
+    if adapters and not checkpoint.is_adapter(resumed_from):
+        raise UserError(
+            "resume",
+            f"{resumed_from} keeps the whole network, and rank asks for adapters; leave rank out, or train adapters "
+            f"on it: transformer_path {resumed_from} and another output_dir",
+        )
     about = resumed_from.parent / "run.json"
     before = read_table(about, "restore it from a copy") if about.is_file() else {}
     refuse(

@@ -13,6 +13,7 @@ from reeltune import families
 from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
+from reeltune.distributed.engine import DTYPES
 from reeltune.families.spec import Family, Parts, check_mode
 from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
@@ -97,6 +98,13 @@ def encode_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def network_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the network's weights: of what learns, or beneath adapters the type it computes in."""
+    if recipe.adapter.rank:
+        return DTYPES[recipe.training.mixed_precision]
+    return torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
+
+
 def load_parts(
     recipe: Recipe,
     family: Family,
@@ -116,7 +124,7 @@ def load_parts(
     """
     parts = family.load(
         recipe.model.pretrained_model_name_or_path,
-        dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
+        dtype=network_dtype(recipe),
         frozen_dtype=encoder_dtype(recipe),
         device=device if start_on is None else start_on,
         low_vram=recipe.training.low_vram,

@@ -71,7 +71,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode}
     if resumed_from is not None:
-        refuse_other_model(resumed_from, facts)
+        refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += changes_since(resumed_from, recipe)
     if engine.main:
         checkpoint.sweep(out)
@@ -84,7 +84,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
     cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    transformer = None if resumed_from is None or checkpoint.is_shared(resumed_from) else resumed_from / "transformer"
+    transformer = None if resumed_from is None else checkpoint.transformer_of(resumed_from)
     parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
     pixel_reader = None if cache is None else inputs.reader
     if cache is not None:
