@@ -73,9 +73,20 @@ def test_bytes_are_those_of_the_networks_loaded(run, wan):
     parts = load_parts(given, family, CPU)
     nets = {"network": parts.net, "VAE": parts.frozen["vae"], "text encoder": parts.frozen["text"]}
     held = {name: size_bytes(list(net.parameters())) for name, net in nets.items()}
-    needed = needed_bytes(outlines(given, family), network=True)
-    assert needed == held | {"image encoder": size_bytes(list(parts.frozen["image"].parameters()))}
-    assert "network" not in needed_bytes(outlines(given, family), network=False)
+    held["image encoder"] = size_bytes(list(parts.frozen["image"].parameters()))
+    assert needed_bytes(outlines(given, family), network=True, encoders=True) == held
+    assert needed_bytes(outlines(given, family), network=True, encoders=False) == {"network": held.pop("network")}
+    assert needed_bytes(outlines(given, family), network=False, encoders=True) == held
+
+
+def test_with_a_cache_the_network_alone_is_needed(run, wan, tmp_path, full):
+    given = cached(run("run", wan, mixed_precision="no", preview_count=0), tmp_path / "cache")
+    assert fill.fill(given) == 0
+    full(1, MemoryError())
+    with pytest.raises(
+        UserError, match=r"while networks are loaded \(MemoryError\)\. The networks take network 0\.0 GB, 0"
+    ):
+        train(given)
 
 
 def test_a_network_that_is_read_later_is_named(run, wan, tmp_path, full):

@@ -166,10 +166,10 @@ def test_a_damaged_start_of_the_held_out_loss_is_told_by_field(changed, words, t
 def test_a_damaged_run_json_is_told_by_field(family, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"family": family, "mode": "control"}))
     with pytest.raises(UserError, match=r"family is .*; expected text; restore it from a copy") as told:
-        refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"})
+        refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"}, adapters=False)
     assert told.value.where == str(tmp_path / "run.json")
     (tmp_path / "run.json").write_text(json.dumps({"mode": "control"}))
-    refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"})
+    refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"}, adapters=False)
 
 
 LEDGER = {"entries": 3, "used": 3, "not_reached": 0, "held_out": 0, "left_out": 0, "samples": 9, "samples_repeated": 0}

@@ -31,14 +31,22 @@ OF_NETWORKS = ("cache_folder", "base_weights", "trained_weights", *OF_ENCODERS)
 class told_when_full:
     """Within, lack of memory of the host or the device becomes UserError.
 
-    doing: in words. outlines: gives the networks that are needed, without their weights' values. network: whether the
-    trained one is among them; else they only encode.
+    doing: in words. outlines: gives the networks without their weights' values, of which the trained one is needed if
+    `network`, the frozen ones if `encoders`.
     """
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, outlines: Callable[[], Parts], doing: str, *, network: bool
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        outlines: Callable[[], Parts],
+        doing: str,
+        *,
+        network: bool,
+        encoders: bool = True,
     ):
-        self.recipe, self.device, self.outlines, self.doing, self.network = recipe, device, outlines, doing, network
+        self.recipe, self.device, self.outlines, self.doing = recipe, device, outlines, doing
+        self.network, self.encoders = network, encoders
 
     def __enter__(self) -> None:
         self.host_bytes, self.device_bytes = room_bytes(), free_bytes(self.device)
@@ -50,7 +58,7 @@ class told_when_full:
             return
         on_device = isinstance(error, torch.OutOfMemoryError) and self.device_bytes is not None
         place, had = (str(self.device), self.device_bytes) if on_device else ("the host", self.host_bytes)
-        needed = needed_bytes(self.outlines(), network=self.network)
+        needed = needed_bytes(self.outlines(), network=self.network, encoders=self.encoders)
         parts = ", ".join(f"{name} {part_bytes / 1e9:.1f} GB" for name, part_bytes in needed.items())
         changes = [*remedies(self.recipe, on_device=on_device, network=self.network), f"more memory for {place}"]
         first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
@@ -67,10 +75,10 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def needed_bytes(outlines: Parts, *, network: bool) -> dict[str, int]:
-    """Network in words -> bytes of its weights. outlines: on fake tensors, or on the meta device."""
+def needed_bytes(outlines: Parts, *, network: bool, encoders: bool) -> dict[str, int]:
+    """Network in words -> bytes of its weights, of the trained one and of the frozen ones. outlines: not read yet."""
     nets: dict[str, nn.Module] = {"net": outlines.net} if network else {}
-    nets |= outlines.frozen | {name: load() for name, load in outlines.loaders.items()}
+    nets |= {name: load() for name, load in outlines.loaders.items()} if encoders else {}
     return {WORDS.get(name, name): size_bytes(list(net.parameters())) for name, net in nets.items()}
 
 

@@ -146,7 +146,7 @@ def load_parts(
         parts = load()
     else:
         full = partial(told_when_full, recipe, place, partial(outlines, recipe, family, transformer), network=network)
-        with full("networks are loaded"):
+        with full("networks are loaded", encoders=encoders):
             parts = load()
         for name, read in parts.loaders.items():
             parts.loaders[name] = partial(_read_within, full, name, read)
@@ -159,6 +159,6 @@ def outlines(recipe: Recipe, family: Family, transformer: Path | None = None) ->
     return load_parts(recipe, family, torch.device("cpu"), transformer, encoders=False, fake=FakeTensorMode())
 
 
-def _read_within(full: Callable[[str], AbstractContextManager], name: str, read: Callable[[], nn.Module]) -> nn.Module:
+def _read_within(full: Callable[..., AbstractContextManager], name: str, read: Callable[[], nn.Module]) -> nn.Module:
     with full(f"the {WORDS.get(name, name)} is loaded"):
         return read()
