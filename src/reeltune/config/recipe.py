@@ -32,6 +32,8 @@ class Model:
     """Parts of parameter names that learn at half the rate."""
     trained_weights: Literal["fp32", "bf16_stochastic"] = "fp32"
     """How trained weights are kept: fp32 master copies, or bf16 with stochastic rounding."""
+    encoder_weights: Literal["stored", "fp32", "bf16"] | None = None
+    """How VAE and encoders are kept and compute; stored: as their files have it. Left out: as mixed_precision says."""
 
 
 @dataclass(frozen=True)
