@@ -21,7 +21,7 @@ from torch import Tensor
 from reeltune.adapters import fused
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.names import Form, Kind, Named, form_of, parse
-from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling
+from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
 from reeltune.adapters.sizes import Sizes, solve
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, beginning, few, read_table
@@ -185,9 +185,10 @@ def network_of(base: Mapping[str, Tensor]) -> Network:
         if all(network.module(module, "released") for module in modules.values()):
             return network
     matrices = {modules[name] for name, tensor in base.items() if tensor.ndim == 2 and name.endswith(".weight")}
-    others = {module: module for module in modules.values() if module not in matrices}
-    bare = tuple(name for name, module in modules.items() if name == module)
-    return Network("", "this model", tuple(Layer(name, "", "") for name in sorted(matrices)), others, bare)
+    others = {general(module)[0]: general(module)[0] for module in modules.values() if module not in matrices}
+    bare = tuple(general(name)[0] for name, module in modules.items() if name == module)
+    layers = tuple(Layer(name, "", "") for name in sorted({general(module)[0] for module in matrices}))
+    return Network("", "this model", layers, others, bare)
 
 
 def _network(
