@@ -22,7 +22,7 @@ from reeltune.adapters.sizes import solve
 from reeltune.core.errors import UserError
 from reeltune.export.adapter import export_adapter
 from reeltune.optim.trainable import released_names
-from tests.unit.made_adapters import OF_BLOCKS, named, pair
+from scripts.adapters_page import OF_BLOCKS, named, pair
 
 MIXINS = {
     "wan_fun": loaders.WanLoraLoaderMixin,
@@ -109,14 +109,11 @@ def test_the_tables_have_every_layer_of_every_network(any_checkpoint, tmp_path):
             if f"{name}.{kind}" in one.names:
                 released = one.names[f"{name}.{kind}"].removesuffix(f".{kind}")
                 assert network.module(name, "diffusers") == network.module(released, "released") == released
-                assert (
-                    bool(network.find(released, "released")) == isinstance(module, nn.Linear) or module.weight.ndim > 2
-                )
+                is_convolution = module.weight.ndim > 2  # of which one network has a linear layer in its place
+                assert is_convolution or bool(network.find(released, "released")) == isinstance(module, nn.Linear)
     sizes = solve(network, one.adapter("").layers)
-    assert not sizes.problems and sizes.of["D"] in (
-        one.net.config.get("num_attention_heads", 0) * 16,
-        *sizes.of.values(),
-    )
+    width = next(layer for name, layer in one.linear(None).items() if name.endswith((".q", "to_q"))).in_features
+    assert not sizes.problems and sizes.of["D"] == width
 
 
 @pytest.mark.golden("released_keys/*.json.gz")
@@ -216,7 +213,8 @@ def test_our_rules_of_diffusers_are_its_own(index, loaded):
     if by_rule.refused is not None:
         with pytest.raises((ValueError, KeyError, RuntimeError)) as told:
             one.in_diffusers(tensors)
-        assert by_rule.refused.partition(":")[0] in (type(told.value).__name__, by_rule.refused.partition(":")[0]), name
+        kind = by_rule.refused.partition(":")[0]
+        assert kind == type(told.value).__name__ or not kind.endswith("Error"), name
         return
     really = one.in_diffusers(tensors)
     really = {layer: low_rank for layer, low_rank in really.items() if low_rank.B_OR.any()}  # zeros for images
@@ -304,22 +302,13 @@ def test_an_adapter_in_bf16_is_as_exact_as_that_allows(checkpoint, tmp_path):
 
 def test_a_checkpoints_adapter_is_held_to_the_model(checkpoint, loaded, tmp_path):
     folder, _ = checkpoint
-    for other, words in (("hunyuan_video", "is an adapter of Wan, and this is HunyuanVideo"),):
-        with pytest.raises(UserError, match=words):
-            list(
-                export_adapter(
-                    folder,
-                    tmp_path / "a.safetensors",
-                    "comfyui",
-                    pretrained_model_name_or_path=str(loaded(other).folder),
-                )
-            )
+    other = str(loaded("hunyuan_video").folder)
+    with pytest.raises(UserError, match="is an adapter of Wan, and this is HunyuanVideo"):
+        list(export_adapter(folder, tmp_path / "a.safetensors", "comfyui", pretrained_model_name_or_path=other))
     tensors = load_file(folder / "adapter" / saved.FILE)
     name = "diffusion_model.blocks.0.ffn.0.lora_A.weight"
     save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, folder / "adapter" / saved.FILE)
-    with pytest.raises(
-        UserError, match=r"blocks.0.ffn.0.weight is \(96, 47\) in it and \(96, 48\) in the model|in it and"
-    ):
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0\.weight is .* in it and .* in the model"):
         read_adapter(folder, loaded("wan_fun").base)
 
 

@@ -1,6 +1,7 @@
 """Adapters in each tool's form, and what each tool makes of a file: each trap that its sources have."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import inner, prove, strengths
 from reeltune.core.errors import UserError
 from reeltune.export.adapter import export_adapter, tell
-from tests.unit.made_adapters import made, named, pair, written_to
+from scripts.adapters_page import made, named, page, pair
+from tests.unit.made_adapters import written_to
 
 WRITTEN = [(dialect, network) for dialect, one in writing.DIALECTS.items() for network in one.forms]
 
@@ -433,3 +435,10 @@ def test_commands_refuse_what_does_not_go_together(tmp_path, capsys):
         assert cli.main(argv) == 2
         assert words in capsys.readouterr().err
     assert tuple(writing.DIALECTS) == cli.DIALECTS
+
+
+def test_the_pages_tables_are_those_of_this_version():
+    text = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
+    assert page(text) == text
+    written_rows = [line for line in text.splitlines() if line.startswith("| `--for ") and "1.000" in line]
+    assert len(written_rows) == len(WRITTEN)
