@@ -32,6 +32,8 @@ class Model:
     """Parts of parameter names that learn at half the rate."""
     trained_weights: Literal["fp32", "bf16_stochastic"] = "fp32"
     """How trained weights are kept: fp32 master copies, or bf16 with stochastic rounding."""
+    encoder_weights: Literal["stored", "fp32", "bf16"] | None = None
+    """How VAE and encoders are kept and compute; stored: as their files have it. Left out: as mixed_precision says."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,8 @@ class Validation:
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
     """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    negative_prompt: str = ""
+    """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30

@@ -175,6 +175,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
+    if validation.negative_prompt and validation.guidance_scale == 1:
+        yield (
+            ("negative_prompt", "guidance_scale"),
+            f"negative_prompt is {validation.negative_prompt} and guidance_scale is 1, which guides away from nothing; "
+            "raise guidance_scale, or leave negative_prompt out",
+        )
     yield from _engine(recipe)
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:

@@ -106,6 +106,11 @@ def a_cache(values: Values) -> Iterator[Settings]:
     yield {"cache_folder": f"{values['output_dir']}/cache", "cache_variants": VARIANTS}
 
 
+def encoders_in_bf16(values: Values) -> Iterator[Settings]:
+    if values["encoder_weights"] == "fp32" or (values["encoder_weights"], values["mixed_precision"]) == (None, "no"):
+        yield {"encoder_weights": "bf16"}
+
+
 def all_frozen_blocks(values: Values) -> Iterator[Settings]:
     if count := values.get("frozen_blocks", 0):
         yield {"blocks_to_swap": count}

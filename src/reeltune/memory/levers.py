@@ -18,6 +18,7 @@ from reeltune.memory.lever import (
     a_cache,
     all_frozen_blocks,
     encode_between,
+    encoders_in_bf16,
     half_as_long,
     half_the_batch,
     not_in,
@@ -44,14 +45,18 @@ def pulled_alone(values: Values) -> list[str]:
 
 
 def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
-    """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first."""
+    """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first. Nothing is
+    written that goes with no lever already pulled."""
     for lever in LEVERS:
         idle = lever.pulled(values) or any(values[name] for name in lever.unless)
         fits = all(exclusion.permits(values[exclusion.setting]) for exclusion in lever.excludes)
         if fits and not idle and not (lever.alone and several(values)):
             replaced = {name: False for name in lever.replaces if values[name]}
             options = [{lever.setting: lever.value}] if lever.changes is None else lever.changes(values)
-            yield from ((lever, {**replaced, **settings}) for settings in options)
+            for settings in options:
+                asked = {**values, **replaced, **settings}
+                if not any(excluded(asked)):
+                    yield lever, {**replaced, **settings}
 
 
 def sharded_by(engine: str) -> Callable[[Values], Iterator[Settings]]:
@@ -257,6 +262,17 @@ LEVERS: tuple[Lever, ...] = (
         same_bits=False,
         unless=("cache_folder",),
         changes=tiles,
+    ),
+    Lever(
+        "encoder_weights",
+        "bf16",
+        "half of VAE and encoders that are in fp32",
+        "latents and text features are rounded; a [cache](cache.md) is filled anew",
+        "latents and text features are rounded",
+        beside={"low_vram": SEEN},
+        same_bits=False,
+        unless=("cache_folder",),
+        changes=encoders_in_bf16,
     ),
     Lever(
         "use_ema",
