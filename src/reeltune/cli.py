@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentence
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
 
 USAGE = """\
@@ -77,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(act: Callable[[], int]) -> int:
-    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
+    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
+    leaves at once."""
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
-        return act()
+        with second_leaves():
+            return act()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -99,14 +103,21 @@ def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
             print(recipe_help(command), end="")
             return 0
         recipe = recipe_of(argv, command)
-        try:
+        with _named_by_its_file(argv):
             return RUN[command](recipe)
-        except UserError as error:
-            if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
-                raise UserError(argv[0], error.problems) from error
-            raise
 
     return act
+
+
+@contextmanager
+def _named_by_its_file(argv: Sequence[str]) -> Iterator[None]:
+    """Within, what is wrong with a recipe is told of its file, where it has one."""
+    try:
+        yield
+    except UserError as error:
+        if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
+            raise UserError(argv[0], error.problems) from error
+        raise
 
 
 def recipe_of(argv: Sequence[str], command: str) -> Recipe:
@@ -217,16 +228,50 @@ def _cache_command(argv: Sequence[str]) -> int:
     return CARE[word](recipe_of(argv[1:], "cache"))
 
 
-def _sample(recipe: Recipe) -> int:
-    from reeltune.sampling.sample import sample_clips
+def _options(command: str) -> argparse.ArgumentParser:
+    """For what a command takes beside a recipe's settings."""
+    return argparse.ArgumentParser(f"reeltune {command}", add_help=False, allow_abbrev=False, exit_on_error=False)
 
-    for path in sample_clips(recipe):
-        print(path)
+
+def _split(
+    argv: Sequence[str], command: str, parser: argparse.ArgumentParser
+) -> tuple[argparse.Namespace, Recipe] | None:
+    """(a command's own options, the recipe), None once help was asked for and given. Raises UserError."""
+    if {"-h", "--help"} & set(argv):
+        print(recipe_help(command) + "\n" + parser.format_help().partition("\n\n")[2], end="")
+        return None
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as wrong:
+        raise UserError(
+            command, f"{wrong.argument_name}: {wrong.message}; reeltune {command} --help tells what it takes"
+        ) from wrong
+    return options, recipe_of(rest, command)
+
+
+def _sample(argv: Sequence[str]) -> int:
+    parser = _options("sample")
+    about = "adapters of any tool, or a checkpoint-N of a run that trained one; the strength is 1 if left out"
+    parser.add_argument("--adapters", nargs="+", default=(), metavar="FILE:STRENGTH", help=about)
+    about = "a clip for each of these strengths of all adapters, and a picture of them side by side"
+    parser.add_argument("--strengths", nargs="+", type=float, default=(), metavar="X", help=about)
+    about = "a clip for each, in place of --seed and those that follow it"
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), metavar="N", help=about)
+    found = _split(argv, "sample", parser)
+    if found is None:
+        return 0
+    options, recipe = found
+
+    from reeltune.sampling.clips import sample_clips
+
+    with _named_by_its_file(argv):
+        for path in sample_clips(recipe, **vars(options)):
+            print(path)
     return 0
 
 
 def _plan(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _options("plan")
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
     )
@@ -234,26 +279,21 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="TFLOP/s that each device reaches")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="take it from an earlier run's steps")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with pictures, too")
-    if {"-h", "--help"} & set(argv):
-        print(recipe_help("plan") + "\n" + parser.format_help().partition("\n\n")[2], end="")
+    found = _split(argv, "plan", parser)
+    if found is None:
         return 0
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as wrong:
-        raise UserError(
-            "plan", f"{wrong.argument_name}: {wrong.message}; reeltune plan --help tells what it takes"
-        ) from wrong
-    recipe = recipe_of(rest, "plan")
+    options, recipe = found
 
     from reeltune.estimate.main import Machines
     from reeltune.estimate.page import tell
 
-    tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
+    with _named_by_its_file(argv):
+        tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
     return 0
 
 
 CARE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
-RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache, "sample": _sample}
+RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache}
 
 
 # ---- the others
@@ -384,7 +424,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "check": of_recipe("check"),
     "plan": _plan,
     "cache": _cache_command,
-    "sample": of_recipe("sample"),
+    "sample": _sample,
     "report": _report,
     "export": _export,
     "import": _import,

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 from reeltune.diffusion.objective import Objective
+from reeltune.families.tokenizers import check_vocabulary
 from reeltune.memory.quantized import Quantisation
 
 
@@ -40,7 +41,10 @@ class Parts:
             self._read(name)
 
     def _read(self, name: str) -> None:
-        self.frozen[name] = self.loaders[name]()
+        network: Any = self.loaders[name]()
+        if name.startswith("text") and (own := f"tokenizer{name.removeprefix('text')}") in self.extras:
+            check_vocabulary(self.extras[own], network)
+        self.frozen[name] = network
         del self.loaders[name]
 
     @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, few
 from reeltune.families import configs
-from reeltune.families.tensor_files import has_weights, notice, tensors_of, without_prefix
+from reeltune.families.tensor_files import has_weights, notice, prefix_of, tell_prefix, tensors_of, without_prefix
 from reeltune.memory.quantized import Quantisation, quantize_linears
 
 NAMED = 8  # tensors of each kind of misfit that an error names
@@ -239,6 +239,13 @@ def _refuse_larger(net: nn.Module, outlines: Mapping[str, Tensor], where: str) -
         raise UserError(where, f"{problem}; {configs.MISFIT}")
 
 
+def _foreign_prefix(net: Any, names: Iterable[str]) -> str:
+    """What other tools put before all names of a network of a transformers class; its own prefix that library knows."""
+    prefix, wanted = prefix_of(names), net.state_dict()
+    known = prefix == f"{net.base_model_prefix}." or any(name in wanted for name in names)
+    return "" if known else prefix
+
+
 def load_encoder(
     cls: Any, folder: Path, dtype: torch.dtype | None = None, fake: AbstractContextManager | None = None
 ) -> Any:
@@ -255,7 +262,11 @@ def load_encoder(
         with fake:
             net = cls._from_config(config, dtype=dtype)
         return net.requires_grad_(False).eval()
-    _refuse_larger(configs.build(cls._from_config, {"config": config}, str(folder)), outlines, str(folder))
+    outline = configs.build(cls._from_config, {"config": config}, str(folder))
+    _refuse_larger(outline, outlines, str(folder))
+    prefix = _foreign_prefix(outline, outlines)
+    if prefix:
+        tell_prefix(prefix, str(folder))
     logging.disable_progress_bar()
     with as_user_error(folder, f"{cls.__name__} cannot be made of its config.json and weights", configs.MISFIT):
         net, told = configs.from_files(
@@ -263,6 +274,7 @@ def load_encoder(
             folder,
             config=config,
             dtype=dtype or "auto",
+            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
