@@ -17,7 +17,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.families.spec import Family, Parts
 from reeltune.optim.trainable import released_names
-from reeltune.run.adapters import Given, digest, of_checkpoint, read_all
+from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
 from reeltune.run.model import load_parts
 
 
@@ -58,8 +58,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     and for adapters that cannot be read or are of another network.
     """
     chosen = _checkpoint(recipe)
-    of_run = [] if chosen is None or not checkpoint.is_adapter(chosen) else [of_checkpoint(chosen)]
-    whole = None if of_run else chosen
+    whole = None if chosen is not None and checkpoint.is_adapter(chosen) else chosen
     source = None if whole is None or checkpoint.is_shared(whole) else whole / "transformer"
     parts = load_parts(recipe, family, device, source)
     names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
@@ -67,11 +66,13 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
         Shared(whole).fill_network(parts.net, names)
     path = whole or recipe.model.transformer_path or recipe.model.pretrained_model_name_or_path
     weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
-    texts = list(adapters)
-    if recipe.adapter.adapter_path is not None and not (adapters or chosen):
-        texts = [recipe.adapter.adapter_path]
-    shapes = {names[name]: weight.shape for name, weight in parts.net.named_parameters()}
-    return Trained(parts, names, weights, [*of_run, *read_all(texts, shapes)])
+    base = {names[name]: weight for name, weight in parts.net.named_parameters()}
+    if chosen is not None and whole is None:
+        return Trained(parts, names, weights, [of_checkpoint(chosen, base), *read_all(adapters, base)])
+    begun_with = recipe.adapter.adapter_path
+    if begun_with is not None and not (adapters or chosen):
+        return Trained(parts, names, weights, [read(Path(begun_with), base)])
+    return Trained(parts, names, weights, read_all(adapters, base))
 
 
 def _checkpoint(recipe: Recipe) -> Path | None:
