@@ -21,6 +21,7 @@ from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentence
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
 
 USAGE = """\
@@ -78,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(act: Callable[[], int]) -> int:
-    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
+    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
+    leaves at once."""
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
-        return act()
+        with second_leaves():
+            return act()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

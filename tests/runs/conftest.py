@@ -1,10 +1,11 @@
-"""Fixtures: runs from a cache, and one that trains an adapter."""
+"""Fixtures: runs from a cache, and one that trains an adapter; and no reports."""
 
 import pytest
 
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.caching import STEPS
+from tests.runs.reports import reports  # noqa: F401 - for all tests here
 from tests.runs.small_run import recipe, write_array
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from reeltune.adapters import fused
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.names import Form, Kind, Named, form_of, parse
-from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling
+from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
 from reeltune.adapters.sizes import Sizes, solve
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, beginning, few, read_table
@@ -53,18 +53,23 @@ class Found:
         return self.networks[0]
 
     @property
+    def tool(self) -> str:
+        """Which wrote it, or whose form it is in."""
+        return "reeltune's own form" if {"family", "base_model", "rank"} <= self.metadata.keys() else self.form.tool
+
+    @property
     def title(self) -> str:
         return " or ".join(network.title_of(self.width) for network in self.networks)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file as it is."""
+    """A file as it is, or what several processes keep of one."""
 
     file: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     """PEFT's of the adapter, where they are beside or in the file."""
     settings_from: str = ""
 
@@ -103,7 +108,8 @@ def file_of(path: Path) -> Path:
 
 def stored_in(file: Path, *, outline: bool) -> Stored:
     """outline: all but alphas on the meta device."""
-    if beginning(file, 4).startswith((b"PK\x03\x04", b"\x80")):
+    head = beginning(file, 9)
+    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):  # a length may begin so, too
         raise UserError(str(file), f"is a file of torch.save; {ONLY}; have its tool save it as such")
     outlines = header_of(file)
     where = "cannot be read"
@@ -135,6 +141,8 @@ def adapter_of(
 ) -> tuple[Adapter, Found]:
     """As `read_adapter`, of a file that is read already."""
     where = str(stored.file)
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
     parsed = {key: parse(key) for key in stored.tensors}
     refuse(where, few([f"{key} {one}" for key, one in parsed.items() if isinstance(one, str)]))
     named = [one for one in parsed.values() if isinstance(one, Named)]
@@ -177,9 +185,10 @@ def network_of(base: Mapping[str, Tensor]) -> Network:
         if all(network.module(module, "released") for module in modules.values()):
             return network
     matrices = {modules[name] for name, tensor in base.items() if tensor.ndim == 2 and name.endswith(".weight")}
-    others = {module: module for module in modules.values() if module not in matrices}
-    bare = tuple(name for name, module in modules.items() if name == module)
-    return Network("", "this model", tuple(Layer(name, "", "") for name in sorted(matrices)), others, bare)
+    others = {general(module)[0]: general(module)[0] for module in modules.values() if module not in matrices}
+    bare = tuple(general(name)[0] for name, module in modules.items() if name == module)
+    layers = tuple(Layer(name, "", "") for name in sorted({general(module)[0] for module in matrices}))
+    return Network("", "this model", layers, others, bare)
 
 
 def _network(
@@ -198,7 +207,7 @@ def _network(
         (network, spelling) for network in candidates for spelling in SPELLINGS if not missing[network.name, spelling]
     ]
     if own is not None and fit and own not in [network for network, _ in fit]:
-        raise UserError(where, f"is an adapter of {fit[0][0].title}, and this is {own.title}; give one made for it")
+        raise UserError(where, f"is an adapter of {fit[0][0].title}, and this is {own.title}; give one made for that")
     if own is not None:
         fit = [(network, spelling) for network, spelling in fit if network is own]
         candidates = [own]
@@ -243,7 +252,7 @@ class _Reader:
         if not tensor.is_floating_point() and one.kind != "alpha":
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.problems.append(f"{one.key} is stored as {dtype}; give the adapter in fp32, bf16 or fp16")
-        elif not tensor.is_meta and not torch.isfinite(tensor.float()).all():
+        elif one.kind != "alpha" and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
             self.problems.append(f"{one.key} has numbers that are not finite; give an earlier checkpoint's")
 
     def low_rank(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, LowRank]:
@@ -253,7 +262,7 @@ class _Reader:
             if not {"A", "B", "alpha", "magnitude", "bias"} & keys.keys():
                 continue
             if not {"A", "B"} <= keys.keys():
-                half = next(iter(keys.values()))
+                half = keys.get("A") or next(iter(keys.values()))
                 self.problems.append(
                     f"{half} has no {'B' if 'A' in keys else 'A'} to go with it; the file is not whole"
                 )
@@ -292,9 +301,7 @@ class _Reader:
             self.problems.append(f"{keys['A']} has rank {rank}, and its layer has {least} at most")
         alpha = self._alpha(text, keys, rank)
         if not (math.isfinite(alpha) and alpha > 0):
-            self.problems.append(
-                f"alpha of {text} is {alpha:g}: it would change nothing; give --alpha, or another file"
-            )
+            self.problems.append(f"alpha of {text} is {alpha:g}: it would change nothing; give a file with its own")
             return None
         magnitude = None
         if "magnitude" in keys:
@@ -326,7 +333,7 @@ class _Reader:
         """Of whole weights, by released parameter name."""
         out = {}
         for text, keys in modules.items():
-            for kind in ("diff", "diff_b", "diff_m", "bias"):
+            for kind in ("diff", "diff_b", "bias"):
                 if kind not in keys:
                     continue
                 module = self.network.module(text, self.spelling, self.form.joined)
@@ -334,9 +341,7 @@ class _Reader:
                     self.problems.append(f"{keys[kind]} changes several layers that are one there, which is not read")
                     continue
                 tensor = self.stored.tensors[keys[kind]]
-                if kind == "diff_m":
-                    out[f"{module}.modulation"] = tensor
-                elif kind == "bias":
+                if kind == "bias":
                     pair = self._pair(text, keys) if {"A", "B"} <= keys.keys() else None
                     out[f"{module}.bias"] = tensor * (1.0 if pair is None else pair.scale)
                 else:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["A", "B", "alpha", "magnitude", "diff", "diff_b", "diff_m", "bias", "whole"]
+Kind = Literal["A", "B", "alpha", "magnitude", "diff", "diff_b", "bias", "whole"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ KINDS: dict[str, Kind] = {
     ".lora_magnitude_vector": "magnitude",
     ".diff": "diff",
     ".diff_b": "diff_b",
-    ".diff_m": "diff_m",
 }
 OTHER_KINDS = {
     "lokr_": "LoKr",
@@ -84,6 +83,8 @@ def parse(key: str) -> Named | str:
         return f"is {other}; low-rank pairs, .diff and .diff_b are read"
     form = next(form for form in FORMS if key.startswith(form.prefix))
     module = key.removeprefix(form.prefix)
+    if module.endswith(".diff_m"):
+        return Named(key, form, f"{module.removesuffix('.diff_m')}.modulation", "diff")
     if form == OWN_WHOLE:
         return Named(key, form, module, "whole")
     for suffix, kind in KINDS.items():

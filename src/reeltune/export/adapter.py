@@ -6,25 +6,25 @@ What is written is read back and held to the rules of every tool that it is for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
 
-from reeltune.adapters import writing
+from reeltune.adapters import saved, writing
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.dialects import Found, adapter_of, counted, read_adapter, stored_in
+from reeltune.adapters.dialects import Found, Stored, adapter_of, counted, file_of, read_adapter, stored_in
 from reeltune.adapters.loaders import BY_TOOL, LOADERS, Applied, applied
 from reeltune.adapters.networks import Network
 from reeltune.adapters.proof import Proof, prove, strengths
 from reeltune.checkpoint import folder as checkpoints
+from reeltune.checkpoint.state import Shared
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
 from reeltune.export.base import Base
-
-KEPT = ("adapter", "adapter_ema")  # in a checkpoint of ours: as it trains, and its moving average
 
 
 def export_adapter(
@@ -46,8 +46,9 @@ def export_adapter(
     was written is not that; nothing is left of `out` then.
     """
     refuse("export", list(_problems(source, out)))
-    base = None if pretrained_model_name_or_path is None else Base(pretrained_model_name_or_path)
-    adapter, found = _source(source, ema, alpha, base)
+    stored = _stored(source, ema)
+    base = _base(pretrained_model_name_or_path, stored.metadata)
+    adapter, found = adapter_of(stored, None if base is None else base.outline, alpha=alpha)
     network = _only(found)
     adapter = _with_changes(adapter, base)
     tensors = writing.written(adapter, network, dialect, writing.FILE_TYPES[dtype])
@@ -77,7 +78,7 @@ def tell(
     """
     base = None if pretrained_model_name_or_path is None else Base(pretrained_model_name_or_path)
     adapter, found = read_adapter(path, None if base is None else base.outline, alpha=alpha, outline=True)
-    yield f"{found.file}: {found.title}, in {found.form.tool}"
+    yield f"{found.file}: {found.title}, in {found.tool}"
     yield summary(adapter)
     yield f"targets: {', '.join(writing.targets(adapter)) or 'none'}"
     if whole := sorted({*adapter.whole, *adapter.changes}):
@@ -105,18 +106,34 @@ def _problems(source: Path, out: Path) -> Iterator[str]:
         yield f"{out} is there already; give another"
 
 
-def _source(source: Path, ema: bool, alpha: float | None, base: Base | None) -> tuple[Adapter, Found]:
-    outline = None if base is None else base.outline
+def _stored(source: Path, ema: bool) -> Stored:
     if not (source / "progress.json").is_file():
         if ema:
             raise UserError("export", f"{source} is no checkpoint-N folder of ours, and has no moving average")
-        return read_adapter(source, outline, alpha=alpha)
-    checkpoints.verify(source, under=KEPT)
-    folder = source / KEPT[ema]
+        return stored_in(file_of(source), outline=False)
+    checkpoints.verify(source, under=checkpoints.WEIGHTS)
+    folder = source / f"{checkpoints.ADAPTER}{'_ema' if ema else ''}"
+    if not checkpoints.is_adapter(source):
+        raise UserError("export", f"{source} has no adapter: its network learnt in full; leave --adapter out")
+    if checkpoints.is_shared(source):
+        config = saved.config_of(source / checkpoints.ADAPTER)
+        alphas = config.pop("alphas")
+        shared = dict(Shared(source).weights(average=ema))
+        return Stored(source, saved.tensors_in_file(shared, alphas), saved.metadata(config))
     if not folder.is_dir():
-        what = "no moving average; it is kept by runs with use_ema" if ema else "no adapter; its network learnt in full"
-        raise UserError("export", f"{source} has {what}")
-    return read_adapter(folder, outline, alpha=alpha)
+        raise UserError("export", f"{source} has no moving average; it is kept by runs with use_ema")
+    return stored_in(folder / saved.FILE, outline=False)
+
+
+def _base(model: str | None, metadata: Mapping[str, str]) -> Base | None:
+    """The model that is given, or the one that a file of ours says, if it is there."""
+    if model is not None:
+        return Base(model)
+    said = metadata.get("base_model", "")
+    if not said or not Path(said).is_dir():
+        return None
+    transformer = json.loads(metadata.get("transformer_path", "null"))
+    return Base(said, transformer_path=transformer)
 
 
 def _only(found: Found) -> Network:
@@ -163,13 +180,16 @@ def _proofs(file: Path, adapter: Adapter, network: Network) -> Iterator[tuple[st
             yield loader.tool, prove(adapter.layers, adapter.changes, applied(loader, stored.tensors, network))
 
 
+LOADS_NONE = "loads none of it, and says so in a log at most"
+
+
 def told(proof: Proof) -> str:
     if proof.refused:
         return f"does not load it: {proof.refused}"
     parts = [f"applied / trained {proof.lowest_ratio:.6f} to {proof.highest_ratio:.6f} in {proof.layers} layers"]
     parts += [f"relative error {proof.error:.1e}"]
     parts += [f"{len(names)} {what}: {', '.join(few(names, 2))}" for names, what in _odd(proof)]
-    return "; ".join(parts if proof.layers else parts[2:])
+    return "; ".join(parts) if proof.layers else LOADS_NONE
 
 
 def _odd(proof: Proof) -> list[tuple[list[str], str]]:
@@ -179,6 +199,8 @@ def _odd(proof: Proof) -> list[tuple[list[str], str]]:
 def _strength(adapter: Adapter, its: Applied) -> str:
     if its.refused:
         return f"does not load it: {its.refused}"
+    if not its.layers and not its.changes:
+        return LOADS_NONE
     found = strengths(adapter.layers, its)
     missing = len({*adapter.layers, *adapter.changes} - {*its.layers, *its.changes})
     least, most = found or (0.0, 0.0)

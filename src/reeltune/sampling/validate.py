@@ -21,7 +21,7 @@ from torch import nn
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
-from reeltune.core.reading import as_user_error, read_table
+from reeltune.core.reading import NUMBER, TEXT, WHOLE, read_table, require_fields
 from reeltune.core.types import Batch, Draw
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
@@ -109,6 +109,8 @@ class HeldOut:
                 file.write(json.dumps({"step": step, **measured_on, "losses": losses.tolist()}, indent=1) + "\n")
             return step, losses
         kept = read_table(path, REMEDY)
+        clips, levels = losses.shape
+        require_fields(kept, {"step": WHOLE, "clips": TEXT.many(), "levels": NUMBER.many()}, path, REMEDY)
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
@@ -116,8 +118,8 @@ class HeldOut:
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        with as_user_error(path, "is damaged", REMEDY):
-            return int(kept["step"]), np.array(kept["losses"], dtype=np.float64).reshape(losses.shape)
+        require_fields(kept, {"losses": NUMBER.many(levels).many(clips)}, path, REMEDY)
+        return kept["step"], np.array(kept["losses"], dtype=np.float64)
 
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)
