@@ -120,6 +120,16 @@ def test_a_negative_prompt_is_what_the_clip_is_guided_away_from(sample):
         sample({"guidance_scale": 1})
 
 
+def test_the_ways_in_which_a_base_is_held(adapter_run, sample):
+    """In 8 bits, and in the CPU's memory: at strength 0 what the base makes so, and whole as elsewhere."""
+    run = {"resume_from_checkpoint": str(adapter_run / "checkpoint-4")}
+    (whole,) = sample(run)
+    assert np.array_equal(np.load(sample(run | {"blocks_to_swap": 1})[0]), np.load(whole))
+    coarse, none, _ = sample(run | {"base_weights": "int8"}, strengths=[1.0, 0.0])
+    assert 0 < apart(coarse, whole) < 5 and apart(none, whole) > 20
+    assert np.array_equal(np.load(none), np.load(sample({"base_weights": "int8"})[0]))
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [("a.safetensors", 1.0), ("a.safetensors:0.8", 0.8), ("a:b.safetensors:-1", -1.0), ("run/checkpoint-4:1e-1", 0.1)],
