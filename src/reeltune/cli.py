@@ -334,12 +334,27 @@ def _export(argv: Sequence[str]) -> int:
         "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
     )
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="put the checkpoint's adapter, or --adapters, into the whole weights",
+    )
+    parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
     parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
     parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
     options = vars(parser.parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
-    if not given.pop("adapter"):
+    alone, merges = given.pop("adapter"), given.pop("merge")
+    if alone and merges:
+        raise UserError("export", "--adapter writes an adapter alone, --merge whole weights; leave one of the two out")
+    if not alone:
         _refuse_beside("", {"dialect": "--for", "trigger_words": "--trigger_words"}, given, "go with --adapter alone")
+    if merges:
+        from reeltune.export.merge import export_merged
+
+        return _print(export_merged(given.pop("checkpoint"), given.pop("out"), **given))
+    _refuse_beside("", {"adapters": "--adapters"}, given, "goes with --merge alone")
+    if not alone:
         return exported(**given)
     weights = {"max_shard_size": "--max_shard_size", "diffusers": "--diffusers"}
     _refuse_beside("--adapter", weights, given, "are of whole models; leave them out")
