@@ -66,8 +66,8 @@ class told_when_full:
         raise UserError(
             "memory",
             f"{place} is full while {self.doing} ({first}). The networks take {parts}, "
-            f"{sum(needed.values()) / 1e9:.1f} GB together, and {had_bytes / 1e9:.1f} GB were free before. Change one or "
-            f"more, the cheapest first: {'; '.join(changes)}",
+            f"{sum(needed.values()) / 1e9:.1f} GB together, and {had_bytes / 1e9:.1f} GB were free before. Change one "
+            f"or more, the cheapest first: {'; '.join(changes)}",
         ) from error
 
 
