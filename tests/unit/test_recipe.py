@@ -143,6 +143,8 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
+        ({"rank": 8, "base_weights": "fp8", "engine": "fsdp"}, "base_weights is fp8 and engine is fsdp"),
+        ({"rank": 8, "base_weights": "nf4", "use_dora": True}, "DoRA measures"),
         ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
         ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),
         ({"rank": 8, "alpha_pattern": ["ffn.0=0"]}, "more than 0"),
@@ -162,6 +164,7 @@ def test_rules_between_fields_allow_what_fits():
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
     build({"engine": "fsdp", "keep_gathered": True, "offload": True})
     build({"engine": "zero2", "offload": True})
+    build({"engine": "ddp", "rank": 8, "base_weights": "int8"})
     build({"offload": True})  # the launcher names the engine
 
 
@@ -194,6 +197,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "rank_pattern": ["a: b=4", "no=8"],
         "alpha_pattern": ["a: b=4.5", "no=8"],
         "use_came": False,
+        "use_dora": False,
         "use_8bit_adam": False,
         "use_prodigy": False,
         "use_muon": False,
@@ -212,6 +216,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "validation_data_meta",
         "random_ratio_crop",
         "use_came",
+        "use_dora",
         "use_8bit_adam",
         "use_prodigy",
         "use_muon",
