@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reeltune.config.recipe import Parallel, Recipe
+from reeltune.config.recipe import Optimization, Parallel, Recipe, Training
 from reeltune.core.types import Draw
 from reeltune.estimate.fake_batch import empty_batch
-from reeltune.estimate.fake_step import engine_of, training_step
+from reeltune.estimate.fake_step import optimizer_step, passes
 from reeltune.estimate.frozen_networks import Encoding, Work, decode, encode
-from reeltune.estimate.result import StepEstimate
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.estimate.result import OptimizerEstimate, StepEstimate
+from reeltune.run.model import choose_family, encode_options, load_parts, network_dtype
 from reeltune.sampling.sample import Setup
 
 T = TypeVar("T")
@@ -48,25 +49,33 @@ class Estimator:
             return encode(setup, clips, self.fake, visiting=visiting)
 
         encoding = self._once(("encoding", tiled, visiting, shape, batch), encoded)
-        trains = only_training(recipe)
-        step = self._once(
-            ("training", trains, preview, shape, batch),
-            lambda: training_step(trains, setup, encoding, draws, self.fake, preview=preview, whole=self.whole),
+        trains, learns = only_passes(recipe), only_optimizer(recipe)
+        network = self._once(
+            ("network", network_dtype(recipe), recipe.adapter.base_weights),
+            lambda: load_parts(recipe, self.family, torch.device("cpu"), encoders=False, fake=self.fake),
         )
-        decoding = None
+        step = self._once(
+            ("passes", trains, preview, shape, batch),
+            lambda: passes(trains, setup, network, encoding, draws, self.fake, preview=preview, whole=self.whole),
+        )
+        optimizer = decoding = None
+        if not recipe.memory.step_in_backward:
+            optimizer = self._once(
+                ("optimizer", learns, step.reached),
+                lambda: optimizer_step(learns, self.family, network, step.reached, self.fake, whole=self.whole),
+            )
         if preview:
             decoding = self._once(
                 ("decoding", tiled, visiting, shape),
                 lambda: decode(setup, encoding.encoded.x0.mean, self.fake, visiting=visiting),
             )
-        return together(recipe, step, encoding, decoding)
+        return together(recipe, step, optimizer, encoding, decoding)
 
     def _setup(self, recipe: Recipe) -> Setup:
         """The frozen networks, with an outline of the trained one."""
-        engine = engine_of(recipe)
         parts = self._once(
             ("parts", recipe.memory.vae_tiling),
-            lambda: load_parts(recipe, self.family, engine.device, network=False, fake=self.fake),
+            lambda: load_parts(recipe, self.family, torch.device("cpu"), network=False, fake=self.fake),
         )
         return Setup(self.family, self.mode, parts, self.objective, options=encode_options(recipe))
 
@@ -76,23 +85,44 @@ class Estimator:
         return self._known[key]
 
 
-def only_training(recipe: Recipe) -> Recipe:
-    """What the trained network's step reads of a recipe; all else as it is by default."""
+def only_passes(recipe: Recipe) -> Recipe:
+    """What the passes of the trained network read of a recipe; all else as it is by default."""
     return Recipe(
         model=recipe.model,
+        adapter=recipe.adapter,
         training=replace(recipe.training, low_vram=False),
         memory=replace(recipe.memory, vae_tiling=False, encode_ahead=None),
         parallel=Parallel(context_parallel=recipe.parallel.context_parallel),
         loss=recipe.loss,
-        optimization=recipe.optimization,
+        optimization=recipe.optimization if recipe.memory.step_in_backward else Optimization(),
     )
 
 
-def together(recipe: Recipe, step: StepEstimate, encoding: Encoding, decoding: Work | None) -> StepEstimate:
-    """A training step with what the frozen networks take before and after it.
+def only_optimizer(recipe: Recipe) -> Recipe:
+    """What the optimizer's step reads, where it is not in the backward pass."""
+    training = Training(mixed_precision=recipe.training.mixed_precision)
+    return Recipe(model=recipe.model, adapter=recipe.adapter, training=training, optimization=recipe.optimization)
+
+
+def together(
+    recipe: Recipe,
+    step: StepEstimate,
+    optimizer: OptimizerEstimate | None,
+    encoding: Encoding,
+    decoding: Work | None,
+) -> StepEstimate:
+    """A step's passes with the optimizer's part, and what the frozen networks take before and after them.
 
     In each phase there is what later steps find: the optimizer's state, and under accumulation all gradients.
     """
+    if optimizer is not None:
+        peaks = {"forward": step.peaks["forward"], "backward": step.peaks["backward"], "step": optimizer.peak}
+        step = replace(
+            step,
+            peaks=peaks | {"preview": step.peaks["preview"]} if "preview" in step.peaks else peaks,
+            resident=step.resident | {"average": optimizer.average_bytes},
+            state_bytes=optimizer.state_bytes,
+        )
     resident = step.resident | {"optimizer": step.state_bytes}
     batch = {"batch": encoding.batch_bytes, "frozen": encoding.frozen_bytes}
     peaks = {phase: parts | resident | batch for phase, parts in step.peaks.items()}
