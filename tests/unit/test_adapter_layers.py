@@ -124,7 +124,7 @@ def test_names_are_the_released_ones(net):
     assert len(set(names.values())) == len(names)
 
 
-def test_A_is_a_function_of_seed_and_name_alone(net):
+def test_first_weights_are_a_function_of_seed_and_name_alone(net):
     def drawn(seed, how="uniform", **settings):
         net = Net()
         names = inject(net, chosen(net, **settings), names_of(net), dtype=torch.float32)
@@ -155,7 +155,7 @@ def test_what_learns_and_at_which_rate(net):
     assert len(one["params"]) == 16
 
 
-def test_its_change_is_alpha_over_rank_times_B_A():
+def test_its_change_is_that_of_the_paper():
     for stabilised, scale in ((False, 3.0 / 4), (True, 3.0 / 2)):
         net = Net()
         found = chosen(net, alpha=3.0, wanted=["head"])

@@ -35,13 +35,16 @@ class LowRank:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def changed(self, weight_OI: Tensor, strength: float = 1.0) -> Tensor:
-        """The layer's weight with the change in it, computed in fp32, in the type of `weight_OI`."""
+        """The layer's weight with `strength` times the change in it, computed in fp32, in the type of `weight_OI`.
+
+        Of DoRA the change is that of direction and magnitude together, so that strength 0 is always the weight itself.
+        """
         A_RI, B_OR = (one.to(weight_OI.device, torch.float32) for one in (self.A_RI, self.B_OR))
-        new_OI = weight_OI.float() + strength * self.scale * (B_OR @ A_RI)
-        if self.magnitude_O is not None:
-            norm_O = new_OI.norm(dim=1)
-            new_OI = new_OI * (self.magnitude_O.to(new_OI) / norm_O)[:, None]
-        return new_OI.to(weight_OI.dtype)
+        if self.magnitude_O is None:
+            return (weight_OI.float() + strength * self.scale * (B_OR @ A_RI)).to(weight_OI.dtype)
+        new_OI = weight_OI.float() + self.scale * (B_OR @ A_RI)
+        new_OI = new_OI * (self.magnitude_O.to(new_OI) / new_OI.norm(dim=1))[:, None]
+        return torch.lerp(weight_OI.float(), new_OI, strength).to(weight_OI.dtype)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from reeltune.adapters.adapter import Adapter
 from reeltune.adapters.targets import Target
+from reeltune.core.errors import refuse
+from reeltune.core.reading import few
 from reeltune.core.rng import seed_of
 
 SLOT = "default"  # PEFT's name of an adapter in a layer
@@ -89,6 +92,51 @@ def begin(net: nn.Module, names: Mapping[str, str], *, how: Literal["uniform", "
             bound = 1 / math.sqrt(A_RI.shape[1])
             drawn_RI.uniform_(-bound, bound, generator=generator)
         A_RI.copy_(drawn_RI)
+
+
+@torch.no_grad()
+def begin_from(
+    adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], *, whole: Sequence[str], where: str
+) -> list[str]:
+    """Copies an adapter into the one that learns. Returns a notice of layers that it lacks, which stay as begun.
+
+    weights: all of the network's now, by released name. alphas: of its layers; B is scaled where the file's differ.
+    whole: parts of released names of weights that learn in full. Raises UserError for what finds no place.
+    """
+    problems = list(_misplaced(adapter, weights, alphas, whole))
+    refuse(where, few(problems))
+    A, B, magnitude = KINDS.values()
+    for layer, pair in adapter.layers.items():
+        ratio = pair.scale / (alphas[layer] / pair.rank)
+        weights[f"{layer}.{A}"].copy_(pair.A_RI)
+        weights[f"{layer}.{B}"].copy_(pair.B_OR if ratio == 1 else pair.B_OR.float() * ratio)
+        if pair.magnitude_O is not None:
+            weights[f"{layer}.{magnitude}"].copy_(pair.magnitude_O)
+    for name, value in adapter.whole.items():
+        weights[name].copy_(value)
+    for name, change in adapter.changes.items():
+        weights[name].add_(change.to(weights[name]))
+    lacking = [layer for layer in alphas if layer not in adapter.layers]
+    return [f"{where} has no {', '.join(few(lacking))}: adapters of these layers begin anew"] if lacking else []
+
+
+def _misplaced(
+    adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], whole: Sequence[str]
+) -> Iterator[str]:
+    for layer, pair in adapter.layers.items():
+        if layer not in alphas:
+            yield f"it changes {layer}, which gets no adapter; name it in target_name"
+            continue
+        rank = weights[f"{layer}.{KINDS['lora_A']}"].shape[0]
+        if pair.rank != rank:
+            yield f"it has rank {pair.rank} for {layer} and the recipe {rank}; set rank or rank_pattern"
+        has_magnitude = pair.magnitude_O is not None
+        if has_magnitude != (f"{layer}.{KINDS['lora_magnitude_vector']}" in weights):
+            has = "magnitudes (DoRA)" if has_magnitude else "no magnitudes"
+            yield f"it has {has} for {layer}; set use_dora to {str(has_magnitude).lower()}"
+    for name in {**adapter.whole, **adapter.changes}:
+        if not any(part in name for part in whole):
+            yield f"it changes all of {name}, which does not learn; name it in train_whole"
 
 
 def groups(net: nn.Module, names: Mapping[str, str], *, whole: Sequence[str], ratio: float) -> list[dict[str, Any]]:

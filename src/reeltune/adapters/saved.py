@@ -34,16 +34,23 @@ def write(folder: Path, weights: Mapping[str, Tensor], alphas: Mapping[str, floa
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps({**about, "alphas": dict(alphas)}, indent=2) + "\n", encoding="utf-8")
-    if any(weight.is_meta for weight in weights.values()):
-        return
+    if not any(weight.is_meta for weight in weights.values()):
+        save_file(tensors_in_file(weights, alphas), folder / FILE, metadata(about))
+
+
+def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    """By their names in the file."""
     tensors = {
         (PREFIX if is_adapter(name) else WHOLE) + name: weight.detach().contiguous() for name, weight in weights.items()
     }
-    tensors |= {f"{PREFIX}{layer}{ALPHA}": torch.tensor(alpha) for layer, alpha in alphas.items()}
-    metadata = {"format": "pt"} | {
+    return tensors | {f"{PREFIX}{layer}{ALPHA}": torch.tensor(alpha) for layer, alpha in alphas.items()}
+
+
+def metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    """Of the file: text as it is, other values in JSON."""
+    return {"format": "pt"} | {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()
     }
-    save_file(tensors, folder / FILE, metadata)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Model:
     """Parts of parameter names that learn at half the rate."""
     trained_weights: Literal["fp32", "bf16_stochastic"] = "fp32"
     """How trained weights are kept: fp32 master copies, or bf16 with stochastic rounding."""
+    encoder_weights: Literal["stored", "fp32", "bf16"] | None = None
+    """How VAE and encoders are kept and compute; stored: as their files have it. Left out: as mixed_precision says."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,11 @@ class Optimization:
     """CAME, which keeps no second moment per weight."""
     use_adafactor: bool = False
     """Adafactor, which keeps no moment per weight; its rate is relative to the size of the weights."""
+    use_prodigy: bool = False
+    """Prodigy, which finds the rate and multiplies it by learning_rate, to be 1 (https://arxiv.org/abs/2306.06101)."""
+    use_muon: bool = False
+    """Muon for matrices and AdamW for the rest; steps are of AdamW's size, and so is the rate
+    (https://arxiv.org/abs/2502.16982)."""
     adam_beta1: float = 0.9
     """First-moment decay."""
     adam_beta2: float = 0.999
@@ -284,6 +291,8 @@ class Validation:
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
     """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    negative_prompt: str = ""
+    """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30

@@ -61,7 +61,8 @@ ABOVE_ZERO = (
     "max_grad_norm",
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
-OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
+OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
+LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
@@ -174,6 +175,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
+    if validation.negative_prompt and validation.guidance_scale == 1:
+        yield (
+            ("negative_prompt", "guidance_scale"),
+            f"negative_prompt is {validation.negative_prompt} and guidance_scale is 1, which guides away from nothing; "
+            "raise guidance_scale, or leave negative_prompt out",
+        )
     yield from _engine(recipe)
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:
@@ -181,6 +188,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             tuple(optimizers),
             f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
         )
+    yield from _prodigy(recipe)
     share = recipe.memory.gradient_checkpointing_share
     if share < 1 and not recipe.training.gradient_checkpointing:
         yield (
@@ -220,6 +228,30 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
+def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """It finds one rate for all weights, from all of them at once."""
+    if not recipe.optimization.use_prodigy:
+        return
+    rate = recipe.optimization.learning_rate
+    if rate < LEAST_OF_PRODIGY:
+        yield (
+            ("use_prodigy", "learning_rate"),
+            f"use_prodigy is true and learning_rate is {rate}, by which it multiplies the rate that it finds; write 1, "
+            f"or at least {LEAST_OF_PRODIGY}",
+        )
+    others = {
+        "lora_plus_ratio": (recipe.adapter.lora_plus_ratio, Adapter.lora_plus_ratio),
+        "trainable_modules_low_learning_rate": (recipe.model.trainable_modules_low_learning_rate, ()),
+    }
+    for name, (value, default) in others.items():
+        if value != default:
+            yield (
+                ("use_prodigy", name),
+                f"use_prodigy is true and {name} is {shown(value)}; it finds one rate for all weights; leave one of "
+                "the two out",
+            )
+
+
 def _levers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with ways of sparing memory."""
     for lever, exclusion in levers.excluded(values):
@@ -241,6 +273,8 @@ def _engine(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if engine == "ddp":
         return
     wholes = {"mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16")}
+    for name in ("use_prodigy", "use_muon"):
+        wholes[name] = (getattr(optimization, name), "true", "use AdamW, or engine ddp")
     if engine != "fsdp":
         start = optimization.abnormal_norm_clip_start
         wholes["use_ema"] = (optimization.use_ema, "true", "use engine fsdp or ddp")

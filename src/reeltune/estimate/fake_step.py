@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from reeltune.config.recipe import Recipe
@@ -122,8 +122,7 @@ class FakeLearner:
         if mesh is not None and family.split is not None:
             family.split(self.parts.net, mesh)
         on_device = replace(recipe, memory=replace(recipe.memory, offload_activations=False))
-        with fake:
-            prepared = prepare_network(family, self.parts, self.engine, on_device)
+        prepared = without_values(prepare_network(family, self.parts, self.engine, on_device), fake)
         self.plain, self.counts = prepared.plain, counts_of(prepared)
         self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks)
         self.times = repeated_blocks.times_of(self.stands)
@@ -182,8 +181,20 @@ def denoise(net: nn.Module, setup: Setup, encoded: Encoded) -> None:
 
 def fresh(net: nn.Module) -> nn.Module:
     """A copy, whose weights are there but once."""
-    memo: dict[int, Any] = {id(weight): nn.Parameter(weight.detach()) for weight in net.parameters()}
+    memo: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), False) for weight in net.parameters()}
     return deepcopy(net, memo | {id(buffer): buffer.detach() for buffer in net.buffers()})
+
+
+def without_values(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
+    """With fake tensors in the place of weights that were made beside those loaded: adapters."""
+    there: dict[int, nn.Parameter] = {}
+    for module in network.plain.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not isinstance(weight, FakeTensor):
+                with fake:
+                    there[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
+                setattr(module, name, there[id(weight)])
+    return with_groups(network, lambda weights: [there.get(id(weight), weight) for weight in weights])
 
 
 def counts_of(network: TrainedNetwork) -> dict[str, Any]:
@@ -206,5 +217,9 @@ def counts_of(network: TrainedNetwork) -> dict[str, Any]:
 def shortened(network: TrainedNetwork) -> TrainedNetwork:
     """Without the weights of blocks that were taken out of it."""
     left = {id(weight) for weight in network.plain.parameters()}
-    groups = [{**one, "params": [weight for weight in one["params"] if id(weight) in left]} for one in network.groups]
-    return replace(network, groups=[one for one in groups if one["params"]])
+    return with_groups(network, lambda weights: [weight for weight in weights if id(weight) in left])
+
+
+def with_groups(network: TrainedNetwork, chosen: Callable[[list[nn.Parameter]], list[nn.Parameter]]) -> TrainedNetwork:
+    groups = [{**group, "params": chosen(group["params"])} for group in network.groups]
+    return replace(network, groups=[group for group in groups if group["params"]])

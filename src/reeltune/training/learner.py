@@ -202,5 +202,7 @@ def optimizer_of(groups: list[dict[str, Any]], optimization: Optimization, *, ro
         use_8bit_adam=optimization.use_8bit_adam,
         use_came=optimization.use_came,
         use_adafactor=optimization.use_adafactor,
+        use_prodigy=optimization.use_prodigy,
+        use_muon=optimization.use_muon,
     )
     return build(groups) if rounding_seed is None else StochasticRounding(groups, build, rounding_seed)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from reeltune.adapters import saved
-from reeltune.adapters.layers import begin, inject
+from reeltune.adapters.dialects import read_adapter
+from reeltune.adapters.layers import begin, begin_from, inject
 from reeltune.adapters.targets import targets
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
@@ -26,13 +27,19 @@ from reeltune.families.spec import Family
 class TrainedAdapter:
     alphas: dict[str, float]  # by the layer's released name: the change is alpha / rank * B @ A
     about: dict[str, Any]  # what its file says of it
+    notices: list[str]
 
 
 def put_adapters(
-    net: nn.Module, names: dict[str, str], family: Family, recipe: Recipe
+    net: nn.Module, names: dict[str, str], family: Family, recipe: Recipe, *, resumed: bool
 ) -> tuple[dict[str, str], TrainedAdapter]:
-    """Adapters in place around the network's layers. Returns the names of its parameters now, and what they are."""
+    """Adapters in place around the network's layers. Returns the names of its parameters now, and what they are.
+
+    They begin as the recipe says; resumed: what a checkpoint keeps will be read over them. Raises UserError for names
+    that match nothing, and for an adapter_path that is no adapter of these layers and ranks.
+    """
     wanted = recipe.adapter
+    base = {names[name]: weight for name, weight in net.named_parameters()}
     dtype = torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
     problems = [
         f"train_whole has {part!r}, which is in no parameter name"
@@ -61,7 +68,9 @@ def put_adapters(
         use_dora=wanted.use_dora,
         dropout=wanted.lora_dropout,
     )
-    begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
+    notices: list[str] = []
+    if not resumed:
+        begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
         if any(part in names[name] for part in wanted.train_whole):
             weight.data = weight.data.to(dtype)
@@ -73,7 +82,11 @@ def put_adapters(
         "transformer_path": recipe.model.transformer_path,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(wanted).items()},
     }
-    return names, TrainedAdapter(alphas, about)
+    if wanted.adapter_path is not None and not resumed:
+        adapter, _ = read_adapter(wanted.adapter_path, base)
+        weights = {names[name]: weight for name, weight in net.named_parameters()}
+        notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
+    return names, TrainedAdapter(alphas, about, notices)
 
 
 def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | None, resumed_from: Path) -> None:

@@ -68,6 +68,22 @@ class TrainedNetwork:
         saved.write(folder, released, self.adapter.alphas, self.adapter.about)
 
     @property
+    def notices(self) -> list[str]:
+        return [] if self.adapter is None else self.adapter.notices
+
+    @property
+    def summary(self) -> str:
+        """What learns, in a line."""
+        counts, layers = self.counts, 0 if self.adapter is None else len(self.adapter.alphas)
+        what = "the network" if self.adapter is None else f"adapters of {layers} layers"
+        share = counts["trainable"] / counts["parameters"]
+        kept_bytes = sum(weight.nbytes for weight in self.learning)
+        return (
+            f"{what}: {counts['trainable']:,} of {counts['parameters']:,} parameters learn ({share:.2%}), "
+            f"{kept_bytes / 2**20:,.1f} MiB here"
+        )
+
+    @property
     def counts(self) -> dict[str, int]:
         """Parameters, and how many of them learn."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
@@ -93,7 +109,7 @@ def prepare_network(
     names = released_names(net, lambda state: family.to_released(state, parts.config))
     adapter = None
     if wanted.rank:
-        names, adapter = put_adapters(net, names, family, recipe)
+        names, adapter = put_adapters(net, names, family, recipe, resumed=resumed_from is not None)
         learners = partial(adapter_groups, names=names, whole=wanted.train_whole, ratio=wanted.lora_plus_ratio)
     else:
         patterns = model.trainable_modules, model.trainable_modules_low_learning_rate
