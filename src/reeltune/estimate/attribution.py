@@ -24,7 +24,7 @@ def own_network(tracker: Tracker, learner: Learner, times: Times) -> None:
     for tensor in weights_of(learner.plain):
         tracker.own([tensor], "weights" if id(tensor) in learning else "still", times)
     for block in learner.network.swapped:
-        tracker.own(waiting(block), ELSEWHERE)
+        tracker.own(blocks.waiting(block), ELSEWHERE)
     if learner.average is not None:
         for name, average in learner.average.weights.items():
             tracker.own([average], "average", _as(times, learner.average.trained[name]))
@@ -81,11 +81,6 @@ def offload_activations(net: nn.Module, tracker: Tracker) -> None:
 def weights_of(net: nn.Module) -> list[Tensor]:
     """Each once, though it may have several names."""
     return [*net.parameters(), *net.buffers()]
-
-
-def waiting(block: nn.Module) -> list[Tensor]:
-    """Of a swapped block, what waits in the machine's own memory."""
-    return [weight for weight in weights_of(block) if not weight.requires_grad]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -22,7 +22,7 @@ from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import OptimizerEstimate, StepEstimate
 from reeltune.families.spec import Family, Parts
-from reeltune.memory.blocks import blocks_of
+from reeltune.memory.blocks import blocks_of, can_wait, waiting
 from reeltune.memory.size import size_bytes
 from reeltune.sampling.sample import Setup, at_rest
 from reeltune.training.learner import with_optimizer
@@ -207,8 +207,8 @@ def counts_of(network: TrainedNetwork) -> dict[str, Any]:
         "trainable": sum(weight.numel() for weight in network.learning),
         "block_parameters": max(sizes),
         "other_parameters": parameters - sum(sizes),
-        "still_blocks": sum(not any(weight.requires_grad for weight in block.parameters()) for block in blocks),
-        "swapped_bytes": sum(size_bytes(attribution.waiting(block)) for block in network.swapped),
+        "still_blocks": sum(map(can_wait, blocks)),
+        "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),
         "kept_bytes": size_bytes(network.weights()),
         "weight_bytes": {"network": size_bytes(attribution.weights_of(network.plain))},
     }

@@ -64,7 +64,7 @@ class StepEstimate:
     block_parameters: int
     """Of the largest block, which an engine that shards gathers whole."""
     still_blocks: int
-    """Blocks of which nothing learns."""
+    """Blocks of which not all learns, and so some can wait on the host."""
     other_parameters: int
     """Outside of blocks."""
     encoded_bytes: int = 0
