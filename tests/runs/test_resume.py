@@ -1,7 +1,6 @@
 """A killed run, resumed, ends in the same bits as an unbroken one."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.rng import dice
 from reeltune.run.lock import locked
 from reeltune.training.loop import train
-from tests.distributed.processes import changes, wait
+from tests.distributed.processes import FORKS, changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
 from tests.runs.small_run import measured, recipe
@@ -33,10 +32,6 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
 WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
 BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
 """A run of the toy family, written by the code of 2026-11-26 before its files moved into rooms (torch 2.13, CPU)."""
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["reeltune.training.loop", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def child(settings, *where):
 
 def run_and_kill(when, settings, *where):
     """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
-    process = PROCESSES.Process(target=child, args=(settings, *where))
+    process = FORKS.Process(target=child, args=(settings, *where))
     process.start()
     assert wait(lambda: not process.is_alive() or when(where[-1]), lambda: changes(where[-1]))
     killed = process.is_alive()
@@ -148,6 +143,8 @@ def test_the_number_of_workers_changes_nothing(workers, data, checkpoints, unbro
         {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16"},
         {"use_ema": True, "ema_decay": 0.9},
         {"use_came": True},
+        {"use_prodigy": True, "learning_rate": 1.0, "use_ema": True},
+        {"use_muon": True},
         {"step_in_backward": True, "trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "use_ema": True},
         {"max_grad_norm": None, "step_in_backward": True, "use_adafactor": True},
         {"offload_activations": True, "gradient_checkpointing": True, "gradient_checkpointing_share": 0.5},
@@ -187,6 +184,8 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     with pytest.raises(UserError) as error:
         run(settings_of("toy", **more, seed=1, video_sample_size=48), *where)
     assert sorted(line.split(" ")[0] for line in error.value.problems) == ["seed", "video_sample_size"]
+    with pytest.raises(UserError, match="no optimizer can go on with the state of another"):
+        run(settings_of("toy", **more, use_muon=True), *where)
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()
