@@ -150,7 +150,7 @@ class Full:
         self.rank = 0 if engine == "ddp" else 1
 
     def __call__(self, rank=0, patch=setattr):
-        owner, name = (FileSystemWriter, "write_data") if self.rank else (checkpoint, "_flush")
+        owner, name = (FileSystemWriter, "write_data") if self.rank else (checkpoint, "flush_tree")
         real, calls = getattr(owner, name), []
 
         def write(*words):
@@ -205,7 +205,7 @@ def test_a_lost_folder(to_do, tmp_path, monkeypatch):
 def test_a_save_under_way_is_finished_where_training_ends_by_its_own_error(is_full, to_do, tmp_path, monkeypatch):
     """The last checkpoint that the error names is the one that was under way, if it could be written."""
     real, poisoned = Setup.encode, threading.Event()
-    real_flush = checkpoint._flush
+    real_flush = checkpoint.flush_tree
 
     def encode(setup, batch):
         encoded = real(setup, batch)
@@ -223,7 +223,7 @@ def test_a_save_under_way_is_finished_where_training_ends_by_its_own_error(is_fu
         return real_flush(folder)
 
     monkeypatch.setattr(Setup, "encode", encode)
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(checkpoint, "flush_tree", flush)
     with pytest.raises(UserError, match=rf"loss of step 5 is not finite.*from checkpoint-{2 if is_full else 4} with"):
         train(to_do(max_train_steps=8, checkpointing_steps=2))
     assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"][: 1 + (not is_full)]
@@ -240,7 +240,7 @@ class Stalled:
         self.rank = 0 if engine == "ddp" else 1
 
     def __call__(self, rank=0):
-        owner, name = (FileSystemWriter, "write_data") if self.rank else (checkpoint, "_flush")
+        owner, name = (FileSystemWriter, "write_data") if self.rank else (checkpoint, "flush_tree")
         real = getattr(owner, name)
 
         def write(*words):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.core.files import whole_file, writing
+from reeltune.core.files import whole_file
 from reeltune.core.types import Batch, Described, Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
@@ -144,9 +144,7 @@ def make_clip(
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
+    write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
 
 
 def sample_clips(recipe: Recipe) -> list[Path]:
