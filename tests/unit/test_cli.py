@@ -1,7 +1,9 @@
 """The command line: flags in all their forms, help, exit codes, and nothing heavy before it is needed."""
 
 import io
+import os
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -179,6 +181,15 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").rmdir()
     assert cli.main(["check", "recipe.yaml"]) == 2
     assert "has been removed; cd to one that is there" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop_reading(monkeypatch):
+    """As `| head` does: no traceback, not even when Python ends."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.guarded(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
 
 
 def test_our_own_mistakes_keep_their_traceback():
