@@ -9,9 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parity import LOSS, NORM, Golden, Row, batch_of, gradients
-from benchmarks.parity_easyanimate import assert_drawn, captions_in, compare_schedule
-from benchmarks.parity_hunyuan import MSL, loaded, settings_of, to_u8
+from benchmarks.golden import (
+    LOSS,
+    MSL,
+    NORM,
+    Golden,
+    Row,
+    assert_drawn,
+    batch_of,
+    captions_in,
+    compare_schedule,
+    gradients,
+    loaded,
+    settings_of,
+    to_u8,
+)
 from reeltune.diffusion import loss as losses
 from reeltune.families import inpaint, latents
 from reeltune.families.cogvideox_fun import family as cogvideox

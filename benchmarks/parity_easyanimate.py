@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
-from benchmarks.parity_hunyuan import MSL, loaded, settings_of, to_u8
+from benchmarks.golden import (
+    LOSS,
+    MSL,
+    NORM,
+    SCHEDULE,
+    Golden,
+    Row,
+    assert_drawn,
+    batch_of,
+    captions_in,
+    compare_schedule,
+    gradients,
+    loaded,
+    settings_of,
+    to_u8,
+)
 from reeltune.core.types import Posterior
 from reeltune.diffusion import loss as losses
 from reeltune.diffusion.objective import Flow, Objective
@@ -41,15 +54,6 @@ def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
     compare_schedule(golden, family.objective)
 
 
-def compare_schedule(golden: Golden, objective: Objective) -> None:
-    if isinstance(objective, Flow):
-        golden.compare("sigmas", objective.levels, SCHEDULE)
-    else:
-        golden.compare("alphas_cumprod", objective.signal, SCHEDULE)
-    if "timesteps" in golden:
-        golden.compare("timesteps", objective.timestep(objective.levels), LOSS, "relative")
-
-
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
     net = parts.frozen["vae"]
     scale = net.config.scaling_factor
@@ -59,15 +63,6 @@ def vae(golden: Golden, family: Family, parts: Parts) -> None:
         golden.compare(f"{case}.mean", found.mean / scale)
         golden.compare(f"{case}.logvar", found.logvar - 2 * torch.tensor(scale).log())
         golden.compare(f"{case}.dec", family.decode(parts, golden[f"{case}.z"] * scale).transpose(1, 2))
-
-
-def captions_in(case: Path) -> tuple[list[str], int]:
-    """The prompts that a case's README tells of, and their length in tokens."""
-    readme = (case / "README.md").read_text()
-    said = re.search(r"Prompts: \[(.*?)\]", readme)
-    length = re.search(r"max_length=(\d+)", readme)
-    assert said is not None and length is not None
-    return re.findall(r'"([^"]*)"', said.group(1)), int(length.group(1))
 
 
 def text(golden: Golden, family: Family, parts: Parts) -> None:
@@ -178,15 +173,6 @@ def kept(golden: Golden, family: Family, count: int) -> dict[str, Tensor]:
     """The recorded coins (1 drops), by condition in the order in which they were drawn."""
     coins = golden["zero_flags"].reshape(-1, count) == 0
     return dict(zip([name for name in ("control", "ref") if name in family.drop], coins, strict=True))
-
-
-def assert_drawn(stored: Tensor, found: Posterior) -> None:
-    """Stored latents are a draw from our distribution: (stored - mean) / deviation is standard normal."""
-    z = (stored - found.mean) / (found.logvar / 2).exp()
-    count = z.numel()
-    far = abs(z.mean().item()) * count**0.5, abs(z.var().item() - 1) * (count / 2) ** 0.5
-    if count and max(far) > 5:
-        raise AssertionError(f"stored latents are no draw from ours: {far} standard errors from 0 and 1")
 
 
 def shrunk(family: Family, parts: Parts, channels: int, mode: str) -> tuple[Family, Parts]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.parity import LOSS, NORM, SCHEDULE, Golden, Row, batch_of, gradients
-from reeltune import families
+from benchmarks.golden import LOSS, MSL, NORM, SCHEDULE, Golden, Row, batch_of, gradients, loaded, settings_of, to_u8
 from reeltune.diffusion import loss as losses
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
@@ -19,28 +17,10 @@ from reeltune.families.spec import Family, Parts
 # Relative. Of the timestep sinusoid's 128 frequencies two differ by a float32 rounding from those of the reference's
 # machine, whose `exp` rounds otherwise; at guidance 6000 that turns an angle by 2e-4 (measured, 2026-11).
 GRADIENT = 5e-4
-MSL = 0.25  # motion_sub_loss_ratio of the golden steps
 
 
 def golden_files(goldens: Path) -> list[Path]:
     return sorted((goldens / "multi" / "golden").glob("hunyuanvideo*/*.safetensors"))
-
-
-@cache
-def loaded(case: Path) -> tuple[Family, Parts]:
-    """The checkpoint that a case's README names, in float32."""
-    named = re.search(r"from (?:the checkpoint folder )?(\S+?)[ ,]", (case / "README.md").read_text())
-    assert named is not None
-    path = (case / named.group(1)).resolve()
-    family = families.find(path)
-    return family, family.load(path, frozen_dtype=torch.float32)
-
-
-def settings_of(path: Path) -> dict[str, str]:
-    """key -> value of the line under a file's heading in its README; prompts as they stand."""
-    text = (path.parent / "README.md").read_text().split(f"## {path.name}\n", 1)[1]
-    line = text.strip().splitlines()[0]
-    return dict(re.findall(r"(\w+)=(\[.*?\]|[^,]+?)(?=,|\.?$)", line))
 
 
 def measure(path: Path) -> list[Row]:
@@ -152,10 +132,6 @@ def picture_text(golden: Golden, parts: Parts, captions: list[str], length: int)
         processed = parts.extras["image_processor"](list(picture_u8), return_tensors="pt")
         golden.compare("llava_pixel_values", processed.pixel_values)
     return prompts.encode_text_and_picture(parts, captions, picture_u8, hunyuan.INTERLEAVE["token_replace"], length)
-
-
-def to_u8(pixels: Tensor) -> Tensor:
-    return ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
 
 
 def stand_in(parts: Parts, seen: list[Tensor]):

@@ -19,6 +19,7 @@ FLOORS = (  # from the top; a room imports from its own floor's other rooms or f
     ("sampling", "cache"),
     ("run",),
     ("checkpoint",),
+    ("adapters",),
     ("families", "reporting", "distributed"),
     ("config",),
     ("diffusion", "data", "optim", "memory"),

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import parity, parity_cogvideox, parity_easyanimate, parity_hunyuan
+from benchmarks.parity import FAMILIES
 from reeltune.demo.tiny.easyanimate import CHAT
 from reeltune.families import weights
 
@@ -177,14 +177,11 @@ def captions_read(source: Path) -> dict[Path, set[str]]:
     captions: dict[Path, set[str]] = defaultdict(set)
     load = weights.load_tokenizer
     weights.load_tokenizer = lambda folder: Overheard(load(folder), captions[folder])
-    checkpoints = parity.Checkpoints(source / "wan_fun")
     for name in CASES:
         path = source / f"{name}.safetensors"
-        if name.startswith("wan_fun/golden/t"):
-            parity.measure(path, checkpoints)
-        for module in (parity_easyanimate, parity_hunyuan, parity_cogvideox):
-            if path in module.golden_files(source) and path.stem.startswith("t"):
-                module.measure(path)
+        for family in FAMILIES:
+            if path in family.golden_files(source):
+                family.measure(path)
     weights.load_tokenizer = load
     every_wan = {caption for folder, found in captions.items() if "umt5" in folder.name for caption in found}
     for name in CHECKPOINTS:

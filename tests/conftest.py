@@ -4,7 +4,9 @@ Each is taken from beside the folder of `--goldens`, else from beside the reposi
 holds a smaller set of each; media are made.
 """
 
+import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,13 @@ LEFT_BEHIND = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=str(GOLDENS), help="folder of golden files to compare with")
+
+
+def pytest_configure(config):
+    """What is remembered for all runs of a user is not this user's, nor that of another session."""
+    folder = tempfile.TemporaryDirectory(prefix="user-cache-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
 
 
 def untracked() -> set[str]:

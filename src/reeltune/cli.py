@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentence
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
 
 USAGE = """\
@@ -34,7 +36,8 @@ Fine-tunes video diffusion transformers, and proves what it does.
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
-  export   turn a checkpoint-N into a folder that the original tools, or diffusers, load
+  export   turn a checkpoint-N into a folder that the original tools, or diffusers, load; an adapter into a file
+  import   tell what an adapter of any tool is, and how strong it would be in each tool
   demo     make a small data set and a tiny model, and fine-tune it here in a few minutes
 
 reeltune COMMAND --help tells more.
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(act: Callable[[], int]) -> int:
+<<<<<<< HEAD
     """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
@@ -89,6 +93,16 @@ def guarded(act: Callable[[], int]) -> int:
         code = act()
         sys.stdout.flush()
         return code
+=======
+    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
+    leaves at once."""
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
+    try:
+        with second_leaves():
+            return act()
+>>>>>>> main
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -118,14 +132,21 @@ def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
             print(recipe_help(command), end="")
             return 0
         recipe = recipe_of(argv, command)
-        try:
+        with _named_by_its_file(argv):
             return RUN[command](recipe)
-        except UserError as error:
-            if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
-                raise UserError(argv[0], error.problems) from error
-            raise
 
     return act
+
+
+@contextmanager
+def _named_by_its_file(argv: Sequence[str]) -> Iterator[None]:
+    """Within, what is wrong with a recipe is told of its file, where it has one."""
+    try:
+        yield
+    except UserError as error:
+        if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
+            raise UserError(argv[0], error.problems) from error
+        raise
 
 
 def recipe_of(argv: Sequence[str], command: str) -> Recipe:
@@ -236,16 +257,50 @@ def _cache_command(argv: Sequence[str]) -> int:
     return CARE[word](recipe_of(argv[1:], "cache"))
 
 
-def _sample(recipe: Recipe) -> int:
-    from reeltune.sampling.sample import sample_clips
+def _options(command: str) -> argparse.ArgumentParser:
+    """For what a command takes beside a recipe's settings."""
+    return argparse.ArgumentParser(f"reeltune {command}", add_help=False, allow_abbrev=False, exit_on_error=False)
 
-    for path in sample_clips(recipe):
-        print(path)
+
+def _split(
+    argv: Sequence[str], command: str, parser: argparse.ArgumentParser
+) -> tuple[argparse.Namespace, Recipe] | None:
+    """(a command's own options, the recipe), None once help was asked for and given. Raises UserError."""
+    if {"-h", "--help"} & set(argv):
+        print(recipe_help(command) + "\n" + parser.format_help().partition("\n\n")[2], end="")
+        return None
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as wrong:
+        raise UserError(
+            command, f"{wrong.argument_name}: {wrong.message}; reeltune {command} --help tells what it takes"
+        ) from wrong
+    return options, recipe_of(rest, command)
+
+
+def _sample(argv: Sequence[str]) -> int:
+    parser = _options("sample")
+    about = "adapters of any tool, or a checkpoint-N of a run that trained one; the strength is 1 if left out"
+    parser.add_argument("--adapters", nargs="+", default=(), metavar="FILE:STRENGTH", help=about)
+    about = "a clip for each of these strengths of all adapters, and a picture of them side by side"
+    parser.add_argument("--strengths", nargs="+", type=float, default=(), metavar="X", help=about)
+    about = "a clip for each, in place of --seed and those that follow it"
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), metavar="N", help=about)
+    found = _split(argv, "sample", parser)
+    if found is None:
+        return 0
+    options, recipe = found
+
+    from reeltune.sampling.clips import sample_clips
+
+    with _named_by_its_file(argv):
+        for path in sample_clips(recipe, **vars(options)):
+            print(path)
     return 0
 
 
 def _plan(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune plan", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _options("plan")
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
     )
@@ -253,26 +308,21 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="TFLOP/s that each device reaches")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="take it from an earlier run's steps")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with pictures, too")
-    if {"-h", "--help"} & set(argv):
-        print(recipe_help("plan") + "\n" + parser.format_help().partition("\n\n")[2], end="")
+    found = _split(argv, "plan", parser)
+    if found is None:
         return 0
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as wrong:
-        raise UserError(
-            "plan", f"{wrong.argument_name}: {wrong.message}; reeltune plan --help tells what it takes"
-        ) from wrong
-    recipe = recipe_of(rest, "plan")
+    options, recipe = found
 
     from reeltune.estimate.main import Machines
     from reeltune.estimate.page import tell
 
-    tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
+    with _named_by_its_file(argv):
+        tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
     return 0
 
 
 CARE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
-RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache, "sample": _sample}
+RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache}
 
 
 # ---- the others
@@ -295,31 +345,85 @@ def _export(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "reeltune export",
         description="Writes a checkpoint's weights into a folder of their own, whichever engine saved them, and proves "
-        "the copy: every tensor is read back, and a forward pass made.",
+        "the copy: every tensor is read back, and a forward pass made. With --adapter: writes an adapter into a file "
+        "that another tool loads, and proves that the tool applies what was trained.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder; with --adapter any tool's file, too")
+    parser.add_argument("out", type=Path, help="the folder to write; with --adapter the file")
     parser.add_argument(
-        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), default="bf16", help="of the weights [bf16]"
+        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), help="of the weights [bf16; as_stored with --adapter]"
     )
+    parser.add_argument("--max_shard_size", type=size, metavar="SIZE", help="one file up to this, else shards [80GB]")
     parser.add_argument(
-        "--max_shard_size", type=size, default="80GB", metavar="SIZE", help="one file up to this, else shards [80GB]"
+        "--diffusers", action="store_true", default=None, help="names that diffusers loads, not the original tools"
     )
-    parser.add_argument("--diffusers", action="store_true", help="names that diffusers loads, not the original tools")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
     parser.add_argument(
         "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
     )
-    return exported(**vars(parser.parse_args(argv)))
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
+    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
+    parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
+    options = vars(parser.parse_args(argv))
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given.pop("adapter"):
+        _refuse_beside("", {"dialect": "--for", "trigger_words": "--trigger_words"}, given, "go with --adapter alone")
+        return exported(**given)
+    weights = {"max_shard_size": "--max_shard_size", "diffusers": "--diffusers"}
+    _refuse_beside("--adapter", weights, given, "are of whole models; leave them out")
+    if "dialect" not in given:
+        raise UserError("export", f"--adapter needs --for and a tool: {', '.join(DIALECTS)}")
+
+    from reeltune.export.adapter import export_adapter
+
+    return _print(export_adapter(given.pop("checkpoint"), given.pop("out"), given.pop("dialect"), **given))
+
+
+DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
+
+
+def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any], words: str) -> None:
+    found = [shown_flag for name, shown_flag in others.items() if name in given]
+    if found:
+        raise UserError("export", f"{' and '.join(found)} {words}" + (f", or {flag} out" if flag else ""))
+
+
+def _import(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "reeltune import",
+        description="Tells what an adapter is: of which tool and model, its rank, alpha and layers, and how strong it "
+        "would be in each tool. Reads the file's header and alphas alone. With --out: writes it anew.",
+    )
+    parser.add_argument(
+        "file", type=Path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
+    )
+    parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
+    parser.add_argument("--alpha", type=float, metavar="N", help="what it was trained with, if the file does not say")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
+    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool to write it for; needed with --out")
+    options = parser.parse_args(argv)
+    if (options.out is None) != (options.dialect is None):
+        raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")
+
+    from reeltune.export.adapter import export_adapter, tell
+
+    settings = {"alpha": options.alpha, "pretrained_model_name_or_path": options.pretrained_model_name_or_path}
+    if options.out is not None:
+        return _print(export_adapter(options.file, options.out, options.dialect, **settings))
+    return _print(tell(options.file, **settings))
+
+
+def _print(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line)
+    return 0
 
 
 def exported(checkpoint: Path, out: Path, **settings: Any) -> int:
     """Prints what was written and proven. Returns the exit code."""
     from reeltune.export.main import export
 
-    for line in export(checkpoint, out, **settings):
-        print(line)
-    return 0
+    return _print(export(checkpoint, out, **settings))
 
 
 def size(text: str) -> str:
@@ -349,8 +453,9 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "check": of_recipe("check"),
     "plan": _plan,
     "cache": _cache_command,
-    "sample": of_recipe("sample"),
+    "sample": _sample,
     "report": _report,
     "export": _export,
+    "import": _import,
     "demo": _demo,
 }

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from reeltune.cli import REQUIRED, exported, flags, guarded, size
 from reeltune.config.parse import build
@@ -23,18 +24,31 @@ class Script:
 
     train_mode: TrainMode  # where its flags name none
     refused: Mapping[str, str] = field(default_factory=dict)  # flags that mean another thing there -> what to do
+    trains_adapters: bool = False
+    layers: Mapping[str, str] = field(default_factory=dict)  # names in its guide that no layer has -> those meant
 
 
+FEED_FORWARD = {  # diffusers' FeedForward has its linear layers one level deeper
+    f"{part}.{place}": f"{part}.net.{name}" for part in ("ff", "ff_context") for place, name in ((0, "0.proj"), (2, 2))
+}
+TOLD_GUIDANCE = {
+    "guidance_scale": "there it is what the network is told in training; here that is 6; leave it out",
+}
 NORMAL = Script("normal")
 SCRIPTS = {  # by their paths under scripts/
     "wan2.1_fun/train_control.py": Script("control_ref"),  # its own default, control, ends in a NameError
     "train_control.py": Script("control"),  # EasyAnimate
     "train.py": NORMAL,  # EasyAnimate, and CogVideoX-Fun before it moved
     "cogvideox_fun/train.py": NORMAL,
-    "hunyuanvideo/train.py": Script(
-        "normal", {"guidance_scale": "there it is what the network is told in training; here that is 6; leave it out"}
-    ),
+    "hunyuanvideo/train.py": Script("normal", TOLD_GUIDANCE),
+    "wan2.1_fun/train_control_lora.py": Script("control_ref", trains_adapters=True),
+    "wan2.1_fun/train_lora.py": Script("normal", trains_adapters=True),
+    "train_control_lora.py": Script("control", trains_adapters=True),  # EasyAnimate, which has train_lora.py alone
+    "train_lora.py": Script("normal", trains_adapters=True),  # EasyAnimate
+    "cogvideox_fun/train_lora.py": Script("normal", trains_adapters=True, layers=FEED_FORWARD),
+    "hunyuanvideo/train_lora.py": Script("normal", TOLD_GUIDANCE, trains_adapters=True, layers=FEED_FORWARD),
 }
+LORA = {"rank": 128, "network_alpha": 64}  # where the flags of a script that trains adapters give none, as there
 LAUNCHER = "accelerate launch decides how processes share the work"
 NEVER_READ = "the original script takes it and never reads it"
 FOLDER = "the checkpoint is a folder, taken as it is"
@@ -50,6 +64,7 @@ ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -
     "cache_dir": NEVER_READ,
     "hub_model_id": NEVER_READ,
     "hub_token": NEVER_READ,
+    "image_repeat_in_forward": NEVER_READ,
     "input_perturbation": NEVER_READ,
     "max_train_samples": NEVER_READ,
     "noise_offset": NEVER_READ,
@@ -58,7 +73,9 @@ ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -
     "push_to_hub": NEVER_READ,
     "random_flip": NEVER_READ,
     "revision": FOLDER,
+    "save_state": "a checkpoint has all that a run needs to go on",
     "snr_loss": "only the sigma loss, of EasyAnimate V3 to V1, has it",
+    "use_peft_lora": "adapters are always PEFT's",
     "variant": FOLDER,
 }
 REFUSED = {  # flags that would change a run in a way that ours has not -> what to do
@@ -69,6 +86,7 @@ REFUSED = {  # flags that would change a run in a way that ours has not -> what 
     "num_hidden_layers_to_skip": "captions are read as the checkpoint was trained to; leave it out",
     "scale_lr": "the rate is used as it is written; give learning_rate times processes, batch and accumulation",
     "tokenizer_max_length": "captions are cut at the length that the checkpoint was trained with; leave it out",
+    "train_text_encoder": "text encoders do not learn here; leave it out",
     "train_sampling_steps": "the schedule is the checkpoint's; for Wan, give num_train_timesteps in config_path's yaml",
     "vae_path": "the VAE is the checkpoint's; put another in its place there; for Wan, name it in config_path's yaml",
     "validation_epochs": "previews are made by steps; give validation_steps",
@@ -112,11 +130,25 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     refused = {**REFUSED, **original.refused}
     words, given, problems = flags(argv)
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
+    if original.trains_adapters:
+        _take_layers(given, original.layers)
     for name in [name for name in given if name in ACCEPTED]:
         del given[name]
         notices.warning("--%s changes nothing here: %s", name, ACCEPTED[name])
     for name in [name for name in given if name in refused]:
         problems.append(f"{name} is {given.pop(name)}; {refused[name]}")
-    tree = {"train_mode": original.train_mode}
+    tree = {"train_mode": original.train_mode, **(LORA if original.trains_adapters else {})}
     given = adopted({**tree, **given}) | given
     return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)
+
+
+def _take_layers(given: dict[str, Any], layers: Mapping[str, str]) -> None:
+    """Names of layers as their fields have them: lists, with those that were meant."""
+    if "target_name" in given and "use_peft_lora" not in given:
+        notices.warning("--use_peft_lora was not given: target_name has whole parts of layers' names all the same")
+    for flag in ("target_name", "lora_skip_name"):
+        if flag in given:
+            given[flag] = [name.strip() for word in given[flag] for name in word.split(",") if name.strip()]
+            for name in [name for name in given[flag] if name in layers]:
+                notices.warning("%s %s means %s: no layer has the first name", flag, name, layers[name])
+            given[flag] = [layers.get(name, name) for name in given[flag]]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Wan2.1-Fun, and the notices of their loading."""
+"""Tiny checkpoints of Wan2.1-Fun, and the notices of their loading; and no reports."""
 
 import shutil
 
@@ -7,6 +7,7 @@ import pytest
 from reeltune import families
 from reeltune.families import tensor_files
 from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.reports import reports  # noqa: F401 - for all tests here
 
 
 @pytest.fixture(scope="session")

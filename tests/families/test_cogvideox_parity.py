@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.parity import Golden
-from benchmarks.parity_cogvideox import golden_files, loaded, measure
+from benchmarks.golden import Golden, loaded
+from benchmarks.parity_cogvideox import golden_files, measure
 from reeltune.families import latents
 from reeltune.families.cogvideox_fun import net as corrections
+from tests.families.parity import assert_parity, off
 
 pytestmark = pytest.mark.golden("multi/golden/cogvideox*/*.safetensors")
 
@@ -20,12 +21,7 @@ INPUTS = {  # what is read and not computed; the latents are compared as draws
 
 
 def test_within_bounds(goldens, file):
-    rows = measure(file)
-    above = [f"{row.tensor}: {row.absolute:.2e} absolute, {row.relative:.2e} relative" for row in rows if not row.ok]
-    assert not above
-    compared = {row.tensor for row in rows}
-    for name in Golden(file).tensors:
-        assert name in compared or name.split(".")[-1] in INPUTS[file.stem.split("_")[0]], name
+    assert_parity(file, measure(file), INPUTS[file.stem.split("_")[0]])
 
 
 def files_of(goldens, stem, *, rotary):
@@ -36,19 +32,15 @@ def files_of(goldens, stem, *, rotary):
             yield path
 
 
-def off(path):
-    return {row.tensor for row in measure(path) if not row.ok}
-
-
 def test_without_the_table_resized_the_answers_are_others(goldens, monkeypatch):
     paths = list(files_of(goldens, "transformer", rotary=False))
     for path in paths:
         patch = loaded(path.parent)[1].net.patch_embed
         monkeypatch.setattr(patch, "_forward_hooks", {})
         monkeypatch.setattr(patch, "use_positional_embeddings", True)
-        assert "a.out" in off(path)
+        assert "a.out" in off(measure(path))
         monkeypatch.undo()
-        assert not off(path)
+        assert not off(measure(path))
     assert paths
 
 
@@ -56,7 +48,7 @@ def test_without_the_open_grid_the_answers_are_others(goldens, monkeypatch):
     paths = list(files_of(goldens, "transformer", rotary=True))
     monkeypatch.setattr(corrections, "open_grid", lambda start, stop, counts: (start, stop))
     for path in paths:
-        assert {"a.out", "b.out", "c.out"} & off(path)
+        assert {"a.out", "b.out", "c.out"} & off(measure(path))
     assert paths
 
 

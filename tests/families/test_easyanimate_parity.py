@@ -6,8 +6,9 @@ from diffusers.models.transformers.transformer_easyanimate import (
     EasyAnimateRotaryPosEmbed,
 )
 
-from benchmarks.parity import Golden
-from benchmarks.parity_easyanimate import golden_files, loaded, measure
+from benchmarks.golden import loaded
+from benchmarks.parity_easyanimate import golden_files, measure
+from tests.families.parity import assert_parity, off
 
 pytestmark = pytest.mark.golden("multi/golden/easyanimate_v*/*.safetensors")
 
@@ -27,16 +28,7 @@ INPUTS = {  # what is read and not computed, or told for information; the latent
 
 
 def test_within_bounds(goldens, file):
-    rows = measure(file)
-    above = [f"{row.tensor}: {row.absolute:.2e} absolute, {row.relative:.2e} relative" for row in rows if not row.ok]
-    assert not above
-    compared = {row.tensor for row in rows}
-    for name in Golden(file).tensors:
-        assert name in compared or name.split(".")[-1] in INPUTS[file.stem.split("_")[0]], name
-
-
-def outputs_off(path):
-    return {row.tensor for row in measure(path) if not row.ok}
+    assert_parity(file, measure(file), INPUTS[file.stem.split("_")[0]])
 
 
 def test_without_the_rotary_grid_the_answers_are_others(goldens, monkeypatch):
@@ -45,8 +37,8 @@ def test_without_the_rotary_grid_the_answers_are_others(goldens, monkeypatch):
         plain = EasyAnimateRotaryPosEmbed.get_resize_crop_region_for_grid
         with monkeypatch.context() as patch:
             patch.setattr(type(rope), "get_resize_crop_region_for_grid", plain)
-            off = outputs_off(path)
-        assert {"a.rope_cos", "a.out"} & off or {"b.rope_cos", "b.out"} & off
+            above = off(measure(path))
+        assert {"a.rope_cos", "a.out"} & above or {"b.rope_cos", "b.out"} & above
 
 
 def test_without_the_texts_projection_the_answers_are_others(goldens):
@@ -60,7 +52,7 @@ def test_without_the_texts_projection_the_answers_are_others(goldens):
             for attention in joint:
                 attention.set_processor(EasyAnimateAttnProcessor2_0())
             try:
-                assert "a.out" in outputs_off(path)
+                assert "a.out" in off(measure(path))
             finally:
                 for attention in joint:
                     attention.set_processor(ours)

@@ -71,7 +71,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(pair, data, tmp_path_factory):
+def runs(pair, data, reports, tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     (folder / "model").mkdir()
@@ -88,7 +88,8 @@ def runs(pair, data, tmp_path_factory):
     if "full_ref" in family.drop and pair.mode == "control_ref":
         settings |= {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}
     whole = recipe(model, data, folder / "whole", **settings, **PREVIEWS)
-    assert train(whole) == 0
+    with reports():
+        assert train(whole) == 0
     halves = model, data, folder / "halves"
     with StopAfter(2):
         assert train(recipe(*halves, **settings)) == 128 + signal.SIGTERM

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.parity import Golden
-from benchmarks.parity_hunyuan import golden_files, loaded, measure
+from benchmarks.golden import Golden, loaded
+from benchmarks.parity_hunyuan import golden_files, measure
 from reeltune.families.hunyuan_video import family as hunyuan
+from tests.families.parity import assert_parity, off
 
 pytestmark = pytest.mark.golden("multi/golden/hunyuanvideo*/*.safetensors")
 
@@ -29,12 +30,7 @@ INPUTS = {  # what is read and not computed, beside what a file's tensors are co
 
 
 def test_within_bounds(goldens, file):
-    rows = measure(file)
-    above = [f"{row.tensor}: {row.absolute:.2e} absolute, {row.relative:.2e} relative" for row in rows if not row.ok]
-    assert not above
-    compared = {row.tensor for row in rows}
-    for name in Golden(file).tensors:
-        assert name in compared or name.split(".")[-1] in INPUTS[file.stem.split("_")[0]], name
+    assert_parity(file, measure(file), INPUTS[file.stem.split("_")[0]])
 
 
 def test_a_wrong_weight_is_seen(goldens):
@@ -50,7 +46,7 @@ def test_a_wrong_weight_is_seen(goldens):
                         rows = measure(path)
                 finally:
                     bias[0] -= 1e-3
-            assert any(not row.ok for row in rows)
+            assert off(rows)
 
 
 def test_stored_latents_are_drawn_from_our_distribution(goldens):

@@ -1,8 +1,9 @@
-"""Fixtures of the tests of the cache."""
+"""Fixtures of the tests of the cache; and no reports."""
 
 import pytest
 
 from tests.runs.caching import STEPS
+from tests.runs.reports import reports  # noqa: F401 - for all tests here
 from tests.runs.small_run import recipe
 
 

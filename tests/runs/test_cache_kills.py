@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from functools import partial
@@ -140,7 +141,7 @@ def test_an_error_keeps_what_was_made(run, tmp_path, monkeypatch, capfd):
         return real(encoder, batch)
 
     monkeypatch.setattr(fill.Encoder, "_clip", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=r"the host is full while clips are encoded \(out of memory\)"):
         fill.fill(given)
     held = store.Store(tmp_path / "cache")
     assert [split for _, split in held.entries.values()].count("train") == 4
@@ -153,13 +154,13 @@ def test_a_cache_that_cannot_be_written_is_read(run, tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "wan", "control_t2v")
     given = cached(run("run", model, max_train_steps=1), tmp_path / "cache")
     fill.fill(given)
-    (tmp_path / "cache/fingerprints.json").unlink()
+    shutil.rmtree(tmp_path / "cache/fingerprints")
 
     def refuse(path):
         raise CannotWriteError(str(path), "cannot be written")
 
     monkeypatch.setattr("reeltune.cache.entries.whole_file", refuse)
-    monkeypatch.setattr("reeltune.cache.keys.whole_file", refuse)
+    monkeypatch.setattr("reeltune.cache.fingerprints.whole_file", refuse)
     assert train(given) == 0
     assert not (tmp_path / "cache/complete").exists()
 

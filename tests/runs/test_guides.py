@@ -85,13 +85,13 @@ def command(goldens, media, seeds, tmp_path):
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, reports):
     """Runs a command's script in this process; gives its exit code."""
 
     def run(command: Command, *more: str) -> int:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [command.script, *command.argv, *more])
-        with pytest.raises(SystemExit) as done:
+        with reports(), pytest.raises(SystemExit) as done:
             runpy.run_path(f"scripts/{command.script}", run_name="__main__")
         return done.value.code
 

@@ -23,9 +23,10 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.distributed import sharded_io
 from reeltune.families.toy.family import FAMILY
+from reeltune.run.adapters import digest
+from reeltune.sampling.clips import sample_clips
 from reeltune.sampling.prompts import played, prompt_requests
-from reeltune.sampling.sample import Setup, make_clip, sample_clips
-from reeltune.sampling.trained import digest
+from reeltune.sampling.sample import Setup, make_clip
 from reeltune.sampling.validate import Previews, held_out_requests
 from reeltune.sampling.validate import Validation as Checks
 
@@ -93,6 +94,7 @@ def test_previews_lie_beside_control_and_truth(setup, clips, tmp_path):
     told = json.loads((tmp_path / "previews/step-0/1.json").read_text())
     assert told == {
         "prompt": "bar 1",
+        "negative_prompt": "",
         "seed": 43,
         "steps": 3,
         "guidance_scale": 6.0,
@@ -302,7 +304,7 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
     resumed = replace(asked, output=replace(asked.output, resume_from_checkpoint="checkpoint-4"))
     (made,) = sample_clips(resumed)
     told = json.loads(made.with_suffix(".json").read_text())
-    assert told["weights"] == {"path": str(saved), "sha256": digest(parts.net)}
+    assert told["weights"] == {"path": str(saved), "sha256": digest(dict(parts.net.named_parameters()))}
     both = replace(resumed, model=replace(asked.model, transformer_path=str(saved)))
     with pytest.raises(UserError, match="two answers to whose weights are meant"):
         sample_clips(both)

@@ -42,9 +42,10 @@ def weights(out, step):
     return load_file(next((out / f"checkpoint-{step}" / "transformer").glob("*.safetensors")))
 
 
-def test_a_run_leaves_what_it_promises(wan, data, tmp_path):
+def test_a_run_leaves_what_it_promises(wan, data, reports, tmp_path):
     out = tmp_path / "run"
-    assert train(recipe(wan, data, out, train_mode="control", preview_count=1, preview_steps=2)) == 0
+    with reports():
+        assert train(recipe(wan, data, out, train_mode="control", preview_count=1, preview_steps=2)) == 0
     assert {path.name for path in out.iterdir()} >= {
         "recipe.yaml", "run.json", "metrics.jsonl", "ledger.json", "ledger.csv", "report.html", "first_batch",
         "previews", "validation", "checkpoint-2", "checkpoint-4", "checkpoint-6",

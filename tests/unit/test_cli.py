@@ -127,13 +127,13 @@ def test_python_dash_m_is_the_same_command(tmp_path):
     [
         ("train", "training.loop", "train", 143, 143),
         ("check", "estimate.check", "check", ["a line"], 0),
-        ("sample", "sampling.sample", "sample_clips", ["a.mp4"], 0),
+        ("sample", "sampling.clips", "sample_clips", ["a.mp4"], 0),
     ],
 )
 def test_commands_of_a_recipe_hand_it_on(monkeypatch, capsys, command, module, name, given, code):
     seen = []
     stand_in = types.ModuleType(f"reeltune.{module}")
-    setattr(stand_in, name, lambda recipe: seen.append(recipe) or given)
+    setattr(stand_in, name, lambda recipe, **options: seen.append(recipe) or given)
     monkeypatch.setitem(sys.modules, f"reeltune.{module}", stand_in)
     assert cli.main([command, *NEEDED, "--validation_prompts", "a", "--seed", "9"]) == code
     assert [recipe.training.seed for recipe in seen] == [9]

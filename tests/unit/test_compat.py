@@ -201,7 +201,8 @@ def test_every_command_of_the_other_guides_field_by_field(guide, seeds):
 @pytest.mark.parametrize("script", compat.SCRIPTS)
 def test_without_a_mode_each_script_has_its_own(script):
     argv = [word for word in WORDS if not word.startswith(("--train_mode", "--add_full"))]
-    mode = {"wan2.1_fun/train_control.py": "control_ref", "train_control.py": "control"}.get(script, "normal")
+    control = {"wan2.1_fun/train_control": "control_ref", "train_control": "control"}
+    mode = control.get(script.removesuffix(".py").removesuffix("_lora"), "normal")
     assert compat.recipe_of(script, argv) == compat.recipe_of(script, [*argv, f"--train_mode={mode}"])
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +12,13 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress, Record
 from reeltune.data.records import Records
+from reeltune.families.toy.family import FAMILY
+from reeltune.reporting import report
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import _cut_after
 from reeltune.reporting.report import read_metrics
+from reeltune.run.folder import refuse_other_model
+from reeltune.sampling.validate import HeldOut
 
 GOOD = {"step": 4, "epoch": 1, "cursor": 2, "group": 8}
 PROGRESS = {
@@ -119,3 +125,76 @@ def test_a_ledgers_cells_are_no_formulas(tmp_path):
     rows = list(csv.DictReader((tmp_path / "ledger.csv").open(newline="")))
     assert [row["path"] for row in rows] == ["'=cmd|' /C calc'!A0", "clips/a.mp4"]
     assert "\x1b" not in rows[1]["reason"] and "\\x1b[2J" in rows[1]["reason"]
+
+
+START = {"step": 0, "clips": ["a.mp4", "b.mp4"], "levels": [0.25, 0.75], "losses": [[1.0, 2.0], [3.0, 4.0]]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"step": "3"}, ["step is '3'; expected a whole number from 0"]),
+        ({"step": -1, "clips": "a.mp4"}, ["step is -1", "clips is 'a.mp4'; expected a list of entries, each text"]),
+        ({"levels": [0.25, float("nan")]}, ["levels is [0.25, nan]; expected a list of entries, each a number"]),
+        ({"losses": [[1.0, 2.0]]}, ["expected a list of 2 entries, each a list of 2 entries, each a number"]),
+        ({"losses": [[1.0, 2.0], [3.0, None]]}, ["losses is [[1.0, 2.0], [3.0, None]]; expected a list of 2"]),
+        ({"losses": None}, ["losses is None; expected a list of 2 entries"]),
+    ],
+)
+def test_a_damaged_start_of_the_held_out_loss_is_told_by_field(changed, words, tmp_path):
+    held = HeldOut.__new__(HeldOut)
+    held.output_dir, held.names, held.draws, held.held_out_levels = tmp_path, START["clips"], [None, None], 2
+    file = tmp_path / "validation/start.json"
+    file.parent.mkdir()
+    held.setup = SimpleNamespace(objective=FAMILY.objective)
+    whole = {**START, "levels": held.levels}
+    file.write_text(json.dumps(whole))
+    step, losses = held._start(5, np.zeros((2, 2)))
+    assert step == 0 and losses.tolist() == START["losses"]
+    file.write_text(json.dumps(whole | changed))
+    with pytest.raises(UserError) as told:
+        held._start(5, np.zeros((2, 2)))
+    assert told.value.where == str(file)
+    assert all(part in line for part, line in zip(words, told.value.problems, strict=True))
+    file.write_text("{}")
+    with pytest.raises(UserError, match="has no step; expected a whole number from 0; delete it") as told:
+        held._start(5, np.zeros((2, 2)))
+    assert len(told.value.problems) == 3
+
+
+@pytest.mark.parametrize("family", [3, None, ["wan_fun"], {}])
+def test_a_damaged_run_json_is_told_by_field(family, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"family": family, "mode": "control"}))
+    with pytest.raises(UserError, match=r"family is .*; expected text; restore it from a copy") as told:
+        refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"}, adapters=False)
+    assert told.value.where == str(tmp_path / "run.json")
+    (tmp_path / "run.json").write_text(json.dumps({"mode": "control"}))
+    refuse_other_model(tmp_path / "checkpoint-4", {"family": "toy", "mode": "control"}, adapters=False)
+
+
+LEDGER = {"entries": 3, "used": 3, "not_reached": 0, "held_out": 0, "left_out": 0, "samples": 9, "samples_repeated": 0}
+LEDGER |= {"most_used": 3, "problems": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "changed", "words"),
+    [
+        ("run.json", {"trainable": 1, "parameters": 2}, {"trainable": "1", "parameters": None}, "trainable is '1'"),
+        ("run.json", {"trainable": 1, "parameters": 2}, {"parameters": float("inf")}, "parameters is inf"),
+        ("ledger.json", LEDGER, {"entries": [], "most_used": 1.5}, r"entries is \[\]"),
+        ("ledger.json", LEDGER, {"problems": ["x"]}, r"problems is \['x'\]; expected a list of entries, each a table"),
+    ],
+)
+def test_what_the_report_shows_of_damaged_files_is_told_by_field(name, whole, changed, words, tmp_path):
+    (tmp_path / name).write_text(json.dumps(whole))
+    report.write(tmp_path)
+    (tmp_path / name).write_text(json.dumps(whole | changed))
+    with pytest.raises(UserError, match=words) as told:
+        report.write(tmp_path)
+    assert told.value.where == str(tmp_path / name) and len(told.value.problems) == len(changed)
+    less = dict(list(whole.items())[1:])
+    (tmp_path / name).write_text(json.dumps(less))
+    with pytest.raises(UserError, match=r"has no (trainable|entries); expected a whole number"):
+        report.write(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"other": 3}))
+    report.write(tmp_path)

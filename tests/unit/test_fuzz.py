@@ -210,7 +210,16 @@ METRICS = [
     {"kind": "save", "step": 1, "path": "checkpoint-1", "bytes": 5, "seconds": 0.1, "blocked_seconds": 0.1},
     {"kind": "notice", "step": 1, "text": "a", "warning": True},
 ]
-LEDGER = {"entries": 2, "used": 1, "held_out": 0, "not_reached": 0, "left_out": 1, "samples": 3, "samples_repeated": 0, "most_used": 3}
+LEDGER = {
+    "entries": 2,
+    "used": 1,
+    "held_out": 0,
+    "not_reached": 0,
+    "left_out": 1,
+    "samples": 3,
+    "samples_repeated": 0,
+    "most_used": 3,
+}
 AGREED = {"previews": [{"own": 0.5, "others": 0.1}], "first": 0.5}
 
 
@@ -252,7 +261,9 @@ def test_a_runs_own_files(tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     parts = {f"weights/{name}": torch.ones(2, 3) for name in "ab"}
     sharded_io.write(checkpoint / "shares", (sharded_io.whole(*part) for part in parts.items()), None)
-    (checkpoint / "shares/outline.json").write_text('{"shapes": {"a": [2, 3], "b": [6]}, "scalars": {"a": {"step": 4}}}')
+    (checkpoint / "shares/outline.json").write_text(
+        '{"shapes": {"a": [2, 3], "b": [6]}, "scalars": {"a": {"step": 4}}}'
+    )
     digests.write(checkpoint, digests.digest(checkpoint, digests.files_of(checkpoint)))
     ledger().save(checkpoint / "ledger.npz")
     (tmp_path / "run.json").write_text('{"family": "toy", "mode": "control"}')

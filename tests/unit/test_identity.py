@@ -76,7 +76,7 @@ def test_files_and_captions(folder):
 def test_many_are_counted(folder):
     now = records(folder, "abcdef" * 3)
     (line,) = between(folder, records(folder, "a"), now).lines(now)
-    assert line.startswith("new: entry 1 (b.mp4), ") and line.endswith("entry 8 (c.mp4) and 9 more")
+    assert line.startswith("new: entry 1 (b.mp4), ") and line.endswith("entry 8 (c.mp4), and 9 more")
 
 
 def draw(record):

@@ -12,7 +12,7 @@ from scripts.import_graph import FLOORS, PACKAGE, arrows, imports_of, main, modu
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 NEVER = (  # (these, must not import those), beside what floors say
-    *((low, "config") for low in ("diffusion", "data", "memory", "optim", "families", "distributed")),
+    *((low, "config") for low in ("diffusion", "data", "memory", "optim", "adapters", "families", "distributed")),
     ("diffusion", "data"),
     ("data", "diffusion"),
     ("families", "data"),
@@ -21,6 +21,7 @@ NEVER = (  # (these, must not import those), beside what floors say
 LIBRARIES = {  # library -> who may import it
     "accelerate": ("distributed.engine",),
     "deepspeed": ("distributed.zero",),
+    "peft": ("adapters",),
     "diffusers": ("families", "diffusion.denoise", "optim.optimizers", "demo"),
     "transformers": ("families", "demo"),
 }

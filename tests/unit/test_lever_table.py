@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from reeltune.config.parse import build, flat, settings
 from reeltune.config.recipe import Recipe
@@ -11,7 +12,7 @@ from reeltune.estimate.remedies import changes, numbers
 from reeltune.estimate.sharding import ENGINES
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
-from reeltune.training.out_of_memory import GREW, PHASES, remedies
+from reeltune.training.out_of_memory import GREW, PHASES, explained, remedies
 from scripts.memory_page import page, table
 from tests.unit.test_estimate_parts import estimate
 
@@ -61,12 +62,15 @@ def test_rows_name_settings_engines_and_phases_that_there_are():
 BIG = {"train_batch_size": 3, "mixed_precision": "bf16", "gradient_checkpointing_share": 0.5}
 
 
-@pytest.mark.parametrize("tree", [{}, {**BIG, "gradient_checkpointing": True}, {"use_8bit_adam": True}])
+PRODIGY = {"use_prodigy": True, "learning_rate": 1}
+
+
+@pytest.mark.parametrize("tree", [{}, {**BIG, "gradient_checkpointing": True}, {"use_8bit_adam": True}, PRODIGY])
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
     recipe = build(tree)
     offered = list(changes(recipe, "one" if gpus == 1 else "ddp", gpus, 5, tiles=True))
-    assert len({tuple(change.settings.items()) for change in offered}) == len(offered) > 10
+    assert len({tuple(change.settings.items()) for change in offered}) == len(offered) > (5 if tree is PRODIGY else 10)
     for change in offered:
         written = {name: value for name, value in change.settings.items() if name != "gpus"}
         assert flat(build({**flat(recipe), **written})) != flat(recipe), change.words
@@ -142,6 +146,9 @@ IN_THE_PASS = [
 SHARDED_IN_THE_PASS = [*IN_THE_PASS[:4], "offload: true", *IN_THE_PASS[-2:]]
 
 
+STEPPED = {"step_in_backward": True, "train_batch_size": 2}
+
+
 @pytest.mark.parametrize(
     ("doing", "tree", "lines"),
     [
@@ -157,6 +164,7 @@ SHARDED_IN_THE_PASS = [*IN_THE_PASS[:4], "offload: true", *IN_THE_PASS[-2:]]
                 "more devices",
             ],
         ),
+        ("step in backward", STEPPED, [*IN_THE_PASS[:5], *IN_THE_PASS[6:]]),
         (
             "encode",
             {"low_vram": True, "engine": "fsdp", "train_batch_size": 2},
@@ -178,3 +186,18 @@ SHARDED_IN_THE_PASS = [*IN_THE_PASS[:4], "offload: true", *IN_THE_PASS[-2:]]
 )
 def test_what_a_full_device_is_told_to_change(doing, tree, lines):
     assert list(remedies(doing, build(tree))) == lines
+
+
+def test_a_step_within_the_backward_pass_is_called_so_and_no_accumulation_advised():
+    told = str(explained(torch.OutOfMemoryError("full"), "step", 3, None, {"weights": 10**9}, build(STEPPED)))
+    assert "the device is full in the backward pass, with the optimizer's step in it, of step 3 (full)" in told
+    assert "activations, gradients and optimizer state grew" in told
+    assert "gradient_accumulation_steps" not in told and "train_batch_size" not in told
+    plain = str(explained(torch.OutOfMemoryError("full"), "step", 3, None, {}, Recipe()))
+    assert "full in the optimizer's step of step 3" in plain
+
+
+def test_nothing_is_offered_that_goes_with_no_lever_in_use():
+    both = {"train_batch_size": 2}
+    assert any("gradient_accumulation_steps" in line for line in words(both))
+    assert not any("gradient_accumulation_steps" in line for line in words({**both, "step_in_backward": True}))

@@ -13,7 +13,13 @@ from reeltune.optim.optimizers import StochasticRounding, build_optimizer, set_r
 from reeltune.optim.step_in_backward import StepInBackward
 
 ADAM = {"learning_rate": 1e-2, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01}
-KINDS = {"adamw": {}, "came": {"use_came": True}, "adafactor": {"use_adafactor": True}, "8bit": {"use_8bit_adam": True}}
+KINDS = {
+    "adamw": {},
+    "came": {"use_came": True},
+    "adafactor": {"use_adafactor": True},
+    "8bit": {"use_8bit_adam": True},
+    "muon": {"use_muon": True},
+}
 
 
 class Block(nn.Module):

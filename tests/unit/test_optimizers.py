@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -80,8 +81,17 @@ def test_lifting_in_parts_is_the_same_as_lifting_all(chunk, came, monkeypatch):
     assert count == steps == (5 if came else None)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "came", "adafactor", "adamw8bit"])
-@pytest.mark.parametrize("rounding", [False, True])
+KINDS = {
+    "adamw": {},
+    "came": {"use_came": True},
+    "adafactor": {"use_adafactor": True},
+    "adamw8bit": {"use_8bit_adam": True},
+    "muon": {"use_muon": True},
+    "prodigy": {"use_prodigy": True, "learning_rate": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind, rounding", [*product(KINDS, [False]), *product(list(KINDS)[:-1], [True])])
 def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
@@ -95,8 +105,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, rounding, tmp_path):
         groups = [{"params": parameters, "rate": 1.0}]
 
         def build(groups):
-            chosen = {"use_came": kind == "came", "use_adafactor": kind == "adafactor"}
-            return build_optimizer(groups, **ADAM, **chosen, use_8bit_adam=kind == "adamw8bit")
+            return build_optimizer(groups, **ADAM | KINDS[kind])
 
         return parameters, StochasticRounding(groups, build, seed=9) if rounding else build(groups)
 
@@ -133,6 +142,44 @@ def test_groups_keep_their_share_of_the_rate():
     optimizer = build_optimizer([{"params": [full], "rate": 1.0}, {"params": [low], "rate": 0.5}], **ADAM)
     set_rate(optimizer, 3e-4)
     assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 1.5e-4]
+
+
+def test_muon_takes_steps_of_the_size_of_adamw_s_along_a_gradient_made_orthogonal():
+    matrix, other = nn.Parameter(torch.zeros(48, 16)), nn.Parameter(torch.zeros(7))
+    optimizer = build_optimizer([{"params": [matrix, other], "rate": 1.0}], **ADAM, use_muon=True)
+    matrix.grad, other.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(2)), torch.ones(7)
+    u, _, vh = torch.linalg.svd(matrix.grad, full_matrices=False)
+    optimizer.step()
+    assert [group["use_muon"] for group in optimizer.param_groups] == [True, False]
+    assert torch.allclose(other, torch.full((7,), -1e-2))  # AdamW's first step is its rate
+    assert -matrix.square().mean().sqrt().item() == pytest.approx(-0.2e-2, rel=0.3)
+    # The iteration leaves singular values between 0.7 and 1.2: https://kellerjordan.github.io/posts/muon.
+    size = torch.linalg.svdvals(matrix) / (1e-2 * 0.2 * math.sqrt(48))
+    assert size.min() > 0.6 and size.max() < 1.3
+    assert (matrix * -(u @ vh)).sum() / (matrix.norm() * math.sqrt(16)) > 0.97
+
+
+def test_muon_keeps_the_order_of_parameters():
+    """By which a checkpoint tells their state."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (3,), (4, 4), (4, 4), (2, 3, 4))]
+    groups = [{"params": parameters[:3], "rate": 1.0}, {"params": parameters[3:], "rate": 0.5}]
+    made = build_optimizer(groups, **ADAM, use_muon=True).param_groups
+    assert [id(p) for group in made for p in group["params"]] == [id(p) for p in parameters]
+    assert [group["use_muon"] for group in made] == [True, False, True, True, False]
+    assert [group["lr"] for group in made] == [1e-2] * 3 + [5e-3] * 2
+
+
+def test_prodigy_finds_a_rate_that_learns():
+    """A quadratic, at scales a hundred apart."""
+    for scale in (0.01, 1.0):
+        weight = nn.Parameter(torch.full((16,), scale))
+        build = {**ADAM, "learning_rate": 1.0}
+        optimizer = build_optimizer([{"params": [weight], "rate": 1.0}], **build, use_prodigy=True)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (weight / scale).square().sum().backward()
+            optimizer.step()
+        assert (weight / scale).square().sum() < 0.16
 
 
 def test_outliers_are_clipped_harder():

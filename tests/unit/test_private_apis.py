@@ -171,6 +171,9 @@ def private_in(file: Path) -> set[str]:
     return private
 
 
+MADE = ("_abc", "_backward_cls")  # by metaclasses: of abstract classes, and of torch.autograd.Function
+
+
 def overridden(file: Path) -> set[str]:
     """Private methods of a library's class that a class of the file has its own of."""
     module = importlib.import_module(f"reeltune.{module_of(file)}".rstrip("."))
@@ -181,7 +184,7 @@ def overridden(file: Path) -> set[str]:
         for base in one.__mro__[1:]
         if base.__module__.partition(".")[0] in LIBRARIES
         for name in vars(one).keys() & vars(base).keys()
-        if is_private(name) and not name.startswith("_abc")
+        if is_private(name) and not name.startswith(MADE)
     }
 
 

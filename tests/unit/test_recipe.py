@@ -123,6 +123,13 @@ def test_what_must_be_more_than_zero(name):
         ),
         ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
         ({"use_came": True, "use_adafactor": True}, "use_came and use_adafactor are true"),
+        ({"use_prodigy": True, "use_muon": True, "learning_rate": 1}, "use_prodigy and use_muon are true"),
+        ({"use_prodigy": True}, "multiplies the rate that it finds; write 1, or at least 0.1"),
+        ({"use_prodigy": True, "learning_rate": 1, "rank": 8, "lora_plus_ratio": 16}, "one rate for all weights"),
+        ({"use_prodigy": True, "learning_rate": 1, "engine": "fsdp"}, "use_prodigy is true and engine is fsdp"),
+        ({"use_prodigy": True, "learning_rate": 1, "step_in_backward": True}, "from all weights at once"),
+        ({"use_prodigy": True, "learning_rate": 1, "trained_weights": "bf16_stochastic"}, "at once; use fp32"),
+        ({"use_muon": True, "engine": "zero2"}, "use_muon is true and engine is zero2, which has no such thing"),
         ({"gradient_checkpointing_share": 0.5}, "set gradient_checkpointing to true"),
         ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
         ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
@@ -134,6 +141,10 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
+        ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
+        ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
+        ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),
+        ({"rank": 8, "alpha_pattern": ["ffn.0=0"]}, "more than 0"),
     ],
 )
 def test_rules_between_fields(tree, names):
@@ -177,8 +188,14 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     tree = {name: other_value(setting) for name, setting in settings().items()}
     tree |= {"validation_data_meta": None, "lr_step_rules": "1:10,0.5", "random_ratio_crop": False}
     tree |= {
+        "trainable_modules": ["."],
+        "trainable_modules_low_learning_rate": [],
+        "rank_pattern": ["a: b=4", "no=8"],
+        "alpha_pattern": ["a: b=4.5", "no=8"],
         "use_came": False,
         "use_8bit_adam": False,
+        "use_prodigy": False,
+        "use_muon": False,
         "step_in_backward": False,
         "encode_ahead": False,
         "engine": "ddp",
@@ -195,10 +212,14 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "random_ratio_crop",
         "use_came",
         "use_8bit_adam",
+        "use_prodigy",
+        "use_muon",
         "mixed_precision",
         "step_in_backward",
         "keep_gathered",
         "offload",
+        "trainable_modules",
+        "trainable_modules_low_learning_rate",
     }
     assert {name for name, value in flat(recipe).items() if value == flat(Recipe())[name]} == same
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")

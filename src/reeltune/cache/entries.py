@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reeltune.cache.keys import READING_VERSION, Keys, Split, digest, fingerprints
+from reeltune.cache.fingerprints import fingerprints
+from reeltune.cache.keys import READING_VERSION, Keys, Split, digest
 from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
@@ -26,6 +27,7 @@ from reeltune.data.records import Records
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs
 from reeltune.run.model import encode_options
+from reeltune.run.precision import encoder_facts
 
 
 class Item(NamedTuple):
@@ -38,16 +40,17 @@ class Item(NamedTuple):
     text: str
 
 
-def keys_of(recipe: Recipe, family: Family, mode: str) -> Keys:
-    """Reads the checkpoint's frozen networks once; their hashes are remembered in the cache's folder."""
+def keys_of(recipe: Recipe, family: Family, mode: str, *, show_progress: bool = True) -> Keys:
+    """Reads the checkpoint's frozen networks, with a progress bar on stderr, if they have not been hashed before."""
     assert recipe.cache.cache_folder is not None
     facts = {
         "family": family.name,
         "train_mode": mode,
         "mixed_precision": recipe.training.mixed_precision,
         "allow_tf32": recipe.training.allow_tf32,
+        **encoder_facts(recipe),
         **encode_options(recipe),
-        **fingerprints(family.frozen_files, Path(recipe.cache.cache_folder) / "fingerprints.json"),
+        **fingerprints(family.frozen_files, Path(recipe.cache.cache_folder), show_progress=show_progress),
         "versions": [READING_VERSION, family.encode_version],
     }
     return Keys(
@@ -131,7 +134,9 @@ class View:
         return Encoded.of(tensors)
 
 
-def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cache | None:
+def open_cache(
+    recipe: Recipe, family: Family, mode: str, inputs: Inputs, *, show_progress: bool = True
+) -> Cache | None:
     """None without cache_folder. Raises UserError that says what is missing, if anything is.
 
     What was found complete is remembered, because a look at every reading of 100,000 clips takes a minute.
@@ -139,7 +144,7 @@ def open_cache(recipe: Recipe, family: Family, mode: str, inputs: Inputs) -> Cac
     if recipe.cache.cache_folder is None:
         return None
     folder = Path(recipe.cache.cache_folder)
-    keys, store = keys_of(recipe, family, mode), Store(folder)
+    keys, store = keys_of(recipe, family, mode, show_progress=show_progress), Store(folder)
     asked_for = [keys.facts, keys.root, repr(inputs.rules), recipe.cache.cache_variants]
     asked = digest([*asked_for, *(_as_it_is(records) for records in splits(inputs).values())])
     there = digest([sorted(store.hashes.items()), sorted(store.failed)])
@@ -183,5 +188,5 @@ def differences(now: Mapping[str, Any], then: list[dict[str, Any]]) -> list[str]
     if not then or any(facts == now for facts in then):
         return []
     last = then[-1]
-    changed = [name for name in now if last.get(name) != now[name]]
-    return [f"it was made with {name} {last.get(name)}, which now is {now[name]}" for name in changed]
+    changed = [name for name in now | last if last.get(name) != now.get(name)]
+    return [f"it was made with {name} {last.get(name)}, which now is {now.get(name)}" for name in changed]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ from reeltune.data.media import MediaError
 from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.loading_memory import told_when_full
+from reeltune.run.model import choose_family, encode_options, load_parts, outlines
+from reeltune.run.precision import slow_bf16
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 
@@ -42,13 +44,16 @@ def fill(recipe: Recipe) -> int:
     torch.backends.cuda.matmul.allow_tf32 = recipe.training.allow_tf32
     family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
-    folder, keys = Path(str(recipe.cache.cache_folder)), keys_of(recipe, family, mode)
+    folder = Path(str(recipe.cache.cache_folder))
+    keys = keys_of(recipe, family, mode, show_progress=rank == 0)
     work = Work.of(keys, inputs, Store(folder), rank, world)
     encoder = Encoder(recipe, family, mode, inputs, device)
-    with Interrupt() as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
-        for notice in inputs.scan.notices:
+    ends = "ends after this entry" if rank == 0 else ""
+    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+        for notice in [*inputs.scan.notices, *slow_bf16(recipe, only_encoding=True)]:
             bar.say(notice)
-        with closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
+        full = told_when_full(recipe, device, partial(outlines, recipe, family), "clips are encoded", network=False)
+        with full, closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):
                 if isinstance(made, str):
                     writer.fail(key, made)

@@ -11,14 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from reeltune.core.files import CannotWriteError, whole_file
-from reeltune.core.reading import read_table
 from reeltune.core.types import Draw, Record
 
 READING_VERSION = 2  # raise it when the same file, crop and seed are read as other pixels, rays or masks
@@ -64,27 +60,3 @@ class Keys:
     def _file(self, path: str) -> list[Any]:
         status = os.stat(path)
         return [os.path.relpath(path, self.root), status.st_size, int(status.st_mtime)]
-
-
-def fingerprints(files: Mapping[str, Path], remembered: Path) -> dict[str, str]:
-    """A hash of the bytes of each file or folder. `remembered`: a file that saves reading them again."""
-    known: dict[str, str] = read_table(remembered, "delete it") if remembered.is_file() else {}
-    before = len(known)
-
-    def of_file(path: Path) -> str:
-        status = path.stat()
-        stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        if stamp not in known:
-            with path.open("rb") as file:
-                known[stamp] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return known[stamp]
-
-    def of(path: Path) -> str:
-        inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        return digest([[str(file.relative_to(path)), of_file(file)] for file in inside if file.is_file()])
-
-    by_name = {name: of(path) for name, path in files.items()}
-    if len(known) > before:
-        with suppress(CannotWriteError), whole_file(remembered) as file:  # or they are read again
-            json.dump(known, file, indent=1)
-    return by_name

@@ -2,6 +2,7 @@
 
 transformer/          the trained network under its released names, loadable by the original tools
 transformer_ema/      its moving average, if kept
+adapter/              in place of these, where adapters learn; and adapter_ema/
 optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
 shares/               in place of these, where several processes share the weights: what each of them keeps
 ledger.npz            times each record was used
@@ -40,7 +41,8 @@ NAME = re.compile(r"checkpoint-(\d+)$")
 PARTIAL = re.compile(r"\.checkpoint-\d+(\.deleted)?\.partial$")
 OURS = ("progress.json", "ledger.npz", "optimizer.pt", SHARES)  # of which no other tool's checkpoint has any
 SET_ASIDE = "set_aside"
-WEIGHTS = ("transformer", SHARES)  # beginnings of the names of files that hold them
+ADAPTER = "adapter"
+WEIGHTS = ("transformer", ADAPTER, SHARES)  # beginnings of the names of files that hold them
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -286,6 +288,16 @@ def load(checkpoint: Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(str(file), f"is no optimizer's state; {sound_before(checkpoint)}")
     return state
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    """Whether it keeps an adapter, and not the network."""
+    return (checkpoint / ADAPTER).is_dir()
+
+
+def transformer_of(checkpoint: Path) -> Path | None:
+    """The whole network's weights, where one process wrote them."""
+    return None if is_shared(checkpoint) or is_adapter(checkpoint) else checkpoint / "transformer"
 
 
 def is_shared(checkpoint: Path) -> bool:

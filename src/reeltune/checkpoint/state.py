@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reeltune.checkpoint.folder import SHARES
+from reeltune.adapters import saved
+from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter
 from reeltune.core.errors import refuse
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.distributed import sharded_io
@@ -70,8 +71,9 @@ class Shared:
         sharded_io.read(self.folder, pieces, self._metadata)
 
     def fill_network(self, net: nn.Module, names: Mapping[str, str]) -> None:
-        """Its weights, in place. names: of its parameters -> released. Raises as `fill`."""
-        self.fill(sharded_io.whole(f"weights/{names[name]}", weight) for name, weight in net.named_parameters())
+        """Those of its weights that are named, in place. names: of parameters -> released. Raises as `fill`."""
+        weights = dict(net.named_parameters())
+        self.fill(sharded_io.whole(f"weights/{released}", weights[name]) for name, released in names.items())
 
     def weights(self, *, average: bool = False) -> Weights:
         """By released name; with `average` those of the moving average, where there are."""
@@ -109,7 +111,10 @@ class Whole:
         self.where = str(checkpoint)
         by_place: dict[int, dict[str, Any]] = state["optimizer"]["state"]
         self._state = {learning[i]: values for i, values in by_place.items()}
-        self._tensors = {f"weights/{name}": w for name, w in weights.read(checkpoint / "transformer").items()}
+        stored = (
+            saved.read(checkpoint / ADAPTER) if is_adapter(checkpoint) else weights.read(checkpoint / "transformer")
+        )
+        self._tensors = {f"weights/{name}": weight for name, weight in stored.items()}
         for name, values in self._state.items():
             self._tensors |= {f"optimizer/{name}/{key}": values[key] for key in self._elementwise(name)}
         for name, average in (state["average"] or {}).items():

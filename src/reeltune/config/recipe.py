@@ -32,6 +32,41 @@ class Model:
     """Parts of parameter names that learn at half the rate."""
     trained_weights: Literal["fp32", "bf16_stochastic"] = "fp32"
     """How trained weights are kept: fp32 master copies, or bf16 with stochastic rounding."""
+    encoder_weights: Literal["stored", "fp32", "bf16"] | None = None
+    """How VAE and encoders are kept and compute; stored: as their files have it. Left out: as mixed_precision says."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    rank: int = 0
+    """Rank of the low-rank adapters (LoRA) that learn while the network itself does not; 0: the network learns."""
+    network_alpha: float | None = None
+    """The adapters' change is multiplied by network_alpha / rank. Left out: rank, which is by 1."""
+    target_name: tuple[str, ...] = ()
+    """Linear layers that get an adapter, by whole parts of their names: q, ffn.0, blocks.3. Left out: every linear
+    layer of the network's blocks. A name that matches nothing is an error."""
+    lora_skip_name: tuple[str, ...] = ()
+    """Linear layers that get none, by whole parts of their names."""
+    rank_pattern: tuple[str, ...] = ()
+    """Another rank for layers by whole parts of their names, as ffn.0=16; the last that matches counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Another network_alpha, in the same way."""
+    use_rslora: bool = False
+    """Multiply by network_alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+    use_dora: bool = False
+    """Learn the magnitude of each output beside its direction (DoRA, https://arxiv.org/abs/2402.09353)."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped in training (0 to 1)."""
+    lora_init: Literal["uniform", "gaussian"] = "uniform"
+    """How A begins: uniform as torch's linear layers do, or gaussian with deviation 1 / rank. B begins at 0."""
+    adapter_path: str | None = None
+    """An adapter of any tool to begin with (a file, or a checkpoint-N folder)."""
+    train_whole: tuple[str, ...] = ()
+    """Parts of parameter names that learn in full beside the adapters."""
+    lora_plus_ratio: float = 1.0
+    """B learns at the learning rate times this (LoRA+, https://arxiv.org/abs/2402.12354, advises 16)."""
+    base_weights: Literal["fp8", "int8", "nf4"] | None = None
+    """How the linear layers of the frozen network's blocks are kept. Left out: as mixed_precision says."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +238,11 @@ class Optimization:
     """CAME, which keeps no second moment per weight."""
     use_adafactor: bool = False
     """Adafactor, which keeps no moment per weight; its rate is relative to the size of the weights."""
+    use_prodigy: bool = False
+    """Prodigy, which finds the rate and multiplies it by learning_rate, to be 1 (https://arxiv.org/abs/2306.06101)."""
+    use_muon: bool = False
+    """Muon for matrices and AdamW for the rest; steps are of AdamW's size, and so is the rate
+    (https://arxiv.org/abs/2502.16982)."""
     adam_beta1: float = 0.9
     """First-moment decay."""
     adam_beta2: float = 0.999
@@ -251,6 +291,8 @@ class Validation:
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
     """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    negative_prompt: str = ""
+    """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2
     """Held-out clips previewed where there are no prompts; 0 makes none."""
     preview_steps: int = 30
@@ -264,6 +306,7 @@ class Validation:
 @dataclass(frozen=True)
 class Recipe:
     model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
     data: Data = field(default_factory=Data)
     sizes: Sizes = field(default_factory=Sizes)
     training: Training = field(default_factory=Training)

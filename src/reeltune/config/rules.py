@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reeltune.config.recipe import Recipe
+from reeltune.config.recipe import Adapter, Model, Recipe
 from reeltune.memory import levers
 
 ANY = math.inf
@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "held_out_share": (0, 0.5),
     "max_bad_share": (0, 1),
     "text_drop_ratio": (0, 1),
+    "rank": (0, ANY),
     "video_repeat": (0, ANY),
     "dataloader_num_workers": (0, ANY),
     "video_sample_n_frames": (1, ANY),
@@ -49,6 +50,8 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "context_parallel": (1, ANY),
 }
 ABOVE_ZERO = (
+    "network_alpha",
+    "lora_plus_ratio",
     "rank_timeout_seconds",
     "video_sample_fps",
     "logit_std",
@@ -57,8 +60,9 @@ ABOVE_ZERO = (
     "adam_epsilon",
     "max_grad_norm",
 )
-DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")  # at least 0 and below 1
-OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor")  # without these: AdamW
+DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
+OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
+LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
@@ -82,6 +86,7 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
     yield from _together(recipe)
+    yield from _adapter(recipe)
     yield from _levers(values)
 
 
@@ -98,6 +103,33 @@ def written(settings: Mapping[str, object]) -> str:
     """Settings as they are written in a recipe; as the command's flag, what is none of its settings."""
     lines = (f"--{name} {value}" if name == "gpus" else f"{name}: {shown(value)}" for name, value in settings.items())
     return ", ".join(lines)
+
+
+def _adapter(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    adapter, model = vars(recipe.adapter), recipe.model
+    if not recipe.adapter.rank:
+        for name, value in adapter.items():
+            if value != getattr(Adapter, name):
+                yield (
+                    (name, "rank"),
+                    f"{name} is {shown(value)} and rank is 0, so there is no adapter; set rank, to 32 if in doubt, "
+                    f"or leave {name} out",
+                )
+        return
+    for name in ("trainable_modules", "trainable_modules_low_learning_rate"):
+        if getattr(model, name) != getattr(Model, name):
+            yield (
+                (name, "rank"),
+                f"{name} is {shown(getattr(model, name))} and rank is {recipe.adapter.rank}: adapters learn and the "
+                "network's own weights do not; leave it out, or name weights to learn in full in train_whole",
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for entry in adapter[name]:
+            layer, _, number = entry.rpartition("=")
+            if not layer or not re.fullmatch(r"[1-9]\d*" if name == "rank_pattern" else r"\d*\.?\d+", number):
+                yield (name,), f"{name} has {entry!r}; write layer=number, as ffn.0=16"
+            elif float(number) <= 0:
+                yield (name,), f"{name} has {entry!r}; the number must be more than 0"
 
 
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -143,6 +175,12 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
+    if validation.negative_prompt and validation.guidance_scale == 1:
+        yield (
+            ("negative_prompt", "guidance_scale"),
+            f"negative_prompt is {validation.negative_prompt} and guidance_scale is 1, which guides away from nothing; "
+            "raise guidance_scale, or leave negative_prompt out",
+        )
     yield from _engine(recipe)
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:
@@ -150,6 +188,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             tuple(optimizers),
             f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
         )
+    yield from _prodigy(recipe)
     share = recipe.memory.gradient_checkpointing_share
     if share < 1 and not recipe.training.gradient_checkpointing:
         yield (
@@ -189,6 +228,30 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
+def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """It finds one rate for all weights, from all of them at once."""
+    if not recipe.optimization.use_prodigy:
+        return
+    rate = recipe.optimization.learning_rate
+    if rate < LEAST_OF_PRODIGY:
+        yield (
+            ("use_prodigy", "learning_rate"),
+            f"use_prodigy is true and learning_rate is {rate}, by which it multiplies the rate that it finds; write 1, "
+            f"or at least {LEAST_OF_PRODIGY}",
+        )
+    others = {
+        "lora_plus_ratio": (recipe.adapter.lora_plus_ratio, Adapter.lora_plus_ratio),
+        "trainable_modules_low_learning_rate": (recipe.model.trainable_modules_low_learning_rate, ()),
+    }
+    for name, (value, default) in others.items():
+        if value != default:
+            yield (
+                ("use_prodigy", name),
+                f"use_prodigy is true and {name} is {shown(value)}; it finds one rate for all weights; leave one of "
+                "the two out",
+            )
+
+
 def _levers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with ways of sparing memory."""
     for lever, exclusion in levers.excluded(values):
@@ -210,6 +273,8 @@ def _engine(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if engine == "ddp":
         return
     wholes = {"mixed_precision": (recipe.training.mixed_precision == "fp16", "fp16", "use bf16")}
+    for name in ("use_prodigy", "use_muon"):
+        wholes[name] = (getattr(optimization, name), "true", "use AdamW, or engine ddp")
     if engine != "fsdp":
         start = optimization.abnormal_norm_clip_start
         wholes["use_ema"] = (optimization.use_ema, "true", "use engine fsdp or ddp")

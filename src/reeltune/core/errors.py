@@ -24,6 +24,15 @@ class UserError(Exception):
         return UserError, (self.where, self.problems)
 
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the host or the device has too little: Python and torch have an error for that, torch's allocator on the
+    CPU and the libraries in Rust only words (torch 2.9's, safetensors 0.6's, and the system's own)."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def refuse(where: str, problems: Sequence[str]) -> None:
     """Raise UserError if there is any problem."""
     if problems:

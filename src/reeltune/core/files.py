@@ -24,7 +24,11 @@ REFUSED = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
-UNTOLD = ("file write failed", "iostream error", "unexpected pos")  # torch's writers, which do not pass the system's words on
+UNTOLD = (
+    "file write failed",
+    "iostream error",
+    "unexpected pos",
+)  # torch's writers, which do not pass the system's words on
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+END = b"\0"  # the number of no signal
+SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar has hidden
 
 
 class Interrupt:
     """While entered, remembers the first signal instead of dying of it.
 
-    `code` is 0 until then, and 128 + the signal's number afterwards (130 for Ctrl-C, 143 for SIGTERM).
+    `code` is 0 until then, and 128 + the signal's number afterwards (130 for Ctrl-C, 143 for SIGTERM). ends: what comes
+    before the end, in words; the first signal is answered with them.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.code = 0
+    def __init__(self, ends: str = "") -> None:
+        self.code, self.ends = 0, ends
 
     def __enter__(self) -> Interrupt:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -28,5 +37,65 @@ class Interrupt:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.code and number == signal.SIGINT:
-            os._exit(128 + number)
+            leave(128 + number)
+        if not self.code and self.ends:
+            _tell(f"{self.ends}; Ctrl-C again leaves at once\n".encode())
         self.code = self.code or 128 + number
+
+
+@contextmanager
+def second_leaves() -> Iterator[None]:
+    """Within, a second Ctrl-C ends this process and its workers, whatever the main thread waits for or computes.
+
+    Python's own handlers run between two of that thread's instructions, which a slow file or network may keep apart for
+    minutes. Here a thread reads the signals that the system's handler writes into a pipe. Of the main thread alone;
+    elsewhere it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_count, args=(ours,), name="interrupt", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(theirs, END)  # closing it would not tell the thread, for workers may have it open too
+        thread.join()
+        os.close(theirs)
+        os.close(ours)
+
+
+def _count(pipe: int) -> None:
+    seen = 0
+    while END not in (numbers := os.read(pipe, 64)):
+        seen += numbers.count(signal.SIGINT)
+        if seen > 1:
+            leave(128 + signal.SIGINT)
+
+
+def _forget_the_pipe() -> None:
+    """A forked process has signals of its own; written into its parent's pipe they would end that."""
+    signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_the_pipe)
+
+
+def leave(code: int) -> None:
+    """Ends this process and its workers now. They ignore Ctrl-C, and one that hangs would not see that its parent has
+    gone."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if sys.stderr is not None and sys.stderr.isatty():
+        _tell(SHOW_CURSOR + b"\n")
+    os._exit(code)
+
+
+def _tell(words: bytes) -> None:
+    """Past Python's buffers, which the interrupted thread may hold."""
+    with suppress(OSError):
+        os.write(2, words)

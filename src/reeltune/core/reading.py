@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
 
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, lacks_memory, refuse
 
 MOST_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json of an encoder here has 17 MB
 MOST_YAML_BYTES = 100_000  # the densest take PyYAML two seconds (measured, 2026-11)
@@ -39,7 +40,7 @@ class as_user_error:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, UserError | MemoryError):
+        if error is None or isinstance(error, UserError) or lacks_memory(error):
             return
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of libraries in Rust
             raise UserError(self.where, f"{self.problem} ({reason_of(error)}); {self.remedy}") from error
@@ -163,6 +164,40 @@ def read_table(path: Path, remedy: str = AGAIN, most_bytes: int = MOST_JSON_BYTE
     if not isinstance(table, dict):
         raise UserError(str(path), f"is no table of settings; {remedy}")
     return table
+
+
+# ---- fields of a table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may be: a test, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+    def many(self, count: int | None = None) -> Kind:
+        """A list of it, of any length or of that one."""
+        words = f"a list of {'' if count is None else f'{count:,} '}entries, each {self.words}"
+        return Kind(
+            lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(self.holds, value)), words
+        )
+
+
+WHOLE = Kind(lambda value: type(value) is int and 0 <= value < 2**62, "a whole number from 0")
+NUMBER = Kind(lambda value: type(value) in (int, float) and abs(value) < 1e300, "a number")  # finite, and no NaN
+TEXT = Kind(lambda value: isinstance(value, str), "text")
+
+
+def require_fields(table: Mapping[str, Any], kinds: Mapping[str, Kind], where: str | Path, remedy: str) -> None:
+    """Raises UserError that names every field of `kinds` which is missing or of another kind."""
+    problems = [f"has no {name}; expected {kind.words}; {remedy}" for name, kind in kinds.items() if name not in table]
+    problems += [
+        f"{name} is {brief(table[name])}; expected {kind.words}; {remedy}"
+        for name, kind in kinds.items()
+        if name in table and not kind.holds(table[name])
+    ]
+    refuse(str(where), problems)
 
 
 # ---- YAML

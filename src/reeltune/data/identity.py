@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from reeltune.core.reading import few
 from reeltune.core.types import Record
 from reeltune.data.records import Records
-
-NAMED = 8  # entries named of each kind of change
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Changes:
         """Each kind of change, with its entries."""
         path_of = dict(zip(now.entry.tolist(), (record.path for record in now), strict=True)) if self.any else {}
         if self.gone:
-            yield f"gone, by their numbers then: {_few([str(entry) for entry in self.gone])}"
+            yield f"gone, by their numbers then: {', '.join(few([str(entry) for entry in self.gone]))}"
         for words, entries in (
             ("other files under the same paths", self.replaced),
             ("in another place of the list", self.reordered),
@@ -107,12 +106,8 @@ class Changes:
             ("other captions", self.captions),
         ):
             if entries:
-                yield f"{words}: {_few([f'entry {entry} ({Path(path_of[entry]).name})' for entry in entries])}"
-
-
-def _few(words: list[str]) -> str:
-    more = len(words) - NAMED
-    return ", ".join(words[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+                named = few([f"entry {entry} ({Path(path_of[entry]).name})" for entry in entries])
+                yield f"{words}: {', '.join(named)}"
 
 
 def changes(then: Identity, now: Identity) -> Changes:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import errno
+=======
+import multiprocessing
+>>>>>>> main
 import os
 import resource
 import signal
@@ -212,6 +216,7 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would draw from the global one
     )
+<<<<<<< HEAD
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         batches = iter(loader)  # one iterator over all epochs: the workers persist
@@ -219,6 +224,11 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         if error.errno != errno.ENOSPC:
             raise
         raise _NoSharedMemory(str(error)).told() from error
+=======
+    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    batches = iter(loader)  # one iterator over all epochs: the workers persist
+    started = [process for process in multiprocessing.active_children() if process not in others]
+>>>>>>> main
     if threading.current_thread() is threading.main_thread():
         # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.
         signal.signal(signal.SIGCHLD, handler)
@@ -234,6 +244,8 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         death = str(error) or type(error).__name__
     finally:
         del batches  # now: as part of a reference cycle its workers would not be told to end
+        for process in started:
+            process.kill()  # one that hangs in a file has not heard it, and would be waited for without end
     raise UserError(
         "dataloader_num_workers",
         f"a process that reads clips died ({death}); it may have run out of memory: "

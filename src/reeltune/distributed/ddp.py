@@ -72,9 +72,10 @@ class Direct:
                 self._inner.state[parameter] = filled | scalar_state
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
-        """Weights and optimizer state, views of what trains."""
+        """Weights that are named and optimizer state, views of what trains."""
         for name, parameter in self.plain.named_parameters():
-            yield self._piece(f"weights/{names[name]}", parameter)
+            if name in names:
+                yield self._piece(f"weights/{names[name]}", parameter)
         for name, parameter in self._learning():
             for key, value in self._inner.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

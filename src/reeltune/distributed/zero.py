@@ -108,8 +108,10 @@ class Zero:
                 self.optimizer.state[flat_N] = filled | {key: torch.tensor(v) for key, v in scalars(name).items()}
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
-        """fp32 weights and optimizer state of what learns, and the other weights as they are."""
+        """fp32 weights and optimizer state of what learns, and the other weights that are named as they are."""
         for name, parameter in self.plain.named_parameters():
+            if name not in names:
+                continue
             released = names[name]
             if not parameter.requires_grad:
                 yield self._resting(f"weights/{released}", parameter)
@@ -152,7 +154,7 @@ class Zero:
 
     def _groups(self, names: Mapping[str, str]) -> Iterator[tuple[Tensor, list[str]]]:
         """Each flat tensor, with the released names of all parameters in it, kept by this process or not."""
-        of = {id(parameter): names[name] for name, parameter in self.plain.named_parameters()}
+        of = {id(parameter): names[name] for name, parameter in self.plain.named_parameters() if name in names}
         zero = self.zero
         if self.stage == 3:
             pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)

@@ -15,6 +15,7 @@ from reeltune.estimate.fake_step import engine_of, training_step
 from reeltune.estimate.frozen_networks import Encoding, Work, decode, encode
 from reeltune.estimate.result import StepEstimate
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.precision import encoder_dtype
 from reeltune.sampling.sample import Setup
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Estimator:
 
         Draws of one shape are all alike. Raises UserError as loading does.
         """
-        tiled, shape, batch = recipe.memory.vae_tiling, draws[0].shape, len(draws)
+        frozen, shape, batch = as_frozen(recipe), draws[0].shape, len(draws)
         visiting = recipe.training.low_vram or recipe.cache.cache_folder is not None
         setup = self._setup(recipe)
 
@@ -47,7 +48,7 @@ class Estimator:
             clips = empty_batch(self.family, self.mode, draws, captions, self.fake)
             return encode(setup, clips, self.fake, visiting=visiting)
 
-        encoding = self._once(("encoding", tiled, visiting, shape, batch), encoded)
+        encoding = self._once(("encoding", frozen, visiting, shape, batch), encoded)
         trains = only_training(recipe)
         step = self._once(
             ("training", trains, preview, shape, batch),
@@ -56,7 +57,7 @@ class Estimator:
         decoding = None
         if preview:
             decoding = self._once(
-                ("decoding", tiled, visiting, shape),
+                ("decoding", frozen, visiting, shape),
                 lambda: decode(setup, encoding.encoded.x0.mean, self.fake, visiting=visiting),
             )
         return together(recipe, step, encoding, decoding)
@@ -65,7 +66,7 @@ class Estimator:
         """The frozen networks, with an outline of the trained one."""
         engine = engine_of(recipe)
         parts = self._once(
-            ("parts", recipe.memory.vae_tiling),
+            ("parts", as_frozen(recipe)),
             lambda: load_parts(recipe, self.family, engine.device, network=False, fake=self.fake),
         )
         return Setup(self.family, self.mode, parts, self.objective, options=encode_options(recipe))
@@ -76,10 +77,15 @@ class Estimator:
         return self._known[key]
 
 
+def as_frozen(recipe: Recipe) -> tuple[Any, ...]:
+    """What frozen networks read of a recipe beside what all of an Estimator's have."""
+    return recipe.memory.vae_tiling, encoder_dtype(recipe)
+
+
 def only_training(recipe: Recipe) -> Recipe:
     """What the trained network's step reads of a recipe; all else as it is by default."""
     return Recipe(
-        model=recipe.model,
+        model=replace(recipe.model, encoder_weights=None),
         training=replace(recipe.training, low_vram=False),
         memory=replace(recipe.memory, vae_tiling=False, encode_ahead=None),
         parallel=Parallel(context_parallel=recipe.parallel.context_parallel),

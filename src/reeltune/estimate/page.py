@@ -18,6 +18,7 @@ from reeltune.estimate.remedies import MARGIN
 from reeltune.estimate.result import PARTS, PHASES
 from reeltune.estimate.sharding import ENGINES
 from reeltune.reporting import charts, report
+from reeltune.run.precision import slow_bf16
 
 LISTED = 12  # rows of a table of clips or sizes; what is more is counted
 
@@ -266,6 +267,8 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     waiting = Console(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
+    for notice in slow_bf16(recipe):
+        waiting.print(notice, highlight=False, markup=False, soft_wrap=True)
     console = Console()
     show(plan, console)
     if html is not None:

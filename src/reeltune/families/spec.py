@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, SizeLaw
 from reeltune.diffusion.objective import Objective
+from reeltune.families.tokenizers import check_vocabulary
+from reeltune.memory.quantized import Quantisation
 
 
 @dataclass
@@ -39,7 +41,10 @@ class Parts:
             self._read(name)
 
     def _read(self, name: str) -> None:
-        self.frozen[name] = self.loaders[name]()
+        network: Any = self.loaders[name]()
+        if name.startswith("text") and (own := f"tokenizer{name.removeprefix('text')}") in self.extras:
+            check_vocabulary(self.extras[own], network)
+        self.frozen[name] = network
         del self.loaders[name]
 
     @contextmanager
@@ -68,6 +73,8 @@ class Loading:
     transformer_path: Path | None  # other weights for the same network: a file, or a saved folder
     fake: AbstractContextManager | None = None
     """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
+    quantisation: Quantisation | None = None
+    """Of linear layers of the trained network, which then do not learn, while it is read."""
 
 
 def plain(tokenizer: Any, captions: Sequence[str]) -> list[str]:
@@ -170,17 +177,20 @@ class Family:
         vae_tiling: bool = False,
         transformer_path: str | Path | None = None,
         fake: AbstractContextManager | None = None,
+        base_weights: str | None = None,
     ) -> Parts:
         """The network in `dtype` on the device; VAE and encoders in `frozen_dtype`, or as stored.
 
         Without `encoders` VAE and encoders are read when they are first borrowed, and null stays empty; without
         `network` its weights are not read, and it stays on the meta device. transformer_path: other weights for the
-        same network. fake: as of Loading. Raises UserError listing every missing, unexpected and misshapen key.
+        same network. fake: as of Loading. base_weights: the kind of Quantisation of its blocks. Raises UserError
+        listing every missing, unexpected and misshapen key.
         """
         device = torch.device(device)
         place = torch.device(network_device or device) if network else torch.device("meta")
         other = None if transformer_path is None else Path(transformer_path)
-        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other, fake))
+        quantisation = None if base_weights is None else Quantisation(base_weights, self.blocks)
+        parts = self.read(Path(path), self, Loading(dtype, frozen_dtype, place, other, fake, quantisation))
         parts.device, parts.low_vram = device, low_vram
         if vae_tiling:
             self._tile(parts)

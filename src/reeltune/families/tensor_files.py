@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
+from collections.abc import Iterable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -257,13 +258,23 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "
 
 def without_prefix(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The same tensors without what other tools put before every name; a notice says so."""
-    taken = ""
-    while prefix := next((prefix for prefix in PREFIXES if state and all(n.startswith(prefix) for n in state)), None):
-        taken += prefix
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    taken = prefix_of(state)
     if taken:
-        notice(f"{where}: all names begin with {taken!r}, which is left out")
-    return state
+        tell_prefix(taken, where)
+    return {name.removeprefix(taken): tensor for name, tensor in state.items()}
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """What other tools put before every one of them."""
+    taken, names = "", list(names)
+    while prefix := next((prefix for prefix in PREFIXES if names and all(n.startswith(prefix) for n in names)), None):
+        taken += prefix
+        names = [name.removeprefix(prefix) for name in names]
+    return taken
+
+
+def tell_prefix(taken: str, where: str) -> None:
+    notice(f"{where}: all names begin with {taken!r}, which is left out")
 
 
 @cache

@@ -64,6 +64,18 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
+    """Raises UserError for a tokenizer that makes ids for which the encoder's table of embeddings has no row."""
+    rows = encoder.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.vocab_size - 1, *tokenizer("a cat").input_ids)  # marks around a caption may lie behind
+    if highest >= rows:
+        raise UserError(
+            str(tokenizer.name_or_path),
+            f"its ids go up to {highest:,}, and the table of embeddings of its encoder has {rows:,} rows; the two are "
+            "not of one release: download both again",
+        )
+
+
 def check_chat_template(tokenizer: Any, folder: Path) -> None:
     """Raises UserError for a template that cannot make a user's turn of a caption in bounded time and memory."""
     template = tokenizer.chat_template

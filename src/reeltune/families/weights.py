@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, few
 from reeltune.families import configs
-from reeltune.families.tensor_files import has_weights, notice, tensors_of, without_prefix
+from reeltune.families.tensor_files import has_weights, notice, prefix_of, tell_prefix, tensors_of, without_prefix
+from reeltune.memory.quantized import Quantisation, quantize_linears
 
 NAMED = 8  # tensors of each kind of misfit that an error names
 T = TypeVar("T")
@@ -131,17 +132,25 @@ def fit(
     where: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantisation: Quantisation | None = None,
 ) -> nn.Module:
     """Puts copies of the tensors into `net`, which may be on the meta device: as stored, or in `dtype`, on `device`.
 
     Copies, because those of a mapped file lie at odd addresses, which changes the last bits of sums on the CPU.
+    quantisation: of some of its layers, one by one, so that a mapped file is never in memory as a whole.
     Raises UserError that names what is missing, unexpected, of another shape or quantised.
     """
     wanted = net.state_dict()
     refuse(where, list(misfits(wanted, state)))
     tell_fp8(state, where)
-    placed = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in state.items()}
-    net.load_state_dict(placed, assign=True)
+    quantised = {} if quantisation is None else quantize_linears(net, quantisation)
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        if name in quantised:
+            return quantised[name].pack(tensor, device)
+        return tensor.to(device, dtype or tensor.dtype, copy=True)
+
+    net.load_state_dict({name: place(name, tensor) for name, tensor in state.items()}, assign=True)
     return net
 
 
@@ -191,12 +200,14 @@ def load_component(
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     correct: Callable[[Any], Any] = lambda net: net,
     fake: AbstractContextManager | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Any:
     """A network of a diffusers class, sized by config.json; its weights (or those at `replacement`) put in strictly.
 
     On the meta device their names and shapes alone are read. Of config.json what the class takes is read.
-    names: renames the file's tensors to the class's. correct: changes the network before its weights go in. Raises
-    UserError as `fit` does. The class must keep nothing in buffers that its files lack.
+    names: renames the file's tensors to the class's. correct: changes the network before its weights go in.
+    quantisation: as for `fit`. Raises UserError as that does. The class must keep nothing in buffers that its files
+    lack.
     """
     source = folder if replacement is None else saved_transformer(replacement)
     on_meta = torch.device(device).type == "meta"
@@ -204,7 +215,7 @@ def load_component(
     config, where = configs.read_config(folder), str(folder / "config.json")
     configs.check_layers(config, outlines, where)
     net = correct(configs.build(cls, configs.arguments_of(cls, config), where))
-    fit(net, outlines if on_meta else names(read(source, fake)), str(source), dtype, device)
+    fit(net, outlines if on_meta else names(read(source, fake)), str(source), dtype, device, quantisation)
     lost = [name for name, buffer in net.named_buffers() if buffer.is_meta and not on_meta]
     if lost:
         raise TypeError(f"{cls.__name__} makes buffers that its files lack: {', '.join(lost)}")
@@ -228,6 +239,13 @@ def _refuse_larger(net: nn.Module, outlines: Mapping[str, Tensor], where: str) -
         raise UserError(where, f"{problem}; {configs.MISFIT}")
 
 
+def _foreign_prefix(net: Any, names: Iterable[str]) -> str:
+    """What other tools put before all names of a network of a transformers class; its own prefix that library knows."""
+    prefix, wanted = prefix_of(names), net.state_dict()
+    known = prefix == f"{net.base_model_prefix}." or any(name in wanted for name in names)
+    return "" if known else prefix
+
+
 def load_encoder(
     cls: Any, folder: Path, dtype: torch.dtype | None = None, fake: AbstractContextManager | None = None
 ) -> Any:
@@ -244,7 +262,11 @@ def load_encoder(
         with fake:
             net = cls._from_config(config, dtype=dtype)
         return net.requires_grad_(False).eval()
-    _refuse_larger(configs.build(cls._from_config, {"config": config}, str(folder)), outlines, str(folder))
+    outline = configs.build(cls._from_config, {"config": config}, str(folder))
+    _refuse_larger(outline, outlines, str(folder))
+    prefix = _foreign_prefix(outline, outlines)
+    if prefix:
+        tell_prefix(prefix, str(folder))
     logging.disable_progress_bar()
     with as_user_error(folder, f"{cls.__name__} cannot be made of its config.json and weights", configs.MISFIT):
         net, told = configs.from_files(
@@ -252,6 +274,7 @@ def load_encoder(
             folder,
             config=config,
             dtype=dtype or "auto",
+            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

@@ -43,6 +43,10 @@ def not_in(engines: tuple[str, ...], remedy: str) -> Exclusion:
     return Exclusion("engine", f", which has no such thing; {remedy}", refused=engines)
 
 
+def prodigy(remedy: str) -> Exclusion:
+    return Exclusion("use_prodigy", f"; it finds its rate from all weights at once; {remedy}", refused=(True,))
+
+
 @dataclass(frozen=True)
 class Lever:
     setting: str
@@ -61,7 +65,7 @@ class Lever:
     """Several processes that train together cannot have it."""
     excludes: tuple[Exclusion, ...] = ()
     unless: tuple[str, ...] = ()
-    """Settings beside which it spares nothing."""
+    """Settings beside which it is not offered: it spares nothing, or is not what the run was to learn with."""
     replaces: tuple[str, ...] = ()
     """Settings that are turned off with it."""
     off: Any = False
@@ -100,6 +104,11 @@ def encode_between(values: Values) -> Iterator[Settings]:
 
 def a_cache(values: Values) -> Iterator[Settings]:
     yield {"cache_folder": f"{values['output_dir']}/cache", "cache_variants": VARIANTS}
+
+
+def encoders_in_bf16(values: Values) -> Iterator[Settings]:
+    if values["encoder_weights"] == "fp32" or (values["encoder_weights"], values["mixed_precision"]) == (None, "no"):
+        yield {"encoder_weights": "bf16"}
 
 
 def all_frozen_blocks(values: Values) -> Iterator[Settings]:

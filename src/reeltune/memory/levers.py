@@ -18,9 +18,11 @@ from reeltune.memory.lever import (
     a_cache,
     all_frozen_blocks,
     encode_between,
+    encoders_in_bf16,
     half_as_long,
     half_the_batch,
     not_in,
+    prodigy,
     tiles,
     two_to_a_clip,
 )
@@ -43,14 +45,18 @@ def pulled_alone(values: Values) -> list[str]:
 
 
 def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
-    """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first."""
+    """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first. Nothing is
+    written that goes with no lever already pulled."""
     for lever in LEVERS:
         idle = lever.pulled(values) or any(values[name] for name in lever.unless)
         fits = all(exclusion.permits(values[exclusion.setting]) for exclusion in lever.excludes)
         if fits and not idle and not (lever.alone and several(values)):
             replaced = {name: False for name in lever.replaces if values[name]}
             options = [{lever.setting: lever.value}] if lever.changes is None else lever.changes(values)
-            yield from ((lever, {**replaced, **settings}) for settings in options)
+            for settings in options:
+                asked = {**values, **replaced, **settings}
+                if not any(excluded(asked)):
+                    yield lever, {**replaced, **settings}
 
 
 def sharded_by(engine: str) -> Callable[[Values], Iterator[Settings]]:
@@ -73,6 +79,9 @@ def given_up(values: Values, engine: str) -> Settings:
     barred = {lever.setting for lever, exclusion in excluded(sharded) if exclusion.setting == "engine"}
     barred |= set(pulled_alone(sharded))
     return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
+
+
+CHOSEN = ("use_prodigy", "use_muon")  # optimizers chosen for how they learn, which need all weights or whole matrices
 
 
 # The cheapest first: what ends in the same bits, then what does not, then more devices. What times and shares are of
@@ -186,6 +195,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradients and optimizer state, but for each process's share",
         "[several processes](clusters.md); bf16 copies compute",
         "bf16 copies compute; gradients and state are sharded",
+        unless=CHOSEN,
         in_use=SHARDED.__contains__,
         changes=sharded_by("zero2"),
     ),
@@ -195,6 +205,7 @@ LEVERS: tuple[Lever, ...] = (
         "weights, gradients and optimizer state, but for each process's share and two blocks' weights",
         "[several processes](clusters.md), which gather weights block by block in each pass",
         "weights are gathered block by block in each pass",
+        unless=CHOSEN,
         in_use=SHARDED.__contains__,
         changes=sharded_by("fsdp"),
     ),
@@ -227,6 +238,7 @@ LEVERS: tuple[Lever, ...] = (
                 "; whose loss scale is known only when all gradients are there; use bf16",
                 refused=("fp16",),
             ),
+            prodigy("leave step_in_backward out"),
         ),
         advice="step_in_backward: true, with one process",
     ),
@@ -252,6 +264,17 @@ LEVERS: tuple[Lever, ...] = (
         changes=tiles,
     ),
     Lever(
+        "encoder_weights",
+        "bf16",
+        "half of VAE and encoders that are in fp32",
+        "latents and text features are rounded; a [cache](cache.md) is filled anew",
+        "latents and text features are rounded",
+        beside={"low_vram": SEEN},
+        same_bits=False,
+        unless=("cache_folder",),
+        changes=encoders_in_bf16,
+    ),
+    Lever(
         "use_ema",
         False,
         "4 bytes for each trained parameter",
@@ -272,6 +295,7 @@ LEVERS: tuple[Lever, ...] = (
                 allowed=("bf16",),
             ),
             not_in(SHARDED, "use fp32"),
+            prodigy("use fp32"),
         ),
         off="fp32",
     ),
@@ -283,7 +307,7 @@ LEVERS: tuple[Lever, ...] = (
         "AdamW with both moments rounded to 8 bits",
         same_bits=False,
         excludes=(not_in(SHARDED, "leave it out: the state is sharded already"),),
-        unless=("use_adafactor",),
+        unless=("use_adafactor", *CHOSEN),
         replaces=("use_came",),
     ),
     Lever(
@@ -293,7 +317,7 @@ LEVERS: tuple[Lever, ...] = (
         "another optimizer: find its rate anew",
         same_bits=False,
         excludes=(not_in(("fsdp",), "use AdamW, or engine ddp"),),
-        unless=("use_8bit_adam", "use_adafactor"),
+        unless=("use_8bit_adam", "use_adafactor", *CHOSEN),
     ),
     Lever(
         "use_adafactor",
@@ -303,6 +327,7 @@ LEVERS: tuple[Lever, ...] = (
         "another optimizer: find its rate anew",
         same_bits=False,
         excludes=(not_in(SHARDED, "use AdamW, or engine ddp"),),
+        unless=CHOSEN,
         replaces=("use_8bit_adam", "use_came"),
     ),
     Lever(
@@ -324,6 +349,7 @@ LEVERS: tuple[Lever, ...] = (
         "those devices, and a fast link between them",
         "{gpus} devices, and a fast link between them",
         same_bits=False,
+        unless=CHOSEN,
         in_use=lambda _: False,
         changes=more_devices,
         label="more devices, with `engine: fsdp`",

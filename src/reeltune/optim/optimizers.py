@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -23,10 +24,14 @@ def build_optimizer(
     use_8bit_adam: bool = False,
     use_came: bool = False,
     use_adafactor: bool = False,
+    use_prodigy: bool = False,
+    use_muon: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW (fused where there is a GPU), 8-bit AdamW (bitsandbytes), CAME (pytorch_optimizer) or Adafactor (torch).
+    """AdamW (fused where there is a GPU), 8-bit AdamW (bitsandbytes), Adafactor (torch), or CAME, Prodigy or Muon
+    (pytorch_optimizer).
 
-    A group's "rate" multiplies the learning rate. Raises UserError for a missing package.
+    A group's "rate" multiplies the learning rate; Prodigy has the first group's for all. Raises UserError for a
+    missing package.
     """
     groups = [{**group, "lr": learning_rate * group["rate"]} for group in groups]
     if use_came:
@@ -39,6 +44,22 @@ def build_optimizer(
     if use_adafactor:
         # No first moment, and a decay of the second that only its step decides: https://arxiv.org/abs/1804.04235.
         return torch.optim.Adafactor(groups, lr=learning_rate, weight_decay=weight_decay)
+    if use_prodigy:
+        from pytorch_optimizer import Prodigy
+
+        # The first two are its authors' advice for diffusion models: https://github.com/konstmish/prodigy.
+        return Prodigy(
+            groups,
+            lr=learning_rate,
+            betas=betas,
+            eps=epsilon,
+            weight_decay=weight_decay,
+            bias_correction=True,
+            safeguard_warmup=True,
+            foreach=False,  # the same sums on every device
+        )
+    if use_muon:
+        return _muon(groups, betas=betas, epsilon=epsilon, weight_decay=weight_decay)
     if use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -51,6 +72,27 @@ def build_optimizer(
     return torch.optim.AdamW(
         groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused or None
     )
+
+
+def _muon(
+    groups: list[dict], *, betas: tuple[float, float], epsilon: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Muon for matrices, AdamW for all else, in the order given.
+
+    A step is scaled to the size of AdamW's, 0.2 in the mean square, by 0.2 * sqrt(larger side), so that AdamW's rate
+    and decay are right for it (https://arxiv.org/abs/2502.16982, section 2.2). The momentum, 0.95, is its author's
+    (https://kellerjordan.github.io/posts/muon).
+    """
+    from pytorch_optimizer import Muon
+
+    alike = [
+        {**group, "params": list(part), "use_muon": is_matrix, "weight_decay": weight_decay}
+        | ({} if is_matrix else {"betas": betas, "eps": epsilon})
+        for group in groups
+        for is_matrix, part in groupby(group["params"], lambda parameter: parameter.ndim == 2)
+    ]
+    # One matrix at a time: a batch of them has other bits than its parts, which step in backward and rounding step.
+    return Muon(alike, momentum=0.95, use_adjusted_lr=True, foreach=False)
 
 
 def rate_curve(
@@ -142,7 +184,11 @@ class StochasticRounding:
         self.steps = 0
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self.stand_ins = [nn.Parameter(p.detach().new_empty(0, dtype=torch.float32)) for p in self.parameters]
+        empty = ((0,) * parameter.ndim for parameter in self.parameters)  # an optimizer may go by their dimensions
+        self.stand_ins = [
+            nn.Parameter(parameter.detach().new_empty(shape, dtype=torch.float32))
+            for parameter, shape in zip(self.parameters, empty, strict=True)
+        ]
         self.optimizer = build([{**group, "params": self._standing_in(group["params"])} for group in groups])
 
     def step(self) -> None:

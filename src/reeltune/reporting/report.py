@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from reeltune.config.parse import settings
 from reeltune.core.files import whole_file
-from reeltune.core.reading import as_user_error, json_value, read_table, read_yaml
+from reeltune.core.reading import WHOLE, Kind, as_user_error, json_value, read_table, read_yaml, require_fields
 from reeltune.reporting import charts
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
@@ -61,11 +61,17 @@ def write(output_dir: Path) -> Path:
         page = template.render(
             **of_metrics,
             name=run.resolve().name,
+<<<<<<< HEAD
             run=_json(run / "run.json"),
+=======
+            run=_json(run / "run.json", OF_RUN),
+            verdict=verdict(metrics),
+            numbers=headline(metrics, agreement),
+>>>>>>> main
             previews=previews,
             agreement=agreement,
             first_batch=first_batch(run, album),
-            ledger=_json(run / "ledger.json"),
+            ledger=_json(run / "ledger.json", OF_LEDGER),
             problem_rows=PROBLEM_ROWS,
             recipe=recipe_rows(run / "recipe.yaml"),
             notices=metrics.notices,
@@ -309,8 +315,24 @@ def environment() -> jinja2.Environment:
     return environment
 
 
-def _json(path: Path) -> dict:
-    return read_table(path, "restore it from a copy, or delete it") if path.exists() else {}
+RESTORE = "restore it from a copy, or delete it"
+OF_RUN = {"trainable": WHOLE, "parameters": WHOLE}  # what is shown of run.json, once a run has begun
+PLACES = ("used", "not_reached", "held_out", "left_out")
+OF_LEDGER = {
+    **dict.fromkeys(("entries", *PLACES, "samples", "samples_repeated", "most_used"), WHOLE),
+    "problems": Kind(lambda value: isinstance(value, dict), "a table").many(),
+}
+
+
+def _json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
+    """kinds: of the fields that are shown, all or none."""
+    table = read_table(path, RESTORE) if path.exists() else {}
+    if kinds is None:
+        return table
+    if not table.keys() & kinds.keys():
+        return {}
+    require_fields(table, kinds, path, RESTORE)
+    return table
 
 
 def _short(value: object) -> str:

@@ -17,7 +17,7 @@ from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
-from reeltune.core.reading import few, read_table
+from reeltune.core.reading import TEXT, few, read_table, require_fields
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
 ORDERING = (
@@ -30,6 +30,7 @@ ORDERING = (
     "cache_variants",
     "context_parallel",
 )
+RESTORE = "restore it from a copy"
 LIBRARIES = ("reeltune", "torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 
 
@@ -58,10 +59,20 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
         )
 
 
-def refuse_other_model(resumed_from: Path, facts: dict[str, str]) -> None:
-    """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say."""
+def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: bool) -> None:
+    """Raises UserError if the checkpoint is of a run of another family or mode than `facts` say, or if not the same
+    learnt there: the network, or adapters."""
+    if checkpoint.is_adapter(resumed_from) and not adapters:
+        raise UserError("resume", f"{resumed_from} keeps adapters, and rank is 0; restore rank")
+    if adapters and not checkpoint.is_adapter(resumed_from):
+        raise UserError(
+            "resume",
+            f"{resumed_from} keeps the whole network, and rank asks for adapters; leave rank out, or train adapters "
+            f"on it: transformer_path {resumed_from} and another output_dir",
+        )
     about = resumed_from.parent / "run.json"
-    before = read_table(about, "restore it from a copy") if about.is_file() else {}
+    before = read_table(about, RESTORE) if about.is_file() else {}
+    require_fields(before, {name: TEXT for name in facts if name in before}, about, RESTORE)
     refuse(
         f"resume from {resumed_from}: the run is another model's; give another output_dir",
         [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune import families
 from reeltune.config.recipe import Loss, Model, Recipe
@@ -15,6 +19,8 @@ from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
 from reeltune.families.spec import Family, Parts, check_mode
+from reeltune.run.loading_memory import WORDS, told_when_full
+from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
 
 LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
@@ -97,6 +103,13 @@ def encode_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def network_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the network's weights: of what learns, or beneath adapters the type it computes in."""
+    if recipe.adapter.rank:
+        return DTYPES[recipe.training.mixed_precision]
+    return torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
+
+
 def load_parts(
     recipe: Recipe,
     family: Family,
@@ -108,17 +121,19 @@ def load_parts(
     start_on: torch.device | None = None,
     fake: AbstractContextManager | None = None,
 ) -> Parts:
-    """The networks: the trained one as trained_weights says, the frozen ones in the run's precision.
+    """The networks: the trained one as trained_weights says, the frozen ones as encoder_weights does.
 
     transformer: the folder to take the trained network from when a run is resumed. Without `encoders` the frozen ones
     are read when they are needed; without `network` the trained one's weights are not read. start_on: where all
     networks are to be at first, if not on the device. fake: torch's FakeTensorMode, to read no weights at all.
     """
-    parts = family.load(
+    place = device if start_on is None else start_on
+    load = partial(
+        family.load,
         recipe.model.pretrained_model_name_or_path,
-        dtype=torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16,
-        frozen_dtype=DTYPES[recipe.training.mixed_precision],
-        device=device if start_on is None else start_on,
+        dtype=network_dtype(recipe),
+        frozen_dtype=encoder_dtype(recipe),
+        device=place,
         low_vram=recipe.training.low_vram,
         encoders=encoders,
         network=network,
@@ -126,6 +141,25 @@ def load_parts(
         vae_tiling=recipe.memory.vae_tiling,
         transformer_path=transformer or recipe.model.transformer_path,
         fake=fake,
+        base_weights=recipe.adapter.base_weights,
     )
+    if fake is not None:
+        parts = load()
+    else:
+        full = partial(told_when_full, recipe, place, partial(outlines, recipe, family, transformer), network=network)
+        with full("networks are loaded", encoders=encoders):
+            parts = load()
+        for name, read in parts.loaders.items():
+            parts.loaders[name] = partial(_read_within, full, name, read)
     parts.device = device
     return parts
+
+
+def outlines(recipe: Recipe, family: Family, transformer: Path | None = None) -> Parts:
+    """The same networks without their weights' values."""
+    return load_parts(recipe, family, torch.device("cpu"), transformer, encoders=False, fake=FakeTensorMode())
+
+
+def _read_within(full: Callable[..., AbstractContextManager], name: str, read: Callable[[], nn.Module]) -> nn.Module:
+    with full(f"the {WORDS.get(name, name)} is loaded"):
+        return read()

@@ -74,8 +74,7 @@ def prompt_requests(
     plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
     reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
     make = read_one if guide == "control" else from_picture
-    for line in cut_captions(family, ((f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts))):
-        notice(line)
+    notice_cut(family, [(f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts)])
     requests = []
     for i, record in enumerate(records):
         batch = partial(make, reader, fixed_draw(record, i, rules))
@@ -101,6 +100,12 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
         seen = measure(path, "image")
         return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width)
     return Record(entry, "", prompt, "video", frames, fps, side, side)
+
+
+def notice_cut(family: Family, captions: Sequence[tuple[str, str]]) -> None:
+    """Says which captions, (name, text), are longer than an encoder reads."""
+    for line in cut_captions(family, captions):
+        notice(line)
 
 
 def notice_short(record: Record, rules: SizeRules) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reeltune.config.recipe import Recipe
-from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.types import Batch, Described, Encoded
 from reeltune.data.loader import joined
@@ -22,12 +20,8 @@ from reeltune.data.media import write_clip
 from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
-from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
-from reeltune.run.model import choose_family, encode_options
-from reeltune.run.sizes import size_rules
-from reeltune.sampling.prompts import Request, prompt_requests
-from reeltune.sampling.trained import load_trained
+from reeltune.sampling.prompts import Request
 
 CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each
 
@@ -52,11 +46,30 @@ class Setup:
         return encoded
 
     def _encode_one(self, batch: Batch) -> Encoded:
-        described = None
-        if not self.family.caption_sees_picture:
-            known = self._describe(batch.text[0])
-            described = Described({name: value.to(self.parts.device) for name, value in known.items()})
+        described = self._described(batch.text, batch.pixels_BFCHW)
         return self.family.encode(self.parts, batch, self.mode, options=self.options, described=described)
+
+    def guided_away(self, batch: Batch, negative_prompt: str) -> Cond:
+        """What the caption's conditions are in guidance's blind pass over a batch of one; {}: those of a blank caption.
+
+        The negative prompt goes the way of every caption; https://arxiv.org/abs/2207.12598, with another condition in
+        place of none.
+        """
+        if not negative_prompt:
+            return {}
+        seen_BFCHW = (
+            batch.to(self.parts.device).pixels_BFCHW if self.family.caption_sees_picture else batch.pixels_BFCHW
+        )
+        cond = self._described([negative_prompt], seen_BFCHW).cond
+        return {name: cond[name] for name in self.family.caption}
+
+    def _described(self, captions: list[str], pixels_BFCHW: Tensor) -> Described:
+        """Of one caption and its clip, whose first frame an encoder that sees pictures is shown."""
+        if self.family.caption_sees_picture:
+            with torch.no_grad():
+                return self.family.describe(self.parts, captions, pixels_BFCHW[:, 0])
+        known = self._describe(captions[0])
+        return Described({name: value.to(self.parts.device) for name, value in known.items()})
 
     @cached_property
     def _describe(self) -> Callable[[str], dict[str, Tensor]]:
@@ -95,13 +108,14 @@ def make_clip(
     *,
     steps: int,
     guidance_scale: float,
+    negative_prompt: str = "",
     write: bool = True,
-    weights: Mapping[str, str] | None = None,
-) -> None:
+    shown: Mapping[str, Any] | None = None,
+) -> Tensor | None:
     """Writes one clip, and its prompt, seed and settings into a .json of the same name; without `write` neither.
 
-    weights: path and digest, into the .json too; previews lie beside the run whose weights they show.
-    Raises CannotWriteError.
+    shown: which weights and adapters it shows, into the .json too; previews lie beside the run whose they are.
+    Returns what was written, uint8_BFCHW on the CPU. Raises CannotWriteError.
     """
     scheduler = denoise.sampler(setup.objective)
     with at_rest(net):
@@ -112,7 +126,7 @@ def make_clip(
             net,
             setup.objective,
             cond,
-            setup.parts.null | encoded.null,
+            setup.parts.null | encoded.null | setup.guided_away(batch, negative_prompt),
             x0.shape,
             scheduler=scheduler,
             seeds=[request.seed],
@@ -124,11 +138,13 @@ def make_clip(
         if setup.family.finish is not None:
             x0 = setup.family.finish(x0, cond)
         if not write:
-            return
-        pixels_BFCHW = setup.family.decode(setup.parts, x0)
-    write_pixels(path, ((pixels_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), request.fps)
+            return None
+        decoded_BFCHW = setup.family.decode(setup.parts, x0)
+    pixels_BFCHW = ((decoded_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    write_pixels(path, pixels_BFCHW, request.fps)
     settings = {
         "prompt": request.prompt,
+        "negative_prompt": negative_prompt,
         "seed": request.seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -137,32 +153,12 @@ def make_clip(
         "fps": request.fps,
         "control": request.control,
         "entry": request.entry,
-        **({} if weights is None else {"weights": dict(weights)}),
+        **(shown or {}),
     }
     with whole_file(path.with_suffix(".json")) as file:
         file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return pixels_BFCHW
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
     write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
-
-
-def sample_clips(recipe: Recipe) -> list[Path]:
-    """`reeltune sample`: a clip for each of validation_prompts into output_dir/samples, beside those that are there, by
-    the weights of resume_from_checkpoint, or the recipe's."""
-    validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
-    if not validation.validation_prompts:
-        raise UserError("validation_prompts", "is empty, so there is nothing to make; give a prompt or more")
-    family, mode, objective = choose_family(recipe)
-    prompts, paths, seed = validation.validation_prompts, validation.validation_paths, recipe.training.seed
-    requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
-    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
-    parts, weights = load_trained(recipe, family, engine.device)
-    setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(recipe))
-    first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
-    made = [folder / f"{first + i}.mp4" for i in range(len(requests))]
-    for path, request in zip(made, requests, strict=True):
-        steps, scale = validation.preview_steps, validation.guidance_scale
-        batch = request.batch()
-        make_clip(setup, parts.net, request, batch, path, steps=steps, guidance_scale=scale, weights=weights)
-    return made

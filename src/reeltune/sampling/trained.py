@@ -2,50 +2,88 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
+from reeltune.adapters.apply import applied, merge
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.families.spec import Family, Parts
 from reeltune.optim.trainable import released_names
+from reeltune.run.adapters import Given, digest, of_checkpoint, read_all
 from reeltune.run.model import load_parts
 
 
-def load_trained(recipe: Recipe, family: Family, device: torch.device) -> tuple[Parts, dict[str, str]]:
-    """(the networks, path and SHA-256 of the trained one's weights). A checkpoint of any engine will do.
+@dataclass
+class Trained:
+    """The networks as they are loaded, and adapters beside them."""
 
-    Raises UserError if resume_from_checkpoint names none, one that is damaged, or other weights than transformer_path.
+    parts: Parts
+    names: dict[str, str]  # of the trained one's parameters, ours -> released
+    weights: dict[str, str]  # path and SHA-256 of its weights, without adapters
+    adapters: list[Given] = field(default_factory=list)
+
+    def told(self, factor: float = 1.0) -> dict[str, Any]:
+        """Of a clip's .json."""
+        adapters = [one.times(factor).told for one in self.adapters]
+        return {"weights": self.weights, **({"adapters": adapters} if adapters else {})}
+
+    @contextmanager
+    def at(self, factor: float, *, keep: bool) -> Iterator[None]:
+        """Adapters in the network's weights, each at its strength times the factor.
+
+        keep: take them out again afterwards, which takes memory for the weights that they change.
+        """
+        strengths = [(one.adapter, one.strength * factor) for one in self.adapters]
+        if keep:
+            with applied(self.parts.net, self.names, strengths):
+                yield
+        else:
+            merge(self.parts.net, self.names, strengths)
+            yield
+
+
+def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters: Sequence[str] = ()) -> Trained:
+    """adapters: FILE:strength each, beside that of a checkpoint which keeps one. Where neither is, the recipe's
+    adapter_path counts. A checkpoint of any engine will do.
+
+    Raises UserError if resume_from_checkpoint names none, one that is damaged, or other weights than transformer_path,
+    and for adapters that cannot be read or are of another network.
     """
-    model, wanted = recipe.model, recipe.output.resume_from_checkpoint
-    chosen = checkpoint.find(Path(recipe.output.output_dir), wanted)
+    chosen = _checkpoint(recipe)
+    of_run = [] if chosen is None or not checkpoint.is_adapter(chosen) else [of_checkpoint(chosen)]
+    whole = None if of_run else chosen
+    source = None if whole is None or checkpoint.is_shared(whole) else whole / "transformer"
+    parts = load_parts(recipe, family, device, source)
+    names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
+    if whole is not None and checkpoint.is_shared(whole):
+        Shared(whole).fill_network(parts.net, names)
+    path = whole or recipe.model.transformer_path or recipe.model.pretrained_model_name_or_path
+    weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
+    texts = list(adapters)
+    if recipe.adapter.adapter_path is not None and not (adapters or chosen):
+        texts = [recipe.adapter.adapter_path]
+    shapes = {names[name]: weight.shape for name, weight in parts.net.named_parameters()}
+    return Trained(parts, names, weights, [*of_run, *read_all(texts, shapes)])
+
+
+def _checkpoint(recipe: Recipe) -> Path | None:
+    """That of resume_from_checkpoint."""
+    wanted, where, other = recipe.output.resume_from_checkpoint, recipe.output.output_dir, recipe.model.transformer_path
+    chosen = checkpoint.find(Path(where), wanted)
     if wanted is not None and chosen is None:
-        where = recipe.output.output_dir
         raise UserError("sample", f"resume_from_checkpoint is {wanted}, and {where} has no checkpoint")
-    if chosen is None:
-        parts, path = load_parts(recipe, family, device), model.transformer_path or model.pretrained_model_name_or_path
-        return parts, {"path": str(path), "sha256": digest(parts.net)}
-    if model.transformer_path is not None:
-        both = f"transformer_path is {model.transformer_path} and resume_from_checkpoint is {wanted}"
+    if chosen is None or checkpoint.is_adapter(chosen):
+        return chosen
+    if other is not None:
+        both = f"transformer_path is {other} and resume_from_checkpoint is {wanted}"
         raise UserError("sample", f"{both}, which are two answers to whose weights are meant; leave one out")
     checkpoint.verify(chosen, under=checkpoint.WEIGHTS)
-    is_shared = checkpoint.is_shared(chosen)
-    parts = load_parts(recipe, family, device, None if is_shared else chosen / "transformer")
-    if is_shared:
-        names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
-        Shared(chosen).fill_network(parts.net, names)
-    return parts, {"path": str(chosen), "sha256": digest(parts.net)}
-
-
-def digest(net: nn.Module) -> str:
-    """Of names, types, shapes and bytes of all parameters, whatever files they came from: 1.4 GB/s."""
-    total = hashlib.sha256()
-    for name, weight in sorted(net.named_parameters()):
-        total.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return chosen

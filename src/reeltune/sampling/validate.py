@@ -21,13 +21,13 @@ from torch import nn
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
-from reeltune.core.reading import as_user_error, read_table
+from reeltune.core.reading import NUMBER, TEXT, WHOLE, read_table, require_fields
 from reeltune.core.types import Batch, Draw
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
-from reeltune.sampling.prompts import Request, played, prompt_requests, read_one
+from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
 
 REMEDY = "delete it, to compare with the weights of now"
@@ -109,6 +109,8 @@ class HeldOut:
                 file.write(json.dumps({"step": step, **measured_on, "losses": losses.tolist()}, indent=1) + "\n")
             return step, losses
         kept = read_table(path, REMEDY)
+        clips, levels = losses.shape
+        require_fields(kept, {"step": WHOLE, "clips": TEXT.many(), "levels": NUMBER.many()}, path, REMEDY)
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
@@ -116,8 +118,8 @@ class HeldOut:
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        with as_user_error(path, "is damaged", REMEDY):
-            return int(kept["step"]), np.array(kept["losses"], dtype=np.float64).reshape(losses.shape)
+        require_fields(kept, {"losses": NUMBER.many(levels).many(clips)}, path, REMEDY)
+        return kept["step"], np.array(kept["losses"], dtype=np.float64)
 
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)
@@ -148,6 +150,7 @@ class Previews:
     requests: list[Request]
     preview_steps: int
     guidance_scale: float
+    negative_prompt: str = ""
 
     def make(self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True) -> None:
         """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
@@ -155,8 +158,17 @@ class Previews:
         for i, request in enumerate(self.requests):
             batch = request.batch()
             path = folder / f"step-{step}" / f"{i}.mp4"
-            settings = {"steps": self.preview_steps, "guidance_scale": self.guidance_scale}
-            make_clip(self.setup, net, request, batch, path, write=write, **settings)
+            make_clip(
+                self.setup,
+                net,
+                request,
+                batch,
+                path,
+                steps=self.preview_steps,
+                guidance_scale=self.guidance_scale,
+                negative_prompt=self.negative_prompt,
+                write=write,
+            )
             if not write:
                 continue
             if batch.control_BFCHW is not None:
@@ -199,7 +211,9 @@ class Validation:
             requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
         else:
             requests = held_out_requests(reader, rules, count=validation.preview_count, seed=seed)
-        previews = Previews(setup, requests, validation.preview_steps, validation.guidance_scale)
+        notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
+        guidance = validation.guidance_scale, validation.negative_prompt
+        previews = Previews(setup, requests, validation.preview_steps, *guidance)
         return cls(held_out, previews, output_dir)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:

@@ -80,6 +80,7 @@ class Duties:
         self.saving.step = step  # step 0 needs no checkpoint, the resumed one has it
         for notice in run.notices:
             self.log.warn(notice)
+        self.log.notice(run.learner.network.summary)
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
         elif run.recipe.output.resume_from_checkpoint is not None:

@@ -98,30 +98,32 @@ class Learner:
         return math.inf if most is None else most
 
     def weights(self) -> dict[str, Tensor]:
-        """Of the whole network, by our names, as they train on."""
-        return self.plain.state_dict()
+        """What a checkpoint keeps, by our names, as it trains on."""
+        return self.network.weights()
 
     def write_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, folder: Path) -> None:
-        """transformer/ and, if there is an average, transformer_ema/, both in the released form."""
-        self.network.family.save(folder / "transformer", weights, self.network.config)
+        """transformer/ (or adapter/) and, if there is an average, transformer_ema/, both in the released form."""
+        self.network.write(folder / self.network.folder, weights)
         if average is not None:
-            self.network.family.save(folder / "transformer_ema", {**weights, **average}, self.network.config)
+            self.network.write(folder / f"{self.network.folder}_ema", {**weights, **average})
 
     def pieces(self) -> Iterator[Piece]:
         """What this process keeps of weights, optimizer state and average, views of them all."""
-        yield from self.trainer.pieces(self.names)
+        yield from self.trainer.pieces(self.network.kept)
         for name, average in ({} if self.average is None else self.average.weights).items():
             yield piece(f"average/{self.names[name]}", average, self.engine.rank, self.engine.world)
 
     def scalars(self) -> dict[str, dict[str, float]]:
         """Released name -> what its optimizer state has that is one number."""
-        return self.trainer.scalars(self.names)
+        return self.trainer.scalars(self.network.kept)
 
     def write_outline(self, folder: Path, scalars: dict[str, dict[str, float]]) -> None:
-        """What the pieces do not say: the network's config.json, shapes, and numbers of the optimizer's state."""
-        state = {name: torch.empty(shape, device="meta") for name, shape in self.network.shapes.items()}
-        self.network.family.save(folder / "transformer", state, self.network.config)
-        shapes = {self.names[name]: shape for name, shape in self.network.shapes.items()}
+        """What the pieces do not say: a config.json, shapes, and numbers of the optimizer's state."""
+        kept, shapes = self.network.kept, self.network.shapes
+        self.network.write(
+            folder / self.network.folder, {name: torch.empty(shapes[name], device="meta") for name in kept}
+        )
+        shapes = {released: shapes[name] for name, released in kept.items()}
         Shared.write_outline(folder, shapes, scalars)
 
     def state(self) -> dict:
@@ -171,10 +173,7 @@ def learner_of(
     resumed_from: Path | None = None,
 ) -> Learner:
     """What learns in a run of this recipe; `load_state` then reads what goes with the weights of `resumed_from`."""
-    checkpointing, memory = recipe.training.gradient_checkpointing, recipe.memory
-    network = prepare_network(
-        family, parts, engine, recipe.model, memory, gradient_checkpointing=checkpointing, resumed_from=resumed_from
-    )
+    network = prepare_network(family, parts, engine, recipe, resumed_from=resumed_from)
     rounding_seed = recipe.training.seed if recipe.model.trained_weights == "bf16_stochastic" else None
     optimizer = optimizer_of(network.groups, recipe.optimization, rounding_seed=rounding_seed)
     return Learner(
@@ -182,7 +181,7 @@ def learner_of(
         optimizer,
         engine,
         recipe.optimization,
-        step_in_backward=memory.step_in_backward,
+        step_in_backward=recipe.memory.step_in_backward,
         batch=batch,
         accumulate=accumulate,
     )
@@ -199,5 +198,7 @@ def optimizer_of(groups: list[dict[str, Any]], optimization: Optimization, *, ro
         use_8bit_adam=optimization.use_8bit_adam,
         use_came=optimization.use_came,
         use_adafactor=optimization.use_adafactor,
+        use_prodigy=optimization.use_prodigy,
+        use_muon=optimization.use_muon,
     )
     return build(groups) if rounding_seed is None else StochasticRounding(groups, build, rounding_seed)

@@ -24,8 +24,10 @@ from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.precision import slow_bf16
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
+from reeltune.training.dropout import seeded_dropout
 from reeltune.training.duties import Duties, Step, is_due
 from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
@@ -70,7 +72,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode}
     if resumed_from is not None:
-        refuse_other_model(resumed_from, facts)
+        refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += changes_since(resumed_from, recipe)
     if engine.main:
         checkpoint.sweep(out)
@@ -81,9 +83,9 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
-    cache = open_cache(recipe, family, mode, inputs)
+    cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    transformer = None if resumed_from is None or checkpoint.is_shared(resumed_from) else resumed_from / "transformer"
+    transformer = None if resumed_from is None else checkpoint.transformer_of(resumed_from)
     parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
     pixel_reader = None if cache is None else inputs.reader
     if cache is not None:
@@ -97,7 +99,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
-    slow = rate_notices(recipe.optimization, total_steps)
+    slow = [*slow_bf16(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
@@ -119,7 +121,14 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        notices=[*notices, *engine.parallelism.notices, *inputs.scan.notices, *slow, *changes],
+        notices=[
+            *notices,
+            *engine.parallelism.notices,
+            *inputs.scan.notices,
+            *slow,
+            *changes,
+            *learner.network.notices,
+        ],
     )
 
 
@@ -127,7 +136,8 @@ def loop(run: Run) -> int:
     """Steps, until all are done or a signal ends the run. Returns train's exit code."""
     recipe, engine, progress, learner = run.recipe, run.engine, run.progress, run.learner
     prefetcher, meter, stage, passes = run.prefetcher, run.meter, run.meter.stage, run.passes
-    with Interrupt() as interrupt, run.log, Duties(run) as duties, prefetcher:
+    ends = "ends after this step, with a checkpoint" if engine.main else ""
+    with Interrupt(ends) as interrupt, run.log, Duties(run) as duties, prefetcher:
         duties.begin()
         while progress.step < run.total_steps and not engine.any(interrupt.code > 0 or duties.saving.has_failed()):
             meter.begin(progress.step)
@@ -140,7 +150,8 @@ def loop(run: Run) -> int:
                 prefetcher.begin_next()
                 shape = batch.draws[0].shape
                 with stage("forward"):
-                    with meter.flops(shape):
+                    where = recipe.training.seed, progress.step, micro_step, engine.rank
+                    with meter.flops(shape), seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
                         loss = training_loss(run.setup, learner.net, encoded, batch.draws, recipe.loss)
                     learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)

@@ -13,12 +13,16 @@ from reeltune.memory import levers
 from reeltune.memory.lever import ALL, TRAINED
 from reeltune.training.prefetch import encodes_ahead
 
-GREW = {  # what a process was doing (watchdog.Doing) -> (the same in words, what that makes anew)
+GREW = {  # what a process was doing (watchdog.Doing; "step in backward") -> (the same in words, what that makes anew)
     "start": ("the start", "what is loaded"),
     "data": ("reading data", "the batch"),
     "encode": ("encoding", "what the VAE and the encoders are working on"),
     "forward": ("the forward and backward pass", "activations and gradients"),
     "step": ("the optimizer's step", "the optimizer's state, which its first step makes"),
+    "step in backward": (
+        "the backward pass, with the optimizer's step in it,",
+        "activations, gradients and optimizer state",
+    ),
     "validate": ("the held-out loss and previews", "what previews and the held-out loss are working on"),
     "save": ("saving", "copies of what is saved"),
     "end": ("the end", "what is gathered of all processes"),
@@ -27,6 +31,7 @@ PHASES = {  # the same -> phases of a step, one of which must take less; all of 
     "encode": {"encode"},
     "forward": TRAINED,
     "step": {"step"},
+    "step in backward": TRAINED | {"step"},
     "validate": {"preview"},
 }
 
@@ -35,6 +40,7 @@ def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
     """doing: one of watchdog.Doing. held_bytes: part -> bytes that the learner holds now."""
+    doing = named(doing, recipe)
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     parts = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
@@ -47,8 +53,13 @@ def explained(
     )
 
 
+def named(doing: str, recipe: Recipe) -> str:
+    """One of watchdog.Doing -> one of GREW: with step_in_backward a step is a backward pass too."""
+    return "step in backward" if doing == "step" and recipe.memory.step_in_backward else doing
+
+
 def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
-    """What this recipe has not done yet, the cheapest first."""
+    """doing: one of GREW. What this recipe has not done yet and may, the cheapest first."""
     ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
     values = {**flat(recipe), "encodes_ahead": ahead}
     words = (

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from reeltune.checkpoint import folder as checkpoint
-from reeltune.checkpoint.state import Shared
-from reeltune.config.recipe import Memory, Model
+from reeltune.adapters import saved
+from reeltune.adapters.layers import groups as adapter_groups
+from reeltune.checkpoint.folder import ADAPTER
+from reeltune.config.recipe import Memory, Recipe
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
+from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,53 @@ class TrainedNetwork:
     shapes: dict[str, list[int]]  # by our names, of whole parameters
     groups: list[dict[str, Any]]  # for the optimizer: "params" that learn, and their "rate" over the learning rate
     swapped: list[nn.Module]  # blocks that wait in the CPU's memory
+    adapter: TrainedAdapter | None = None  # what learns in place of the network's own weights
 
     @property
     def learning(self) -> list[nn.Parameter]:
         """What learns, in the optimizer's order."""
         return [parameter for group in self.groups for parameter in group["params"]]
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """Of the names those whose weights a checkpoint keeps: all, or with an adapter what learns."""
+        if self.adapter is None:
+            return self.names
+        return {name: self.names[name] for name, weight in self.plain.named_parameters() if weight.requires_grad}
+
+    @property
+    def folder(self) -> str:
+        """Of a checkpoint's, where they lie."""
+        return "transformer" if self.adapter is None else ADAPTER
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by our names, as it trains on."""
+        state = self.plain.state_dict()
+        return state if self.adapter is None else {name: state[name] for name in self.kept}
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """In the released form. weights: by our names; of meta tensors what is beside them is written alone."""
+        if self.adapter is None:
+            self.family.save(folder, weights, self.config)
+            return
+        released = {self.kept[name]: weight for name, weight in weights.items()}
+        saved.write(folder, released, self.adapter.alphas, self.adapter.about)
+
+    @property
+    def notices(self) -> list[str]:
+        return [] if self.adapter is None else self.adapter.notices
+
+    @property
+    def summary(self) -> str:
+        """What learns, in a line."""
+        counts, layers = self.counts, 0 if self.adapter is None else len(self.adapter.alphas)
+        what = "the network" if self.adapter is None else f"adapters of {layers} layers"
+        share = counts["trainable"] / counts["parameters"]
+        kept_bytes = sum(weight.nbytes for weight in self.learning)
+        return (
+            f"{what}: {counts['trainable']:,} of {counts['parameters']:,} parameters learn ({share:.2%}), "
+            f"{kept_bytes / 2**20:,.1f} MiB here"
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -49,10 +95,8 @@ def prepare_network(
     family: Family,
     parts: Parts,
     engine: Engine,
-    model: Model,
-    memory: Memory,
+    recipe: Recipe,
     *,
-    gradient_checkpointing: bool,
     resumed_from: Path | None = None,
 ) -> TrainedNetwork:
     """Of `parts.net`, which is changed in place.
@@ -61,19 +105,25 @@ def prepare_network(
     the weights are in the network already. Raises UserError for patterns that match nothing, and for ways of sparing
     memory that several processes have not.
     """
-    net = parts.net
+    net, model, wanted = parts.net, recipe.model, recipe.adapter
     names = released_names(net, lambda state: family.to_released(state, parts.config))
+    adapter = None
+    if wanted.rank:
+        names, adapter = put_adapters(net, names, family, recipe, resumed=resumed_from is not None)
+        learners = partial(adapter_groups, names=names, whole=wanted.train_whole, ratio=wanted.lora_plus_ratio)
+    else:
+        patterns = model.trainable_modules, model.trainable_modules_low_learning_rate
+        learners = partial(select, names=names, patterns=patterns[0], low_rate_patterns=patterns[1])
+    learners(net)
     shapes = {name: list(weight.shape) for name, weight in net.named_parameters()}
-    if resumed_from is not None and checkpoint.is_shared(resumed_from):
-        Shared(resumed_from).fill_network(net, names)
+    if resumed_from is not None:
+        read_kept(net, names, adapter, resumed_from)
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
-    patterns = model.trainable_modules, model.trainable_modules_low_learning_rate
-    select(net, names, *patterns)
-    swapped = _spare_memory(net, family.blocks, engine, memory, gradient_checkpointing)
+    swapped = _spare_memory(net, family.blocks, engine, recipe.memory, recipe.training.gradient_checkpointing)
     plain = engine.shard(net, family.blocks, swapped=swapped)
-    groups = select(plain, names, *patterns)  # again: sharded parameters are others
-    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped)
+    groups = learners(plain)  # again: sharded parameters are others
+    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, adapter)
 
 
 def _spare_memory(

@@ -35,7 +35,14 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 def read(folder: Path, family: Family, how: Loading) -> Parts:
     place = folder / "transformer"
     net = weights.load_component(
-        CogVideoXFun, place, how.dtype, how.device, replacement=how.transformer_path, correct=corrected, fake=how.fake
+        CogVideoXFun,
+        place,
+        how.dtype,
+        how.device,
+        replacement=how.transformer_path,
+        correct=corrected,
+        fake=how.fake,
+        quantisation=how.quantisation,
     )
     parts = Parts(net, config=configs.read_config(place))
     parts.loaders["vae"] = partial(

@@ -51,6 +51,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         replacement=how.transformer_path,
         names=partial(from_released, config=config),
         fake=how.fake,
+        quantisation=how.quantisation,
     )
     parts = Parts(corrected(net), config=config)
     parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype, how.fake)

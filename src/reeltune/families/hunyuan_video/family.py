@@ -65,6 +65,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         how.device,
         replacement=how.transformer_path,
         fake=how.fake,
+        quantisation=how.quantisation,
     )
     config = configs.read_config(folder / "transformer")
     parts = Parts(net, config=config)

@@ -59,7 +59,7 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     if how.transformer_path is not None:
         source = weights.saved_transformer(how.transformer_path)
         weights.fit(net, from_released(weights.read(source, how.fake), {}), str(source))
-    return Parts(net.to(how.device, how.dtype))
+    return Parts(weights.fit(net, net.state_dict(), str(folder), how.dtype, how.device, how.quantisation))
 
 
 def embed(text: list[str]) -> Tensor:

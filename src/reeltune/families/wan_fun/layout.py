@@ -119,7 +119,7 @@ def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[
     state = keys.from_released(given)
     if given.keys() != state.keys():  # bad keys are told by the names that the file has
         refuse(str(source), list(weights.misfits(keys.to_released(net.state_dict()), given)))
-    weights.fit(net, state, str(source), how.dtype, how.device)
+    weights.fit(net, state, str(source), how.dtype, how.device, how.quantisation)
     return net, config
 
 

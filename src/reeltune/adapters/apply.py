@@ -1,0 +1,121 @@
+"""Adapters put into a network's weights: one or several, each at its strength.
+
+Every adapter's change is that of the base's weight, and changes add up, so that none depends on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from reeltune.adapters.adapter import Adapter, LowRank
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import few
+
+Strengths = Sequence[tuple[Adapter, float]]  # 1: as it was trained; 0: not at all
+PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # types of weights that can be changed
+
+
+def touched(adapter: Adapter) -> set[str]:
+    """Released names of the parameters that it changes."""
+    return {f"{layer}.weight" for layer in adapter.layers} | adapter.whole.keys() | adapter.changes.keys()
+
+
+def check(adapter: Adapter, shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """shapes: of the network's parameters, by released name.
+
+    Raises UserError that names what of the adapter the network lacks, or has in another shape.
+    """
+    found = {f"{layer}.weight": _shapes(low_rank) for layer, low_rank in adapter.layers.items()}
+    found |= {name: [tuple(tensor.shape)] for kind in (adapter.whole, adapter.changes) for name, tensor in kind.items()}
+    missing = [f"{name} is not in the network" for name in sorted(found) if name not in shapes]
+    misshapen = [
+        f"{name} is {_by(shape)} in it, and {_by(shapes[name])} in the network"
+        for name in sorted(found)
+        for shape in found[name]
+        if name in shapes and shape != tuple(shapes[name])
+    ]
+    problems = [*few(missing), *few(misshapen)]
+    if 2 * (len(missing) + len(misshapen)) > len(found):
+        problems.insert(0, "most of it does not fit: it was made for another model or size; give that model")
+    refuse(where, problems)
+
+
+def _shapes(low_rank: LowRank) -> list[tuple[int, ...]]:
+    """Of the weight that it changes, as each of its tensors has it."""
+    outputs, inputs = low_rank.B_OR.shape[0], low_rank.A_RI.shape[1]
+    magnitude_O = low_rank.magnitude_O
+    return [(outputs, inputs), *([] if magnitude_O is None else [(magnitude_O.numel(), inputs)])]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def merged(name: str, weight: Tensor, adapters: Strengths) -> Tensor:
+    """The weight of that released name with the adapters in it, in fp32; of strength 0 none is."""
+    base = weight.float()
+    new = base
+    for adapter, strength in adapters:
+        changed = _changed(name, base, adapter, strength) if strength else base
+        if changed is not base:
+            new = changed if new is base else changed + (new - base)
+    return new
+
+
+def _changed(name: str, base: Tensor, adapter: Adapter, strength: float) -> Tensor:
+    """`base` itself where the adapter does not change it."""
+    new = base
+    if name in adapter.whole:
+        new = torch.lerp(base, adapter.whole[name].to(base), strength)
+    if name in adapter.changes:
+        new = new + strength * adapter.changes[name].to(base)
+    layer = adapter.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    return new if layer is None else layer.changed(new, strength)
+
+
+@torch.no_grad()
+def merge(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> None:
+    """Puts them into the network's weights, in place: computed in fp32, rounded once to each weight's own type.
+
+    names: of its parameters, ours -> released. `check` is to be called before. Raises UserError for quantised weights.
+    """
+    chosen = _changing(net, names, adapters)
+    refuse_quantised(chosen)
+    for name, weight in chosen.items():
+        weight.copy_(merged(name, weight, adapters))
+
+
+@contextmanager
+def applied(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> Iterator[None]:
+    """Within, the network has them in its weights; afterwards its own bits again, which wait in the CPU's memory."""
+    chosen = _changing(net, names, adapters)
+    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in chosen.items()}
+    try:
+        merge(net, names, adapters)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in chosen.items():
+                weight.copy_(kept[name])
+
+
+def _changing(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> dict[str, nn.Parameter]:
+    """Released name -> the parameters that are changed."""
+    wanted = {name for adapter, strength in adapters if strength for name in touched(adapter)}
+    return {names[ours]: weight for ours, weight in net.named_parameters() if names[ours] in wanted}
+
+
+def refuse_quantised(weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError for weights of a type into which no change can be merged."""
+    coarse = {str(weight.dtype).removeprefix("torch.") for weight in weights.values() if weight.dtype not in PLAIN}
+    if coarse:
+        kept = " and ".join(sorted(coarse))
+        raise UserError(
+            "adapters",
+            f"the network's weights are kept as {kept}, which has no room for a change; merge into the model in bf16, "
+            "fp16 or fp32: leave base_weights out",
+        )

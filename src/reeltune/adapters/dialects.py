@@ -1,0 +1,390 @@
+"""Adapters of any tool, read to the released names of a network: every tensor accounted for, or the file is refused.
+
+The change of a layer is alpha / rank * B @ A; a file without alpha means rank (what every loader takes it for).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from reeltune.adapters import fused
+from reeltune.adapters.adapter import Adapter, LowRank
+from reeltune.adapters.names import Form, Kind, Named, form_of, parse
+from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
+from reeltune.adapters.sizes import Sizes, solve
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import as_user_error, beginning, few, read_table
+from reeltune.families.tensor_files import header_of
+
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter/adapter_model.safetensors")
+CONFIG = "adapter_config.json"
+ONLY = "adapters are read from safetensors files, which hold no code"
+PEFT_IN_DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a file's metadata
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file is, beside its tensors."""
+
+    file: Path
+    form: Form
+    networks: tuple[Network, ...]
+    """Which it can be of: several where its names and sizes do not tell."""
+    width: int | None
+    alpha_from: str
+    """Where the scale was said: "the file", "adapter_config.json", "its metadata", "you"; "" is nowhere."""
+    stored: dict[str, Tensor]
+    """The file's own tensors, by their names there."""
+    metadata: dict[str, str]
+
+    @property
+    def network(self) -> Network:
+        return self.networks[0]
+
+    @property
+    def tool(self) -> str:
+        """Which wrote it, or whose form it is in."""
+        return "reeltune's own form" if {"family", "base_model", "rank"} <= self.metadata.keys() else self.form.tool
+
+    @property
+    def title(self) -> str:
+        return " or ".join(network.title_of(self.width) for network in self.networks)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file as it is, or what several processes keep of one."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """PEFT's of the adapter, where they are beside or in the file."""
+    settings_from: str = ""
+
+
+def read_adapter(
+    path: str | Path, base: Mapping[str, Tensor] | None = None, *, alpha: float | None = None, outline: bool = False
+) -> tuple[Adapter, Found]:
+    """The adapter in a safetensors file, a PEFT folder, or a checkpoint-N folder of ours, by released names.
+
+    base: the network's parameters by released name, meta tensors or not: what the adapter is for is then held to it.
+    alpha: for a file that says none. outline: A and B stay on the meta device; only headers and alphas are read.
+    Raises one UserError with everything that is wrong: another model's or family's layers, shapes, halves of pairs,
+    tensors of unknown use, an alpha that is 0 or no number, a rank over the layer's size, numbers that are not finite.
+    """
+    return adapter_of(stored_in(file_of(Path(path)), outline=outline), base, alpha=alpha)
+
+
+# ---- files
+
+
+def file_of(path: Path) -> Path:
+    """Raises UserError for a folder without one."""
+    if not path.is_dir():
+        return path
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    if (path.parent if path.name == "adapter" else path).joinpath("shares").is_dir():
+        remedy = f"`reeltune export {path} FILE --adapter --for comfyui` makes one file of them"
+        raise UserError(str(path), f"holds the shares of several processes; {remedy}")
+    there = sorted(path.glob("*.safetensors"))
+    if len(there) == 1:
+        return there[0]
+    raise UserError(str(path), f"has {'several' if there else 'no'} adapters in it; give the path of one file")
+
+
+def stored_in(file: Path, *, outline: bool) -> Stored:
+    """outline: all but alphas on the meta device."""
+    head = beginning(file, 9)
+    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):  # a length may begin so, too
+        raise UserError(str(file), f"is a file of torch.save; {ONLY}; have its tool save it as such")
+    outlines = header_of(file)
+    where = "cannot be read"
+    with as_user_error(file, where), safe_open(file, "pt", device="cpu") as opened:
+        metadata = opened.metadata() or {}
+        wanted = [name for name, tensor in outlines.items() if not outline or tensor.numel() == 1]
+        tensors = outlines | {name: opened.get_tensor(name) for name in wanted}
+    settings, settings_from = _settings(file, metadata)
+    return Stored(file, tensors, metadata, settings, settings_from)
+
+
+def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    beside = file.parent / CONFIG
+    if beside.is_file() and file.name == FILES[0]:
+        table = read_table(beside, "restore it, or take it away and give --alpha")
+        return (table, CONFIG) if "peft_type" in table else ({}, "")
+    if PEFT_IN_DIFFUSERS not in metadata:
+        return {}, ""
+    with as_user_error(file, f"its metadata has no JSON in {PEFT_IN_DIFFUSERS}"):
+        table = json.loads(metadata[PEFT_IN_DIFFUSERS])
+        return {key.removeprefix("transformer."): value for key, value in table.items()}, "its metadata"
+
+
+# ---- what is in them
+
+
+def adapter_of(
+    stored: Stored, base: Mapping[str, Tensor] | None = None, *, alpha: float | None = None
+) -> tuple[Adapter, Found]:
+    """As `read_adapter`, of a file that is read already."""
+    where = str(stored.file)
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
+    parsed = {key: parse(key) for key in stored.tensors}
+    refuse(where, few([f"{key} {one}" for key, one in parsed.items() if isinstance(one, str)]))
+    named = [one for one in parsed.values() if isinstance(one, Named)]
+    if not named:
+        raise UserError(where, "has no tensors in it")
+    form = form_of(named)
+    if isinstance(form, str):
+        raise UserError(where, form)
+    networks, spelling = _network(named, form, base, where)
+    reader = _Reader(stored, networks[0], spelling, form, base, alpha)
+    modules: dict[str, dict[Kind, str]] = defaultdict(dict)
+    for one in named:
+        reader.take(modules[one.module], one)
+    layers, changes = reader.low_rank(modules), reader.changes(modules)
+    whole = reader.whole(modules)
+    if not (layers or changes or whole or reader.problems):
+        reader.problems.append("has nothing that changes a layer")
+    sizes = solve(networks[0], layers)
+    found_in = [network for network in networks if network is networks[0] or not solve(network, layers).problems]
+    reader.problems += [] if base is not None or reader.problems else sizes.problems
+    reader.check(layers, changes | whole, sizes)
+    refuse(where, few(reader.problems))
+    about = {key: value for key, value in stored.metadata.items() if key != "format"}
+    found = Found(
+        stored.file,
+        form,
+        tuple(found_in),
+        sizes.of.get("D"),
+        reader.alpha_from(),
+        stored.tensors,
+        dict(stored.metadata),
+    )
+    return Adapter(layers, whole, changes, about), found
+
+
+def network_of(base: Mapping[str, Tensor]) -> Network:
+    """The network of parameters by released name; one that is in no table goes by the released names alone."""
+    modules = {name: name.removesuffix(".weight").removesuffix(".bias") for name in base}
+    for network in NETWORKS.values():
+        if all(network.module(module, "released") for module in modules.values()):
+            return network
+    matrices = {modules[name] for name, tensor in base.items() if tensor.ndim == 2 and name.endswith(".weight")}
+    others = {general(module)[0]: general(module)[0] for module in modules.values() if module not in matrices}
+    bare = tuple(general(name)[0] for name, module in modules.items() if name == module)
+    layers = tuple(Layer(name, "", "") for name in sorted({general(module)[0] for module in matrices}))
+    return Network("", "this model", layers, others, bare)
+
+
+def _network(
+    named: list[Named], form: Form, base: Mapping[str, Tensor] | None, where: str
+) -> tuple[list[Network], Spelling]:
+    """Those whose layers have these names, and which names these are. Raises UserError where there is none."""
+    own = None if base is None else network_of(base)
+    candidates = ([] if own is None or own.name in NETWORKS else [own]) + list(NETWORKS.values())
+    texts = sorted({one.module for one in named if one.kind != "whole"})
+    missing = {
+        (network.name, spelling): [text for text in texts if not _knows(network, text, spelling, form)]
+        for network in candidates
+        for spelling in SPELLINGS
+    }
+    fit: list[tuple[Network, Spelling]] = [
+        (network, spelling) for network in candidates for spelling in SPELLINGS if not missing[network.name, spelling]
+    ]
+    if own is not None and fit and own not in [network for network, _ in fit]:
+        raise UserError(where, f"is an adapter of {fit[0][0].title}, and this is {own.title}; give one made for that")
+    if own is not None:
+        fit = [(network, spelling) for network, spelling in fit if network is own]
+        candidates = [own]
+    if fit:
+        spelling = fit[0][1]
+        return [network for network, other in fit if other == spelling], spelling
+    nearest = min(((n, s) for n in candidates for s in SPELLINGS), key=lambda pair: len(missing[pair[0].name, pair[1]]))
+    left = missing[nearest[0].name, nearest[1]]
+    if 2 * len(left) > len(texts):
+        known = " and ".join(network.title for network in candidates)
+        raise UserError(where, [f"is no adapter of {known}; it has", *few(left, 3)])
+    raise UserError(where, few([f"{text} is no layer of {nearest[0].title}" for text in left]))
+
+
+def _knows(network: Network, text: str, spelling: Spelling, form: Form) -> bool:
+    return bool(network.find(text, spelling, form.joined)) or network.module(text, spelling, form.joined) is not None
+
+
+class _Reader:
+    """Of one file: makes layers of its tensors, and keeps what is wrong with it as `problems`."""
+
+    def __init__(
+        self,
+        stored: Stored,
+        network: Network,
+        spelling: Spelling,
+        form: Form,
+        base: Mapping[str, Tensor] | None,
+        alpha: float | None,
+    ):
+        self.stored, self.network, self.form = stored, network, form
+        self.spelling: Spelling = spelling
+        self.base, self.given_alpha = base, alpha
+        self.problems: list[str] = []
+        self.own_alphas = 0
+
+    def take(self, module: dict[Kind, str], one: Named) -> None:
+        if one.kind in module:
+            self.problems.append(f"{one.key} and {module[one.kind]} are one thing under two names")
+        module[one.kind] = one.key
+        tensor = self.stored.tensors[one.key]
+        if not tensor.is_floating_point() and one.kind != "alpha":
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.problems.append(f"{one.key} is stored as {dtype}; give the adapter in fp32, bf16 or fp16")
+        elif one.kind != "alpha" and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
+            self.problems.append(f"{one.key} has numbers that are not finite; give an earlier checkpoint's")
+
+    def low_rank(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, LowRank]:
+        """By released name."""
+        out: dict[str, LowRank] = {}
+        for text, keys in modules.items():
+            if not {"A", "B", "alpha", "magnitude", "bias"} & keys.keys():
+                continue
+            if not {"A", "B"} <= keys.keys():
+                half = keys.get("A") or next(iter(keys.values()))
+                self.problems.append(
+                    f"{half} has no {'B' if 'A' in keys else 'A'} to go with it; the file is not whole"
+                )
+                continue
+            if (pair := self._pair(text, keys)) is None:
+                continue
+            found = self.network.find(text, self.spelling, self.form.joined)
+            if not found:
+                self.problems.append(f"{keys['A']} is a low-rank change of what is no linear layer")
+            elif len(found) == 1:
+                out[found[0][1]] = pair
+            else:
+                self._split(out, pair, found, keys["B"])
+        return out
+
+    def _split(self, out: dict[str, LowRank], pair: LowRank, found: list[tuple[Layer, str]], key: str) -> None:
+        outputs, rows, width = fused.outputs_of(pair, len(found)), pair.B_OR.shape[0], pair.A_RI.shape[1]
+        if sum(outputs) != rows or min(outputs) <= 0:
+            self.problems.append(f"{key} has {rows} outputs, which are not {len(found)} layers of {width} inputs")
+            return
+        pieces = fused.split(pair, outputs)
+        out |= {released: piece for layer, released in found if (piece := pieces[layer.part]) is not None}
+
+    def _pair(self, text: str, keys: Mapping[Kind, str]) -> LowRank | None:
+        A, B = (self.stored.tensors[keys[kind]] for kind in ("A", "B"))
+        if A.ndim != 2 or B.ndim != 2:
+            what = "a low-rank change of a convolution; linear layers are read"
+            self.problems.append(f"{keys['A']} is {tuple(A.shape)}: {what}")
+            return None
+        if A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
+            self.problems.append(f"{keys['A']} {tuple(A.shape)} and its B {tuple(B.shape)} have not one rank")
+            return None
+        rank = A.shape[0]
+        least = min(A.shape[1], B.shape[0])
+        if rank > least:
+            self.problems.append(f"{keys['A']} has rank {rank}, and its layer has {least} at most")
+        alpha = self._alpha(text, keys, rank)
+        if not (math.isfinite(alpha) and alpha > 0):
+            self.problems.append(f"alpha of {text} is {alpha:g}: it would change nothing; give a file with its own")
+            return None
+        magnitude = None
+        if "magnitude" in keys:
+            magnitude = self.stored.tensors[keys["magnitude"]]
+            if magnitude.numel() != B.shape[0] or magnitude.shape[0] != B.shape[0]:
+                self.problems.append(f"{keys['magnitude']} is {tuple(magnitude.shape)} for {B.shape[0]} outputs")
+                return None
+            magnitude = magnitude.reshape(-1)
+        stabilised = bool(self.stored.settings.get("use_rslora")) and "alpha" not in keys
+        return LowRank(A, B, alpha, stabilised, magnitude)
+
+    def _alpha(self, text: str, keys: Mapping[Kind, str], rank: int) -> float:
+        if "alpha" in keys:
+            self.own_alphas += 1
+            stored = self.stored.tensors[keys["alpha"]]
+            return float(stored.reshape(-1)[0]) if stored.numel() == 1 else math.nan
+        settings = self.stored.settings
+        if settings:
+            said = _by_pattern(settings.get("alpha_pattern"), text, settings.get("lora_alpha"))
+            return float(said) if isinstance(said, int | float) else math.nan
+        return float(rank) if self.given_alpha is None else self.given_alpha
+
+    def alpha_from(self) -> str:
+        if self.own_alphas:
+            return "the file"
+        return self.stored.settings_from or ("" if self.given_alpha is None else "you")
+
+    def changes(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, Tensor]:
+        """Of whole weights, by released parameter name."""
+        out = {}
+        for text, keys in modules.items():
+            for kind in ("diff", "diff_b", "bias"):
+                if kind not in keys:
+                    continue
+                module = self.network.module(text, self.spelling, self.form.joined)
+                if module is None:
+                    self.problems.append(f"{keys[kind]} changes several layers that are one there, which is not read")
+                    continue
+                tensor = self.stored.tensors[keys[kind]]
+                if kind == "bias":
+                    pair = self._pair(text, keys) if {"A", "B"} <= keys.keys() else None
+                    out[f"{module}.bias"] = tensor * (1.0 if pair is None else pair.scale)
+                else:
+                    out[self.network.parameter(module, "weight" if kind == "diff" else "bias")] = tensor
+        return out
+
+    def whole(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, Tensor]:
+        return {text: self.stored.tensors[keys["whole"]] for text, keys in modules.items() if "whole" in keys}
+
+    def check(self, layers: Mapping[str, LowRank], tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
+        """Against the alpha that was given, and the base."""
+        if self.given_alpha is not None and (self.own_alphas or self.stored.settings):
+            self.problems.append("says its alpha itself; --alpha is for files that do not")
+        if self.base is None:
+            return
+        shapes = {f"{name}.weight": (pair.B_OR.shape[0], pair.A_RI.shape[1]) for name, pair in layers.items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        missing = [name for name in shapes if name not in self.base]
+        unlike = {
+            n: tuple(self.base[n].shape) for n in shapes if n in self.base and tuple(self.base[n].shape) != shapes[n]
+        }
+        if 2 * len(unlike) > len(shapes):
+            of = self.network.title_of(sizes.of.get("D"))
+            self.problems.append(f"is of another model ({of}); give one that was trained on this one")
+        self.problems += few(
+            [f"{name} is {shapes[name]} in it and {shape} in the model" for name, shape in unlike.items()]
+        )
+        self.problems += few([f"{name} is in it and not in the model" for name in missing])
+
+
+def _by_pattern(patterns: Any, name: str, otherwise: Any) -> Any:
+    """PEFT's rule: a key matches the whole name, or what of it stands behind a dot."""
+    table = patterns if isinstance(patterns, dict) else {}
+    for pattern, value in table.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error:
+            raise UserError(CONFIG, f"alpha_pattern has {pattern!r}, which is no pattern") from None
+    return otherwise
+
+
+def counted(layers: Mapping[str, LowRank]) -> Iterator[tuple[int, float, int]]:
+    """(rank, alpha, how many layers), most first."""
+    counts = Counter((pair.rank, pair.alpha) for pair in layers.values())
+    yield from ((rank, alpha, count) for (rank, alpha), count in counts.most_common())

@@ -1,0 +1,158 @@
+"""Adapters in a network that trains: PEFT's layers around its linear ones, named and begun in our way."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.targets import Target
+from reeltune.core.errors import refuse
+from reeltune.core.reading import few
+from reeltune.core.rng import seed_of
+
+SLOT = "default"  # PEFT's name of an adapter in a layer
+KINDS = {  # PEFT's module in a layer -> what follows a released layer's name
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
+
+
+def inject(
+    net: nn.Module,
+    targets: Sequence[Target],
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    rank_stabilised: bool = False,
+    use_dora: bool = False,
+    dropout: float = 0.0,
+) -> dict[str, str]:
+    """Puts an adapter around each target, in place. Returns the names of all parameters as they are now, ours ->
+    released, those of adapters among them ("blocks.0.self_attn.q.lora_A.weight").
+
+    names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
+    """
+    exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
+    config = LoraConfig(
+        r=targets[0].rank,
+        lora_alpha=targets[0].alpha,  # pyright: ignore[reportArgumentType] any number will do
+        target_modules="|".join(re.escape(target.name) for target in targets),
+        rank_pattern={exact[target.name]: target.rank for target in targets},
+        alpha_pattern={exact[target.name]: target.alpha for target in targets},
+        use_rslora=rank_stabilised,
+        use_dora=use_dora,
+        lora_dropout=dropout,
+    )
+    inject_adapter_in_model(config, net, SLOT)
+    released = {target.name: target.released for target in targets}
+    for layer in adapted(net).values():
+        layer.cast_input_dtype_enabled = False  # autocast does; a copy in fp32 would only cost memory
+        for kind in KINDS:
+            for parameter in getattr(layer, kind).parameters():
+                parameter.data = parameter.data.to(dtype)
+    return {name: _released(name, released, names) for name, _ in net.named_parameters()}
+
+
+def adapted(net: nn.Module) -> dict[str, LoraLayer]:
+    """Our name -> PEFT's layer there."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _released(name: str, layers: Mapping[str, str], before: Mapping[str, str]) -> str:
+    """Of a parameter by its name with adapters around layers: our layer name -> released; before: without adapters."""
+    for kind, suffix in KINDS.items():
+        layer, found, _ = name.partition(f".{kind}.{SLOT}")
+        if found:
+            return f"{layers[layer]}.{suffix}"
+    return before[name.replace(".base_layer.", ".")]
+
+
+@torch.no_grad()
+def begin(net: nn.Module, names: Mapping[str, str], *, how: Literal["uniform", "gaussian"], seed: int) -> None:
+    """Draws each A as a pure function of (seed, its released name); B stays zero, so that nothing changes yet.
+
+    uniform: as torch.nn.Linear begins, within 1 / sqrt(inputs) of 0. gaussian: with deviation 1 / rank, as PEFT's.
+    """
+    for name, layer in adapted(net).items():
+        A_RI: Tensor = layer.lora_A[SLOT].weight
+        drawn_RI = torch.empty(A_RI.shape)
+        generator = torch.Generator().manual_seed(seed_of(seed, "adapter", names[f"{name}.lora_A.{SLOT}.weight"]))
+        if how == "gaussian":
+            drawn_RI.normal_(std=1 / A_RI.shape[0], generator=generator)
+        else:
+            bound = 1 / math.sqrt(A_RI.shape[1])
+            drawn_RI.uniform_(-bound, bound, generator=generator)
+        A_RI.copy_(drawn_RI)
+
+
+@torch.no_grad()
+def begin_from(
+    adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], *, whole: Sequence[str], where: str
+) -> list[str]:
+    """Copies an adapter into the one that learns. Returns a notice of layers that it lacks, which stay as begun.
+
+    weights: all of the network's now, by released name. alphas: of its layers; B is scaled where the file's differ.
+    whole: parts of released names of weights that learn in full. Raises UserError for what finds no place.
+    """
+    problems = list(_misplaced(adapter, weights, alphas, whole))
+    refuse(where, few(problems))
+    A, B, magnitude = KINDS.values()
+    for layer, pair in adapter.layers.items():
+        ratio = pair.scale / (alphas[layer] / pair.rank)
+        weights[f"{layer}.{A}"].copy_(pair.A_RI)
+        weights[f"{layer}.{B}"].copy_(pair.B_OR if ratio == 1 else pair.B_OR.float() * ratio)
+        if pair.magnitude_O is not None:
+            weights[f"{layer}.{magnitude}"].copy_(pair.magnitude_O)
+    for name, value in adapter.whole.items():
+        weights[name].copy_(value)
+    for name, change in adapter.changes.items():
+        weights[name].add_(change.to(weights[name]))
+    lacking = [layer for layer in alphas if layer not in adapter.layers]
+    return [f"{where} has no {', '.join(few(lacking))}: adapters of these layers begin anew"] if lacking else []
+
+
+def _misplaced(
+    adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], whole: Sequence[str]
+) -> Iterator[str]:
+    for layer, pair in adapter.layers.items():
+        if layer not in alphas:
+            yield f"it changes {layer}, which gets no adapter; name it in target_name"
+            continue
+        rank = weights[f"{layer}.{KINDS['lora_A']}"].shape[0]
+        if pair.rank != rank:
+            yield f"it has rank {pair.rank} for {layer} and the recipe {rank}; set rank or rank_pattern"
+        has_magnitude = pair.magnitude_O is not None
+        if has_magnitude != (f"{layer}.{KINDS['lora_magnitude_vector']}" in weights):
+            has = "magnitudes (DoRA)" if has_magnitude else "no magnitudes"
+            yield f"it has {has} for {layer}; set use_dora to {str(has_magnitude).lower()}"
+    for name in {**adapter.whole, **adapter.changes}:
+        if not any(part in name for part in whole):
+            yield f"it changes all of {name}, which does not learn; name it in train_whole"
+
+
+def groups(net: nn.Module, names: Mapping[str, str], *, whole: Sequence[str], ratio: float) -> list[dict[str, Any]]:
+    """What learns, for the optimizer: all at the learning rate, but each B at `ratio` times it. Sets requires_grad.
+
+    whole: parts of released names of weights that learn in full.
+    """
+    learning: dict[float, list[nn.Parameter]] = {1.0: [], ratio: []}
+    for name, parameter in net.named_parameters():
+        learns = is_adapter(names[name]) or any(part in names[name] for part in whole)
+        parameter.requires_grad_(learns)
+        if learns:
+            learning[ratio if names[name].endswith(KINDS["lora_B"]) else 1.0].append(parameter)
+    return [{"params": parameters, "rate": rate} for rate, parameters in learning.items() if parameters]
+
+
+def is_adapter(released: str) -> bool:
+    """Whether that is the name of a parameter of an adapter."""
+    return released.endswith(tuple(KINDS.values()))

@@ -1,0 +1,113 @@
+"""`checkpoint-N/adapter/`: an adapter as a run trains it, in a file that ComfyUI, diffusers and others load for Wan.
+
+adapter_model.safetensors   diffusion_model.LAYER.lora_A.weight and .lora_B.weight, .alpha (the change is alpha / rank *
+                            B @ A), .dora_scale; and whole.NAME, a weight that learns in full, as it is
+adapter_config.json         what it was trained on and how; the alpha of each layer
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reeltune.adapters.adapter import Adapter, LowRank
+from reeltune.adapters.layers import KINDS, is_adapter
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import few, read_table
+from reeltune.families.tensor_files import tensors_of
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX, WHOLE, ALPHA = "diffusion_model.", "whole.", ".alpha"
+COPY = "restore it from a copy"
+
+
+def write(folder: Path, weights: Mapping[str, Tensor], alphas: Mapping[str, float], about: Mapping[str, Any]) -> None:
+    """weights: by released name; of meta tensors the config alone is written. alphas: by the layer's released name.
+
+    about: plain facts, also text in the file's own metadata.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({**about, "alphas": dict(alphas)}, indent=2) + "\n", encoding="utf-8")
+    if not any(weight.is_meta for weight in weights.values()):
+        save_file(tensors_in_file(weights, alphas), folder / FILE, metadata(about))
+
+
+def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    """By their names in the file."""
+    tensors = {
+        (PREFIX if is_adapter(name) else WHOLE) + name: weight.detach().contiguous() for name, weight in weights.items()
+    }
+    return tensors | {f"{PREFIX}{layer}{ALPHA}": torch.tensor(alpha) for layer, alpha in alphas.items()}
+
+
+def metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    """Of the file: text as it is, other values in JSON."""
+    return {"format": "pt"} | {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()
+    }
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is damaged."""
+    table = read_table(folder / CONFIG, COPY)
+    alphas = table.get("alphas")
+    if not isinstance(alphas, dict) or not all(isinstance(alpha, int | float) for alpha in alphas.values()):
+        raise UserError(str(folder / CONFIG), f"alphas is not a number for each layer; {COPY}")
+    return table
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Released name -> tensor, as it was trained."""
+    stored = tensors_of(folder / FILE, "cpu")
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith(ALPHA)}
+    return {name.removeprefix(PREFIX if name.startswith(PREFIX) else WHOLE): tensor for name, tensor in kept.items()}
+
+
+def adapter_of(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
+    """weights: by released name, as `read` gives them. config: as `config_of` does."""
+    A, B, magnitude = KINDS.values()
+    layers = {
+        layer: LowRank(
+            weights[f"{layer}.{A}"],
+            weights[f"{layer}.{B}"],
+            float(alpha),
+            magnitude_O=None if f"{layer}.{magnitude}" not in weights else weights[f"{layer}.{magnitude}"].reshape(-1),
+        )
+        for layer, alpha in config["alphas"].items()
+    }
+    whole = {name: weight for name, weight in weights.items() if not is_adapter(name)}
+    return Adapter(layers, whole, about={key: value for key, value in config.items() if key != "alphas"})
+
+
+def load(folder: Path) -> Adapter:
+    """Of a checkpoint's `adapter`. Raises UserError for damaged files, and for halves of a layer."""
+    config, weights = config_of(folder), read(folder)
+    A, B, _ = KINDS.values()
+    wanted = {f"{layer}.{kind}" for layer in config["alphas"] for kind in (A, B)}
+    there = {name for name in weights if name.endswith((A, B))}
+    refuse(str(folder), few([f"{name} is in one of {FILE} and {CONFIG}; {COPY}" for name in sorted(wanted ^ there)]))
+    return adapter_of(weights, config)
+
+
+def fill(net_weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: str) -> None:
+    """Copies stored weights over those that learn, both by released name.
+
+    Raises UserError for names that are in one of them alone, and for other shapes.
+    """
+    problems = [f"{name} learns and is not in it" for name in net_weights if name not in stored]
+    problems += [f"{name} is in it and does not learn" for name in stored if name not in net_weights]
+    problems += [
+        f"{name} is {tuple(stored[name].shape)} in it and {tuple(weight.shape)} in this run"
+        for name, weight in net_weights.items()
+        if name in stored and stored[name].shape != weight.shape
+    ]
+    refuse(where, few(problems))
+    with torch.no_grad():
+        for name, weight in net_weights.items():
+            weight.copy_(stored[name])

@@ -1,0 +1,39 @@
+"""The model that an adapter changes: its parameters by released name, each read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from reeltune import families
+from reeltune.checkpoint.folder import their_weights
+from reeltune.export.streamed import Stored
+from reeltune.families import configs, weights
+
+
+class Base(Mapping[str, Tensor]):
+    """Of a model's folder, or other weights for it; `outline` has them on the meta device.
+
+    Raises UserError for a folder that holds no model that is known.
+    """
+
+    def __init__(self, model: str | Path, *, config_path: str | None = None, transformer_path: str | None = None):
+        self.family = families.find(model, config_path=config_path)
+        own = their_weights(Path(model))
+        self._stored = Stored(own if transformer_path is None else weights.saved_transformer(transformer_path))
+        names = {id(tensor): name for name, tensor in self._stored.outline.items()}
+        config = configs.read_config(own)
+        ours = self.family.from_released(dict(self._stored.outline), config)
+        self.outline = self.family.to_released(ours, config)
+        self._names = {released: names[id(tensor)] for released, tensor in self.outline.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

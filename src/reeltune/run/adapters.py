@@ -1,0 +1,104 @@
+"""Adapters as a command names them: FILE:strength, or a checkpoint of a run that trained one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltune.adapters import saved
+from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.apply import check
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.checkpoint.folder import ADAPTER
+from reeltune.checkpoint.state import Shared
+from reeltune.core.errors import UserError, together
+
+
+@dataclass(frozen=True)
+class Given:
+    """An adapter, where it came from, and how strongly it counts."""
+
+    adapter: Adapter
+    path: str
+    sha256: str
+    strength: float = 1.0
+
+    def times(self, factor: float) -> Given:
+        return replace(self, strength=self.strength * factor)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Of a clip's .json."""
+        return {"path": self.path, "sha256": self.sha256, "strength": self.strength}
+
+
+def read_all(texts: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> list[Given]:
+    """Of FILE:strength each. shapes: of the network's parameters, by released name.
+
+    Raises UserError with all that is wrong: files that are not there or damaged, no numbers, other networks.
+    """
+    with together("adapters") as attempt:
+        pairs = [attempt(parsed, text) for text in texts]
+    with together("adapters") as attempt:
+        found = [attempt(read, path) for path, _ in pairs]
+        for one in filter(None, found):
+            attempt(check, one.adapter, shapes, one.path)
+    return [one.times(strength) for one, (_, strength) in zip(found, pairs, strict=True)]
+
+
+def parsed(text: str) -> tuple[Path, float]:
+    """(path, strength), which is behind the last colon, or 1. Raises UserError."""
+    path, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not path or not math.isfinite(strength):
+        raise UserError("adapters", f"{text!r}: {number!r} is no strength; write FILE:number, as a.safetensors:0.8")
+    return Path(path), strength
+
+
+def read(path: Path) -> Given:
+    """A file, a checkpoint-N folder, or its folder `adapter`. Raises UserError for what is none, or is damaged."""
+    inside = path.parent if path.name == ADAPTER else path
+    if (inside / "progress.json").is_file():
+        return of_checkpoint(inside)
+    raise UserError("adapters", f"{path} is no adapter; give a checkpoint-N folder of a run with rank")
+
+
+def of_checkpoint(folder: Path) -> Given:
+    """The adapter that a run had learnt then, whichever engine wrote it. Raises UserError."""
+    if not checkpoint.is_adapter(folder):
+        raise UserError(
+            "adapters", f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it"
+        )
+    checkpoint.verify(folder, under=checkpoint.WEIGHTS)
+    where = folder / ADAPTER
+    if not checkpoint.is_shared(folder):
+        return Given(saved.load(where), str(where), file_digest(where / saved.FILE))
+    tensors = dict(Shared(folder).weights())
+    return Given(saved.adapter_of(tensors, saved.config_of(where)), str(where), digest(tensors))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of its bytes, by which places that offer adapters know their files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes, whatever files they came from: 1.4 GB/s."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,99 @@
+"""`reeltune sample`: clips of prompts by one network, for several seeds, with adapters at several strengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from reeltune.config.recipe import Recipe, Validation
+from reeltune.core.errors import UserError, refuse
+from reeltune.distributed.engine import Engine
+from reeltune.run.model import choose_family, encode_options
+from reeltune.run.sizes import size_rules
+from reeltune.sampling.prompts import Request, notice_cut, prompt_requests
+from reeltune.sampling.sample import Setup, make_clip
+from reeltune.sampling.sheet import write_sheet
+from reeltune.sampling.trained import Trained, load_trained
+
+
+def sample_clips(
+    recipe: Recipe, *, adapters: Sequence[str] = (), strengths: Sequence[float] = (), seeds: Sequence[int] = ()
+) -> list[Path]:
+    """A clip for each of validation_prompts into output_dir/samples, beside those that are there, by the weights of
+    resume_from_checkpoint, or the recipe's.
+
+    adapters: FILE:strength each. strengths: a clip for each, with every adapter at its own strength times that, and a
+    picture of them all, a row for each prompt and seed. seeds: a clip for each, in place of seed, seed + 1 and so on.
+    Returns the files of clips, and of the picture. Raises UserError.
+    """
+    validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
+    _refuse(validation, strengths, seeds)
+    family, mode, objective = choose_family(recipe)
+    prompts, paths, seed = validation.validation_prompts, validation.validation_paths, recipe.training.seed
+    requests = prompt_requests(family, mode, prompts, paths, size_rules(recipe, family), seed=seed)
+    requests = [replace(one, seed=own) for one in requests for own in seeds or (one.seed,)]
+    notice_cut(family, [("negative_prompt", validation.negative_prompt)])
+    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    trained = load_trained(recipe, family, engine.device, adapters)
+    if strengths and not trained.adapters:
+        raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint that keeps one")
+    setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe))
+    columns = strengths or (1.0,)
+    first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
+    numbers = [range(first + len(columns) * row, first + len(columns) * (row + 1)) for row in range(len(requests))]
+    clips = [[folder / f"{number}.mp4" for number in row] for row in numbers]
+    frames = _make(setup, trained, validation, requests, clips, columns)
+    made = [clip for row in clips for clip in row]
+    if not strengths:
+        return made
+    sheet = folder / f"{made[0].stem}-{made[-1].stem}.png"
+    write_sheet(
+        sheet,
+        frames,
+        rows=[f"seed {request.seed}: {request.prompt}" for request in requests],
+        columns=[f"strength {strength:g}" for strength in strengths],
+    )
+    return [*made, sheet]
+
+
+def _refuse(validation: Validation, strengths: Sequence[float], seeds: Sequence[int]) -> None:
+    problems = []
+    if not validation.validation_prompts:
+        problems.append("validation_prompts is empty, so there is nothing to make; give a prompt or more")
+    problems += [f"strengths has {strength}; give numbers" for strength in strengths if not math.isfinite(strength)]
+    if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        problems.append(f"seeds is {' '.join(map(str, seeds))}; give whole numbers from 0, none of them twice")
+    refuse("sample", problems)
+
+
+def _make(
+    setup: Setup,
+    trained: Trained,
+    validation: Validation,
+    requests: Sequence[Request],
+    clips: Sequence[Sequence[Path]],
+    factors: Sequence[float],
+) -> list[list[np.ndarray]]:
+    """Returns each clip's middle frame, uint8_HWC, as `clips` has their paths: a row a request, a column a factor."""
+    frames: list[list[np.ndarray]] = [[] for _ in requests]
+    for column, factor in enumerate(factors):
+        with trained.at(factor, keep=len(factors) > 1):
+            for row, request in enumerate(requests):
+                pixels_BFCHW = make_clip(
+                    setup,
+                    trained.parts.net,
+                    request,
+                    request.batch(),
+                    clips[row][column],
+                    steps=validation.preview_steps,
+                    guidance_scale=validation.guidance_scale,
+                    negative_prompt=validation.negative_prompt,
+                    shown=trained.told(factor),
+                )
+                assert pixels_BFCHW is not None  # it was to be written
+                frames[row].append(pixels_BFCHW[0, pixels_BFCHW.shape[1] // 2].permute(1, 2, 0).numpy().copy())
+    return frames

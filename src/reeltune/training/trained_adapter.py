@@ -1,0 +1,111 @@
+"""The adapters that a recipe asks for: put into the network, begun, and read back from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reeltune.adapters import saved
+from reeltune.adapters.dialects import read_adapter
+from reeltune.adapters.layers import begin, begin_from, inject
+from reeltune.adapters.targets import targets
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.checkpoint.folder import ADAPTER
+from reeltune.checkpoint.state import Shared
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import refuse
+from reeltune.core.reading import few
+from reeltune.families.spec import Family
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    alphas: dict[str, float]  # by the layer's released name: the change is alpha / rank * B @ A
+    about: dict[str, Any]  # what its file says of it
+    notices: list[str]
+
+
+def put_adapters(
+    net: nn.Module, names: dict[str, str], family: Family, recipe: Recipe, *, resumed: bool
+) -> tuple[dict[str, str], TrainedAdapter]:
+    """Adapters in place around the network's layers. Returns the names of its parameters now, and what they are.
+
+    They begin as the recipe says; resumed: what a checkpoint keeps will be read over them. Raises UserError for names
+    that match nothing, and for an adapter_path that is no adapter of these layers and ranks.
+    """
+    wanted = recipe.adapter
+    base = {names[name]: weight for name, weight in net.named_parameters()}
+    dtype = torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
+    problems = [
+        f"train_whole has {part!r}, which is in no parameter name"
+        for part in wanted.train_whole
+        if not any(part in name for name in names.values())
+    ]
+    refuse("recipe", problems)
+    around = targets(
+        net,
+        family.blocks,
+        names,
+        rank=wanted.rank,
+        alpha=wanted.network_alpha,
+        wanted=wanted.target_name,
+        skipped=wanted.lora_skip_name,
+        ranks=wanted.rank_pattern,
+        alphas=wanted.alpha_pattern,
+        whole=wanted.train_whole,
+    )
+    names = inject(
+        net,
+        around,
+        names,
+        dtype=dtype,
+        rank_stabilised=wanted.use_rslora,
+        use_dora=wanted.use_dora,
+        dropout=wanted.lora_dropout,
+    )
+    notices: list[str] = []
+    if not resumed:
+        begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
+    for name, weight in net.named_parameters():
+        if any(part in names[name] for part in wanted.train_whole):
+            weight.data = weight.data.to(dtype)
+    stabilised = {target.released: math.sqrt(target.rank) if wanted.use_rslora else 1.0 for target in around}
+    alphas = {target.released: target.alpha * stabilised[target.released] for target in around}
+    about = {
+        "family": family.name,
+        "base_model": recipe.model.pretrained_model_name_or_path,
+        "transformer_path": recipe.model.transformer_path,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(wanted).items()},
+    }
+    if wanted.adapter_path is not None and not resumed:
+        adapter, _ = read_adapter(wanted.adapter_path, base)
+        weights = {names[name]: weight for name, weight in net.named_parameters()}
+        notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
+    return names, TrainedAdapter(alphas, about, notices)
+
+
+def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | None, resumed_from: Path) -> None:
+    """What a checkpoint keeps and the base has not. Raises UserError for a checkpoint of another kind or scale."""
+    if adapter is None:
+        if checkpoint.is_shared(resumed_from):
+            Shared(resumed_from).fill_network(net, names)
+        return
+    folder = resumed_from / ADAPTER
+    before = saved.config_of(folder)["alphas"]
+    changed = [
+        f"{layer} had alpha {before.get(layer, 'none')} and has {adapter.alphas.get(layer, 'none')}"
+        for layer in {**before, **adapter.alphas}
+        if before.get(layer) != adapter.alphas.get(layer)
+    ]
+    refuse(f"resume from {resumed_from}: the adapters are others; restore the recipe's settings", few(changed))
+    learning = {names[name]: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    if checkpoint.is_shared(resumed_from):
+        kept = {name: names[name] for name, weight in net.named_parameters() if weight.requires_grad}
+        Shared(resumed_from).fill_network(net, kept)
+    else:
+        saved.fill(learning, saved.read(folder), str(folder))

@@ -1,0 +1,117 @@
+"""Adapters on every engine: the losses of one process, half a run gone on with by another engine, the same adapter."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from reeltune.adapters import saved
+from reeltune.checkpoint.folder import is_shared
+from reeltune.checkpoint.state import Shared
+from reeltune.training import loop
+from tests.distributed.processes import train
+from tests.runs.small_run import recipe
+
+STEPS, HALF = 6, 3
+EVERY = ("ddp", "fsdp", "zero2", "zero3")
+ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
+of_engines = pytest.mark.parametrize("engine", EVERY)
+
+
+class Runs:
+    """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two."""
+
+    def __init__(self, pair, data, folder):
+        (folder / "checkpoint").mkdir()
+        self.checkpoint, self.mode = pair.lay_out(folder / "checkpoint"), pair.mode
+        self.data, self.folder = data, folder
+        self.layers = {"target_name": ["text"]} if pair.family == "toy" else {}
+
+    def recipe(self, name, processes=2, **changes):
+        engine = name.partition("-")[0]
+        settings = {
+            "engine": None if engine == "alone" else engine,
+            "train_mode": self.mode,
+            "train_batch_size": 4 // processes,
+            "max_train_steps": STEPS,
+            "checkpointing_steps": HALF,
+            "rank": 4,
+            "network_alpha": 8,
+            **self.layers,
+        }
+        return recipe(self.checkpoint, self.data, self.folder / name, **{**settings, **changes})
+
+    def half_of(self, name):
+        return str(self.folder / name / f"checkpoint-{HALF}")
+
+    def losses(self, name):
+        lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        return {row["step"]: row["loss"] for row in lines if row["kind"] == "step"}
+
+    def adapter(self, name):
+        """The weights that the run ended with, by released name."""
+        folder = self.folder / name / f"checkpoint-{STEPS}"
+        if not is_shared(folder):
+            return saved.read(folder / "adapter")
+        stored = Shared(folder).weights()
+        return {released: stored[released] for released in stored}
+
+
+@pytest.fixture(scope="module")
+def runs(one_of_a_family, data, tmp_path_factory):
+    torch.set_num_threads(1)
+    made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("adapters"))
+    assert loop.train(made.recipe("alone", processes=1)) == 0
+    recipes = []
+    for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
+        recipes.append(made.recipe(engine))
+        recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
+    train(recipes, 2, made.folder)
+    last = made.half_of(ENGINES[-1])
+    assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
+    return made
+
+
+def made_by(engine):
+    if engine not in ENGINES:
+        pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
+
+
+@of_engines
+def test_losses_and_adapter_are_those_of_one_process(engine, runs):
+    made_by(engine)
+    assert runs.losses(engine) == pytest.approx(runs.losses("alone"), rel=1e-5)
+    ours, alone = runs.adapter(engine), runs.adapter("alone")
+    assert ours.keys() == alone.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-6, msg=name)
+    moved = [name for name, weight in ours.items() if name.endswith("lora_B.weight") and weight.any()]
+    assert len(moved) == len(ours) / 2
+
+
+@of_engines
+def test_a_checkpoint_keeps_the_adapter_alone(engine, runs):
+    made_by(engine)
+    folder = runs.folder / engine / f"checkpoint-{STEPS}"
+    assert not (folder / "transformer").exists()
+    assert is_shared(folder) == (engine != "ddp")
+    alphas = saved.config_of(folder / "adapter")["alphas"]
+    assert set(alphas.values()) == {8.0}
+    if is_shared(folder):
+        kept = {name.partition("/")[2] for name in Shared(folder).sizes if name.startswith("weights/")}
+        assert kept == runs.adapter("alone").keys()
+
+
+@pytest.mark.parametrize(
+    "places", [*zip(EVERY, ["alone", *EVERY], strict=False), ("alone", EVERY[-1])], ids="-from-".join
+)
+def test_half_a_run_is_gone_on_with_by_another_engine(places, runs):
+    for engine in set(places) - {"alone"}:
+        made_by(engine)
+    name, alone = "-from-".join(places), runs.losses("alone")
+    half = {step: loss for step, loss in runs.losses(name).items() if step > HALF}
+    assert half == pytest.approx({step: loss for step, loss in alone.items() if step > HALF}, rel=1e-5)
+    ours = runs.adapter(name)
+    for released, weight in runs.adapter("alone").items():
+        torch.testing.assert_close(ours[released], weight, rtol=1e-3, atol=1e-6, msg=released)

@@ -1,0 +1,146 @@
+"""Runs that train adapters: exact resume, the base left as it was, and one run's adapter as another's beginning."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reeltune import families
+from reeltune.adapters import saved
+from reeltune.core.errors import UserError
+from reeltune.training.learner import Learner
+from reeltune.training.loop import train
+from tests.runs.same_run import StopAfter, assert_equal, assert_same_end, rows
+from tests.runs.small_run import recipe
+
+BASE = {"rank": 4, "target_name": ["text"], "train_mode": None, "held_out_share": 0.2}
+KINDS = {
+    "plain": {},
+    "scaled": {"network_alpha": 2.0, "use_rslora": True, "lora_init": "gaussian", "lora_plus_ratio": 16.0},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.5, "gradient_checkpointing": True},
+    "whole": {"train_whole": ["patch_embedding", "head.bias"], "use_ema": True},
+    "bf16": {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "train_whole": ["head"]},
+    "in_backward": {"step_in_backward": True},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(toy, data, tmp_path_factory):
+    """kind -> the folder of a run that nothing disturbed."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "run"
+            assert train(recipe(toy, data, made[kind], **BASE, **KINDS[kind])) == 0
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_ends_in_the_same_bits(kind, toy, data, whole, tmp_path):
+    where, settings = (toy, data, tmp_path / "run"), BASE | KINDS[kind]
+    with StopAfter(3):
+        assert train(recipe(*where, **settings)) == 128 + signal.SIGTERM
+    assert train(recipe(*where, resume_from_checkpoint="latest", **settings)) == 0
+    assert_same_end(tmp_path / "run", whole(kind))
+    for name in ("adapter", "adapter_ema"):
+        ours, theirs = (out / "checkpoint-6" / name / saved.FILE for out in (tmp_path / "run", whole(kind)))
+        assert ours.is_file() == theirs.is_file() == (name == "adapter" or "use_ema" in settings)
+        if ours.is_file():
+            assert_equal(load_file(ours), load_file(theirs))
+
+
+def test_dropout_and_rate_of_b_change_a_run(whole):
+    losses = {kind: [row["loss"] for row in rows(whole(kind), ("step",))] for kind in ("plain", "dropout", "scaled")}
+    assert losses["plain"][0] == losses["dropout"][0]  # B is zero
+    assert losses["plain"][1:] != losses["dropout"][1:]
+    assert losses["plain"][1:] != losses["scaled"][1:]
+
+
+@pytest.mark.parametrize("kind", ["plain", "whole"])
+def test_the_base_is_left_as_it_was(kind, toy, data, monkeypatch, tmp_path):
+    """In memory after training: what does not learn has the bits that the checkpoint gave it."""
+    ends = {}
+
+    def step(learner, *given, real=Learner.step):
+        ends["net"], ends["names"] = learner.plain, learner.names
+        return real(learner, *given)
+
+    monkeypatch.setattr(Learner, "step", step)
+    assert train(recipe(toy, data, tmp_path / "run", **BASE, **KINDS[kind])) == 0
+    family = families.find(toy)
+    start = family.to_released(family.load(toy).net.state_dict(), {})
+    trained = {ends["names"][name]: weight for name, weight in ends["net"].named_parameters()}
+    moved = {name for name, weight in start.items() if not torch.equal(trained[name], weight)}
+    assert moved == {name for name in start if any(part in name for part in KINDS[kind].get("train_whole", ()))}
+
+
+def test_a_checkpoint_says_what_its_adapter_is(toy, whole):
+    folder = whole("scaled") / "checkpoint-6"
+    assert not (folder / "transformer").exists()
+    adapter = saved.load(folder / "adapter")
+    assert adapter.layers.keys() == {"blocks.0.text", "blocks.1.text"}
+    assert {layer.scale for layer in adapter.layers.values()} == {2.0 / 4**0.5}
+    assert adapter.about["rank"] == 4 and adapter.about["base_model"] == str(toy)
+    run = json.loads((whole("scaled") / "run.json").read_text())
+    assert run["trainable"] == 2 * 2 * 4 * 16
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+def test_a_run_begins_with_another_runs_adapter(alpha, toy, data, whole, tmp_path):
+    out = tmp_path / "run"
+    settings = {"adapter_path": str(whole("plain") / "checkpoint-6"), "network_alpha": alpha, "max_train_steps": 1}
+    assert train(recipe(toy, data, out, **BASE, **settings)) == 0
+    begun, ended = (rows(folder, ("validation",)) for folder in (out, whole("plain")))
+    assert begun[0]["loss"] == pytest.approx(ended[-1]["loss"], rel=1e-6)
+    assert begun[0]["loss"] != ended[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("plain", {"rank": 8}, "has rank 4 for blocks.0.text and the recipe 8"),
+        ("plain", {"target_name": ["time"], "rank": 1}, "it changes blocks.0.text, which gets no adapter"),
+        ("plain", {"use_dora": True}, "it has no magnitudes for blocks.0.text; set use_dora to false"),
+        ("dora", {}, "set use_dora to true"),
+        ("whole", {}, "it changes all of patch_embedding.bias, which does not learn; name it in train_whole"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(kind, changes, said, toy, data, whole, tmp_path):
+    settings = BASE | {"adapter_path": str(whole(kind) / "checkpoint-6")} | changes
+    with pytest.raises(UserError, match=said):
+        train(recipe(toy, data, tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 0, "target_name": []}, "keeps adapters, and rank is 0; restore rank"),
+        ({"network_alpha": 8}, "blocks.0.text had alpha 4.0 and has 8.0"),
+        ({"target_name": ["blocks.0.text"]}, "blocks.1.text had alpha 4.0 and has none"),
+    ],
+)
+def test_a_resume_with_other_adapters_is_refused(changes, said, toy, data, whole, tmp_path):
+    settings = BASE | {"resume_from_checkpoint": str(whole("plain") / "checkpoint-4")} | changes
+    with pytest.raises(UserError, match=said):
+        train(recipe(toy, data, tmp_path / "run", **settings))
+
+
+def test_adapters_do_not_go_on_from_a_whole_networks_run(toy, data, tmp_path):
+    full = {"train_mode": None, "max_train_steps": 1}
+    assert train(recipe(toy, data, tmp_path / "full", **full)) == 0
+    there = str(tmp_path / "full/checkpoint-1")
+    with pytest.raises(UserError, match="keeps the whole network, and rank asks for adapters"):
+        train(recipe(toy, data, tmp_path / "run", **BASE, resume_from_checkpoint=there))

@@ -1,0 +1,152 @@
+"""Ctrl-C: the first one asks for an end, the second is one, whatever hangs, and no process stays."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from reeltune import families
+from reeltune.config.parse import flat
+from reeltune.core.interrupt import second_leaves
+from tests.distributed.processes import wait
+from tests.runs import hung
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = [
+    "tests.runs.hung",
+    "reeltune.training.loop",
+    "reeltune.cache.fill",
+    "reeltune.sampling.sample",
+    "reeltune.export.main",
+    "reeltune.estimate.page",
+    "reeltune.estimate.check",
+]
+PROCESSES.set_forkserver_preload([*PRELOADED, *families.MODULES.values()])
+
+
+def is_there(number: int) -> bool:
+    """A process that has ended but that nobody has asked for is not."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.fixture
+def hang(tmp_path):
+    """Starts a command and returns it when it hangs, with the numbers of the processes that do."""
+    (tmp_path / hung.SIGNS).mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    started = []
+
+    def start(place, argv):
+        process = PROCESSES.Process(target=hung.run, args=(argv, tmp_path, place))
+        process.start()
+        started.append(process)
+        signs = tmp_path / hung.SIGNS
+        assert wait(lambda: any(signs.iterdir()) or not process.is_alive(), lambda: err(tmp_path))
+        assert process.is_alive(), err(tmp_path)
+        return process, [int(path.name) for path in signs.iterdir()]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def err(folder) -> str:
+    file = folder / "err"
+    return file.read_text() if file.is_file() else ""
+
+
+def words(given):
+    """The flags of a recipe."""
+    flags = []
+    for name, value in flat(given).items():
+        if value not in (None, (), ""):
+            flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return flags
+
+
+def press(process, times):
+    """As often as it takes: two at once may come as one."""
+    pressed = 0
+
+    def gone():
+        nonlocal pressed
+        process.join(0.1)
+        if process.is_alive() and pressed < times:
+            os.killpg(process.pid, signal.SIGINT)
+            pressed += 1
+        return not process.is_alive()
+
+    return gone
+
+
+@pytest.mark.parametrize(("command", "workers"), [("train", 0), ("train", 1), ("cache", 1)])
+def test_the_second_leaves_a_hung_reader(command, workers, run, hang, tmp_path):
+    changes = {"dataloader_num_workers": workers, "validation_steps": None, "held_out_share": 0}
+    flags = words(run("run", **changes)) + (["--cache_folder", str(tmp_path / "cache")] if command == "cache" else [])
+    process, hanging = hang("read", [command, *flags])
+    assert (process.pid in hanging) is (workers == 0)
+    os.killpg(process.pid, signal.SIGINT)
+    assert wait(lambda: "Ctrl-C again leaves at once" in err(tmp_path), lambda: err(tmp_path))
+    asked = "ends after this step, with a checkpoint; " if command == "train" else "ends after this entry; "
+    assert asked in err(tmp_path) and all(map(is_there, [process.pid, *hanging]))
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert set(hanging) <= {process.pid, *children}
+    os.killpg(process.pid, signal.SIGINT)
+    assert wait(lambda: not process.is_alive(), lambda: None)
+    assert process.exitcode == 130
+    assert wait(lambda: not any(map(is_there, [*hanging, *children])), lambda: None)
+    assert "Traceback" not in err(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train", "reeltune.families.spec:Family:encode"),
+        ("train", "reeltune.training.loop:load_parts"),
+        ("sample", "reeltune.families.spec:Family:encode"),
+        ("plan", "reeltune.estimate.main:gather"),
+        ("check", "reeltune.estimate.check:gather"),
+        ("export", "reeltune.export.main:export"),
+    ],
+)
+def test_the_second_leaves_what_python_cannot_interrupt(command, place, run, hang, tmp_path, data):
+    flags = words(run("run"))
+    if command == "sample":
+        flags += ["--validation_prompts", "a cat", "--validation_paths", str(data / "control/0.mp4")]
+    process, _ = hang(place, [command, *([str(tmp_path), str(tmp_path / "out")] if command == "export" else flags)])
+    assert wait(press(process, 20), lambda: None)
+    assert process.exitcode == 130
+
+
+def test_nothing_stays_behind():
+    before = signal.getsignal(signal.SIGINT), threading.active_count(), len(os.listdir("/dev/fd"))
+    with second_leaves():
+        assert threading.active_count() == before[1] + 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), threading.active_count(), len(os.listdir("/dev/fd"))) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_forked_process_does_not_end_its_parent():
+    with second_leaves():
+        for _ in range(2):
+            if not (child := os.fork()):
+                with suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_thread_may_run_a_command():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(second_leaves().__enter__()))
+    thread.start()
+    thread.join()
+    assert done == [None]
