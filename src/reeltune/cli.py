@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(act: Callable[[], int]) -> int:
-<<<<<<< HEAD
-    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs."""
+    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
+    leaves at once."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
@@ -90,19 +90,10 @@ def guarded(act: Callable[[], int]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
         _refuse_lost_folder()
-        code = act()
+        with second_leaves():
+            code = act()
         sys.stdout.flush()
         return code
-=======
-    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
-    leaves at once."""
-    if os.environ.get("RANK", "0") != "0":
-        logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
-    try:
-        with second_leaves():
-            return act()
->>>>>>> main
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -43,7 +43,6 @@ class Operation:
     seen: Callable[[Path], Any]
     prepare: Callable[[Path], object] = lambda folder: None
     allows: Callable[[Any, Any, Any], bool] = lambda before, found, after: found in (before, after)
-    may_go_on: bool = False  # where what cannot be written is not needed
 
 
 class Fault:
@@ -158,7 +157,7 @@ def sweep(operation: Operation, folder: Path, every: int = 1) -> int:
             restore()
             where = f"{kind} at change {at} of {len(changes)}, {event}"
             code, said = attempt(lambda: operation.act(work), Fault(work, kind, at))
-            check_end(operation, kind, code, said, where, work, event)
+            check_end(kind, code, said, where, work, event)
             found = operation.seen(work)
             assert operation.allows(old, found, new), (where, found)
             operation.act(work)
@@ -167,12 +166,12 @@ def sweep(operation: Operation, folder: Path, every: int = 1) -> int:
     return tried
 
 
-def check_end(operation: Operation, kind: str, code: int, said: Mapping, where: str, work: Path, event: str) -> None:
+def check_end(kind: str, code: int, said: Mapping, where: str, work: Path, event: str) -> None:
     if kind == "killed":
         assert code == KILLED, (where, code, said)
         return
     need_not_fail = kind == "full" or event == "os.mkdir"  # what fits in LEAST_BYTES, and a folder that is there
-    ends = (0, REFUSED) if operation.may_go_on or need_not_fail else (REFUSED,)
+    ends = (0, REFUSED) if need_not_fail else (REFUSED,)
     assert code in ends, f"{where}: {said.get('told', code)}"
     if code == REFUSED:
         told = said["told"]

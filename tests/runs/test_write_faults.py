@@ -1,5 +1,6 @@
-"""Whatever writes: killed at any of its changes, or with a full disk from any on, it leaves the old or the new, and done
-again it ends as if nothing had been.
+"""Whatever writes: killed at any of its changes, or with a full disk from any on, it leaves the old or the new.
+
+Done again it ends as if nothing had been.
 
 REELTUNE_FAULTS=1 strikes a whole run at each of its changes, and not only at every nineteenth.
 """
@@ -17,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reeltune.cache import store
-from reeltune.cache.keys import fingerprints
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
@@ -156,7 +156,7 @@ def only_one(folder):
 def data(folder):
     folder.mkdir(exist_ok=True)
     for name in "ab":
-        Image.new("RGB", (16, 16), name == "a" and "red" or "blue").save(folder / f"{name}.png")
+        Image.new("RGB", (16, 16), "red" if name == "a" else "blue").save(folder / f"{name}.png")
     listed = [{"file_path": f"{name}.png", "text": name, "type": "image"} for name in ("a", "b", "absent")]
     (folder / "list.json").write_text(json.dumps(listed))
 
@@ -259,9 +259,6 @@ OPERATIONS = {
     ),
     "cache": Operation(cached, entries, allows=each_old_or_new),
     "cache, pruned": Operation(only_one, entries, lambda folder: cached(folder, 2**20), each_old_or_new),
-    "fingerprints": Operation(
-        lambda folder: fingerprints({"list": folder / "list.json"}, folder / "known.json"), texts, data, may_go_on=True
-    ),
     "index of the data": Operation(scanned, index, data, each_old_or_new),
     "export": Operation(exported, loaded, lambda folder: save(folder, 2)),
     "ledger and report": Operation(account, texts, allows=each_old_or_new),

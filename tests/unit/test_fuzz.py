@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from reeltune import families
-from reeltune.cache.keys import fingerprints
 from reeltune.cache.store import read_manifest
 from reeltune.checkpoint import digests
 from reeltune.checkpoint.folder import progress_of
@@ -269,9 +268,6 @@ def test_a_runs_own_files(tmp_path):
     (tmp_path / "run.json").write_text('{"family": "toy", "mode": "control"}')
     held_out = HeldOut(SimpleNamespace(objective=Flow()), [], ["a", "b"], lambda draw: None, 2, tmp_path)
     held_out._start(0, np.zeros((2, 2)))
-    listed = tmp_path / "a.txt"
-    listed.write_text("x")
-    fingerprints({"a": listed}, tmp_path / "fingerprints.json")
 
     def read_shares():
         shared = Shared(checkpoint)
@@ -284,7 +280,6 @@ def test_a_runs_own_files(tmp_path):
         "checkpoint-4/ledger.npz": lambda: ledger().load(checkpoint / "ledger.npz"),
         "run.json": lambda: refuse_other_model(checkpoint, {"family": "toy", "mode": "control"}),
         "validation/start.json": lambda: held_out._start(4, np.zeros((2, 2))),
-        "fingerprints.json": lambda: fingerprints({"a": listed}, tmp_path / "fingerprints.json"),
     }
     for name, act in reads.items():
         whole, refused = (tmp_path / name).read_bytes(), 0

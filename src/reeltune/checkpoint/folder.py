@@ -159,7 +159,8 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
         raise UserError(
             "save",
             f"{final.name} could not be written ({causes[0]}{room(partial)}); free space in {output_dir}, or bring it "
-            f"back, and run again with resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
+            "back, and run again with resume_from_checkpoint latest, which finds "
+            f"{last.name if last else 'no checkpoint yet'}",
         ) from broken
 
 
@@ -217,7 +218,10 @@ def _hidden(checkpoint: Path) -> Path:
 
 
 def set_later_aside(output_dir: Path, step: int) -> list[Path]:
-    """Moves checkpoints later than `step` out of the run's line. Returns where they are now. Raises CannotWriteError."""
+    """Moves checkpoints later than `step` out of the run's line. Returns where they are now.
+
+    Raises CannotWriteError.
+    """
     moved = []
     for later in complete(output_dir):
         if step_of(later) > step:

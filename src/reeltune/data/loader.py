@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import errno
-=======
 import multiprocessing
->>>>>>> main
 import os
 import resource
 import signal
@@ -216,19 +213,14 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would draw from the global one
     )
-<<<<<<< HEAD
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
     try:
         batches = iter(loader)  # one iterator over all epochs: the workers persist
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise _NoSharedMemory(str(error)).told() from error
-=======
-    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    batches = iter(loader)  # one iterator over all epochs: the workers persist
     started = [process for process in multiprocessing.active_children() if process not in others]
->>>>>>> main
     if threading.current_thread() is threading.main_thread():
         # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.
         signal.signal(signal.SIGCHLD, handler)
@@ -276,16 +268,17 @@ class _NoSharedMemory:
 
     def told(self) -> UserError:
         room = os.statvfs("/dev/shm")
+        megabytes = room.f_blocks * room.f_frsize / 1e6
         return UserError(
             "dataloader_num_workers",
-            f"processes that read clips hand them over in /dev/shm, whose {room.f_blocks * room.f_frsize / 1e6:,.1f} MB "
+            f"processes that read clips hand them over in /dev/shm, whose {megabytes:,.1f} MB "
             f"are too little ({self.reason}); enlarge it (docker run --shm-size 8g), give fewer, or 0 to read in the "
             "training process",
         )
 
 
 class _InSharedMemory(Dataset[T | _NoSharedMemory]):
-    """What is handed over is put into shared memory here: DataLoader does so in a thread, whose error reaches nobody,
+    """What is handed over is put into shared memory here: DataLoader does so in a thread whose error reaches nobody,
     and the batch would be waited for without end."""
 
     def __init__(self, data: Dataset[T]):

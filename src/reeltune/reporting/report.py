@@ -44,46 +44,30 @@ def write(output_dir: Path) -> Path:
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
-    with _of(run, "agreement.json"):
-        agreement = _json(run / "agreement.json")
-        agreed = _agreement(agreement) if agreement else None
-    with _of(run, "metrics.jsonl"):
-        of_metrics = {
-            "verdict": verdict(metrics),
-            "numbers": headline(metrics, agreed),
-            "curves": curves(metrics),
-            "split": time_split(metrics),
-        }
-    with _of(run, "previews"):
-        previews = read_previews(run, album, agreement)
-    template = environment().get_template("reporting/report.html")
-    with _of(run, "run.json or ledger.json"):
-        page = template.render(
-            **of_metrics,
-            name=run.resolve().name,
-<<<<<<< HEAD
-            run=_json(run / "run.json"),
-=======
-            run=_json(run / "run.json", OF_RUN),
-            verdict=verdict(metrics),
-            numbers=headline(metrics, agreement),
->>>>>>> main
-            previews=previews,
-            agreement=agreement,
-            first_batch=first_batch(run, album),
-            ledger=_json(run / "ledger.json", OF_LEDGER),
-            problem_rows=PROBLEM_ROWS,
-            recipe=recipe_rows(run / "recipe.yaml"),
-            notices=metrics.notices,
-            saves=metrics.saves,
-            linked=album.linked,
+    agreement = _json(run / "agreement.json")
+    with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
+        page = (
+            environment()
+            .get_template("reporting/report.html")
+            .render(
+                name=run.resolve().name,
+                run=_json(run / "run.json", OF_RUN),
+                verdict=verdict(metrics),
+                numbers=headline(metrics, agreement),
+                previews=read_previews(run, album, agreement),
+                agreement=agreement,
+                curves=curves(metrics),
+                split=time_split(metrics),
+                first_batch=first_batch(run, album),
+                ledger=_json(run / "ledger.json", OF_LEDGER),
+                problem_rows=PROBLEM_ROWS,
+                recipe=recipe_rows(run / "recipe.yaml"),
+                notices=metrics.notices,
+                saves=metrics.saves,
+                linked=album.linked,
+            )
         )
     return write_whole(run / "report.html", page)
-
-
-def _of(run: Path, names: str) -> as_user_error:
-    """Within, files of those names are read as a run writes them."""
-    return as_user_error(run, f"{names} cannot be shown: not as a run writes it", "restore it, or move it away")
 
 
 def write_whole(path: Path, page: str) -> Path:
@@ -149,7 +133,7 @@ def verdict(metrics: Metrics) -> dict[str, str]:
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
-def headline(metrics: Metrics, agreed: dict[str, str] | None) -> list[dict[str, str]]:
+def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
     """The few numbers at the top: what, value, and what it was at the start."""
     told, steps = [], metrics.steps
     if metrics.validations:
@@ -165,20 +149,15 @@ def headline(metrics: Metrics, agreed: dict[str, str] | None) -> list[dict[str, 
                 "note": f"mean of the last and first {tenth}" if tenth > 1 else "last and first step",
             }
         )
-    if agreed is not None:
-        told.append(agreed)
+    if agreement:
+        now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
+        first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
+        best = f"own control the best match of {first}, {first_before} before"
+        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
     if steps:
         samples = f"{sum(steps['samples']):,}"
         told.append({"what": "steps", "now": f"{steps['step'][-1]:,}", "note": f"{samples} samples, {_took(steps)}"})
     return told
-
-
-def _agreement(agreement: dict) -> dict[str, str]:
-    """The same of what clips and their controls have in common."""
-    now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
-    first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
-    best = f"own control the best match of {first}, {first_before} before"
-    return {"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best}
 
 
 def curves(metrics: Metrics) -> list[dict]:
