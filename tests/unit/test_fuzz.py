@@ -278,7 +278,7 @@ def test_a_runs_own_files(tmp_path):
         "checkpoint-4/shares/.metadata": read_shares,
         "checkpoint-4/digests.json": lambda: digests.damages(checkpoint),
         "checkpoint-4/ledger.npz": lambda: ledger().load(checkpoint / "ledger.npz"),
-        "run.json": lambda: refuse_other_model(checkpoint, {"family": "toy", "mode": "control"}),
+        "run.json": lambda: refuse_other_model(checkpoint, {"family": "toy", "mode": "control"}, adapters=False),
         "validation/start.json": lambda: held_out._start(4, np.zeros((2, 2))),
     }
     for name, act in reads.items():
