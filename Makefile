@@ -36,6 +36,7 @@ parity: setup
 docs: setup
 	$(BIN)/python scripts/recipe_page.py docs/recipe.md
 	$(BIN)/python scripts/memory_page.py docs/memory.md
+	$(BIN)/python scripts/adapters_page.py docs/adapters.md
 	$(BIN)/python scripts/cache_picture.py docs/benchmarks.md docs/cache.png
 
 lint: setup

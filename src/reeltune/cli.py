@@ -37,6 +37,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
   export   turn a checkpoint-N into a folder that the original tools, or diffusers, load; an adapter into a file
+  rank     measure which rank an adapter needs to do what a full fine-tune did
   import   tell what an adapter of any tool is, and how strong it would be in each tool
   demo     make a small data set and a tiny model, and fine-tune it here in a few minutes
 
@@ -353,12 +354,27 @@ def _export(argv: Sequence[str]) -> int:
         "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
     )
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="put the checkpoint's adapter, or --adapters, into the whole weights",
+    )
+    parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
     parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
     parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
     options = vars(parser.parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
-    if not given.pop("adapter"):
+    alone, merges = given.pop("adapter"), given.pop("merge")
+    if alone and merges:
+        raise UserError("export", "--adapter writes an adapter alone, --merge whole weights; leave one of the two out")
+    if not alone:
         _refuse_beside("", {"dialect": "--for", "trigger_words": "--trigger_words"}, given, "go with --adapter alone")
+    if merges:
+        from reeltune.export.merge import export_merged
+
+        return _print(export_merged(given.pop("checkpoint"), given.pop("out"), **given))
+    _refuse_beside("", {"adapters": "--adapters"}, given, "goes with --merge alone")
+    if not alone:
         return exported(**given)
     weights = {"max_shard_size": "--max_shard_size", "diffusers": "--diffusers"}
     _refuse_beside("--adapter", weights, given, "are of whole models; leave them out")
@@ -423,6 +439,38 @@ def size(text: str) -> str:
     return text
 
 
+def _rank(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "reeltune rank",
+        description="Measures which rank an adapter needs to do what a full fine-tune did: takes its change apart, and "
+        "gives the held-out loss at each rank beside the fine-tune's. Settings of the recipe can follow.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run that trained the network")
+    parser.add_argument("--base", metavar="MODEL", help="the model that was trained, if not where the recipe says")
+    parser.add_argument("--ranks", type=_whole_numbers, default="4,8,16,32,64", help="[4,8,16,32,64]")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the adapter of the smallest that is as good")
+    options, rest = parser.parse_known_args(argv)
+    words, given, problems = flags(rest)
+    if options.base is not None:
+        given["pretrained_model_name_or_path"] = options.base
+    problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
+    file = next(
+        (f for f in (options.checkpoint / "recipe.yaml", options.checkpoint.parent / "recipe.yaml") if f.is_file()),
+        None,
+    )
+    tree = {} if file is None else in_its_folder(file, read(file))
+    recipe = build(tree, given, where="rank", required=REQUIRED["train"], found=problems)
+
+    from reeltune.export.rank import measure_ranks
+
+    return _print(measure_ranks(recipe, options.checkpoint, options.ranks, options.out))
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 DEMOS = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun", "toy")
 
 
@@ -447,6 +495,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "sample": _sample,
     "report": _report,
     "export": _export,
+    "rank": _rank,
     "import": _import,
     "demo": _demo,
 }

@@ -107,9 +107,13 @@ def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> 
 
 # ---- forked from a process that has read the libraries, which takes longest
 
-FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("forkserver")  # a session has one, for all tests: who tells it last is heard
 FORKS.set_forkserver_preload(
-    ["reeltune.training.loop", *MODULES.values(), *(["deepspeed"] if find_spec("deepspeed") else [])]
+    [
+        *("reeltune.training.loop", "reeltune.cache.fill", *MODULES.values()),
+        *(["deepspeed"] if find_spec("deepspeed") else []),
+        *("tests.distributed.gathered", "tests.families.every_family"),  # what tests tell their forks to do is beside
+    ]
 )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from reeltune.config.parse import dump, settings
 from tests.distributed.processes import end, ends, environment, free_port, start
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 from tests.unit.test_compat import ROOT
 
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
@@ -58,11 +58,10 @@ def block(kind: str, word: str) -> str:
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(data, tmp_path):
     """The folder that all machines share."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/toy.json").write_text("{}")
-    data = data_set(tmp_path / "data")
     made = recipe(tmp_path / "model", data, tmp_path / "x", max_train_steps=2, engine="fsdp")
     (tmp_path / "runs/eight").mkdir(parents=True)
     (tmp_path / "runs/eight/recipe.yaml").write_text(dump(made))

@@ -9,18 +9,15 @@ from reeltune.run.data import gather
 from reeltune.run.model import choose_family
 from reeltune.training.loop import train
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
-from tests.families.every_family import SHOWN
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 
 GROUP = 4
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def asked(data, toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elastic")
-    (folder / "toy").mkdir()
-    model, data = SHOWN["toy"].write(folder / "toy"), data_set(folder / "data")
-    return lambda name, **changes: recipe(model, data, folder / name, **changes)
+    return lambda name, **changes: recipe(toy, data, folder / name, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,17 @@ from reeltune.distributed.watchdog import EXIT_CODE, Watchdog
 from reeltune.training.background_save import Saving
 from tests.distributed.processes import FOUND_SECONDS, forked, hasty
 from tests.runs.same_run import assert_same_end
-from tests.runs.small_run import data_set, recipe
+from tests.runs.small_run import recipe
 
 STEPS = 6
 ENGINES = ["ddp", "fsdp", *(["zero2", "zero3"] if find_spec("deepspeed") else [])]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("several")
-    data_set(folder / "data")
-    (folder / "toy").mkdir()
-    (folder / "toy" / "toy.json").write_text("{}")
-    return folder
-
-
 @pytest.fixture
-def to_do(folder, tmp_path):
+def to_do(data, toy, tmp_path):
     def make(name="run", **changes):
         settings = {"max_train_steps": STEPS, "held_out_share": 0.0, **changes}
-        return recipe(folder / "toy", folder / "data", tmp_path / name, **settings)
+        return recipe(toy, data, tmp_path / name, **settings)
 
     return make
 

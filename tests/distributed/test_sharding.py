@@ -70,9 +70,8 @@ def watch(out: str, rank: int) -> None:
     module.learner_of, Learner.step = made, stepped
 
 
-def held(engine, count, folder):
+def held(engine, count, model, data, folder):
     """(bytes that each process holds, parameters)"""
-    model, data = tiny_checkpoint(folder / "model", "control_v1.1", **SIZES), data_set(folder / "data", clips=3)
     settings = {"mixed_precision": "bf16", "engine": engine, "max_train_steps": 3, "train_batch_size": 1}
     run = recipe(model, data, folder / "out", held_out_share=0.0, checkpointing_steps=99, **settings)
     fork = forked([run], count, folder, partial(watch, str(folder)))
@@ -82,18 +81,28 @@ def held(engine, count, folder):
 
 
 @pytest.fixture(scope="module")
-def beside_bytes(tmp_path_factory):
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "control_v1.1", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_set(tmp_path_factory.mktemp("data"), clips=3)
+
+
+@pytest.fixture(scope="module")
+def beside_bytes(model, data, tmp_path_factory):
     """What a run's libraries and log take from the same allocator: all that one process has over 16 bytes each."""
-    [alone], psi = held(None, 1, tmp_path_factory.mktemp("alone"))
+    [alone], psi = held(None, 1, model, data, tmp_path_factory.mktemp("alone"))
     return alone - 16 * psi
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
-def test_each_process_holds_what_was_foretold(engine, beside_bytes, tmp_path):
+def test_each_process_holds_what_was_foretold(engine, beside_bytes, model, data, tmp_path):
     if engine.startswith("zero") and not with_deepspeed:
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
-    each, psi = held(engine, 2, tmp_path)
+    each, psi = held(engine, 2, model, data, tmp_path)
     parts = {"weights": 4 * psi, "gradients": 4 * psi, "optimizer": 8 * psi}
     step = estimate(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
     foretold = sharding.peaks(step, engine, 2)[0]["backward"]

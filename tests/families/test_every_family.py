@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from reeltune import families
+from reeltune.cache.fill import fill
 from reeltune.config.recipe import Recipe
 from reeltune.core.rng import dice
 from reeltune.core.types import Batch, Crop, MaskLaw, Shape
@@ -20,12 +21,13 @@ from reeltune.data.media import measure, read_frames
 from reeltune.diffusion.loss import settle
 from reeltune.export.main import export
 from reeltune.families import configs, weights
-from reeltune.families.spec import Family
+from reeltune.families.spec import Family, Parts
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family
 from reeltune.sampling.sample import Setup
 from reeltune.training.loop import train
 from tests.families.every_family import Pair
+from tests.runs.caching import cached
 from tests.runs.same_run import StopAfter, assert_same_end, rows
 from tests.runs.small_run import data_set, recipe
 
@@ -58,8 +60,8 @@ class Runs:
     family: Family
     model: Path
     whole: Path  # unbroken, with previews and held-out losses on the way
-    halves: Path  # stopped after two steps and resumed; it makes no previews
-    recipe: Recipe
+    halves: Path  # stopped after two steps, which read the cache, and resumed without one; it makes no previews
+    recipe: Recipe  # of the unbroken one, but with clips read in as many ways as there are epochs
 
     def told(self, kind: str) -> list[dict]:
         lines = map(json.loads, (self.whole / "metrics.jsonl").read_text().splitlines())
@@ -68,6 +70,10 @@ class Runs:
     @property
     def entries(self) -> list[dict]:
         return json.loads(Path(self.recipe.data.train_data_meta).read_text())
+
+
+def never(*_):
+    raise AssertionError("a frozen network was read")
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +93,22 @@ def runs(pair, data, reports, tmp_path_factory):
     }
     if "full_ref" in family.drop and pair.mode == "control_ref":
         settings |= {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}
-    whole = recipe(model, data, folder / "whole", **settings, **PREVIEWS)
+    plain = recipe(model, data, folder / "whole", **settings, **PREVIEWS)
+    settings["cache_variants"] = 2
     with reports():
-        assert train(whole) == 0
+        assert train(recipe(model, data, folder / "whole", **settings, **PREVIEWS)) == 0
     halves = model, data, folder / "halves"
-    with StopAfter(2):
-        assert train(recipe(*halves, **settings)) == 128 + signal.SIGTERM
+    first = cached(recipe(*halves, **settings), folder / "cache")
+    assert fill(first) == 0
+    with pytest.MonkeyPatch.context() as patch, StopAfter(2):
+        patch.setattr(Parts, "_read", never)
+        assert train(first) == 128 + signal.SIGTERM
     assert train(recipe(*halves, resume_from_checkpoint="latest", **settings)) == 0
-    return Runs(pair, family, model, folder / "whole", folder / "halves", whole)
+    return Runs(pair, family, model, folder / "whole", folder / "halves", plain)
 
 
 def test_a_resumed_run_ends_in_the_bits_of_an_unbroken_one_that_was_looked_at(runs):
+    """And what is read from a cache is what is made live: steps, and the held-out loss before them."""
     assert_same_end(runs.halves, runs.whole, STEPS, kinds=("step",))
     assert (runs.halves / "checkpoint-2/progress.json").is_file()
     assert not (runs.halves / "previews").exists()
@@ -109,6 +120,7 @@ def test_it_learns(runs):
     steps = runs.told("step")
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps)
+    assert len({row["loss"] for row in steps}) == STEPS
 
 
 def test_held_out_losses_are_paired(runs):
@@ -248,11 +260,15 @@ def test_what_is_dropped_is_blank_and_nothing_else_is(runs, inputs, setup):
     present = set(settled(setup, batch)[0])
     rated = set(RATES[family.name.partition("/")[0]])
     assert present & rated <= set(family.drop)
+    wholes = {}
     for name in ("text", *family.drop):
+        about = name if name in ("full_ref", "inpaint") else "others"
         batch.ref_frame_B = torch.full_like(batch.ref_frame_B, 2 if name == "full_ref" else 0)
         if batch.mask_BFHW is not None:
             batch.mask_BFHW = torch.full_like(batch.mask_BFHW, name == "inpaint")
-        whole, _ = settled(setup, batch)
+        if about not in wholes:
+            wholes[about], _ = settled(setup, batch)
+        whole = wholes[about]
         lacking, null = settled(setup, batch, name)
         gone = family.caption if name == "text" else (name,)
         for cond in whole:

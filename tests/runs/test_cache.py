@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reeltune import cli, families
+from reeltune import cli
 from reeltune.cache import entries, fill, maintenance, store
 from reeltune.config.parse import dump
 from reeltune.core.errors import UserError
@@ -21,7 +21,7 @@ from reeltune.run.model import choose_family
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.caching import STEPS, cached, entries_written
-from tests.runs.same_run import assert_same_end, rows
+from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import data_set
 
 
@@ -29,24 +29,7 @@ def never(*_):
     raise AssertionError("a frozen network was read")
 
 
-# ---- the same bits
-
-
-def test_a_run_from_the_cache_is_the_live_run(pair, run, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
-    (tmp_path / "model").mkdir()
-    model = pair.lay_out(tmp_path / "model")
-    changes = {"train_mode": pair.mode}
-    if "full_ref" in families.find(model).drop and pair.mode == "control_ref":
-        changes |= {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}
-    live = run("live", model, **changes)
-    assert train(live) == 0
-    from_cache = cached(run("cached", model, **changes), tmp_path / "cache")
-    assert fill.fill(from_cache) == 0
-    monkeypatch.setattr(Parts, "_read", never)
-    assert train(from_cache) == 0
-    assert_same_end(tmp_path / "cached", tmp_path / "live", STEPS)
-    assert len({row["loss"] for row in rows(tmp_path / "live", ("step",))}) == STEPS
+# ---- the same bits; tests/families/test_every_family.py has it in every family and mode
 
 
 @pytest.mark.parametrize(
@@ -59,11 +42,12 @@ def test_a_run_from_the_cache_is_the_live_run(pair, run, tmp_path, monkeypatch):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_with_other_settings_too(changes, run, tmp_path):
+def test_a_run_from_the_cache_is_the_live_run(changes, run, tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "wan", "control_t2v")
     assert train(run("live", model, **changes)) == 0
     from_cache = cached(run("cached", model, dataloader_num_workers=2, **changes), tmp_path / "cache")
     assert fill.fill(from_cache) == 0
+    monkeypatch.setattr(Parts, "_read", never)
     assert train(from_cache) == 0
     assert_same_end(tmp_path / "cached", tmp_path / "live", STEPS)
 

@@ -1,7 +1,6 @@
 """The cache: whatever kills, fills or damages it, what is there is whole."""
 
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -13,28 +12,23 @@ from functools import partial
 import pytest
 import torch
 
-from reeltune import families
 from reeltune.cache import fill, maintenance, store
 from reeltune.core.errors import UserError
 from reeltune.core.files import CannotWriteError
 from reeltune.core.rng import dice
 from reeltune.estimate.check import check
 from reeltune.training.loop import train
-from tests.distributed.processes import changes, wait
+from tests.distributed.processes import FORKS, changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs import fill_slowly
 from tests.runs.caching import STEPS, assert_same_contents, cached, contents, entries_written
 from tests.runs.same_run import assert_same_end
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["reeltune.cache.fill", *families.MODULES.values()])
-
-
 # ---- kills, full disks, many processes
 
 
 def started(given, world):
-    processes = [PROCESSES.Process(target=fill_slowly.run, args=(given, rank, world)) for rank in range(world)]
+    processes = [FORKS.Process(target=fill_slowly.run, args=(given, rank, world)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes

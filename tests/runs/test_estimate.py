@@ -155,7 +155,7 @@ def lean(tmp_path, shape, **settings):
     return estimate(recipe(model, tmp_path, tmp_path / "out", **settings), shape)
 
 
-def test_blocks_that_are_swapped_are_on_the_host_and_come_one_by_one(tmp_path, monkeypatch):
+def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     shape = Shape(5, 32, 32)
     plain, swapped = (lean(tmp_path, shape, blocks_to_swap=n, gradient_checkpointing=True) for n in (0, 6))
@@ -164,8 +164,8 @@ def test_blocks_that_are_swapped_are_on_the_host_and_come_one_by_one(tmp_path, m
     for phase in plain.peaks:
         gone = plain.peaks[phase]["still"] - swapped.peaks[phase]["still"]
         assert gone == swapped.swapped_bytes, phase
-    one = swapped.peaks["forward"]["forward"] - plain.peaks["forward"]["forward"]
-    assert one == pytest.approx(4 * plain.block_parameters, rel=0.2)  # a block at work
+    both = swapped.peaks["forward"]["forward"] - plain.peaks["forward"]["forward"]
+    assert both == pytest.approx(2 * 4 * plain.block_parameters, rel=0.1)  # a block at work, and the next
 
 
 def test_offloaded_activations_are_on_the_host_and_come_back(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Ways of saving memory, in every family: the bits of the plain run."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from reeltune.optim.trainable import released_names
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.sample import Setup
+from reeltune.training import trained_network
 from reeltune.training.learner import Learner, learner_of
 from tests.families.every_family import Pair
 from tests.runs.same_run import assert_equal
@@ -60,7 +62,8 @@ def steps(start, **changes) -> tuple[list, Learner]:
     made = with_changes(made, changes)
     engine = Engine(made.training.mixed_precision)
     dtype = torch.float32 if made.model.trained_weights == "fp32" else torch.bfloat16
-    parts = family.load(made.model.pretrained_model_name_or_path, dtype=dtype, encoders=False)
+    model, coarse = made.model.pretrained_model_name_or_path, made.adapter.base_weights
+    parts = family.load(model, dtype=dtype, encoders=False, base_weights=coarse)
     learner = learner_of(made, family, parts, engine, batch=2, accumulate=1)
     _, _, objective = choose_family(made)
     told = []
@@ -113,15 +116,32 @@ def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypat
     first = tuple(names[ours[id(weight)]] for weight in found[0].parameters())  # so that gradients pass all others
     assert len(found) > 1
     settings = {"trainable_modules": first, "gradient_checkpointing": recomputed}
-    visits = []
-    visiting = blocks.visiting
-    monkeypatch.setattr(blocks, "visiting", lambda *given: visits.append(len(given[0])) or visiting(*given))
+    sent = []
+
+    def copy(there, home):
+        sent.append(home.data_ptr())
+        there.copy_(home)
+
+    monkeypatch.setattr(trained_network, "swap", partial(blocks.swap, copy=copy))
     still = steps(start, **settings)
-    assert not visits
+    assert not sent
     assert_same(steps(start, blocks_to_swap=1, **settings), still)
-    assert len(visits) == 2 * STEPS
+    assert len(sent) == 2 * STEPS * len(set(sent))  # each tensor in both passes
     with pytest.raises(UserError, match=f"blocks_to_swap is {len(found)}, but"):
         steps(start, blocks_to_swap=len(found), **settings)
+
+
+def test_adapters_over_a_coarse_base_learn_alike_with_its_blocks_swapped(start):
+    family, made, *_ = start
+    net = family.load(made.model.pretrained_model_name_or_path, encoders=False, base_weights="nf4").net
+    count, before = len(blocks_of(net, family.blocks)), dict(net.state_dict())
+    settings = {"rank": 1, "base_weights": "nf4", "mixed_precision": "bf16"}
+    still = steps(start, **settings)
+    assert_same(steps(start, **settings, blocks_to_swap=count), still)
+    told, learner = still
+    assert all(loss > 0 and norm > 0 for loss, norm in told)
+    after = {name.replace(".base_layer.", "."): weight for name, weight in learner.plain.state_dict().items()}
+    assert_equal({name: after[name] for name in before}, before)
 
 
 class Several(Engine):

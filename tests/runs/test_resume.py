@@ -1,7 +1,6 @@
 """A killed run, resumed, ends in the same bits as an unbroken one."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.rng import dice
 from reeltune.run.lock import locked
 from reeltune.training.loop import train
-from tests.distributed.processes import changes, wait
+from tests.distributed.processes import FORKS, changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
 from tests.runs.small_run import measured, recipe
@@ -33,10 +32,6 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
 WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
 BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
 """A run of the toy family, written by the code of 2026-11-26 before its files moved into rooms (torch 2.13, CPU)."""
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["reeltune.training.loop", "reeltune.families.wan_fun.family", "reeltune.families.toy.family"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def child(settings, *where):
 
 def run_and_kill(when, settings, *where):
     """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
-    process = PROCESSES.Process(target=child, args=(settings, *where))
+    process = FORKS.Process(target=child, args=(settings, *where))
     process.start()
     assert wait(lambda: not process.is_alive() or when(where[-1]), lambda: changes(where[-1]))
     killed = process.is_alive()

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from reeltune.adapters.adapter import Adapter, LowRank
-from reeltune.adapters.apply import applied, check, merge, merged
+from reeltune.adapters.apply import applied, check, merge, merged, parameters_of
 from reeltune.core.errors import UserError
+from reeltune.memory.quantized import Quantisation, quantize_linears
 
 NAMES = {"first.weight": "a.weight", "first.bias": "a.bias", "second.weight": "b.weight", "second.bias": "b.bias"}
 
@@ -121,3 +122,29 @@ def test_nothing_is_merged_into_quantised_weights(dtype, net):
     with pytest.raises(UserError, match=f"weights are kept as {kept}, .*leave base_weights out"):
         merge(net, NAMES, [(Adapter({"a": low_rank(1)}), 1.0)])
     merge(net, NAMES, [(Adapter({"b": low_rank(1, outputs=4, inputs=6)}), 1.0)])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_quantised_layer_answers_with_them_and_keeps_its_bits(kind, use_dora):
+    plain = nn.Linear(64, 32)
+    net = nn.ModuleDict({"block": nn.Sequential(plain)})
+    (layer,) = quantize_linears(net, Quantisation(kind, ("Sequential",))).values()
+    layer.weight = nn.Parameter(layer.pack(numbers(32, 64), "cpu"), requires_grad=False)
+    names = {"block.0.weight": "a.weight", "block.0.bias": "a.bias"}
+    more = {"magnitude_O": numbers(32, seed=3).abs() + 1} if use_dora else {}
+    adapter = Adapter({"a": low_rank(1, outputs=32, inputs=64, **more)}, whole={"a.bias": numbers(32, seed=5)})
+    check(adapter, {name: weight.shape for name, weight in parameters_of(net, names).items()}, "x")
+    x, before = numbers(5, 64, seed=7), (layer.weight.clone(), layer.bias.clone())
+    own = layer(x)
+    with applied(net, names, [(adapter, 0.5)], keep=True):
+        answer = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    wanted_OI = adapter.layers["a"].changed(layer.dequantized(torch.float32), 0.5)
+    bias_O = (before[1] + adapter.whole["a.bias"]) / 2
+    assert (answer - nn.functional.linear(x, wanted_OI, bias_O)).abs().max() < 1e-5
+    assert torch.equal(layer(x), own) and (answer - own).abs().max() > 0.1
+    assert torch.equal(layer.weight, before[0]) and torch.equal(layer.bias, before[1])
+    with pytest.raises(UserError, match="leave base_weights out"):
+        merge(net, names, [(adapter, 1.0)])

@@ -12,7 +12,8 @@ from reeltune.adapters.loaders import KOHYA, PEFT, SLOT, Applied
 from reeltune.adapters.networks import NETWORKS, SPELLINGS
 from reeltune.adapters.proof import prove
 from reeltune.core.errors import UserError
-from tests.unit.made_adapters import base_of, made, named, written_to
+from scripts.adapters_page import made, named
+from tests.unit.made_adapters import base_of, written_to
 
 FORMS = {
     "diffusion_model": ("wan_fun", "diffusion_model.", "released", ".", PEFT[0], "ComfyUI's form"),

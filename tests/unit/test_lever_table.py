@@ -93,6 +93,8 @@ def test_what_one_device_is_offered():
     assert "vae_tiling: true" not in words(tree, tiles=False)
     assert "step_in_backward: true" not in words({**tree, "gradient_accumulation_steps": 2})
     assert words({"train_batch_size": 3})[0] == "train_batch_size: 1, gradient_accumulation_steps: 3"
+    assert [line for line in words({"rank": 8}) if "base" in line] == ["base_weights: fp8", "base_weights: nf4"]
+    assert not any(line.startswith("base") for line in words({"rank": 8, "base_weights": "int8"}))
     assert "use_came: false, use_8bit_adam: true" in words({"use_came": True})
     assert "use_8bit_adam: false, use_adafactor: true" in words({"use_8bit_adam": True})
     assert not {"low_vram: true", "encode_ahead: false"} & set(words({"cache_folder": "x", "cache_variants": 1}))
@@ -115,6 +117,8 @@ def test_what_more_devices_cannot_have_is_turned_off_with_them():
     lean = {"use_adafactor": True, "trained_weights": "bf16_stochastic", "blocks_to_swap": 3, "step_in_backward": True}
     off = "use_adafactor: false, trained_weights: fp32, step_in_backward: false, blocks_to_swap: 0"
     assert f"--gpus 8, engine: fsdp, {off}" in words(lean)
+    coarse = words({"rank": 8, "base_weights": "nf4"})
+    assert "--gpus 8, engine: fsdp, base_weights: none" in coarse
     came = words({"use_came": True}, "ddp", 2)
     assert "engine: fsdp, use_came: false" in came
     assert "engine: zero2" in came  # which has it

@@ -1,6 +1,7 @@
 """Ways of saving memory end in the bits of the plain run: by optimizer and part here, by family in test_lean_runs."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from reeltune.core.errors import UserError
 from reeltune.memory import blocks
-from reeltune.memory.blocks import blocks_of, move, offload_activations, recompute, swap
+from reeltune.memory.blocks import blocks_of, move, offload_activations, recompute, swap, waiting
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer, set_rate, soften_outliers
 from reeltune.optim.step_in_backward import StepInBackward
 
@@ -213,25 +214,82 @@ def partly_still():
     return net
 
 
-def test_blocks_that_do_not_learn_visit_one_by_one(monkeypatch):
-    net = partly_still()
+def adapted():
+    """A network of which small weights in every block learn."""
+    net = Net()
+    net.requires_grad_(False)
+    for block in net.blocks:
+        block.one.bias.requires_grad_(True)
+        block.register_buffer("table", torch.ones(64), persistent=False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "chosen"), [(partly_still, 2, [0, 1]), (adapted, 2, [0, 2]), (adapted, 4, [0, 1, 2, 3])]
+)
+def test_swapped_blocks_give_the_bits_of_still_ones_and_come_back(make, count, chosen):
+    net = make()
     homes = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    there, most = [0], [0]
-    visiting = blocks.visiting
+    swapped = swap(blocks_of(net, ("Block",)), count, torch.device("cpu"))
+    assert swapped == [net.blocks[i] for i in chosen]
+    assert_same(losses(net), losses(make()))
+    assert [block.calls for block in net.blocks] == [6 if i in chosen else 3 for i in range(4)]
+    assert {name: weight.data_ptr() for name, weight in net.named_parameters()} == homes
 
-    def counted(*given):
-        there[0] += 1
-        most[0] = max(most[0], there[0])
-        there[0] -= 1
-        return visiting(*given)
 
-    monkeypatch.setattr(blocks, "visiting", counted)
-    swapped = swap(blocks_of(net, ("Block",)), 2, torch.device("cpu"))
-    assert swapped == [net.blocks[0], net.blocks[1]]
-    assert_same(losses(net), losses(partly_still()))
-    assert [block.calls for block in net.blocks] == [6, 6, 3, 3]
-    here = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    assert here == homes  # they came back
+def told(net, count):
+    """What happens in a run of the network: ("send", block) and ("compute", block); and how much is held at a time."""
+    events, held, most = [], weakref.WeakSet(), [0]
+    of = {tensor.data_ptr(): i for i, block in enumerate(net.blocks) for tensor in waiting(block)}
+
+    def copy(there, home):
+        held.add(there.untyped_storage())
+        most[0] = max(most[0], sum(storage.nbytes() for storage in held))
+        events.append(("send", of[home.data_ptr()]))
+        there.copy_(home)
+
+    for i, block in enumerate(net.blocks):
+        block.one.register_forward_pre_hook(lambda *_, i=i: events.append(("compute", i)))
+    swap(list(net.blocks), count, torch.device("cpu"), copy=copy)
+    return events, held, most
+
+
+ONE_BLOCK = 4 * (64 * 96 + 96 * 64 + 64 + 64)  # bytes that wait: both weights, a bias, and a table
+
+
+def test_the_next_block_is_on_its_way_while_one_computes():
+    net = adapted()
+    events, held, most = told(net, 4)
+    loss = net(given(0, torch.float32)).sum()
+    there = list(dict.fromkeys(events))
+    assert there == [
+        *[("send", 0), ("send", 1), ("compute", 0), ("send", 2), ("compute", 1), ("send", 3), ("compute", 2)],
+        ("compute", 3),
+    ]
+    events.clear()
+    loss.backward()
+    assert list(dict.fromkeys(events)) == [
+        *[("send", 3), ("send", 2), ("compute", 3), ("send", 1), ("compute", 2), ("send", 0), ("compute", 1)],
+        ("compute", 0),
+    ]
+    assert most == [2 * ONE_BLOCK]
+    del loss
+    assert not held
+
+
+def test_blocks_are_sent_in_vain_only_where_a_pass_is_broken_off():
+    net = adapted()
+    events, held, most = told(net, 4)
+    with torch.no_grad():
+        net.blocks[0](given(0, torch.float32))
+        assert events[-2:] == [("send", 1), ("compute", 0)]
+        events.clear()
+        whole = net(given(0, torch.float32))
+        assert events[0] == ("send", 0)
+        events.clear()
+        assert torch.equal(net(given(0, torch.float32)), whole)  # as a preview after a held-out loss
+    assert {event for event in events if event[0] == "send"} == {("send", i) for i in range(4)}
+    assert most == [2 * ONE_BLOCK] and not held
 
 
 def test_while_it_visits_a_block_computes_with_copies_on_the_device():
@@ -255,6 +313,17 @@ def test_a_swapped_block_is_left_where_it_is():
     }
 
 
+def test_what_learns_in_a_swapped_block_is_on_the_device():
+    net = adapted()
+    before = {name: weight.data_ptr() for name, weight in net.named_parameters()}
+    move(net, torch.device("cpu", 0), besides=swap([net.blocks[0]], 1, torch.device("cpu")))
+    assert {name for name, weight in net.named_parameters() if weight.data_ptr() == before[name]} == {
+        f"blocks.0.{name}" for name in ("one.weight", "two.weight", "two.bias")
+    }
+
+
 def test_more_than_stand_still_cannot_be_swapped():
-    with pytest.raises(UserError, match="blocks_to_swap is 4, but of the network's 4 blocks 3 do not learn"):
+    with pytest.raises(
+        UserError, match="blocks_to_swap is 4, but of the network's 4 blocks 3 have weights that do not learn"
+    ):
         swap(list(partly_still().blocks), 4, torch.device("cpu"))

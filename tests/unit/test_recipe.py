@@ -1,7 +1,8 @@
 """Recipes: every field described, strict building, every rule, YAML there and back."""
 
 import logging
-from dataclasses import FrozenInstanceError
+import re
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -142,6 +143,8 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
+        ({"rank": 8, "base_weights": "fp8", "engine": "fsdp"}, "base_weights is fp8 and engine is fsdp"),
+        ({"rank": 8, "base_weights": "nf4", "use_dora": True}, "DoRA measures"),
         ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
         ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),
         ({"rank": 8, "alpha_pattern": ["ffn.0=0"]}, "more than 0"),
@@ -161,6 +164,7 @@ def test_rules_between_fields_allow_what_fits():
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
     build({"engine": "fsdp", "keep_gathered": True, "offload": True})
     build({"engine": "zero2", "offload": True})
+    build({"engine": "ddp", "rank": 8, "base_weights": "int8"})
     build({"offload": True})  # the launcher names the engine
 
 
@@ -193,6 +197,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "rank_pattern": ["a: b=4", "no=8"],
         "alpha_pattern": ["a: b=4.5", "no=8"],
         "use_came": False,
+        "use_dora": False,
         "use_8bit_adam": False,
         "use_prodigy": False,
         "use_muon": False,
@@ -211,6 +216,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "validation_data_meta",
         "random_ratio_crop",
         "use_came",
+        "use_dora",
         "use_8bit_adam",
         "use_prodigy",
         "use_muon",
@@ -278,7 +284,32 @@ def test_every_variant_has_a_recipe():
     easyanimate |= {"easyanimate_v5.1_7b_control", "easyanimate_v5_12b_control"}
     cogvideox = {f"cogvideox_fun_{variant}_inp" for variant in ("2b", "5b", "v1.1_2b", "v1.1_5b", "v1.5_5b")}
     cogvideox |= {f"cogvideox_{size}_t2v" for size in ("2b", "5b")}
-    assert {file.stem for file in RECIPES} >= control | others | inp | hunyuan | easyanimate | cogvideox
+    every = control | others | inp | hunyuan | easyanimate | cogvideox
+    assert {file.stem for file in RECIPES} >= every
+    adapters = {file.stem.partition("_lora")[0] for file in RECIPES if "_lora" in file.stem}
+    assert adapters == {file.stem for file in RECIPES if not file.stem.endswith("gb") and "_lora" not in file.stem}
+    assert {f"wan2.1_fun_v1.1_{size}" for size in ("14b_control_lora_24gb", "1.3b_control_lora_12gb")} <= {
+        file.stem for file in RECIPES
+    }
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if "_lora" in file.stem], ids=lambda path: path.stem)
+def test_adapters_train_on_what_the_full_recipe_does(file):
+    """The same model, mode, sizes and data; what differs is what learns, how, and ways of sparing memory."""
+    full = file.with_name(f"{file.stem.partition('_lora')[0]}.yaml")
+    ours, theirs = build(read(file)), build(read(full))
+    assert re.findall(r"https://huggingface.co/\S+", file.read_text()) == re.findall(
+        r"https://huggingface.co/\S+", full.read_text()
+    )
+    for section in ("sizes", "data", "loss", "parallel", "output", "validation", "training"):
+        assert getattr(ours, section) == getattr(theirs, section)
+    assert replace(theirs.model, trained_weights="fp32") == ours.model
+    assert (ours.adapter.rank, ours.adapter.network_alpha, ours.optimization.learning_rate) == (32, 32, 1e-4)
+    assert (ours.adapter.base_weights is None) == any(size in file.stem for size in ("1.3b", "_2b"))
+    lines = file.read_text().splitlines()
+    own = ("rank", "network_alpha", "base_weights", "gradient_checkpointing", "blocks_to_swap", "offload_activations")
+    own += ("cache_folder", "cache_variants", "low_vram", "use_8bit_adam", "learning_rate")
+    assert all("  # " in line for line in lines if line.startswith(tuple(f"{name}:" for name in own)))
 
 
 def test_literal_fields_list_their_choices():

@@ -61,7 +61,7 @@ def test_row_pairs_every_clip_with_the_starting_weights(setup, tmp_path):
     assert [band["level"] for band in first["per_band"]] == middles
     nudge(net)
     later = held.measure(net, 7)
-    start, now = np.array(json.loads((tmp_path / "validation/start.json").read_text())["losses"]), held._losses(net)
+    start, now = np.array(json.loads((tmp_path / "validation/start.json").read_text())["losses"]), held.losses(net)
     assert start.shape == (3, 4) and not np.allclose(start, now)
     assert later["loss_start"] == first["loss"] and later["loss"] == pytest.approx(now.mean(), rel=1e-12)
     assert later["difference"] == pytest.approx(later["loss"] - later["loss_start"], rel=1e-9)
@@ -102,7 +102,7 @@ def test_another_held_out_set_is_not_compared(setup, tmp_path):
 def test_a_clip_is_measured_alike_whatever_the_others_are(setup, tmp_path):
     held = held_out(setup, tmp_path)
     alone = replace(held, draws=held.draws[1:2], names=held.names[1:2])
-    assert np.array_equal(alone._losses(setup.parts.net)[0], held._losses(setup.parts.net)[1])
+    assert np.array_equal(alone.losses(setup.parts.net)[0], held.losses(setup.parts.net)[1])
 
 
 def test_training_does_not_notice(setup, tmp_path):
@@ -124,8 +124,8 @@ def test_network_runs_under_the_autocast_it_is_given(setup, tmp_path):
         return torch.autocast("cpu", torch.bfloat16)
 
     net = setup.parts.net
-    plain = held_out(setup, tmp_path)._losses(net)
-    rough = held_out(replace(setup, autocast=autocast), tmp_path)._losses(net)
+    plain = held_out(setup, tmp_path).losses(net)
+    rough = held_out(replace(setup, autocast=autocast), tmp_path).losses(net)
     assert not np.array_equal(plain, rough) and np.allclose(plain, rough, rtol=0.05)
 
 

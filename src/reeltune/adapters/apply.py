@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import few
+from reeltune.memory.quantized import QuantizedLinear
 
 Strengths = Sequence[tuple[Adapter, float]]  # 1: as it was trained; 0: not at all
 PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # types of weights that can be changed
@@ -77,30 +80,67 @@ def _changed(name: str, base: Tensor, adapter: Adapter, strength: float) -> Tens
     return new if layer is None else layer.changed(new, strength)
 
 
-@torch.no_grad()
+def parameters_of(net: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Its parameters by released name; of quantised ones an outline, of the shape that they stand for.
+
+    names: ours -> released.
+    """
+    found: dict[str, Tensor] = {names[name]: weight for name, weight in net.named_parameters()}
+    for name, layer in _quantised(net, names).items():
+        found[name] = torch.empty(layer.out_features, layer.in_features, device="meta")
+    return found
+
+
+def _quantised(net: nn.Module, names: Mapping[str, str]) -> dict[str, QuantizedLinear]:
+    """By the released name of the weight."""
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
+    return {names[f"{name}.weight"]: layer for name, layer in layers.items()}
+
+
 def merge(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> None:
     """Puts them into the network's weights, in place: computed in fp32, rounded once to each weight's own type.
 
     names: of its parameters, ours -> released. `check` is to be called before. Raises UserError for quantised weights.
     """
-    chosen = _changing(net, names, adapters)
-    refuse_quantised(chosen)
-    for name, weight in chosen.items():
+    _merge(_changing(net, names, adapters), adapters)
+
+
+@torch.no_grad()
+def _merge(weights: Mapping[str, Tensor], adapters: Strengths) -> None:
+    refuse_quantised(weights)
+    for name, weight in weights.items():
         weight.copy_(merged(name, weight, adapters))
 
 
 @contextmanager
-def applied(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> Iterator[None]:
-    """Within, the network has them in its weights; afterwards its own bits again, which wait in the CPU's memory."""
-    chosen = _changing(net, names, adapters)
-    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in chosen.items()}
+def applied(net: nn.Module, names: Mapping[str, str], adapters: Strengths, *, keep: bool = True) -> Iterator[None]:
+    """Within, the network answers with them: they are in its weights, and into quantised ones they are put at each use,
+    when these are lifted to fp32.
+
+    keep: afterwards it has its own bits again, which wait in the CPU's memory.
+    """
+    chosen, coarse = _changing(net, names, adapters), _quantised(net, names)
+    plain = {name: weight for name, weight in chosen.items() if name not in coarse}
+    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in plain.items() if keep}
     try:
-        merge(net, names, adapters)
+        _merge(plain, adapters)
+        for name in chosen.keys() & coarse.keys():
+            coarse[name].forward = partial(_forward, coarse[name], name, adapters)
         yield
     finally:
+        for name in chosen.keys() & coarse.keys():
+            coarse[name].__dict__.pop("forward", None)
         with torch.no_grad():
-            for name, weight in chosen.items():
-                weight.copy_(kept[name])
+            for name, own in kept.items():
+                plain[name].copy_(own)
+
+
+def _forward(layer: QuantizedLinear, name: str, adapters: Strengths, input: Tensor) -> Tensor:
+    """Of a quantised layer with adapters in it."""
+    place = input.device.type
+    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else input.dtype
+    weight_OI = merged(name, layer.dequantized(torch.float32), adapters).to(dtype)
+    return F.linear(input.to(dtype), weight_OI, None if layer.bias is None else layer.bias.to(dtype))
 
 
 def _changing(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> dict[str, nn.Parameter]:

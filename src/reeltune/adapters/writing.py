@@ -106,7 +106,7 @@ def written(adapter: Adapter, network: Network, dialect: str, dtype: torch.dtype
         fusions[text] = siblings
     tensors: dict[str, Tensor] = {}
     for text, parts in grouped.items():
-        pair = _one(parts, fusions[text]) if len(fusions[text]) > 1 else _scaled(parts[0])
+        pair = _one(parts, fusions[text]) if len(fusions[text]) > 1 else _scaled(*parts.values())
         name = form.prefix + text.replace(".", form.joined)
         for ending, tensor in zip(form.pair, (pair.A_RI, pair.B_OR), strict=True):
             tensors[name + ending] = tensor.to(dtype or tensor.dtype).contiguous()

@@ -188,5 +188,5 @@ def differences(now: Mapping[str, Any], then: list[dict[str, Any]]) -> list[str]
     if not then or any(facts == now for facts in then):
         return []
     last = then[-1]
-    changed = [name for name in now | last if last.get(name) != now.get(name)]
+    changed = [name for name in {**now, **last} if last.get(name) != now.get(name)]
     return [f"it was made with {name} {last.get(name)}, which now is {now.get(name)}" for name in changed]

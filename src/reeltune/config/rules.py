@@ -123,6 +123,12 @@ def _adapter(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"{name} is {shown(getattr(model, name))} and rank is {recipe.adapter.rank}: adapters learn and the "
                 "network's own weights do not; leave it out, or name weights to learn in full in train_whole",
             )
+    if recipe.adapter.use_dora and recipe.adapter.base_weights is not None:
+        yield (
+            ("use_dora", "base_weights"),
+            f"use_dora is true and base_weights is {recipe.adapter.base_weights}; DoRA measures the rows of weights in "
+            "full; leave one of the two out",
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         for entry in adapter[name]:
             layer, _, number = entry.rpartition("=")

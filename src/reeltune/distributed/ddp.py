@@ -26,8 +26,10 @@ class Direct:
         self.ddp = None
         if ddp:
             devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-            # Some parameters are unused in some modes, such as ref_conv without full_ref.
-            self.ddp = DistributedDataParallel(net, device_ids=devices, find_unused_parameters=True)
+            # Some parameters are unused in some modes, such as ref_conv without full_ref. Buffers never change.
+            self.ddp = DistributedDataParallel(
+                net, device_ids=devices, find_unused_parameters=True, broadcast_buffers=False
+            )
         self.net = net if self.ddp is None else called(net, self.ddp)
         is_torch = isinstance(optimizer, torch.optim.Optimizer)  # others step without a loss scale
         self.optimizer = accelerator.prepare_optimizer(optimizer) if is_torch else optimizer

@@ -24,7 +24,7 @@ def own_network(tracker: Tracker, learner: Learner, times: Times) -> None:
     for tensor in weights_of(learner.plain):
         tracker.own([tensor], "weights" if id(tensor) in learning else "still", times)
     for block in learner.network.swapped:
-        tracker.own(weights_of(block), ELSEWHERE)
+        tracker.own(blocks.waiting(block), ELSEWHERE)
     if learner.average is not None:
         for name, average in learner.average.weights.items():
             tracker.own([average], "average", _as(times, learner.average.trained[name]))

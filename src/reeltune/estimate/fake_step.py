@@ -29,7 +29,7 @@ from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import StepEstimate
-from reeltune.memory.blocks import blocks_of
+from reeltune.memory.blocks import blocks_of, can_wait, waiting
 from reeltune.memory.size import size_bytes
 from reeltune.optim.trainable import matches, released_names, select
 from reeltune.run.model import load_parts
@@ -132,7 +132,7 @@ class _FakeStep:
             flops=dict(tracker.flops),
             resident=self.resident,
             state_bytes=tracker.live["optimizer"],
-            swapped_bytes=size_bytes([weights_of(block) for block in learner.network.swapped]),
+            swapped_bytes=size_bytes([waiting(block) for block in learner.network.swapped]),
             number_bytes=learner.engine.dtype.itemsize,
             weight_bytes={"network": self.network_bytes},
             **passes,
@@ -187,7 +187,7 @@ def counts_of(net: nn.Module, classes: tuple[str, ...]) -> dict[str, int]:
         "trainable": sum(weight.numel() for weight in net.parameters() if weight.requires_grad),
         "block_parameters": max(sizes),
         "other_parameters": parameters - sum(sizes),
-        "still_blocks": sum(not any(weight.requires_grad for weight in block.parameters()) for block in blocks),
+        "still_blocks": sum(map(can_wait, blocks)),
     }
 
 

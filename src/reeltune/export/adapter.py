@@ -161,9 +161,8 @@ def _facts(source: Path, out: Path, adapter: Adapter) -> dict[str, str]:
     facts = {"title": out.stem, "base_model": Path(str(adapter.about.get("base_model", ""))).name}
     if (source / "progress.json").is_file():
         facts["steps"] = str(checkpoints.progress_of(source).step)
-    recipe = source.parent / "recipe.yaml"
-    if recipe.is_file():
-        facts["recipe_sha256"] = hashlib.sha256(recipe.read_bytes()).hexdigest()
+        recipe = source.parent / "recipe.yaml"
+        facts["recipe_sha256"] = hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe.is_file() else ""
     return facts
 
 

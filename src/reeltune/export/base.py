@@ -24,9 +24,9 @@ class Base(Mapping[str, Tensor]):
         own = their_weights(Path(model))
         self._stored = Stored(own if transformer_path is None else weights.saved_transformer(transformer_path))
         names = {id(tensor): name for name, tensor in self._stored.outline.items()}
-        config = configs.read_config(own)
-        ours = self.family.from_released(dict(self._stored.outline), config)
-        self.outline = self.family.to_released(ours, config)
+        self.config = configs.read_config(own)
+        ours = self.family.from_released(dict(self._stored.outline), self.config)
+        self.outline = self.family.to_released(ours, self.config)
         self._names = {released: names[id(tensor)] for released, tensor in self.outline.items()}
 
     def __getitem__(self, name: str) -> Tensor:

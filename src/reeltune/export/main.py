@@ -6,7 +6,7 @@ Whoever wrote the checkpoint, one process or many: tensors pass through memory o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,33 +52,59 @@ def export(
     """
     refuse("export", list(_problems(checkpoint, out, ema)))
     checkpoints.verify(checkpoint, under=checkpoints.WEIGHTS)
-    recipe = _recipe(checkpoint, pretrained_model_name_or_path)
+    recipe = recipe_of(checkpoint, pretrained_model_name_or_path)
     source = _source(checkpoint, ema)
     own = _own_folder(checkpoint)
-    config = configs.read_config(own)
     family = _family(recipe) if diffusers else None
-    outline = {name: _cast(meta, dtype) for name, meta in source.outline.items()}
-    theirs = _named(outline, family, config)
+    config = configs.read_config(own)
 
+    def write_config(folder: Path, outline: Mapping[str, Tensor]) -> None:
+        if family is None:
+            shutil.copyfile(own / "config.json", folder / "config.json")
+        else:
+            family.save(folder, outline, config, diffusers=True)
+
+    def proof(folder: Path, theirs: Mapping[str, str]) -> str:
+        names = "released" if family is None else "diffusers'"
+        return f"{read_back(source, folder, theirs, dtype)}, {dtype}, {names} names: all read back equal"
+
+    outline = {name: in_dtype(meta, dtype) for name, meta in source.outline.items()}
+    theirs = renamed(outline, family, config)
+    how = recipe, dtype, max_shard_size
+    yield from written(out, source, outline, theirs, *how, write_config=write_config, proof=proof)
+
+
+def written(
+    out: Path,
+    source: Mapping[str, Tensor],
+    outline: Mapping[str, Tensor],
+    theirs: Mapping[str, str],
+    recipe: Recipe,
+    dtype: str,
+    max_shard_size: str,
+    *,
+    write_config: Callable[[Path, Mapping[str, Tensor]], None],
+    proof: Callable[[Path, Mapping[str, str]], str],
+) -> Iterator[str]:
+    """Writes `source` to `out`, tensor by tensor, and proves it there; nothing is left of it otherwise.
+
+    outline: meta tensors in the types that are written, by the source's names. theirs: name to write -> the source's.
+    write_config: of a folder and the outline by the names to write. proof: of a folder and `theirs`, in words; raises
+    RuntimeError. Raises UserError as `export`.
+    """
+    by_name = {name: outline[mine] for name, mine in theirs.items()}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(out, "nothing is left of it"):
             partial.mkdir(parents=True)
-            if family is None:
-                shutil.copyfile(own / "config.json", partial / "config.json")
-            else:
-                family.save(partial, {name: outline[mine] for name, mine in theirs.items()}, config, diffusers=True)
+            write_config(partial, by_name)
             cast = Cast(source, dtype)
-            files = streamed.write(
-                partial,
-                {name: outline[mine] for name, mine in theirs.items()},
-                lambda name: cast(theirs[name]),
-                int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]],
-            )
+            shard_bytes = int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]]
+            files = streamed.write(partial, by_name, lambda name: cast(theirs[name]), shard_bytes)
             refuse("export", few(cast.problems))
             flush_tree(partial)
-        proof = _proof(source, partial, theirs, dtype)
+        proven = proof(partial, theirs)
         tried = _tried(recipe, partial, outline)
         if out.exists():
             out.rmdir()  # empty, or it would have been refused
@@ -88,8 +114,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     for file in files:
         yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e6:,.1f} MB"
-    names = "released" if family is None else "diffusers'"
-    yield f"{proof}, {dtype}, {names} names: all read back equal"
+    yield proven
     yield tried
 
 
@@ -102,7 +127,7 @@ class Cast:
 
     def __call__(self, name: str) -> Tensor:
         tensor = self.source[name]
-        cast = _cast(tensor, self.dtype)
+        cast = in_dtype(tensor, self.dtype)
         if count := not_finite(tensor):
             self.problems.append(f"{name} has {count:,} numbers that are not finite; export an earlier checkpoint")
         elif not_finite(cast):
@@ -128,8 +153,15 @@ def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
     if not is_ours and not (weights.has_weights(theirs) and (theirs / "config.json").is_file()):
         have = ", ".join(str(path) for path in checkpoints.complete(checkpoint)) or "none"
         yield f"{checkpoint} is no complete checkpoint-N folder; complete ones in it: {have}"
+    elif checkpoints.is_adapter(checkpoint):
+        yield f"{checkpoint} keeps an adapter; --merge makes whole weights of it and its base, --adapter a file of it"
     elif ema and not _has_average(checkpoint):
         yield f"{checkpoint} has no moving average; it is kept by runs with use_ema"
+    yield from taken(out)
+
+
+def taken(out: Path) -> Iterator[str]:
+    """Why nothing can be written there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield f"{out} is there already and is not an empty folder; give another"
 
@@ -147,7 +179,7 @@ def _source(checkpoint: Path, ema: bool) -> Any:
     return streamed.Stored(checkpoint / "transformer_ema" if ema else _own_folder(checkpoint))
 
 
-def _recipe(checkpoint: Path, model: str | None) -> Recipe:
+def recipe_of(checkpoint: Path, model: str | None) -> Recipe:
     """The run's, where there is one, with another place of its model if one is given."""
     file = next(
         (path / "recipe.yaml" for path in (checkpoint, checkpoint.parent) if (path / "recipe.yaml").is_file()), None
@@ -160,11 +192,12 @@ def _family(recipe: Recipe) -> Family:
     return families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
 
 
-def _cast(tensor: Tensor, dtype: str) -> Tensor:
+def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
+    """dtype: as the command names it."""
     return tensor if dtype == "as_stored" else tensor.to(DTYPES[dtype])
 
 
-def _named(outline: Mapping[str, Tensor], family: Family | None, config: dict) -> dict[str, str]:
+def renamed(outline: Mapping[str, Tensor], family: Family | None, config: dict) -> dict[str, str]:
     """Name to write -> released name."""
     if family is None:
         return {name: name for name in outline}
@@ -172,12 +205,12 @@ def _named(outline: Mapping[str, Tensor], family: Family | None, config: dict) -
     return {name: own[id(meta)] for name, meta in family.from_released(dict(outline), config).items()}
 
 
-def _proof(source: Mapping[str, Tensor], folder: Path, theirs: Mapping[str, str], dtype: str) -> str:
+def read_back(source: Mapping[str, Tensor], folder: Path, theirs: Mapping[str, str], dtype: str) -> str:
     """Raises RuntimeError naming the tensors that do not come back equal."""
     written = streamed.Stored(folder)
     unlike = sorted(theirs.keys() ^ written.keys())
     for name in theirs.keys() & written.keys():
-        if not torch.equal(written[name], _cast(source[theirs[name]], dtype)):
+        if not torch.equal(written[name], in_dtype(source[theirs[name]], dtype)):
             unlike.append(name)
     if unlike:
         raise RuntimeError(f"{folder} does not hold what was written: {', '.join(unlike)}")

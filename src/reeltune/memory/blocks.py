@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -45,6 +45,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def copy_over(there: Tensor, home: Tensor) -> None:
+    there.copy_(home, non_blocking=True)
+
+
 def offload_activations(
     net: nn.Module,
     *,
@@ -56,7 +60,7 @@ def offload_activations(
     passes: list[saved_tensors_hooks] = []
 
     def begins(_: nn.Module, _given: Any) -> None:
-        storages = [weight.untyped_storage() for weight in net.parameters()]
+        storages = [weight.untyped_storage() for weight in chain(net.parameters(), net.buffers())]
         weights = {id(storage): storage for storage in storages}
 
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
@@ -78,56 +82,125 @@ def offload_activations(
     net.register_forward_hook(ends, always_call=True)
 
 
-def swap(blocks: Sequence[nn.Module], count: int, device: torch.device) -> list[nn.Module]:
-    """`count` of the blocks of which nothing learns, evenly spread, wait in the CPU's memory; `move` can leave them
-    there.
+def waiting(block: nn.Module) -> list[Tensor]:
+    """What of a swapped block is on the device for visits only: all that does not learn."""
+    return [tensor for tensor in chain(block.parameters(), block.buffers()) if not tensor.requires_grad]
 
-    Each comes to the device for its forward pass, and again in the backward pass, where it recomputes its activations.
-    Returns them. Raises UserError if there are fewer.
+
+def can_wait(block: nn.Module) -> bool:
+    """Whether it has weights that do not learn."""
+    return not all(weight.requires_grad for weight in block.parameters())
+
+
+def swap(
+    blocks: Sequence[nn.Module],
+    count: int,
+    device: torch.device,
+    *,
+    copy: Callable[[Tensor, Tensor], object] = copy_over,
+) -> list[nn.Module]:
+    """Of `count` of the blocks, evenly spread, what does not learn waits in the CPU's memory; `move` leaves it there.
+
+    It comes to the device for the block's forward pass, and again in the backward pass, where the block recomputes its
+    activations; nothing is sent back. copy: (there, home), what sends one tensor. Returns the blocks. Raises UserError
+    if there are fewer of which something does not learn.
     """
-    still = [block for block in blocks if not any(weight.requires_grad for weight in block.parameters())]
+    still = [block for block in blocks if can_wait(block)]
     if count > len(still):
         raise UserError(
             "recipe",
-            f"blocks_to_swap is {count}, but of the network's {len(blocks)} blocks {len(still)} do not learn; set it "
-            f"to {len(still)} or less, or name fewer parts in trainable_modules",
+            f"blocks_to_swap is {count}, but of the network's {len(blocks)} blocks {len(still)} have weights that do "
+            f"not learn; set it to {len(still)} or less, or name fewer parts in trainable_modules",
         )
     chosen = [still[i * len(still) // count] for i in range(count)]
     for block in chosen:
-        _swap_one(block, device)
+        for tensor in waiting(block):
+            tensor.data = tensor.data if device.type == "cpu" else tensor.data.cpu().pin_memory()
+    visits = Visits(chosen, device, copy)
+    for i, block in enumerate(chosen):
+        block.forward = partial(checkpoint, visits.computing(i), use_reentrant=False, context_fn=visits.contexts)
     return chosen
 
 
-def _swap_one(block: nn.Module, device: torch.device) -> None:
-    weights = list(chain(block.parameters(), block.buffers()))
-    for weight in weights:
-        weight.data = weight.data if device.type == "cpu" else weight.data.cpu().pin_memory()
-    forward = block.forward
+class Visits:
+    """Copies of what waits, on the device: those of the block that computes, and on their way those of the next.
 
-    def visit(*given: Any, **named: Any) -> Any:
-        with visiting(weights, device):
-            return forward(*given, **named)
+    On a GPU a stream of its own sends them. Room for them is of the computing stream, which waits for them to arrive;
+    the sending stream waits for what was computed before the room was had.
+    """
 
-    block.forward = partial(checkpoint, visit, use_reentrant=False)
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copy: Callable[[Tensor, Tensor], object]):
+        self.blocks, self.device, self.copy = blocks, device, copy
+        self.tensors = [waiting(block) for block in blocks]
+        self.homes = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.recomputing = False
+        self.sent: tuple[int, list[Tensor]] | None = None  # which block's, and the copies
+
+    def computing(self, i: int) -> Callable[..., Any]:
+        """The forward pass of that block, which its weights visit the device for."""
+        forward = self.blocks[i].forward
+
+        def visit(*given: Any, **named: Any) -> Any:
+            with self._visiting(i):
+                return forward(*given, **named)
+
+        return visit
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Around a forward pass, and around its recomputation, in which blocks come in reversed order."""
+        return nullcontext(), self._backwards()
+
+    @contextmanager
+    def _backwards(self) -> Iterator[None]:
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+    @contextmanager
+    def _visiting(self, i: int) -> Iterator[None]:
+        """What the backward pass needs of the copies it keeps itself."""
+        tensors, copies = self.tensors[i], self._arrived(i)
+        self._send(i - 1 if self.recomputing else i + 1)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data = copy
+        del copies
+        try:
+            yield
+        finally:
+            for tensor, home in zip(tensors, self.homes[i], strict=True):
+                tensor.data = home
+
+    def _arrived(self, i: int) -> list[Tensor]:
+        if self.sent is None or self.sent[0] != i:
+            self._wait()  # for what comes in vain, before its room is another's
+            self._send(i)
+        self._wait()
+        assert self.sent is not None
+        copies, self.sent = self.sent[1], None
+        return copies
+
+    def _wait(self) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _send(self, i: int) -> None:
+        if not 0 <= i < len(self.blocks):
+            return
+        copies = [torch.empty_like(home, device=self.device) for home in self.homes[i]]
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            for there, home in zip(copies, self.homes[i], strict=True):
+                self.copy(there, home)
+        self.sent = i, copies
 
 
 def move(net: nn.Module, device: torch.device, *, besides: Sequence[nn.Module] = ()) -> None:
-    """As net.to(device), but these of its blocks stay where they are."""
-    stay = {id(module) for block in besides for module in block.modules()}
-    for module in net.modules():
-        if id(module) not in stay:
-            for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
-                tensor.data = tensor.data.to(device)
-
-
-@contextmanager
-def visiting(weights: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """On the device, as copies, inside; what the backward pass needs of those it keeps itself."""
-    homes = [weight.data for weight in weights]
-    for weight, home in zip(weights, homes, strict=True):
-        weight.data = home.to(device, non_blocking=True, copy=True)
-    try:
-        yield
-    finally:
-        for weight, home in zip(weights, homes, strict=True):
-            weight.data = home
+    """As net.to(device), but what waits of these blocks stays where it is."""
+    stay = {id(tensor) for block in besides for tensor in waiting(block)}
+    for tensor in chain(net.parameters(), net.buffers()):
+        if id(tensor) not in stay:
+            tensor.data = tensor.data.to(device)

@@ -116,6 +116,12 @@ def all_frozen_blocks(values: Values) -> Iterator[Settings]:
         yield {"blocks_to_swap": count}
 
 
+def a_coarser_base(values: Values) -> Iterator[Settings]:
+    if values["rank"]:
+        yield {"base_weights": "fp8"}
+        yield {"base_weights": "nf4"}
+
+
 def tiles(values: Values) -> Iterator[Settings]:
     if values.get("vae_tiles", True):
         yield {"vae_tiling": True}

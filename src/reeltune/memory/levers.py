@@ -16,6 +16,7 @@ from reeltune.memory.lever import (
     Settings,
     Values,
     a_cache,
+    a_coarser_base,
     all_frozen_blocks,
     encode_between,
     encoders_in_bf16,
@@ -179,7 +180,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "blocks_to_swap",
         0,
-        "weights of blocks that do not learn, but one at a time",
+        "weights of blocks that do not learn, but of two blocks at a time",
         "two journeys of the weights a step, and those blocks are recomputed: 1.46 without any way to go",
         "{swapped_gb:.0f} GB to the device in a step, {swapped_s:.1f} s of PCIe 4; {more_flops:+.0%} arithmetic in a "
         "step, the same result",
@@ -273,6 +274,20 @@ LEVERS: tuple[Lever, ...] = (
         same_bits=False,
         unless=("cache_folder",),
         changes=encoders_in_bf16,
+    ),
+    Lever(
+        "base_weights",
+        "fp8",
+        "beside adapters, half of the weights in blocks that do not learn (1.0 byte each; `int8` as much, `nf4` 0.6)",
+        "what the network answers is [a little coarser](memory.md#base-weights-in-8-or-4-bits); weights are made whole "
+        "again in each pass",
+        "the network's answers are a little coarser",
+        same_bits=False,
+        off=None,
+        excludes=(not_in(SHARDED, "use ddp, for adapters leave little to shard, or leave base_weights out"),),
+        in_use=bool,
+        changes=a_coarser_base,
+        label="`base_weights: fp8`",
     ),
     Lever(
         "use_ema",

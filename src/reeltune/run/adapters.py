@@ -15,10 +15,11 @@ from torch import Tensor
 from reeltune.adapters import saved
 from reeltune.adapters.adapter import Adapter
 from reeltune.adapters.apply import check
+from reeltune.adapters.dialects import read_adapter
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
-from reeltune.core.errors import UserError, together
+from reeltune.core.errors import UserError, refuse, together
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,21 @@ class Given:
         return {"path": self.path, "sha256": self.sha256, "strength": self.strength}
 
 
-def read_all(texts: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> list[Given]:
-    """Of FILE:strength each. shapes: of the network's parameters, by released name.
+def read_all(texts: Sequence[str], base: Mapping[str, Tensor]) -> list[Given]:
+    """Of FILE:strength each. base: the network's parameters by released name, meta tensors or not.
 
     Raises UserError with all that is wrong: files that are not there or damaged, no numbers, other networks.
     """
     with together("adapters") as attempt:
         pairs = [attempt(parsed, text) for text in texts]
-    with together("adapters") as attempt:
-        found = [attempt(read, path) for path, _ in pairs]
-        for one in filter(None, found):
-            attempt(check, one.adapter, shapes, one.path)
-    return [one.times(strength) for one, (_, strength) in zip(found, pairs, strict=True)]
+    found, problems = [], []
+    for path, strength in pairs:
+        try:
+            found.append(read(path, base).times(strength))
+        except UserError as error:
+            problems += [f"{error.where}: {problem}" for problem in error.problems]
+    refuse("adapters", problems)
+    return found
 
 
 def parsed(text: str) -> tuple[Path, float]:
@@ -67,26 +71,36 @@ def parsed(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def read(path: Path) -> Given:
-    """A file, a checkpoint-N folder, or its folder `adapter`. Raises UserError for what is none, or is damaged."""
+def read(path: Path, base: Mapping[str, Tensor]) -> Given:
+    """Any tool's file, a folder that PEFT wrote, a checkpoint-N folder, or its folder `adapter`. Raises UserError."""
     inside = path.parent if path.name == ADAPTER else path
     if (inside / "progress.json").is_file():
-        return of_checkpoint(inside)
-    raise UserError("adapters", f"{path} is no adapter; give a checkpoint-N folder of a run with rank")
+        return of_checkpoint(inside, base)
+    adapter, found = read_adapter(path, base)
+    return Given(adapter, str(found.file), file_digest(found.file))
 
 
-def of_checkpoint(folder: Path) -> Given:
-    """The adapter that a run had learnt then, whichever engine wrote it. Raises UserError."""
+def of_checkpoint(folder: Path, base: Mapping[str, Tensor], *, ema: bool = False) -> Given:
+    """The adapter that a run had learnt then, or its moving average, whichever engine wrote it.
+
+    Raises UserError, also for an adapter of a network other than `base`.
+    """
     if not checkpoint.is_adapter(folder):
         raise UserError(
             "adapters", f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it"
         )
     checkpoint.verify(folder, under=checkpoint.WEIGHTS)
-    where = folder / ADAPTER
-    if not checkpoint.is_shared(folder):
-        return Given(saved.load(where), str(where), file_digest(where / saved.FILE))
-    tensors = dict(Shared(folder).weights())
-    return Given(saved.adapter_of(tensors, saved.config_of(where)), str(where), digest(tensors))
+    where = folder / (f"{ADAPTER}_ema" if ema else ADAPTER)
+    shared = Shared(folder) if checkpoint.is_shared(folder) else None
+    if ema and not (where.is_dir() if shared is None else any(name.startswith("average/") for name in shared.sizes)):
+        raise UserError("adapters", f"{folder} has no moving average; it is kept by runs with use_ema")
+    if shared is None:
+        made = Given(saved.load(where), str(where), file_digest(where / saved.FILE))
+    else:
+        tensors = dict(shared.weights(average=ema))
+        made = Given(saved.adapter_of(tensors, saved.config_of(folder / ADAPTER)), str(where), digest(tensors))
+    check(made.adapter, {name: weight.shape for name, weight in base.items()}, made.path)
+    return made
 
 
 def file_digest(path: Path) -> str:

@@ -56,8 +56,9 @@ class told_when_full:
     ) -> None:
         if error is None or isinstance(error, UserError) or not lacks_memory(error):
             return
-        on_device = isinstance(error, torch.OutOfMemoryError) and self.device_bytes is not None
-        place, had = (str(self.device), self.device_bytes) if on_device else ("the host", self.host_bytes)
+        place, had_bytes, on_device = "the host", self.host_bytes, False
+        if isinstance(error, torch.OutOfMemoryError) and self.device_bytes is not None:
+            place, had_bytes, on_device = str(self.device), self.device_bytes, True
         needed = needed_bytes(self.outlines(), network=self.network, encoders=self.encoders)
         parts = ", ".join(f"{name} {part_bytes / 1e9:.1f} GB" for name, part_bytes in needed.items())
         changes = [*remedies(self.recipe, on_device=on_device, network=self.network), f"more memory for {place}"]
@@ -65,8 +66,8 @@ class told_when_full:
         raise UserError(
             "memory",
             f"{place} is full while {self.doing} ({first}). The networks take {parts}, "
-            f"{sum(needed.values()) / 1e9:.1f} GB together, and {had / 1e9:.1f} GB were free before. Change one or "
-            f"more, the cheapest first: {'; '.join(changes)}",
+            f"{sum(needed.values()) / 1e9:.1f} GB together, and {had_bytes / 1e9:.1f} GB were free before. Change one "
+            f"or more, the cheapest first: {'; '.join(changes)}",
         ) from error
 
 

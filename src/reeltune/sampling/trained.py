@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from reeltune.adapters.apply import applied, merge
+from reeltune.adapters.apply import applied, parameters_of
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.families.spec import Family, Parts
+from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
-from reeltune.run.adapters import Given, digest, of_checkpoint, read_all
+from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
 from reeltune.run.model import load_parts
 
 
@@ -42,11 +44,7 @@ class Trained:
         keep: take them out again afterwards, which takes memory for the weights that they change.
         """
         strengths = [(one.adapter, one.strength * factor) for one in self.adapters]
-        if keep:
-            with applied(self.parts.net, self.names, strengths):
-                yield
-        else:
-            merge(self.parts.net, self.names, strengths)
+        with applied(self.parts.net, self.names, strengths, keep=keep):
             yield
 
 
@@ -58,8 +56,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     and for adapters that cannot be read or are of another network.
     """
     chosen = _checkpoint(recipe)
-    of_run = [] if chosen is None or not checkpoint.is_adapter(chosen) else [of_checkpoint(chosen)]
-    whole = None if of_run else chosen
+    whole = None if chosen is not None and checkpoint.is_adapter(chosen) else chosen
     source = None if whole is None or checkpoint.is_shared(whole) else whole / "transformer"
     parts = load_parts(recipe, family, device, source)
     names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
@@ -67,11 +64,21 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
         Shared(whole).fill_network(parts.net, names)
     path = whole or recipe.model.transformer_path or recipe.model.pretrained_model_name_or_path
     weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
-    texts = list(adapters)
-    if recipe.adapter.adapter_path is not None and not (adapters or chosen):
-        texts = [recipe.adapter.adapter_path]
-    shapes = {names[name]: weight.shape for name, weight in parts.net.named_parameters()}
-    return Trained(parts, names, weights, [*of_run, *read_all(texts, shapes)])
+    _swap(parts.net, recipe.memory.blocks_to_swap, family, device)
+    base = parameters_of(parts.net, names)
+    if chosen is not None and whole is None:
+        return Trained(parts, names, weights, [of_checkpoint(chosen, base), *read_all(adapters, base)])
+    begun_with = recipe.adapter.adapter_path
+    if begun_with is not None and not (adapters or chosen):
+        return Trained(parts, names, weights, [read(Path(begun_with), base)])
+    return Trained(parts, names, weights, read_all(adapters, base))
+
+
+def _swap(net: nn.Module, count: int, family: Family, device: torch.device) -> None:
+    """As in training; without blocks to swap all of the network is on the device already."""
+    net.requires_grad_(False)
+    if count:
+        move(net, device, besides=swap(blocks_of(net, family.blocks), count, device))
 
 
 def _checkpoint(recipe: Recipe) -> Path | None:

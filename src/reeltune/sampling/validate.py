@@ -68,7 +68,7 @@ class HeldOut:
 
         Without `write` nothing is kept and None returned: the work alone, in step with a process that writes.
         """
-        losses = self._losses(net)
+        losses = self.losses(net)
         if not write:
             return None
         start_step, start = self._start(step, losses)
@@ -86,7 +86,7 @@ class HeldOut:
             "n": len(losses),
         }
 
-    def _losses(self, net: nn.Module) -> np.ndarray:
+    def losses(self, net: nn.Module) -> np.ndarray:
         """float64[clips, levels]: mean square errors, unweighted, so that runs of all settings compare."""
         setup, rows = self.setup, []
         with at_rest(net):

@@ -46,6 +46,13 @@ def put_adapters(
         for part in wanted.train_whole
         if not any(part in name for name in names.values())
     ]
+    coarse = [names[name] for name, weight in net.named_parameters() if not weight.is_floating_point()]
+    problems += [
+        f"train_whole has {part!r} and base_weights is {wanted.base_weights}: {found[0]} is kept in fewer bits than it "
+        "needs to learn; leave one of the two out"
+        for part in wanted.train_whole
+        if (found := [name for name in coarse if part in name])
+    ]
     refuse("recipe", problems)
     around = targets(
         net,

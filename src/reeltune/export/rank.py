@@ -1,0 +1,195 @@
+"""`reeltune rank`: which rank an adapter needs to do what a full fine-tune did, measured by the held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from reeltune.adapters import saved
+from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.apply import applied
+from reeltune.adapters.factors import Factors, factors
+from reeltune.adapters.layers import KINDS
+from reeltune.checkpoint import folder as checkpoints
+from reeltune.config import recipe as recipes
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.files import writing
+from reeltune.core.reading import few
+from reeltune.distributed.engine import Engine
+from reeltune.export.base import Base
+from reeltune.run.data import gather
+from reeltune.run.model import choose_family, encode_options
+from reeltune.sampling.sample import Setup
+from reeltune.sampling.trained import load_trained
+from reeltune.sampling.validate import HeldOut, band95
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A full fine-tune, taken apart."""
+
+    layers: dict[str, Factors]  # released name of a linear layer -> its change
+    others: dict[str, float]  # other parameters that changed -> the square of the change, which no adapter holds
+
+    def adapter(self, rank: int) -> Adapter:
+        return Adapter({name: factors.low_rank(rank) for name, factors in self.layers.items()})
+
+    def share(self, rank: int) -> float:
+        """Of the square of all that was trained, what the adapter of that rank holds."""
+        total = sum(one.square for one in self.layers.values()) + sum(self.others.values())
+        return sum(one.square_at(rank) for one in self.layers.values()) / total
+
+
+@dataclass(frozen=True)
+class Measured:
+    rank: int
+    share: float
+    size_bytes: int  # of its file in bf16
+    loss: float
+    difference: float  # of the held-out loss from the full fine-tune's
+    band95: list[float] | None
+
+    @property
+    def is_as_good(self) -> bool:
+        """Whether the full fine-tune is not measurably better."""
+        return self.band95 is not None and self.band95[0] <= 0
+
+
+def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: Path | None = None) -> Iterator[str]:
+    """Yields a line for each rank, and which is the smallest as good as the whole fine-tune; its adapter goes to `out`.
+
+    recipe: the run's, which names the base, the held-out clips and the levels of noise. Raises UserError for a
+    checkpoint of adapters, a run without held-out clips, and for `out` that is there already.
+    """
+    refuse("rank", list(_problems(checkpoint, ranks, out)))
+    family, mode, objective = choose_family(recipe)
+    inputs = gather(recipe, family, mode)
+    if not inputs.held_out_reader.records:
+        raise UserError(
+            "rank", "no clips are held out, so there is nothing to measure with; give --validation_data_meta FILE"
+        )
+    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    tuned = replace(
+        recipe,
+        model=replace(recipe.model, transformer_path=None),
+        adapter=recipes.Adapter(),
+        output=replace(recipe.output, resume_from_checkpoint=str(checkpoint)),
+    )
+    trained = load_trained(tuned, family, engine.device)
+    setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe))
+    levels, net = recipe.validation.held_out_levels, trained.parts.net
+    held_out = HeldOut.build(
+        setup, inputs.held_out_reader, inputs.rules, held_out_levels=levels, output_dir=checkpoint.parent
+    )
+    full = held_out.losses(net)
+    model = recipe.model
+    base = Base(
+        model.pretrained_model_name_or_path, config_path=model.config_path, transformer_path=model.transformer_path
+    )
+    extracted = take_apart(net, trained.names, base, max(ranks))
+    before = held_out.losses(net)
+    yield from _beginning(before, full, extracted)
+    rows = []
+    for rank in sorted(ranks):
+        with applied(net, trained.names, [(extracted.adapter(rank), 1.0)]):
+            rows.append(_measured(rank, extracted, held_out.losses(net), full))
+        yield _line(rows[-1], before, full)
+    chosen = next((row for row in rows if row.is_as_good), None)
+    if chosen is None:
+        yield f"none of these ranks is as good as the whole fine-tune; try more than {max(ranks)}"
+    else:
+        yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
+    if out is not None:
+        rank = max(ranks) if chosen is None else chosen.rank
+        with writing(out):
+            _write(out, extracted.adapter(rank), family.name, recipe, checkpoint)
+        yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"
+
+
+@torch.no_grad()
+def take_apart(net: nn.Module, names: dict[str, str], base: Base, most_rank: int) -> Extracted:
+    """Puts the base's weights back into a fine-tuned network, one at a time, and keeps what was changed as factors."""
+    linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    layers, others = {}, {}
+    for name, weight in net.named_parameters():
+        before = base[names[name]].to(weight.device)
+        change = weight.float() - before.float()
+        if change.any():
+            if name in linear:
+                layers[names[name].removesuffix(".weight")] = factors(change, most_rank, names[name])
+            else:
+                others[names[name]] = float(change.double().square().sum())
+        weight.copy_(before)
+    if not layers:
+        raise UserError("rank", "no linear layer differs from the base's; is it the checkpoint that was trained?")
+    return Extracted(layers, others)
+
+
+def _problems(checkpoint: Path, ranks: Sequence[int], out: Path | None) -> Iterator[str]:
+    if not (checkpoint / "progress.json").is_file():
+        yield f"{checkpoint} is no complete checkpoint-N folder of a run"
+    elif checkpoints.is_adapter(checkpoint):
+        yield f"{checkpoint} keeps an adapter already; give a checkpoint of a run that trained the network"
+    if not ranks or min(ranks) < 1:
+        yield f"ranks are {' '.join(map(str, ranks)) or 'empty'}; give whole numbers from 1, as 4,8,16"
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        yield f"{out} is there already and is not an empty folder; give another"
+
+
+def _measured(rank: int, extracted: Extracted, losses: np.ndarray, full: np.ndarray) -> Measured:
+    differences = (losses - full).mean(1)  # per clip, because levels of one clip are not independent
+    pairs = extracted.adapter(rank).layers.values()
+    numbers = sum(pair.A_RI.numel() + pair.B_OR.numel() for pair in pairs)
+    return Measured(
+        rank,
+        extracted.share(rank),
+        2 * numbers,
+        float(losses.mean()),
+        float(differences.mean()),
+        band95(differences),
+    )
+
+
+def _beginning(before: np.ndarray, full: np.ndarray, extracted: Extracted) -> Iterator[str]:
+    gain = (full - before).mean(1)
+    yield (
+        f"held-out loss {before.mean():.4f} of the base, {full.mean():.4f} of the fine-tune "
+        f"({gain.mean():+.4f}{_band(band95(gain))}), {len(full)} clips"
+    )
+    if extracted.others:
+        total = sum(one.square for one in extracted.layers.values()) + sum(extracted.others.values())
+        share = sum(extracted.others.values()) / total
+        named = ", ".join(few(sorted(extracted.others), 3))
+        yield f"{share:.1%} of what was trained is outside linear layers and left out: {named}"
+
+
+def _line(row: Measured, before: np.ndarray, full: np.ndarray) -> str:
+    gained = before.mean() - full.mean()
+    kept = (before.mean() - row.loss) / gained if gained else float("nan")
+    apart = f"{row.difference:+.4f} from the fine-tune{_band(row.band95)}"
+    size = f"{row.size_bytes / 1e6:,.1f} MB, {row.share:.1%} of the change"
+    return f"rank {row.rank}: {size}, held-out loss {row.loss:.4f}, {apart}, {kept:.0%} of its gain"
+
+
+def _band(band: list[float] | None) -> str:
+    return "" if band is None else f" (95 % band {band[0]:+.4f} to {band[1]:+.4f})"
+
+
+def _write(out: Path, adapter: Adapter, family: str, recipe: Recipe, checkpoint: Path) -> None:
+    weights, alphas = {}, {}
+    for layer, pair in adapter.layers.items():
+        weights |= {f"{layer}.{KINDS['lora_A']}": pair.A_RI, f"{layer}.{KINDS['lora_B']}": pair.B_OR}
+        alphas[layer] = pair.alpha
+    about = {
+        "family": family,
+        "base_model": recipe.model.pretrained_model_name_or_path,
+        "transformer_path": recipe.model.transformer_path,
+        "extracted_from": str(checkpoint),
+    }
+    saved.write(out, weights, alphas, about)
