@@ -75,7 +75,7 @@ def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: b
     require_fields(before, {name: TEXT for name in facts if name in before}, about, RESTORE)
     refuse(
         f"resume from {resumed_from}: the run is another model's; give another output_dir",
-        [f"{name} was {before[name]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
+        [f"{name} was {before[name][:80]} and is {now}" for name, now in facts.items() if before.get(name, now) != now],
     )
 
 
