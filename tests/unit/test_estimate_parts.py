@@ -87,6 +87,8 @@ def estimate(**changes) -> StepEstimate:
         trainable=PSI,
         number_bytes=2,
         weight_bytes={"network": 4 * PSI},
+        kept_bytes=4 * PSI,
+        reached=frozenset(),
         block_parameters=100,
         still_blocks=0,
         other_parameters=40,

@@ -57,6 +57,7 @@ def _outline(block: nn.Module) -> list:
         (
             name,
             type(module).__name__,
+            "forward" in vars(module),  # it recomputes, or visits the device
             sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float | str)),
             [(key, weight.shape, weight.dtype, weight.requires_grad) for key, weight in _own(module)],
         )
