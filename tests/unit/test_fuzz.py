@@ -241,7 +241,7 @@ def test_what_a_report_reads(tmp_path):
     for name, value in whole.items():
         put(name, value)
     report.write(tmp_path)
-    for number in range(TRIES // 5):
+    for number in range(TRIES // 15):
         random = Random(f"report {number}")
         name = random.choice(list(whole))
         put(name, changed(whole[name], random))
