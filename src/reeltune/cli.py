@@ -6,6 +6,7 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -82,17 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(act: Callable[[], int]) -> int:
     """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
     leaves at once."""
-    if os.environ.get("RANK", "0") != "0":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
+        _refuse_lost_folder()
         with second_leaves():
-            return act()
+            code = act()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `| head`; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells tell it
+
+
+def _refuse_lost_folder() -> None:
+    """Raises UserError where the working folder is gone, in which torch's libraries do not even load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as gone:
+        raise UserError(
+            "reeltune", "the folder that this was started in has been removed; cd to one that is there"
+        ) from gone
 
 
 # ---- commands of a recipe
