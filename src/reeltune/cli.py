@@ -346,11 +346,12 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
     start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
     parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
+    parser.add_argument("--adapter", action="store_true", help="train an adapter (LoRA), not the network")
     options = parser.parse_args(argv)
 
     from reeltune.demo.main import run
 
-    return run(options.out, family=options.family)
+    return run(options.out, family=options.family, adapter=options.adapter)
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
