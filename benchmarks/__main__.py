@@ -41,9 +41,11 @@ MODULES = (
     "idle",
     "engines",
     "memory",
+    "base_weights",
     "gpu",
 )  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
+BASES = ("bf16", "fp8", "int8", "nf4")
 SAVINGS = {
     "recompute_half": "half of the blocks recomputed",
     "recompute_all": "all blocks recomputed",
@@ -103,6 +105,31 @@ MEANING = {  # name: (what it is, goal)
         f"memory_{unit}_{name}": (f"{words}: {what} of a step over those without", None)
         for name, words in SAVINGS.items()
         for unit, what in (("seconds", "seconds"), ("bytes", "bytes of activations"))
+    },
+    **{f"base_weights_bytes_{kind}": (f"bytes per frozen parameter of a block, {kind}", None) for kind in BASES},
+    **{
+        f"base_weights_read_peak_{kind}": (
+            f"own memory at most while a network is read to {kind}, over its bytes",
+            None,
+        )
+        for kind in BASES[1:]
+    },
+    **{
+        f"base_weights_error_{family}_{kind}": (
+            f"relative error of the answers with {kind} weights, tiny {family}",
+            None,
+        )
+        for family in FAMILIES
+        for kind in BASES
+    },
+    "base_weights_held_out_fp32": ("held-out loss of the demo's network before training, fp32 weights", None),
+    **{
+        f"base_weights_{number}_{kind}": (what.format(kind), None)
+        for kind in BASES
+        for number, what in {
+            "held_out": "what {} weights add to it, clip by clip",
+            "band": "half of the 95 % band of that, {}",
+        }.items()
     },
     **{
         name.format(engine): (what.format(engine), None)

@@ -6,9 +6,9 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
 from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
+from reeltune.export.command import export_lines, import_lines
 
 USAGE = """\
 usage: reeltune COMMAND ...
@@ -82,17 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(act: Callable[[], int]) -> int:
     """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
     leaves at once."""
-    if os.environ.get("RANK", "0") != "0":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
+        _refuse_lost_folder()
         with second_leaves():
-            return act()
+            code = act()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `| head`; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells tell it
+
+
+def _refuse_lost_folder() -> None:
+    """Raises UserError where the working folder is gone, in which torch's libraries do not even load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as gone:
+        raise UserError(
+            "reeltune", "the folder that this was started in has been removed; cd to one that is there"
+        ) from gone
 
 
 # ---- commands of a recipe
@@ -313,110 +333,11 @@ def _report(argv: Sequence[str]) -> int:
     return 0
 
 
-def _export(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "reeltune export",
-        description="Writes a checkpoint's weights into a folder of their own, whichever engine saved them, and proves "
-        "the copy: every tensor is read back, and a forward pass made. With --adapter: writes an adapter into a file "
-        "that another tool loads, and proves that the tool applies what was trained.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder; with --adapter any tool's file, too")
-    parser.add_argument("out", type=Path, help="the folder to write; with --adapter the file")
-    parser.add_argument(
-        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), help="of the weights [bf16; as_stored with --adapter]"
-    )
-    parser.add_argument("--max_shard_size", type=size, metavar="SIZE", help="one file up to this, else shards [80GB]")
-    parser.add_argument(
-        "--diffusers", action="store_true", default=None, help="names that diffusers loads, not the original tools"
-    )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
-    parser.add_argument(
-        "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
-    )
-    parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="put the checkpoint's adapter, or --adapters, into the whole weights",
-    )
-    parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
-    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
-    parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
-    options = vars(parser.parse_args(argv))
-    given = {name: value for name, value in options.items() if value is not None}
-    alone, merges = given.pop("adapter"), given.pop("merge")
-    if alone and merges:
-        raise UserError("export", "--adapter writes an adapter alone, --merge whole weights; leave one of the two out")
-    if not alone:
-        _refuse_beside("", {"dialect": "--for", "trigger_words": "--trigger_words"}, given, "go with --adapter alone")
-    if merges:
-        from reeltune.export.merge import export_merged
-
-        return _print(export_merged(given.pop("checkpoint"), given.pop("out"), **given))
-    _refuse_beside("", {"adapters": "--adapters"}, given, "goes with --merge alone")
-    if not alone:
-        return exported(**given)
-    weights = {"max_shard_size": "--max_shard_size", "diffusers": "--diffusers"}
-    _refuse_beside("--adapter", weights, given, "are of whole models; leave them out")
-    if "dialect" not in given:
-        raise UserError("export", f"--adapter needs --for and a tool: {', '.join(DIALECTS)}")
-
-    from reeltune.export.adapter import export_adapter
-
-    return _print(export_adapter(given.pop("checkpoint"), given.pop("out"), given.pop("dialect"), **given))
-
-
-DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
-
-
-def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any], words: str) -> None:
-    found = [shown_flag for name, shown_flag in others.items() if name in given]
-    if found:
-        raise UserError("export", f"{' and '.join(found)} {words}" + (f", or {flag} out" if flag else ""))
-
-
-def _import(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "reeltune import",
-        description="Tells what an adapter is: of which tool and model, its rank, alpha and layers, and how strong it "
-        "would be in each tool. Reads the file's header and alphas alone. With --out: writes it anew.",
-    )
-    parser.add_argument(
-        "file", type=Path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
-    )
-    parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
-    parser.add_argument("--alpha", type=float, metavar="N", help="what it was trained with, if the file does not say")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
-    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool to write it for; needed with --out")
-    options = parser.parse_args(argv)
-    if (options.out is None) != (options.dialect is None):
-        raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")
-
-    from reeltune.export.adapter import export_adapter, tell
-
-    settings = {"alpha": options.alpha, "pretrained_model_name_or_path": options.pretrained_model_name_or_path}
-    if options.out is not None:
-        return _print(export_adapter(options.file, options.out, options.dialect, **settings))
-    return _print(tell(options.file, **settings))
-
-
-def _print(lines: Iterable[str]) -> int:
+def printed(lines: Iterable[str]) -> int:
+    """Each as it comes. Returns the exit code."""
     for line in lines:
         print(line)
     return 0
-
-
-def exported(checkpoint: Path, out: Path, **settings: Any) -> int:
-    """Prints what was written and proven. Returns the exit code."""
-    from reeltune.export.main import export
-
-    return _print(export(checkpoint, out, **settings))
-
-
-def size(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMGT]B", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
-    return text
 
 
 def _rank(argv: Sequence[str]) -> int:
@@ -444,7 +365,7 @@ def _rank(argv: Sequence[str]) -> int:
 
     from reeltune.export.rank import measure_ranks
 
-    return _print(measure_ranks(recipe, options.checkpoint, options.ranks, options.out))
+    return printed(measure_ranks(recipe, options.checkpoint, options.ranks, options.out))
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -474,8 +395,8 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "cache": _cache_command,
     "sample": _sample,
     "report": _report,
-    "export": _export,
+    "export": lambda argv: printed(export_lines(argv)),
     "rank": _rank,
-    "import": _import,
+    "import": lambda argv: printed(import_lines(argv)),
     "demo": _demo,
 }

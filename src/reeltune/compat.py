@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reeltune.cli import REQUIRED, exported, flags, guarded, size
+from reeltune.cli import REQUIRED, flags, guarded, printed
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
 from reeltune.distributed.launcher_settings import adopted
+from reeltune.export.command import exported, size
 
 notices = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
     def act() -> int:
         if not options.safe_serialization:
             notices.warning("--safe_serialization was not given: weights are written as safetensors all the same")
-        return exported(options.checkpoint_dir, options.output_dir, max_shard_size=options.max_shard_size)
+        return printed(exported(options.checkpoint_dir, options.output_dir, max_shard_size=options.max_shard_size))
 
     return guarded(act)
 

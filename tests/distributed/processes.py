@@ -110,7 +110,8 @@ def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> 
 FORKS = multiprocessing.get_context("forkserver")  # a session has one, for all tests: who tells it last is heard
 FORKS.set_forkserver_preload(
     [
-        *("reeltune.training.loop", "reeltune.cache.fill", *MODULES.values()),
+        *("reeltune.training.loop", "reeltune.cache.fill", "reeltune.sampling.sample", "reeltune.export.main"),
+        *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
         *(["deepspeed"] if find_spec("deepspeed") else []),
         *("tests.distributed.gathered", "tests.families.every_family"),  # what tests tell their forks to do is beside
     ]

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from reeltune.adapters import saved
+from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import is_shared
 from reeltune.checkpoint.state import Shared
 from reeltune.training import loop
 from tests.distributed.processes import train
+from tests.distributed.test_engines import LIVE
 from tests.runs.small_run import recipe
 
 STEPS, HALF = 6, 3
@@ -20,7 +22,10 @@ of_engines = pytest.mark.parametrize("engine", EVERY)
 
 
 class Runs:
-    """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two."""
+    """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two.
+
+    `alone` and ddp encode their clips as they train, the others read them from a cache, as in test_engines.py.
+    """
 
     def __init__(self, pair, data, folder):
         (folder / "checkpoint").mkdir()
@@ -31,6 +36,8 @@ class Runs:
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
+            "cache_folder": None if engine in LIVE else str(self.folder / "cache"),
+            "cache_variants": 1,
             "engine": None if engine == "alone" else engine,
             "train_mode": self.mode,
             "train_batch_size": 4 // processes,
@@ -63,6 +70,7 @@ def runs(one_of_a_family, data, tmp_path_factory):
     torch.set_num_threads(1)
     made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("adapters"))
     assert loop.train(made.recipe("alone", processes=1)) == 0
+    assert fill(made.recipe("fsdp")) == 0
     recipes = []
     for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
         recipes.append(made.recipe(engine))

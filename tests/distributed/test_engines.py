@@ -43,7 +43,7 @@ class Runs:
     in two processes, `alone` in one.
 
     `alone` and ddp encode their clips as they train; the others, whose networks alone are another matter, read them
-    from a cache. Encoding them takes three quarters of a tiny run (measured, 2026-11-26).
+    from a cache. Encoding them takes two thirds of a tiny run's step (measured, 2026-11-26).
     """
 
     def __init__(self, pair, data, folder):

@@ -1,6 +1,5 @@
 """Ctrl-C: the first one asks for an end, the second is one, whatever hangs, and no process stays."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -9,23 +8,10 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from reeltune import families
 from reeltune.config.parse import flat
 from reeltune.core.interrupt import second_leaves
-from tests.distributed.processes import wait
+from tests.distributed.processes import FORKS, wait
 from tests.runs import hung
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = [
-    "tests.runs.hung",
-    "reeltune.training.loop",
-    "reeltune.cache.fill",
-    "reeltune.sampling.sample",
-    "reeltune.export.main",
-    "reeltune.estimate.page",
-    "reeltune.estimate.check",
-]
-PROCESSES.set_forkserver_preload([*PRELOADED, *families.MODULES.values()])
 
 
 def is_there(number: int) -> bool:
@@ -43,7 +29,7 @@ def hang(tmp_path):
     started = []
 
     def start(place, argv):
-        process = PROCESSES.Process(target=hung.run, args=(argv, tmp_path, place))
+        process = FORKS.Process(target=hung.run, args=(argv, tmp_path, place))
         process.start()
         started.append(process)
         signs = tmp_path / hung.SIGNS

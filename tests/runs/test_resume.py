@@ -143,6 +143,8 @@ def test_the_number_of_workers_changes_nothing(workers, data, checkpoints, unbro
         {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16"},
         {"use_ema": True, "ema_decay": 0.9},
         {"use_came": True},
+        {"use_prodigy": True, "learning_rate": 1.0, "use_ema": True},
+        {"use_muon": True},
         {"step_in_backward": True, "trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "use_ema": True},
         {"max_grad_norm": None, "step_in_backward": True, "use_adafactor": True},
         {"offload_activations": True, "gradient_checkpointing": True, "gradient_checkpointing_share": 0.5},
@@ -182,6 +184,8 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     with pytest.raises(UserError) as error:
         run(settings_of("toy", **more, seed=1, video_sample_size=48), *where)
     assert sorted(line.split(" ")[0] for line in error.value.problems) == ["seed", "video_sample_size"]
+    with pytest.raises(UserError, match="no optimizer can go on with the state of another"):
+        run(settings_of("toy", **more, use_muon=True), *where)
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()

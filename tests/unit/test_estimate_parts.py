@@ -87,7 +87,10 @@ def estimate(**changes) -> StepEstimate:
         trainable=PSI,
         number_bytes=2,
         weight_bytes={"network": 4 * PSI},
+        kept_bytes=4 * PSI,
+        reached=frozenset(),
         block_parameters=100,
+        blocks=7,
         still_blocks=0,
         other_parameters=40,
     )

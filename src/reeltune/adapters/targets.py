@@ -66,16 +66,18 @@ def targets(
         if not any(_any((part,), *pair) for pair in everything.items())
     ]
     refuse("recipe", problems)
-    out, modules = [], dict(net.named_modules())
+    out = []
+    sizes = {
+        name: min(one.in_features, one.out_features) for name, one in net.named_modules() if isinstance(one, nn.Linear)
+    }
     for name, released in chosen.items():
         if _any(skipped, name, released) or any(part in f"{released}.weight" for part in whole):
             continue
         own_rank = int(_last(own_ranks, name, released, rank))
         own_alpha = _last(own_alphas, name, released, float(own_rank) if alpha is None else alpha)
         out.append(Target(name, released, own_rank, own_alpha))
-        least = min(modules[name].in_features, modules[name].out_features)
-        if own_rank > least:
-            problems.append(f"rank is {own_rank} for {released}, whose rank is {least} at most; lower it there")
+        if own_rank > sizes[name]:
+            problems.append(f"rank is {own_rank} for {released}, whose rank is {sizes[name]} at most; lower it there")
     refuse("recipe", few(problems))
     if not out:
         refuse("recipe", ["no linear layer is left for an adapter; change target_name or lora_skip_name"])
@@ -97,7 +99,7 @@ def _numbers(patterns: Sequence[str]) -> dict[str, float]:
 
 
 def _last(numbers: Mapping[str, float], name: str, released: str, otherwise: float) -> float:
-    return next((number for part, number in reversed(numbers.items()) if _any((part,), name, released)), otherwise)
+    return next((number for part, number in reversed([*numbers.items()]) if _any((part,), name, released)), otherwise)
 
 
 def _near(part: str, layers: Mapping[str, str]) -> str:

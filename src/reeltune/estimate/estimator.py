@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reeltune.config.recipe import Parallel, Recipe
+from reeltune.config.recipe import Optimization, Parallel, Recipe, Training
 from reeltune.core.types import Draw
 from reeltune.estimate.fake_batch import empty_batch
-from reeltune.estimate.fake_step import engine_of, training_step
+from reeltune.estimate.fake_step import optimizer_step, passes
 from reeltune.estimate.frozen_networks import Encoding, Work, decode, encode
-from reeltune.estimate.result import StepEstimate
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.estimate.result import PHASES, OptimizerEstimate, StepEstimate
+from reeltune.families.spec import Parts
+from reeltune.run.model import choose_family, encode_options, load_parts, network_dtype
 from reeltune.run.precision import encoder_dtype
 from reeltune.sampling.sample import Setup
 
@@ -24,7 +26,7 @@ T = TypeVar("T")
 class Estimator:
     """For a recipe, and for others that have its checkpoint, train mode, precision and encoding options.
 
-    whole: as for `training_step`.
+    whole: as of FakeLearner.
     """
 
     def __init__(self, recipe: Recipe, *, whole: bool = False):
@@ -40,36 +42,39 @@ class Estimator:
 
         Draws of one shape are all alike. Raises UserError as loading does.
         """
-        frozen, shape, batch = as_frozen(recipe), draws[0].shape, len(draws)
+        fake, whole, frozen, shape = self.fake, self.whole, as_frozen(recipe), draws[0].shape
         visiting = recipe.training.low_vram or recipe.cache.cache_folder is not None
-        setup = self._setup(recipe)
+        parts = self._once(("frozen networks", frozen), lambda: self._load(recipe, network=False))
+        setup = Setup(self.family, self.mode, parts, self.objective, options=encode_options(recipe))
 
         def encoded() -> Encoding:
-            clips = empty_batch(self.family, self.mode, draws, captions, self.fake)
-            return encode(setup, clips, self.fake, visiting=visiting)
+            clips = empty_batch(self.family, self.mode, draws, captions, fake)
+            return encode(setup, clips, fake, visiting=visiting)
 
-        encoding = self._once(("encoding", frozen, visiting, shape, batch), encoded)
-        trains = only_training(recipe)
+        encoding = self._once(("encoding", frozen, visiting, shape, len(draws)), encoded)
+        network = self._once(
+            ("network", network_dtype(recipe), recipe.adapter.base_weights), lambda: self._load(recipe, encoders=False)
+        )
+        trains, learns = only_passes(recipe), only_optimizer(recipe)
         step = self._once(
-            ("training", trains, preview, shape, batch),
-            lambda: training_step(trains, setup, encoding, draws, self.fake, preview=preview, whole=self.whole),
+            ("passes", trains, preview, shape, len(draws)),
+            lambda: passes(trains, setup, network, encoding, draws, fake, preview=preview, whole=whole),
         )
-        decoding = None
-        if preview:
-            decoding = self._once(
-                ("decoding", frozen, visiting, shape),
-                lambda: decode(setup, encoding.encoded.x0.mean, self.fake, visiting=visiting),
+        optimizer = decoding = None
+        if not recipe.memory.step_in_backward:
+            optimizer = self._once(
+                ("optimizer", learns, step.reached),
+                lambda: optimizer_step(learns, self.family, network, step.reached, fake, whole=whole),
             )
-        return together(recipe, step, encoding, decoding)
+        if preview:
+            latents = encoding.encoded.x0.mean
+            decoding = self._once(
+                ("decoding", frozen, visiting, shape), lambda: decode(setup, latents, fake, visiting=visiting)
+            )
+        return together(recipe, step, optimizer, encoding, decoding)
 
-    def _setup(self, recipe: Recipe) -> Setup:
-        """The frozen networks, with an outline of the trained one."""
-        engine = engine_of(recipe)
-        parts = self._once(
-            ("parts", as_frozen(recipe)),
-            lambda: load_parts(recipe, self.family, engine.device, network=False, fake=self.fake),
-        )
-        return Setup(self.family, self.mode, parts, self.objective, options=encode_options(recipe))
+    def _load(self, recipe: Recipe, **left_out: bool) -> Parts:
+        return load_parts(recipe, self.family, torch.device("cpu"), fake=self.fake, **left_out)
 
     def _once(self, key: tuple, make: Callable[[], T]) -> T:
         if key not in self._known:
@@ -82,26 +87,50 @@ def as_frozen(recipe: Recipe) -> tuple[Any, ...]:
     return recipe.memory.vae_tiling, encoder_dtype(recipe)
 
 
-def only_training(recipe: Recipe) -> Recipe:
-    """What the trained network's step reads of a recipe; all else as it is by default."""
+def only_passes(recipe: Recipe) -> Recipe:
+    """What the passes of the trained network read of a recipe; all else as it is by default."""
     return Recipe(
         model=replace(recipe.model, encoder_weights=None),
+        adapter=recipe.adapter,
         training=replace(recipe.training, low_vram=False),
         memory=replace(recipe.memory, vae_tiling=False, encode_ahead=None),
         parallel=Parallel(context_parallel=recipe.parallel.context_parallel),
         loss=recipe.loss,
+        optimization=recipe.optimization if recipe.memory.step_in_backward else Optimization(),
+    )
+
+
+def only_optimizer(recipe: Recipe) -> Recipe:
+    """What the optimizer's step reads, where it is not in the backward pass."""
+    return Recipe(
+        model=replace(recipe.model, encoder_weights=None),
+        adapter=recipe.adapter,
+        training=Training(mixed_precision=recipe.training.mixed_precision),
         optimization=recipe.optimization,
     )
 
 
-def together(recipe: Recipe, step: StepEstimate, encoding: Encoding, decoding: Work | None) -> StepEstimate:
-    """A training step with what the frozen networks take before and after it.
+def together(
+    recipe: Recipe,
+    step: StepEstimate,
+    optimizer: OptimizerEstimate | None,
+    encoding: Encoding,
+    decoding: Work | None,
+) -> StepEstimate:
+    """A step's passes with the optimizer's part, and what the frozen networks take before and after them.
 
     In each phase there is what later steps find: the optimizer's state, and under accumulation all gradients.
     """
+    if optimizer is not None:
+        step = replace(
+            step,
+            peaks=step.peaks | {"step": optimizer.peak},
+            resident=step.resident | {"average": optimizer.average_bytes},
+            state_bytes=optimizer.state_bytes,
+        )
     resident = step.resident | {"optimizer": step.state_bytes}
     batch = {"batch": encoding.batch_bytes, "frozen": encoding.frozen_bytes}
-    peaks = {phase: parts | resident | batch for phase, parts in step.peaks.items()}
+    peaks = {phase: step.peaks[phase] | resident | batch for phase in PHASES if phase in step.peaks}
     flops = dict(step.flops)
     if recipe.cache.cache_folder is None:
         peaks = {"encode": resident | encoding.peak, **peaks}

@@ -1,41 +1,33 @@
-"""One training step, run by the very code that trains, on fake tensors: they have sizes and no values."""
+"""A training step in two parts, run by the very code that trains, on fake tensors: they have sizes and no values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from reeltune.config.recipe import Model, Recipe
-from reeltune.core.types import Draw
+from reeltune.config.recipe import Recipe
+from reeltune.core.types import Draw, Encoded
 from reeltune.diffusion.loss import Loss, settle
 from reeltune.distributed.engine import Engine
 from reeltune.estimate import attribution, repeated_blocks
-from reeltune.estimate.attribution import (
-    Times,
-    give_gradients,
-    gradients_owned,
-    own_network,
-    own_state,
-    tensors_in,
-    weights_of,
-)
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
-from reeltune.estimate.result import StepEstimate
+from reeltune.estimate.result import OptimizerEstimate, StepEstimate
+from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, can_wait, waiting
 from reeltune.memory.size import size_bytes
-from reeltune.optim.trainable import matches, released_names, select
-from reeltune.run.model import load_parts
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import learner_of
+from reeltune.training.learner import with_optimizer
 from reeltune.training.loss import training_loss
+from reeltune.training.trained_network import TrainedNetwork, prepare_network
 
 RESIDENT = ("weights", "still", "average")  # parts that are there in every phase
 
@@ -45,158 +37,191 @@ def engine_of(recipe: Recipe) -> Engine:
     return Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
 
 
-def training_step(
+def passes(
     recipe: Recipe,
     setup: Setup,
+    network: Parts,
     encoding: Encoding,
     draws: Sequence[Draw],
     fake: FakeTensorMode,
     *,
-    preview: bool = True,
-    whole: bool = False,
+    preview: bool,
+    whole: bool,
 ) -> StepEstimate:
-    """Forward and backward pass of an encoded batch, the optimizer's step, and with `preview` a denoising pass.
+    """Forward and backward pass of an encoded batch, with the optimizer's step if that is inside it; and with
+    `preview` a denoising pass.
 
-    Frozen networks and the batch itself are not counted. setup: as for encoding; its network is loaded anew. whole:
-    with each of equal blocks, which takes long and comes to the same (repeated_blocks.py). Raises UserError as loading
-    does.
+    Frozen networks and the batch itself are not counted. network, whole: as of FakeLearner.
     """
-    engine = engine_of(recipe)
     with first_of(recipe.parallel.context_parallel) as mesh:
-        step = _FakeStep(recipe, setup, encoding, draws, fake, engine, mesh, whole=whole)
-        with step.tracker, repeated_blocks.counted(step.stands, step.tracker):
-            return step.run(preview=preview)
+        learner = FakeLearner(recipe, setup.family, network, fake, mesh=mesh, whole=whole)
+        tracker, engine = learner.tracker, learner.engine
+        batch = [*encoding.encoded.tensors().values(), *encoding.null.values()]
+        tracker.own(batch, ELSEWHERE)  # Encoding.batch_bytes has them
+        setup = replace(
+            setup,
+            parts=replace(learner.parts, null=encoding.null),
+            objective=copy(setup.objective),  # which makes its tables anew
+            autocast=engine.autocast,
+        )
+        with tracker, repeated_blocks.counted(learner.stands, tracker):
+            kept = learner.forward_backward(setup, encoding.encoded, draws)
+            learner.learner.optimizer.zero_grad()
+            if preview:
+                with tracker.phase("preview"):
+                    denoise(learner.plain, setup, encoding.encoded)
+    return StepEstimate(
+        peaks=tracker.peaks,
+        flops=dict(tracker.flops),
+        resident=learner.resident,
+        state_bytes=tracker.live["optimizer"],
+        number_bytes=engine.dtype.itemsize,
+        **kept,
+        **learner.counts,
+    )
 
 
-class _FakeStep:
+def optimizer_step(
+    recipe: Recipe, family: Family, network: Parts, reached: frozenset[str], fake: FakeTensorMode, *, whole: bool
+) -> OptimizerEstimate:
+    """Of a later step than the first, which makes the state. reached: names of what a backward pass gives gradients.
+
+    network, whole: as of FakeLearner.
+    """
+    learner = FakeLearner(recipe, family, network, fake, whole=whole)
+    weights = dict(learner.plain.named_parameters())
+    parameters = [weight for name, weight in weights.items() if name in reached]
+    with learner.tracker as tracker:
+        attribution.give_gradients(parameters, tracker, learner.times, fake)
+        learner.step(0)
+        attribution.give_gradients(parameters, tracker, learner.times, fake)
+        with tracker.phase("step"):
+            learner.step(1)
+    return OptimizerEstimate(tracker.peaks["step"], tracker.live["optimizer"], learner.resident["average"])
+
+
+class FakeLearner:
+    """What learns, and the count of all that it does. Raises UserError as a run does that prepares it.
+
+    network: of which a copy is used. whole: with each of equal blocks, which takes long and comes to the same
+    (repeated_blocks.py).
+    """
+
     def __init__(
         self,
         recipe: Recipe,
-        setup: Setup,
-        encoding: Encoding,
-        draws: Sequence[Draw],
+        family: Family,
+        network: Parts,
         fake: FakeTensorMode,
-        engine: Engine,
-        mesh: DeviceMesh | None,
         *,
+        mesh: DeviceMesh | None = None,
         whole: bool,
     ):
-        self.recipe, self.draws, self.fake, self.encoded = recipe, draws, fake, encoding.encoded
-        family, memory = setup.family, recipe.memory
-        parts = load_parts(recipe, family, engine.device, encoders=False, fake=fake)
-        parts.null = encoding.null
-        names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
-        model = recipe.model
-        select(parts.net, names, model.trainable_modules, model.trainable_modules_low_learning_rate)
-        self.counts = counts_of(parts.net, family.blocks)
-        self.network_bytes = size_bytes(weights_of(parts.net))
-        alike = not memory.blocks_to_swap and memory.gradient_checkpointing_share == 1
-        self.stands = repeated_blocks.shorten(parts.net, family.blocks) if alike and not whole else []
-        self.times: Times = repeated_blocks.times_of(self.stands)
+        self.recipe, self.fake, self.engine = recipe, fake, engine_of(recipe)
+        self.parts = replace(network, net=fresh(network.net))
         if mesh is not None and family.split is not None:
-            family.split(parts.net, mesh)
+            family.split(self.parts.net, mesh)
+        on_device = replace(recipe, memory=replace(recipe.memory, offload_activations=False))
+        prepared = without_values(prepare_network(family, self.parts, self.engine, on_device), fake)
+        self.plain, self.counts = prepared.plain, counts_of(prepared)
+        swapped = bool(prepared.swapped)
+        self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks, swapped=swapped)
+        self.times = repeated_blocks.times_of(self.stands)
         self.tracker = Tracker(fake)
-        if memory.offload_activations:
-            attribution.offload_activations(parts.net, self.tracker)
-        objective = copy(setup.objective)  # which makes its tables anew
-        self.setup = replace(setup, parts=parts, objective=objective, autocast=engine.autocast)
-        self.learner = learner_of(
-            replace(
-                recipe,
-                model=still_matching(model, parts.net, names),
-                memory=replace(memory, offload_activations=False),
-            ),
-            family,
-            parts,
-            engine,
-            batch=len(draws),
-            accumulate=recipe.training.gradient_accumulation_steps,
+        if recipe.memory.offload_activations:
+            attribution.offload_activations(self.plain, self.tracker)
+        training = recipe.training
+        self.learner = with_optimizer(
+            shortened(prepared),
+            recipe,
+            self.engine,
+            batch=training.train_batch_size,
+            accumulate=training.gradient_accumulation_steps,
         )
-        own_network(self.tracker, self.learner, self.times)
+        attribution.own_network(self.tracker, self.learner, self.times)
         self.resident = {part: self.tracker.live[part] for part in RESIDENT}
-        batch = [*encoding.encoded.tensors().values(), *encoding.null.values()]
-        self.tracker.own(batch, ELSEWHERE)  # Encoding.batch_bytes has them
 
-    def run(self, *, preview: bool) -> StepEstimate:
-        tracker, learner = self.tracker, self.learner
-        passes = self._forward_backward()
-        reached = [parameter for parameter in learner.learning if parameter.grad is not None]
-        self._optimizer_step(reached)
-        if preview:
-            with tracker.phase("preview"):
-                self._denoise()
-        if self.recipe.memory.step_in_backward:
-            tracker.flops["backward"] = tracker.flops.pop("step")
-        return StepEstimate(
-            peaks=tracker.peaks,
-            flops=dict(tracker.flops),
-            resident=self.resident,
-            state_bytes=tracker.live["optimizer"],
-            swapped_bytes=size_bytes([waiting(block) for block in learner.network.swapped]),
-            number_bytes=learner.engine.dtype.itemsize,
-            weight_bytes={"network": self.network_bytes},
-            **passes,
-            **self.counts,
-        )
+    def step(self, count: int) -> None:
+        self.learner.step(count, self.recipe.optimization.learning_rate)
+        attribution.own_state(self.tracker, self.learner, self.times)
 
-    def _forward_backward(self) -> dict[str, int]:
-        """Bytes that the forward pass keeps, on the device and on the host, and those of the gradients."""
-        tracker, learner = self.tracker, self.learner
-        if self.recipe.memory.step_in_backward:  # its state is made weight by weight, and is there in later steps
-            learner.backward(self._loss().value, last=True)
-            learner.step(0, self.recipe.optimization.learning_rate)
-            own_state(tracker, learner, self.times)
+    def forward_backward(self, setup: Setup, encoded: Encoded, draws: Sequence[Draw]) -> dict[str, Any]:
+        """Fields of StepEstimate: what the forward pass keeps, and the gradients."""
+        tracker, learner, recipe = self.tracker, self.learner, self.recipe
+
+        def loss_of() -> Loss:
+            return training_loss(setup, learner.net, encoded, draws, recipe.loss)
+
+        inside = recipe.memory.step_in_backward
+        if inside:  # its state is made weight by weight, and is there in later steps
+            learner.backward(loss_of().value, last=True)
+            self.step(0)
         with tracker.phase("forward"):
-            loss = self._loss()
-        tracker.own(tensors_in(vars(self.setup.objective)), ELSEWHERE)  # its tables, made once
+            loss = loss_of()
+        tracker.own(attribution.tensors_in(vars(setup.objective)), ELSEWHERE)  # its tables, made once
         kept = {"saved_bytes": tracker.live["forward"] + tracker.live["casts"], "offloaded_bytes": tracker.live[HOST]}
         tracker.rename("forward", "activations")
-        with tracker.phase("backward"), gradients_owned(tracker, learner.learning, self.times):
-            learner.backward(loss.value / self.recipe.training.gradient_accumulation_steps, last=True)
-        return kept | {"gradient_bytes": tracker.live["gradients"]}
-
-    def _loss(self) -> Loss:
-        return training_loss(self.setup, self.learner.net, self.encoded, self.draws, self.recipe.loss)
-
-    def _optimizer_step(self, reached: Sequence[nn.Parameter]) -> None:
-        """reached: the parameters that a backward pass gives gradients."""
-        rate = self.recipe.optimization.learning_rate
-        if not self.recipe.memory.step_in_backward:  # the first step makes the state, which later ones find
-            self.learner.step(0, rate)
-            own_state(self.tracker, self.learner, self.times)
-            give_gradients(reached, self.tracker, self.times, self.fake)
-        with self.tracker.phase("step"):
-            self.learner.step(1, rate)
-        own_state(self.tracker, self.learner, self.times)
-
-    def _denoise(self) -> None:
-        """One pass for one clip."""
-        setup, one = self.setup, self.encoded.map(lambda tensor: tensor[:1])
-        with at_rest(self.learner.plain):
-            x0, cond = settle(one, [0], setup.parts.null)
-            setup.denoise(self.learner.plain, x0, torch.ones(1, device=x0.device), cond)
+        with tracker.phase("backward"), attribution.gradients_owned(tracker, learner.learning, self.times):
+            learner.backward(loss.value / recipe.training.gradient_accumulation_steps, last=True)
+        reached = {name for name, weight in self.plain.named_parameters() if weight.grad is not None}
+        gradient_bytes = tracker.live["gradients"]
+        if inside:
+            with tracker.phase("step"):
+                self.step(1)
+            tracker.flops["backward"] = tracker.flops.pop("step")
+        return kept | {"gradient_bytes": gradient_bytes, "reached": frozenset(reached)}
 
 
-def counts_of(net: nn.Module, classes: tuple[str, ...]) -> dict[str, int]:
-    """Parameters of a network and of its blocks, which are of these class names, once it is said what learns."""
-    blocks = blocks_of(net, classes)
-    parameters = sum(weight.numel() for weight in net.parameters())
+def denoise(net: nn.Module, setup: Setup, encoded: Encoded) -> None:
+    """One pass for one clip."""
+    one = encoded.map(lambda tensor: tensor[:1])
+    with at_rest(net):
+        x0, cond = settle(one, [0], setup.parts.null)
+        setup.denoise(net, x0, torch.ones(1, device=x0.device), cond)
+
+
+def fresh(net: nn.Module) -> nn.Module:
+    """A copy, whose weights are there but once."""
+    memo: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), False) for weight in net.parameters()}
+    return deepcopy(net, memo | {id(buffer): buffer.detach() for buffer in net.buffers()})
+
+
+def without_values(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
+    """With fake tensors in the place of weights that were made beside those loaded: adapters."""
+    there: dict[int, nn.Parameter] = {}
+    for module in network.plain.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not isinstance(weight, FakeTensor):
+                with fake:
+                    there[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
+                setattr(module, name, there[id(weight)])
+    return with_groups(network, lambda weights: [there.get(id(weight), weight) for weight in weights])
+
+
+def counts_of(network: TrainedNetwork) -> dict[str, Any]:
+    """Fields of StepEstimate that say what the network is."""
+    blocks = blocks_of(network.plain, network.family.blocks)
+    parameters = sum(weight.numel() for weight in network.plain.parameters())
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
     return {
         "parameters": parameters,
-        "trainable": sum(weight.numel() for weight in net.parameters() if weight.requires_grad),
+        "trainable": sum(weight.numel() for weight in network.learning),
         "block_parameters": max(sizes),
         "other_parameters": parameters - sum(sizes),
+        "blocks": len(blocks),
         "still_blocks": sum(map(can_wait, blocks)),
+        "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),
+        "kept_bytes": size_bytes(network.weights()),
+        "weight_bytes": {"network": size_bytes(attribution.weights_of(network.plain))},
     }
 
 
-def still_matching(model: Model, net: nn.Module, names: dict[str, str]) -> Model:
-    """Without the patterns that match only blocks that were taken out."""
-    left = [names[name] for name, _ in net.named_parameters()]
+def shortened(network: TrainedNetwork) -> TrainedNetwork:
+    """Without the weights of blocks that were taken out of it."""
+    left = {id(weight) for weight in network.plain.parameters()}
+    return with_groups(network, lambda weights: [weight for weight in weights if id(weight) in left])
 
-    def some(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(one for one in patterns if any(matches(one, name) for name in left))
 
-    low = some(model.trainable_modules_low_learning_rate)
-    return replace(model, trainable_modules=some(model.trainable_modules), trainable_modules_low_learning_rate=low)
+def with_groups(network: TrainedNetwork, chosen: Callable[[list[nn.Parameter]], list[nn.Parameter]]) -> TrainedNetwork:
+    groups = [{**group, "params": chosen(group["params"])} for group in network.groups]
+    return replace(network, groups=[group for group in groups if group["params"]])

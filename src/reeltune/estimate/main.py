@@ -204,7 +204,8 @@ def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Of
     """Of what could make it fit, the cheapest."""
     recipe, gpus = planned.recipe, planned.machines.gpus
     engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
-    possible = changes(recipe, engine, gpus, largest.still_blocks, tiles=tiles)
+    blocks, still_blocks = largest.blocks, largest.still_blocks
+    possible = changes(recipe, engine, gpus, blocks=blocks, still_blocks=still_blocks, tiles=tiles)
     candidates = [one for one in possible if goes(planned, (one,))]
     return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
 
@@ -329,7 +330,7 @@ def disk_bytes(
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
     average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    one = saved_bytes(recipe, step) + (step.weight_bytes["network"] + average if average else 0)
+    one = saved_bytes(recipe, step) + (step.kept_bytes + average if average else 0)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
     encoded = throughput.Curve([*sizes], [step.encoded_bytes for step in sizes.values()])
@@ -345,7 +346,7 @@ def disk_bytes(
 def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
     """Weights, optimizer state and moving average, each once."""
     average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    return step.weight_bytes["network"] + step.state_bytes + average
+    return step.kept_bytes + step.state_bytes + average
 
 
 def expected_throughput(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reeltune.config.parse import flat
@@ -28,7 +28,7 @@ class Verdict:
     @property
     def phase(self) -> str:
         """The fullest."""
-        return fullest(self.totals)
+        return max(self.totals, key=lambda phase: self.totals[phase])
 
     @property
     def need_bytes(self) -> int:
@@ -40,19 +40,11 @@ class Verdict:
 
     @property
     def safe(self) -> bool:
-        return is_safe(self.need_bytes, self.have_bytes)
+        return self.need_bytes * (1 + MARGIN) <= self.have_bytes
 
     @property
     def spare_bytes(self) -> int:
         return self.have_bytes - self.need_bytes
-
-
-def fullest(totals: dict[str, int]) -> str:
-    return max(totals, key=lambda phase: totals[phase])
-
-
-def is_safe(need_bytes: int, have_bytes: int) -> bool:
-    return need_bytes * (1 + MARGIN) <= have_bytes
 
 
 def judge(peaks: dict[str, dict[str, int]], have_bytes: int) -> Verdict:
@@ -72,14 +64,14 @@ class Change:
         return written(self.settings)
 
 
-def changes(recipe: Recipe, engine: str, gpus: int, frozen_blocks: int, *, tiles: bool) -> Iterator[Change]:
+def changes(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks: int, tiles: bool) -> Iterator[Change]:
     """All that this run could change, one by one, the cheapest first.
 
-    engine: a name of sharding.ENGINES. frozen_blocks: of which nothing learns. tiles: the VAE has them.
+    engine: a name of sharding.ENGINES. blocks, still_blocks: as of StepEstimate. tiles: the VAE has them.
     """
     ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
-    known = {"gpus": gpus, "encodes_ahead": ahead, "frozen_blocks": frozen_blocks, "vae_tiles": tiles}
-    values = {**flat(recipe), "engine": engine, **known}
+    network = {"blocks": blocks, "frozen_blocks": still_blocks, "vae_tiles": tiles}
+    values = {**flat(recipe), "engine": engine, "gpus": gpus, "encodes_ahead": ahead, **network}
     for lever, settings in levers.offered(values):
         yield Change(settings, lever.plan_price or lever.price, lever.where(values))
 
@@ -167,37 +159,33 @@ class Tries:
         prices = (change.price.format_map(numbers(before, after, change.settings)) for change in picked)
         return Offer(picked, verdict, tuple(prices))
 
-    def expected(self, chosen: Chosen) -> dict[str, int]:
-        """Phase -> bytes, if beside the largest part of the set that was estimated each change spares what it does
-        alone."""
+    def expected(self, chosen: Chosen) -> Verdict:
+        """If beside the largest part of the set that was estimated each change spares what it does alone."""
         part = max((part for part in self.known if part <= chosen), key=len)
-        before, totals = self.known[NONE][0].totals, dict(self.known[part][0].totals)
+        before, totals = self.known[NONE][0].totals, self.known[part][0].totals
         for i in chosen - part:
             alone = self.verdict(frozenset({i})).totals
             totals = {phase: size - before.get(phase, 0) + alone.get(phase, 0) for phase, size in totals.items()}
-        return totals
-
-    def safe(self, totals: dict[str, int]) -> bool:
-        return is_safe(max(totals.values()), self.known[NONE][0].have_bytes)
+        return replace(self.known[part][0], totals=totals)
 
     def grow(self, start: Chosen, barred: Set[int]) -> Chosen | None:
         """The start, and changes that make it fit: the cheapest that lowers the fullest phase is added, in place of
         those with which it does not go, until it fits; then what is not needed is left out. None: they do not."""
         chosen, useless, left = start, set[int](), TRIES
         while left:
-            totals = self.expected(chosen)
-            if self.safe(totals):
+            now = self.expected(chosen)
+            if now.safe:
                 chosen, left = self.needed(chosen, start), left - 1
                 if self.verdict(chosen).safe:
                     return chosen
                 continue
             wanting = (i for i in range(len(self.candidates)) if i not in barred | useless | chosen)
-            added = next((i for i in wanting if fullest(totals) in self.candidates[i].phases), None)
+            added = next((i for i in wanting if now.phase in self.candidates[i].phases), None)
             if added is None:
                 return None
             larger = frozenset({added, *(i for i in chosen if self.together(i, added))})
             goes = start <= larger and self.goes(self.picked(larger))
-            if goes and max(self.expected(larger).values()) < max(totals.values()):
+            if goes and self.expected(larger).need_bytes < now.need_bytes:
                 chosen = larger
             else:
                 useless.add(added)
@@ -206,7 +194,7 @@ class Tries:
     def needed(self, chosen: Chosen, start: Chosen) -> Chosen:
         """The set without what it can do without, the dearest first."""
         for i in sorted(chosen - start, reverse=True):
-            if self.safe(self.expected(chosen - {i})):
+            if self.expected(chosen - {i}).safe:
                 chosen -= {i}
         return chosen
 

@@ -48,6 +48,8 @@ class StepEstimate:
     """Activations that wait in the machine's own memory."""
     swapped_bytes: int
     """Weights of blocks that do."""
+    reached: frozenset[str]
+    """Names of parameters to which a backward pass gives gradients."""
     gradient_bytes: int
     state_bytes: int
     """Of the optimizer."""
@@ -57,11 +59,24 @@ class StepEstimate:
     """Of a number in the precision that the network computes in."""
     weight_bytes: dict[str, int]
     """name -> bytes of the trained network ("network") and of each frozen one."""
+    kept_bytes: int
+    """Weights of a checkpoint."""
     block_parameters: int
     """Of the largest block, which an engine that shards gathers whole."""
+    blocks: int
     still_blocks: int
-    """Blocks of which nothing learns."""
+    """Blocks of which not all learns, and so some can wait on the host."""
     other_parameters: int
     """Outside of blocks."""
     encoded_bytes: int = 0
     """Of what encoding makes of one sample, in float32."""
+
+
+@dataclass(frozen=True)
+class OptimizerEstimate:
+    """What the optimizer takes, of a step whose passes are known."""
+
+    peak: dict[str, int]
+    """part -> bytes at the fullest moment."""
+    state_bytes: int
+    average_bytes: int

@@ -15,6 +15,7 @@ import torch
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
+from reeltune.config.rules import OPTIMIZERS
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import TEXT, few, read_table, require_fields
@@ -82,7 +83,8 @@ def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: b
 def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     """Settings that differ from the checkpoint's, in words.
 
-    Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none.
+    Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none. And
+    for another optimizer.
     """
     before, now = (flat(r) for r in (build(read(resumed_from / "recipe.yaml")), recipe))
     changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
@@ -94,6 +96,8 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
             f"run from its weights: transformer_path {resumed_from} and another output_dir",
             problems,
         )
+    others = [words for name, words in changed.items() if name in OPTIMIZERS]
+    refuse(f"resume from {resumed_from}: no optimizer can go on with the state of another; restore it", others)
     return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
 
 

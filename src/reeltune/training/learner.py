@@ -174,11 +174,15 @@ def learner_of(
 ) -> Learner:
     """What learns in a run of this recipe; `load_state` then reads what goes with the weights of `resumed_from`."""
     network = prepare_network(family, parts, engine, recipe, resumed_from=resumed_from)
+    return with_optimizer(network, recipe, engine, batch=batch, accumulate=accumulate)
+
+
+def with_optimizer(network: TrainedNetwork, recipe: Recipe, engine: Engine, *, batch: int, accumulate: int) -> Learner:
+    """batch, accumulate: as of Learner."""
     rounding_seed = recipe.training.seed if recipe.model.trained_weights == "bf16_stochastic" else None
-    optimizer = optimizer_of(network.groups, recipe.optimization, rounding_seed=rounding_seed)
     return Learner(
         network,
-        optimizer,
+        optimizer_of(network.groups, recipe.optimization, rounding_seed=rounding_seed),
         engine,
         recipe.optimization,
         step_in_backward=recipe.memory.step_in_backward,

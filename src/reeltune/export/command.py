@@ -1,0 +1,114 @@
+"""The flags of `reeltune export` and `import`; what they do, and torch with it, is imported once these are sound.
+(no torch)"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reeltune.core.errors import UserError
+
+DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
+
+
+def export_lines(argv: Sequence[str]) -> Iterator[str]:
+    """What the command does, line by line as it is done."""
+    parser = argparse.ArgumentParser(
+        "reeltune export",
+        description="Writes a checkpoint's weights into a folder of their own, whichever engine saved them, and proves "
+        "the copy: every tensor is read back, and a forward pass made. With --adapter: writes an adapter into a file "
+        "that another tool loads, and proves that the tool applies what was trained. With --merge: puts adapters into "
+        "the whole weights of their base, and proves that base + change is what was written.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder; with --adapter any tool's file, too")
+    parser.add_argument("out", type=Path, help="the folder to write; with --adapter the file")
+    parser.add_argument(
+        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), help="of the weights [bf16; as_stored with --adapter]"
+    )
+    parser.add_argument("--max_shard_size", type=size, metavar="SIZE", help="one file up to this, else shards [80GB]")
+    parser.add_argument(
+        "--diffusers", action="store_true", default=None, help="names that diffusers loads, not the original tools"
+    )
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
+    )
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="put the checkpoint's adapter, or --adapters, into the whole weights",
+    )
+    parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
+    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
+    parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
+    options = vars(parser.parse_args(argv))
+    given = {name: value for name, value in options.items() if value is not None}
+    alone, merges = given.pop("adapter"), given.pop("merge")
+    if alone and merges:
+        raise UserError("export", "--adapter writes an adapter alone, --merge whole weights; leave one of the two out")
+    if not alone:
+        _refuse_beside("", {"dialect": "--for", "trigger_words": "--trigger_words"}, given, "go with --adapter alone")
+    if merges:
+        from reeltune.export.merge import export_merged
+
+        return export_merged(given.pop("checkpoint"), given.pop("out"), **given)
+    _refuse_beside("", {"adapters": "--adapters"}, given, "goes with --merge alone")
+    if not alone:
+        return exported(**given)
+    weights = {"max_shard_size": "--max_shard_size", "diffusers": "--diffusers"}
+    _refuse_beside("--adapter", weights, given, "are of whole models; leave them out")
+    if "dialect" not in given:
+        raise UserError("export", f"--adapter needs --for and a tool: {', '.join(DIALECTS)}")
+
+    from reeltune.export.adapter import export_adapter
+
+    return export_adapter(given.pop("checkpoint"), given.pop("out"), given.pop("dialect"), **given)
+
+
+def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any], words: str) -> None:
+    found = [shown_flag for name, shown_flag in others.items() if name in given]
+    if found:
+        raise UserError("export", f"{' and '.join(found)} {words}" + (f", or {flag} out" if flag else ""))
+
+
+def import_lines(argv: Sequence[str]) -> Iterator[str]:
+    """What the command tells, line by line."""
+    parser = argparse.ArgumentParser(
+        "reeltune import",
+        description="Tells what an adapter is: of which tool and model, its rank, alpha and layers, and how strong it "
+        "would be in each tool. Reads the file's header and alphas alone. With --out: writes it anew.",
+    )
+    parser.add_argument(
+        "file", type=Path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
+    )
+    parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
+    parser.add_argument("--alpha", type=float, metavar="N", help="what it was trained with, if the file does not say")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
+    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool to write it for; needed with --out")
+    options = parser.parse_args(argv)
+    if (options.out is None) != (options.dialect is None):
+        raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")
+
+    from reeltune.export.adapter import export_adapter, tell
+
+    settings = {"alpha": options.alpha, "pretrained_model_name_or_path": options.pretrained_model_name_or_path}
+    if options.out is not None:
+        return export_adapter(options.file, options.out, options.dialect, **settings)
+    return tell(options.file, **settings)
+
+
+def exported(checkpoint: Path, out: Path, **settings: Any) -> Iterator[str]:
+    """As `export.main.export`."""
+    from reeltune.export.main import export
+
+    return export(checkpoint, out, **settings)
+
+
+def size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+    return text
