@@ -91,7 +91,7 @@ def test_commands_run(page, place):
             assert_known(command)
         elif script is not None:
             assert compat.train(script[1], [*argv, *small]) == 0, command
-        elif argv[0] in (*cli.RUN, "plan"):
+        elif argv[0] in (*cli.RUN, "plan", "sample"):
             assert cli.main([*argv, *small]) == 0, command
         else:
             assert cli.main(argv) == 0, command
