@@ -16,9 +16,9 @@ setup: .venv/ready
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# Another family: make demo FAMILY=easyanimate (or hunyuan_video, cogvideox_fun, toy)
+# Another family: make demo FAMILY=easyanimate (or hunyuan_video, cogvideox_fun, toy); an adapter: make demo ADAPTER=1
 demo: setup
-	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY))
+	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY)) $(if $(ADAPTER),--adapter)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

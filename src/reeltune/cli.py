@@ -6,6 +6,7 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -13,10 +14,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from reeltune.config.flags import flags
 from reeltune.config.moved import in_its_folder
-from reeltune.config.parse import TRUTH, Setting, build, nearest, read, sentences, settings
+from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
@@ -82,17 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(act: Callable[[], int]) -> int:
     """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
     leaves at once."""
-    if os.environ.get("RANK", "0") != "0":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
+        _refuse_lost_folder()
         with second_leaves():
-            return act()
+            code = act()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `| head`; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells tell it
+
+
+def _refuse_lost_folder() -> None:
+    """Raises UserError where the working folder is gone, in which torch's libraries do not even load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as gone:
+        raise UserError(
+            "reeltune", "the folder that this was started in has been removed; cd to one that is there"
+        ) from gone
 
 
 # ---- commands of a recipe
@@ -132,41 +152,6 @@ def recipe_of(argv: Sequence[str], command: str) -> Recipe:
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"
     return build(tree, given, where=where, required=REQUIRED[command], found=problems)
-
-
-def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
-    """(words that belong to no flag, flags by name with their values as text, problems). Unknown flags are kept."""
-    known = settings()
-    words: list[str] = []
-    given: dict[str, Any] = {}
-    problems: list[str] = []
-    left = list(argv)
-    while left:
-        token = left.pop(0)
-        if not token.startswith("--"):
-            words.append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
-        setting = known.get(name)
-        values = [value] if equals else _taken(setting, left)
-        if setting is not None and not setting.is_switch and not values:
-            problems.append(f"{name} has no value; write --{name} VALUE")
-        elif setting is not None and setting.is_list:
-            given[name] = values
-        else:
-            given[name] = values[0] if values else "true"
-    return words, given, problems
-
-
-def _taken(setting: Setting | None, left: list[str]) -> list[str]:
-    """Takes from `left` the words that belong to a flag."""
-    count = next((i for i, token in enumerate(left) if token.startswith("--")), len(left))
-    if setting is not None and setting.is_switch:
-        count = int(count > 0 and left[0].lower() in TRUTH)
-    elif setting is None or not setting.is_list:
-        count = min(count, 1)
-    taken, left[:] = left[:count], left[count:]
-    return taken
 
 
 def recipe_help(command: str) -> str:
@@ -361,11 +346,12 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
     start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
     parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
+    parser.add_argument("--adapter", action="store_true", help="train an adapter (LoRA), not the network")
     options = parser.parse_args(argv)
 
     from reeltune.demo.main import run
 
-    return run(options.out, family=options.family)
+    return run(options.out, family=options.family, adapter=options.adapter)
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {

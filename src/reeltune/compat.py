@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reeltune.cli import REQUIRED, flags, guarded, printed
+from reeltune.cli import REQUIRED, guarded, printed
+from reeltune.config.flags import flags
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
 from reeltune.distributed.launcher_settings import adopted

@@ -19,7 +19,9 @@ from reeltune.adapters.loaders import BY_TOOL, KOHYA, Applied, applied
 from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import prove
 from reeltune.adapters.sizes import solve
+from reeltune.checkpoint.state import Shared
 from reeltune.core.errors import UserError
+from reeltune.distributed import sharded_io
 from reeltune.export.adapter import export_adapter
 from reeltune.optim.trainable import released_names
 from scripts.adapters_page import OF_BLOCKS, named, pair
@@ -319,3 +321,19 @@ def test_a_checkpoint_without_an_adapter_is_told(checkpoint, tmp_path):
     (folder / "adapter").rename(folder / "transformer")
     with pytest.raises(UserError, match="has no adapter: its network learnt in full"):
         list(export_adapter(folder, tmp_path / "a.safetensors", "comfyui"))
+
+
+def test_what_several_processes_keep_of_it_is_one_file(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    list(export_adapter(folder, tmp_path / "whole.safetensors", "comfyui"))
+    weights = saved.read(folder / "adapter")
+    sharded_io.write(
+        folder / "shares", [sharded_io.whole(f"weights/{name}", one) for name, one in weights.items()], None
+    )
+    Shared.write_outline(folder, {name: list(one.shape) for name, one in weights.items()}, {})
+    (folder / "adapter" / saved.FILE).unlink()
+    with pytest.raises(UserError, match="holds the shares of several processes; `reeltune export"):
+        read_adapter(folder)
+    list(export_adapter(folder, tmp_path / "shared.safetensors", "comfyui"))
+    whole, shared = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "shared.safetensors")
+    assert whole.keys() == shared.keys() and all(torch.equal(whole[name], shared[name]) for name in whole)

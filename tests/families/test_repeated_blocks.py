@@ -1,6 +1,7 @@
 """A step on few blocks for many, against all of them."""
 
 import pytest
+import torch
 
 from reeltune import families
 from reeltune.core.types import Shape
@@ -22,14 +23,15 @@ LEAN = {"trained_weights": "bf16_stochastic", "use_adafactor": True, "step_in_ba
 SETTINGS = {
     "recomputed": {"gradient_checkpointing": True, "use_ema": True},
     "elsewhere": {"offload_activations": True},
+    "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
 SLOW = [pytest.param(name, "recomputed", marks=pytest.mark.slow) for name in OWN]
 
 
-def deep(name, place):
+def deep(name, place, layers=DEPTH):
     if name == "wan_fun":
-        return tiny_checkpoint(place, "control_v1.1", layers=DEPTH)
+        return tiny_checkpoint(place, "control_v1.1", layers=layers)
     (source := place / "source").mkdir()
     (folder := place / "deep").mkdir()
     changes = {"num_layers": DEPTH, "mmdit_layers": DEPTH, "num_single_layers": DEPTH}
@@ -41,7 +43,7 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatc
     monkeypatch.setattr(
         memory_tracker, "ROUND_BYTES", 1
     )  # or small tensors, such as norms, would be large in so small a net
-    model = deep(name, tmp_path)
+    model = deep(name, tmp_path, SETTINGS[setting].get("blocks_to_swap", DEPTH))
     mode = families.find(model).modes[0]
     run = recipe(model, tmp_path, tmp_path / "out", train_mode=mode, mixed_precision="bf16", **SETTINGS[setting])
     few, all_ = (
@@ -51,6 +53,7 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatc
     assert few.flops == all_.flops
     assert few.saved_bytes == all_.saved_bytes
     assert (few.parameters, few.trainable, few.weight_bytes) == (all_.parameters, all_.trainable, all_.weight_bytes)
+    assert (few.swapped_bytes, few.offloaded_bytes) == (all_.swapped_bytes, all_.offloaded_bytes)
     assert few.state_bytes == all_.state_bytes
     assert few.gradient_bytes == all_.gradient_bytes
     for phase, parts in all_.peaks.items():
@@ -61,7 +64,9 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatc
 
 def test_blocks_that_differ_are_left_and_keep_their_names(tmp_path):
     model = tiny_checkpoint(tmp_path, "control_v1.1", layers=9)
-    net = load_parts(recipe(model, tmp_path, tmp_path), choose_family(recipe(model, tmp_path, tmp_path))[0], "cpu").net
+    net = load_parts(
+        recipe(model, tmp_path, tmp_path), choose_family(recipe(model, tmp_path, tmp_path))[0], torch.device("cpu")
+    ).net
     for weight in net.blocks[6].parameters():
         weight.requires_grad_(False)
     [stand] = shorten(net, ("WanTransformerBlock",))

@@ -180,6 +180,18 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
     assert (tmp_path / "demo/run/checkpoint-2/progress.json").exists()
 
 
+@pytest.mark.slow
+def test_the_demo_of_an_adapter(tmp_path):
+    assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
+    out = tmp_path / "demo/run"
+    assert (out / "checkpoint-8/adapter/adapter_model.safetensors").is_file()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["kind"] == "validation"]
+    assert held_out[-1]["loss"] < held_out[0]["loss"]
+    with pytest.raises(UserError, match="the toy has too few linear layers"):
+        run(tmp_path / "toy", family="toy", adapter=True)
+
+
 def test_captions_are_cut_where_their_families_cut_them():
     caption = scene(5).caption
     words = hunyuan_video.tokenizer()

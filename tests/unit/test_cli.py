@@ -1,11 +1,15 @@
 """The command line: flags in all their forms, help, exit codes, and nothing heavy before it is needed."""
 
+import io
+import os
 import resource
+import signal
 import subprocess
 import sys
 import types
 
 import pytest
+from rich.console import Console
 
 from reeltune import cli
 from reeltune.config.parse import sentences, settings
@@ -159,6 +163,33 @@ def test_what_the_user_can_mend_has_no_traceback(capsys):
     assert cli.guarded(failing(UserError("recipe", ["one", "two"]))) == 2
     assert capsys.readouterr().err == "recipe: 2 problems\n  - one\n  - two\n"
     assert cli.guarded(failing(KeyboardInterrupt())) == 130
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", b"\xe9 \\u732b"), ("ascii", b"\\xe9 \\u732b")])
+def test_letters_that_a_terminal_has_not_are_written_out(encoding, shown, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.guarded(lambda: print("é 猫") or 0) == 0
+    Console().print("é 猫")  # which notices of a run go through
+    stream.flush()
+    assert stream.buffer.getvalue().split(b"\n") == [shown, shown, b""]
+
+
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["check", "recipe.yaml"]) == 2
+    assert "has been removed; cd to one that is there" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop_reading(monkeypatch):
+    """As `| head` does: no traceback, not even when Python ends."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.guarded(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
 
 
 def test_our_own_mistakes_keep_their_traceback():

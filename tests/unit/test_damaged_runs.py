@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress, Record
 from reeltune.data.records import Records
+from reeltune.distributed import sharded_io
 from reeltune.families.toy.family import FAMILY
 from reeltune.reporting import report
 from reeltune.reporting.ledger import Ledger
@@ -198,3 +201,28 @@ def test_what_the_report_shows_of_damaged_files_is_told_by_field(name, whole, ch
         report.write(tmp_path)
     (tmp_path / name).write_text(json.dumps({"other": 3}))
     report.write(tmp_path)
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_the_metadata_of_shares_runs_no_code_and_leaves_no_folder(tmp_path):
+    """torch reads it by a plain pickle.load."""
+    sharded_io.write(tmp_path / "shares", [sharded_io.whole("weights/a", torch.ones(2, 3))], None)
+    metadata = sharded_io.metadata_of(tmp_path / "shares")
+    assert sharded_io.sizes(metadata) == {"weights/a": (6, torch.float32)}
+    file = tmp_path / "shares/.metadata"
+    file.write_bytes(pickle.dumps(Touch(tmp_path / "CODE_RAN")))
+    with pytest.raises(UserError, match=r"\.metadata(.|\n)*is damaged .*posix\.system is no part of a checkpoint's"):
+        sharded_io.metadata_of(tmp_path / "shares")
+    assert not (tmp_path / "CODE_RAN").exists()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../elsewhere"
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"'\.\./elsewhere' is no name of a file in this folder"):
+        sharded_io.metadata_of(tmp_path / "shares")

@@ -90,6 +90,7 @@ def estimate(**changes) -> StepEstimate:
         kept_bytes=4 * PSI,
         reached=frozenset(),
         block_parameters=100,
+        blocks=7,
         still_blocks=0,
         other_parameters=40,
     )

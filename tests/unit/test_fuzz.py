@@ -10,32 +10,53 @@ import shutil
 import time
 from functools import partial
 from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from reeltune import families
 from reeltune.cache.store import read_manifest
+from reeltune.checkpoint import digests
 from reeltune.checkpoint.folder import progress_of
+from reeltune.checkpoint.state import Shared
 from reeltune.config.parse import build, dump, read, settings
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
+from reeltune.core.types import Record
+from reeltune.data import measuring
+from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.lists import rows
+from reeltune.data.measuring import File, Finding, measure_files, stamps
+from reeltune.data.media import Measure
 from reeltune.data.metadata import Folder, check_row
+from reeltune.data.records import Records
 from reeltune.demo.main import FAMILIES
+from reeltune.diffusion.objective import Flow
+from reeltune.distributed import sharded_io
 from reeltune.families import tensor_files, tokenizers
+from reeltune.reporting import report
+from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.report import read_metrics
+from reeltune.run.folder import refuse_other_model
+from reeltune.sampling.validate import HeldOut
 from tests.families.test_damaged_weights import HEADERS, one
+from tests.unit.test_damaged_runs import PROGRESS
 from tests.unit.test_reading import BROKEN_JSON, BROKEN_YAML
 
 TRIES = int(os.environ.get("REELTUNE_FUZZ", "150"))
 LIMIT_S = 2
 HOSTILE = (  # values in any place of a JSON file
     None, True, -1, 0, 1.5, 10**9, 10**30, -(10**30), float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", "\0",
-    "\x1b[2J", "\ud800", "=cmd()", "x" * 5000, [], {}, [1], ["a"], {"a": 1}, [[[[[[1]]]]]], [0] * 1000,
+    "\x1b[2J", "\ud800", "=cmd()", "x" * 5000, "..", "C:\\x", "é\u0301\u202e", "\u2028", " ", "1", "nan",
+    [], {}, [1], ["a"], {"a": 1}, [[[[[[1]]]]]], [0] * 1000,
 )  # fmt: skip
 PIECES = (
     b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\", b"\n", b"\0", b"\xff", b"*a", b"&a ", b"- ", b"? ", b"!!int ",
-    b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"<html>", b"version https://git-lfs", b"\xef\xbb\xbf",
+    b"1e999", b"NaN", b"-Infinity", b"\r\n", b"\r", b'"step": -4, "cursor": 9999,', b"\\ud800", b"\\u0000", b"\xfe\xff",
+    b"\xc3", b"\x1b]0;x\x07", b"a: &a [*a]", b"<<: *a", b"!!python/object/apply:os.system [x]",
+    b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"<html>", b"version https://git-lfs", b"\xef\xbb\xbf",
 )  # fmt: skip
 
 
@@ -56,17 +77,17 @@ def changed(value, random: Random):
     return random.choice(HOSTILE)
 
 
-def spoilt(data: bytes, random: Random) -> bytes:
-    """The same file after up to four accidents."""
+def spoilt(data: bytes, random: Random, longest: int = 2**20) -> bytes:
+    """The same file after up to four accidents. longest: bytes of a piece that comes into it."""
     for _ in range(random.randint(1, 4)):
         place = random.randint(0, len(data))
         match random.randrange(6):
             case 0:
                 data = data[:place]
             case 1:
-                data = data[:place] + random.choice(PIECES) + data[place:]
+                data = data[:place] + random.choice(PIECES)[:longest] + data[place:]
             case 2:
-                data = data[:place] + random.choice(PIECES) + data[place + random.randint(1, 9) :]
+                data = data[:place] + random.choice(PIECES)[:longest] + data[place + random.randint(1, 9) :]
             case 3:
                 data = data[:place] + bytes([random.randrange(256)]) + data[place + 1 :]
             case 4:
@@ -105,10 +126,16 @@ def tried(act, what):
 KNOWN_JSON = [content for content, _ in BROKEN_JSON.values()]
 
 
-def test_metadata(tmp_path):
+def inputs_of(cases, pattern) -> list[bytes]:
+    """Of the inputs that were once answered wrongly."""
+    return [] if cases is None else [path.read_bytes() for path in sorted(cases.glob(pattern))]
+
+
+def test_metadata(tmp_path, cases):
     sound = [
         [{"file_path": "a.mp4", "text": "a cat", "type": "video", "width": 8, "height": 8}],
         [{"file_path": "a.png", "text": "", "type": "image", "control_file_path": "b.png"}, {"file_path": "b"}],
+        *map(json.loads, inputs_of(cases, "meta/*.json")),
     ]
     folder = Folder(tmp_path, allow_outside_paths=False)
     refused = 0
@@ -145,7 +172,7 @@ def test_progress(tmp_path):
         (tmp_path / other).mkdir()
         step = int(other[-1])
         (tmp_path / other / "progress.json").write_text(json.dumps({"step": step, "epoch": 0, "cursor": 1, "group": 1}))
-    sound = [{"step": 4, "epoch": 1, "cursor": 2, "group": 8}]
+    sound = [{"step": 4, "epoch": 1, "cursor": 2, "group": 8}, *(table for table, _ in PROGRESS.values())]
     refused = 0
     for number in range(TRIES):
         random = Random(f"progress {number}")
@@ -172,6 +199,140 @@ def test_manifests_and_metrics(tmp_path):
             read_manifest(tmp_path)
 
 
+STEP = {"kind": "step", "step": 1, "loss": 0.5, "grad_norm": 1.0, "lr": 1e-4, "samples": 2, "shape": [5, 16, 32]}
+TIMES = {"step_s": 1.0, "data_s": 0.1, "encode_s": 0.2, "forward_backward_s": 0.6, "optimizer_s": 0.1, "tokens": 3}
+BAND = {"level": 0.5, "loss": 1.0, "loss_start": 1.1}
+VALIDATION = {"kind": "validation", "step": 1, "start_step": 0, "loss": 1.0, "loss_start": 1.1, "difference": -0.1}
+METRICS = [
+    STEP | TIMES,
+    VALIDATION | {"band95": [-0.2, 0.1], "per_band": [BAND, BAND], "n": 2},
+    {"kind": "save", "step": 1, "path": "checkpoint-1", "bytes": 5, "seconds": 0.1, "blocked_seconds": 0.1},
+    {"kind": "notice", "step": 1, "text": "a", "warning": True},
+]
+LEDGER = {
+    "entries": 2,
+    "used": 1,
+    "held_out": 0,
+    "not_reached": 0,
+    "left_out": 1,
+    "samples": 3,
+    "samples_repeated": 0,
+    "most_used": 3,
+}
+AGREED = {"previews": [{"own": 0.5, "others": 0.1}], "first": 0.5}
+
+
+def test_what_a_report_reads(tmp_path):
+    preview = tmp_path / "previews/step-0/0.json"
+    preview.parent.mkdir(parents=True)
+    whole = {
+        "metrics.jsonl": METRICS,
+        "run.json": {"family": "toy", "versions": {"torch": "2"}, "machine": {"system": "x", "cores": 2}},
+        "ledger.json": LEDGER | {"problems": [{"entry": 0, "path": "a", "reason": "b", "remedy": "c"}]},
+        "agreement.json": {"measure": "edges", "before": AGREED, "after": AGREED},
+        "previews/step-0/0.json": {"prompt": "a cat", "seed": 1, "control": None},
+        "recipe.yaml": {"seed": 1},
+    }
+
+    def put(name, value):
+        lines = value if isinstance(value, list) and name == "metrics.jsonl" else [value]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    for name, value in whole.items():
+        put(name, value)
+    report.write(tmp_path)
+    for number in range(TRIES // 15):
+        random = Random(f"report {number}")
+        name = random.choice(list(whole))
+        put(name, changed(whole[name], random))
+        if random.random() < 0.3:
+            (tmp_path / name).write_bytes(spoilt((tmp_path / name).read_bytes(), random))
+        tried(lambda: report.write(tmp_path), (number, name, (tmp_path / name).read_bytes()[:300]))
+        put(name, whole[name])
+
+
+def ledger() -> Ledger:
+    return Ledger(2, Records.of(Record(i, name, "x", "video", 9, 8.0, 64, 64) for i, name in enumerate("ab")))
+
+
+def test_a_runs_own_files(tmp_path):
+    """Each is read as the run reads it that goes on."""
+    checkpoint = tmp_path / "checkpoint-4"
+    parts = {f"weights/{name}": torch.ones(2, 3) for name in "ab"}
+    sharded_io.write(checkpoint / "shares", (sharded_io.whole(*part) for part in parts.items()), None)
+    (checkpoint / "shares/outline.json").write_text(
+        '{"shapes": {"a": [2, 3], "b": [6]}, "scalars": {"a": {"step": 4}}}'
+    )
+    digests.write(checkpoint, digests.digest(checkpoint, digests.files_of(checkpoint)))
+    ledger().save(checkpoint / "ledger.npz")
+    (tmp_path / "run.json").write_text('{"family": "toy", "mode": "control"}')
+    held_out = HeldOut(SimpleNamespace(objective=Flow()), [], ["a", "b"], lambda draw: None, 2, tmp_path)
+    held_out._start(0, np.zeros((2, 2)))
+
+    def read_shares():
+        shared = Shared(checkpoint)
+        return [*shared.weights().values(), shared.scalars("a"), shared.keys("a")]
+
+    reads = {
+        "checkpoint-4/shares/outline.json": read_shares,
+        "checkpoint-4/shares/.metadata": read_shares,
+        "checkpoint-4/digests.json": lambda: digests.damages(checkpoint),
+        "checkpoint-4/ledger.npz": lambda: ledger().load(checkpoint / "ledger.npz"),
+        "run.json": lambda: refuse_other_model(checkpoint, {"family": "toy", "mode": "control"}, adapters=False),
+        "validation/start.json": lambda: held_out._start(4, np.zeros((2, 2))),
+    }
+    for name, act in reads.items():
+        whole, refused = (tmp_path / name).read_bytes(), 0
+        for number in range(TRIES // 3):
+            random = Random(f"{name} {number}")
+            sound = name.endswith(".json") and [json.loads(whole)]
+            (tmp_path / name).write_bytes(broken(sound, KNOWN_JSON, random) if sound else spoilt(whole, random))
+            refused += tried(act, (number, name, (tmp_path / name).read_bytes()[:300]))
+        (tmp_path / name).write_bytes(whole)
+        assert refused > TRIES / 30, name
+        act()
+
+
+def test_what_was_measured_is_measured_again_if_it_is_not_believed(tmp_path):
+    files = [File(str(tmp_path / "a.txt"), "camera")]
+    (tmp_path / "a.txt").write_text("x")
+    options = dict(decode_check="ends", index_dir=tmp_path, workers=1, seconds_per_file=9.0, progress=None)
+    found = Finding(Measure("video", 9, 8.0, 64, 64, ("a note",)))
+    sound = {f"camera:{files[0].path}": [stamps([files[0].path]).tolist()[0], measuring._packed(found)]}
+    anew = Finding(None, "measured anew")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_run", lambda *_: iter([(0, anew)]))
+        for number in range(TRIES):
+            random = Random(f"index {number}")
+            data = broken([sound], KNOWN_JSON, random)
+            measuring._index_path(tmp_path, "ends").write_bytes(data)
+            tried(lambda: measure_files(files, stamps([files[0].path]), **options), (number, data[:300]))
+
+
+def test_camera_paths(tmp_path, cases):
+    file = tmp_path / "poses.txt"
+    pose = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0"
+    known = [f"header\n{pose}\n{pose}\n".encode(), *inputs_of(cases, "camera/*.txt")]
+    numbers = [b"nan", b"inf", b"-1e308", b"1e308", b"0", b"x", b" ", b"\n", "\u0661".encode(), b"1_0"]
+
+    def act():
+        try:
+            rays(resample(read_poses(file), 9, range(9)), 8, 8)
+        except CameraError as error:
+            raise UserError("camera", str(error)) from error
+
+    refused = 0
+    for number in range(TRIES):
+        random = Random(f"camera {number}")
+        words = random.choice(known).split(b" ")
+        for _ in range(random.randint(0, 3)):
+            words[random.randrange(len(words))] = random.choice(numbers)
+        data = b" ".join(words)
+        file.write_bytes(spoilt(data, random) if random.random() < 0.5 else data)
+        refused += tried(act, (number, file.read_bytes()[:300]))
+    assert refused > TRIES / 2
+
+
 def test_headers(tmp_path):
     file = tmp_path / "model.safetensors"
     table = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}
@@ -189,8 +350,6 @@ def test_headers(tmp_path):
 
 def test_indexes_and_pickles(tmp_path):
     index, weights = tmp_path / "model.safetensors.index.json", tmp_path / "weights.pth"
-    import torch
-
     torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, weights)
     whole = weights.read_bytes()
     torch.save({"a": torch.zeros(3)}, weights, _use_new_zipfile_serialization=False)
@@ -199,7 +358,7 @@ def test_indexes_and_pickles(tmp_path):
         random = Random(f"index {number}")
         index.write_bytes(broken([{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}], KNOWN_JSON, random))
         tried(lambda: tensor_files.files_of(tmp_path), number)
-        weights.write_bytes(spoilt(random.choice([whole, older]), random))
+        weights.write_bytes(spoilt(random.choice([whole, older]), random, 300))  # torch looks long at long names
         tried(lambda: tensor_files.tensors_in(weights, "cpu"), number)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from reeltune.config.parse import dump
 from reeltune.core.errors import UserError
-from reeltune.distributed.launch import Parallelism, chosen
+from reeltune.distributed.launch import Parallelism, chosen, place, refuse_left_over
 from tests.distributed.processes import end, start
 from tests.families.every_family import SHOWN
 from tests.runs.small_run import recipe
@@ -47,6 +47,30 @@ def test_an_engine_without_a_launcher(engine):
         parallelism({}, engine)
     for environ in (SIMPLE, RANK | {"WORLD_SIZE": "1"}):  # one process, but asked for
         assert parallelism(environ, engine).engine == engine
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"LOCAL_RANK": "0"}, r"LOCAL_RANK is 0, .* but RANK and WORLD_SIZE and MASTER_ADDR is not set; unset"),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, r"LOCAL_RANK is 0, .* but MASTER_ADDR is not set; unset"),
+        ({**RANK, "MASTER_ADDR": "a", "LOCAL_RANK": "x"}, r"LOCAL_RANK is x, .* but it is no number"),
+        ({"RANK": "1"}, r"RANK is 1 and WORLD_SIZE is not set, which is no place"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, r"RANK is a and WORLD_SIZE is 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is 2 and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "-1"}, r"RANK is not set and WORLD_SIZE is -1"),
+    ],
+)
+def test_what_a_launcher_left_behind(environ, said):
+    with pytest.raises(UserError, match=said) as error:
+        refuse_left_over(environ)
+    assert len(error.value.problems) == 1 and error.match(RIGHT)
+
+
+def test_a_place_among_processes():
+    told = ({}, RANK, {"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "3"})
+    assert [place(environ) for environ in told] == [(0, 1), (0, 8), (0, 1), (2, 3)]
+    refuse_left_over(RANK | {"MASTER_ADDR": "127.0.0.1"})
 
 
 def test_launchers_that_do_not_meet():

@@ -16,6 +16,7 @@ from reeltune.training.out_of_memory import GREW, PHASES, explained, remedies
 from scripts.memory_page import page, table
 from tests.unit.test_estimate_parts import estimate
 
+NETWORK = {"blocks": 4, "still_blocks": 0, "tiles": True}
 PAGE = Path(__file__).parents[2] / "docs/memory.md"
 NEW = Lever(
     "allow_tf32",
@@ -32,7 +33,7 @@ def test_a_new_row_is_seen_in_refusals_remedies_the_message_and_the_page(monkeyp
     with pytest.raises(UserError) as told:
         build({"allow_tf32": True, "mixed_precision": "no"})
     assert told.value.problems == ["allow_tf32 is true and mixed_precision is no; they never meet; use bf16"]
-    last = list(changes(Recipe(), "one", 1, 0, tiles=True))[-1]
+    last = list(changes(Recipe(), "one", 1, **NETWORK))[-1]
     assert (last.settings, last.words, last.price) == ({"allow_tf32": True}, "allow_tf32: true", "colour")
     assert last.phases == {"step"}
     assert list(remedies("step", Recipe()))[-1] == "allow_tf32: true"
@@ -69,7 +70,7 @@ PRODIGY = {"use_prodigy": True, "learning_rate": 1}
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
     recipe = build(tree)
-    offered = list(changes(recipe, "one" if gpus == 1 else "ddp", gpus, 5, tiles=True))
+    offered = list(changes(recipe, "one" if gpus == 1 else "ddp", gpus, blocks=5, still_blocks=5, tiles=True))
     assert len({tuple(change.settings.items()) for change in offered}) == len(offered) > (5 if tree is PRODIGY else 10)
     for change in offered:
         written = {name: value for name, value in change.settings.items() if name != "gpus"}
@@ -77,8 +78,8 @@ def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
         assert "{" not in change.price.format_map(numbers(estimate(), estimate(), change.settings))
 
 
-def words(tree, engine="one", gpus=1, frozen_blocks=0, tiles=True):
-    return [change.words for change in changes(build(tree), engine, gpus, frozen_blocks, tiles=tiles)]
+def words(tree, engine="one", gpus=1, **network):
+    return [change.words for change in changes(build(tree), engine, gpus, **{**NETWORK, **network})]
 
 
 def test_what_one_device_is_offered():
@@ -86,10 +87,12 @@ def test_what_one_device_is_offered():
     same = ["low_vram: true", "cache_folder: run/cache, cache_variants: 4", "gradient_checkpointing: true"]
     more = ["offload_activations: true", "step_in_backward: true", "vae_tiling: true"]
     lean = ["trained_weights: bf16_stochastic", "use_8bit_adam: true", "use_came: true", "use_adafactor: true"]
+    adapters = ["rank: 32", "rank: 32, base_weights: fp8", "rank: 32, base_weights: fp8, blocks_to_swap: 4"]
+    lean += adapters
     shorter = ["video_sample_n_frames: 25", *(f"--gpus {count}, engine: fsdp" for count in (2, 4, 8))]
     assert words(tree) == ["encode_ahead: false", *same, *more, *lean, *shorter]
     assert words({**tree, "low_vram": True}) == [*same[1:], *more, *lean, *shorter]
-    assert "blocks_to_swap: 7" in words(tree, frozen_blocks=7)
+    assert "blocks_to_swap: 7" in words(tree, still_blocks=7)
     assert "vae_tiling: true" not in words(tree, tiles=False)
     assert "step_in_backward: true" not in words({**tree, "gradient_accumulation_steps": 2})
     assert words({"train_batch_size": 3})[0] == "train_batch_size: 1, gradient_accumulation_steps: 3"
@@ -99,6 +102,14 @@ def test_what_one_device_is_offered():
     assert "use_8bit_adam: false, use_adafactor: true" in words({"use_8bit_adam": True})
     assert not {"low_vram: true", "encode_ahead: false"} & set(words({"cache_folder": "x", "cache_variants": 1}))
     assert not any(line.startswith("video_sample_n_frames") for line in words({"video_sample_n_frames": 9}))
+
+
+def test_adapters_are_offered_in_place_of_the_whole_network():
+    assert words({}, blocks=0)[-6:-4] == ["rank: 32", "rank: 32, base_weights: fp8"]
+    assert not any("rank" in line for line in words({"trainable_modules": ["ffn"]}))
+    trained = words({"rank": 8}, still_blocks=4)
+    assert {"base_weights: fp8", "base_weights: nf4", "blocks_to_swap: 4"} <= set(trained)
+    assert not any("rank" in line for line in trained)
 
 
 def test_what_several_devices_are_offered():
@@ -126,7 +137,7 @@ def test_what_more_devices_cannot_have_is_turned_off_with_them():
 
 def test_phases_that_are_left_to_a_cache():
     def phases(tree):
-        (found,) = (one.phases for one in changes(build(tree), "one", 1, 0, tiles=True) if "cache" in one.words)
+        (found,) = (one.phases for one in changes(build(tree), "one", 1, **NETWORK) if "cache" in one.words)
         return found
 
     assert phases({}) == ALL
@@ -144,10 +155,11 @@ IN_THE_PASS = [
     "use_8bit_adam: true",
     "use_came: true",
     "use_adafactor: true",
+    "train adapters (rank: 32)",
     "smaller clips by video_sample_n_frames or the sample sizes",
     "more devices",
 ]
-SHARDED_IN_THE_PASS = [*IN_THE_PASS[:4], "offload: true", *IN_THE_PASS[-2:]]
+SHARDED_IN_THE_PASS = [*IN_THE_PASS[:4], "offload: true", *IN_THE_PASS[-3:]]
 
 
 STEPPED = {"step_in_backward": True, "train_batch_size": 2}
@@ -165,7 +177,7 @@ STEPPED = {"step_in_backward": True, "train_batch_size": 2}
                 "step_in_backward: true, with one process",
                 "use_ema: false",
                 "trained_weights: bf16_stochastic",
-                "more devices",
+                *IN_THE_PASS[-3::2],
             ],
         ),
         ("step in backward", STEPPED, [*IN_THE_PASS[:5], *IN_THE_PASS[6:]]),
@@ -177,15 +189,15 @@ STEPPED = {"step_in_backward": True, "train_batch_size": 2}
                 IN_THE_PASS[2],
                 "offload: true",
                 "vae_tiling: true",
-                *IN_THE_PASS[-2:],
+                *IN_THE_PASS[-3:],
             ],
         ),
         (
             "validate",
             {"low_vram": True, "engine": "fsdp"},
-            [IN_THE_PASS[2], "preview_count: 0", "offload: true", "vae_tiling: true", *IN_THE_PASS[-2:]],
+            [IN_THE_PASS[2], "preview_count: 0", "offload: true", "vae_tiling: true", *IN_THE_PASS[-3:]],
         ),
-        ("start", {}, [*IN_THE_PASS[1:3], *IN_THE_PASS[6:10], "more devices"]),
+        ("start", {}, [*IN_THE_PASS[1:3], *IN_THE_PASS[6:11], "more devices"]),
     ],
 )
 def test_what_a_full_device_is_told_to_change(doing, tree, lines):

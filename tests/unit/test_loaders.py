@@ -14,6 +14,7 @@ from reeltune.adapters.loaders import BY_TOOL, KOHYA, LOADERS, PEFT, Applied, ap
 from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import inner, prove, strengths
 from reeltune.core.errors import UserError
+from reeltune.export import command
 from reeltune.export.adapter import export_adapter, tell
 from scripts.adapters_page import made, named, page, pair
 from tests.unit.made_adapters import written_to
@@ -434,7 +435,7 @@ def test_commands_refuse_what_does_not_go_together(tmp_path, capsys):
     }.items():
         assert cli.main(argv) == 2
         assert words in capsys.readouterr().err
-    assert tuple(writing.DIALECTS) == cli.DIALECTS
+    assert tuple(writing.DIALECTS) == command.DIALECTS
 
 
 def test_the_pages_tables_are_those_of_this_version():

@@ -135,7 +135,7 @@ def test_a_killed_and_resumed_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
     unbroken.close()
     killed = log(tmp_path / "b")
     run(killed, 1, 9)  # the checkpoint was at 5; lines to 8 are written, and then a torn one
-    killed.file.write('{"kind": "step", "step": 9, "lo')
+    killed.file.write(b'{"kind": "step", "step": 9, "lo')
     killed.file.close()
     resumed = log(tmp_path / "b", resume_step=5)
     assert [line["step"] for line in read(tmp_path / "b")] == [1, 2, 3, 4, 5]

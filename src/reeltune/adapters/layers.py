@@ -82,8 +82,8 @@ def begin(net: nn.Module, names: Mapping[str, str], *, how: Literal["uniform", "
 
     uniform: as torch.nn.Linear begins, within 1 / sqrt(inputs) of 0. gaussian: with deviation 1 / rank, as PEFT's.
     """
-    for name, layer in adapted(net).items():
-        A_RI: Tensor = layer.lora_A[SLOT].weight
+    for name in adapted(net):
+        A_RI = net.get_parameter(f"{name}.lora_A.{SLOT}.weight")
         drawn_RI = torch.empty(A_RI.shape)
         generator = torch.Generator().manual_seed(seed_of(seed, "adapter", names[f"{name}.lora_A.{SLOT}.weight"]))
         if how == "gaussian":

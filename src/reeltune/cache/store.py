@@ -337,13 +337,23 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
     """Deletes all but the wanted keys, and files that no manifest names. Returns the bytes freed.
 
     Wanted entries of a shard with others are copied to a new shard first; a kill at any moment leaves a whole cache.
-    Raises UserError if a process is writing to it.
+    Raises UserError if a process is writing to it, and CannotWriteError.
     """
+    with writing(folder, "nothing in it is lost"):
+        before = _bytes_in(folder)
+        _prune(folder, wanted, facts)
+        return before - _bytes_in(folder)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(size_of(path) for path in (folder / "shards").glob("*"))
+
+
+def _prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> None:
     try:
         lock = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as busy:
         raise UserError("cache_folder", f"a process is writing to {folder}; prune when it is done") from busy
-    before = sum(size_of(path) for path in (folder / "shards").glob("*"))
     store, stays, there = Store(folder), set(), parts(folder)
     with closing(Writer(folder, facts, lock=lock)) as writer:
         for shard in read_manifest(folder).shards.values():
@@ -368,4 +378,3 @@ def prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> int:
         for path in (folder / "shards").glob("*"):
             if path.name not in named:
                 path.unlink()
-    return before - sum(size_of(path) for path in (folder / "shards").glob("*"))

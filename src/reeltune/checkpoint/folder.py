@@ -15,7 +15,6 @@ One that is no longer of the run, because it went on from an earlier one, is mov
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +24,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune.checkpoint import digests
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import flush_folder, is_disk_error
+from reeltune.core.files import flush_folder, flush_tree, is_disk_error, room, writing
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
@@ -38,7 +38,7 @@ from reeltune.distributed.sharded_io import Piece
 
 SHARES = "shares"
 NAME = re.compile(r"checkpoint-(\d+)$")
-PARTIAL = re.compile(r"\.checkpoint-\d+\.partial$")
+PARTIAL = re.compile(r"\.checkpoint-\d+(\.deleted)?\.partial$")
 OURS = ("progress.json", "ledger.npz", "optimizer.pt", SHARES)  # of which no other tool's checkpoint has any
 SET_ASIDE = "set_aside"
 ADAPTER = "adapter"
@@ -147,7 +147,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
     partial = Path(output_dir) / f".{final.name}.partial"
     try:
         yield partial
-    except (OSError, RuntimeError, ValueError, CheckpointException) as broken:
+    except (OSError, RuntimeError, ValueError, SafetensorError, CheckpointException) as broken:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         causes: list[BaseException] = [broken]
@@ -158,8 +158,9 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
         last = next(reversed(complete(output_dir)), None)
         raise UserError(
             "save",
-            f"{final.name} could not be written ({causes[0]}); free space in {output_dir}, or bring it back, and run "
-            f"again with resume_from_checkpoint latest, which finds {last.name if last else 'no checkpoint yet'}",
+            f"{final.name} could not be written ({causes[0]}{room(partial)}); free space in {output_dir}, or bring it "
+            "back, and run again with resume_from_checkpoint latest, which finds "
+            f"{last.name if last else 'no checkpoint yet'}",
         ) from broken
 
 
@@ -178,11 +179,12 @@ def _finish(
     known = {} if shares is None else shares
     rest = [path for path in digests.files_of(partial) if path.relative_to(partial).as_posix() not in known]
     digests.write(partial, known | digests.digest(partial, rest))
-    size_bytes = _flush(partial)
-    if final.exists():  # an unfinished leftover, or the same step saved before
-        _delete(final)
+    size_bytes = flush_tree(partial)
+    old = _hidden(final) if final.exists() else None  # an unfinished leftover, or the same step saved before
     partial.rename(final)
     flush_folder(final.parent)
+    if old is not None:
+        shutil.rmtree(old)
     others = [path for path in complete(final.parent) if path != final]
     for old in others[: len(others) + 1 - max(keep, 1)] if keep is not None else []:
         _delete(old)
@@ -197,7 +199,12 @@ def _open_to_others(folder: Path, mode: int) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Under a name that `sweep` knows, so that a kill in between leaves nothing that seems to be a checkpoint.
+    """Raises as `_hidden`."""
+    shutil.rmtree(_hidden(checkpoint))
+
+
+def _hidden(checkpoint: Path) -> Path:
+    """Renames it, to be deleted, to what `sweep` knows: a kill in between leaves nothing that seems a checkpoint.
 
     Raises UserError for a folder that another tool made.
     """
@@ -205,21 +212,24 @@ def _delete(checkpoint: Path) -> None:
         raise UserError(
             "save", f"{checkpoint} was made by another tool and is not written over; give another output_dir"
         )
-    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted.partial")
     shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    return checkpoint.rename(doomed)
 
 
 def set_later_aside(output_dir: Path, step: int) -> list[Path]:
-    """Moves checkpoints later than `step` out of the run's line. Returns where they are now."""
+    """Moves checkpoints later than `step` out of the run's line. Returns where they are now.
+
+    Raises CannotWriteError.
+    """
     moved = []
     for later in complete(output_dir):
         if step_of(later) > step:
             aside = Path(output_dir) / SET_ASIDE
-            aside.mkdir(exist_ok=True)
-            taken = sum(1 for path in aside.iterdir() if path.name.partition(".")[0] == later.name)
-            moved.append(later.rename(aside / (f"{later.name}.{taken + 1}" if taken else later.name)))
+            with writing(aside):
+                aside.mkdir(exist_ok=True)
+                taken = sum(1 for path in aside.iterdir() if path.name.partition(".")[0] == later.name)
+                moved.append(later.rename(aside / (f"{later.name}.{taken + 1}" if taken else later.name)))
     return moved
 
 
@@ -304,17 +314,3 @@ def sweep(output_dir: Path) -> None:
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         if PARTIAL.match(path.name):
             shutil.rmtree(path)
-
-
-def _flush(folder: Path) -> int:
-    """Everything in it reaches the disk. Returns its size in bytes."""
-    size_bytes = 0
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            size_bytes += path.stat().st_size
-        else:
-            flush_folder(path)
-    flush_folder(folder)
-    return size_bytes

@@ -6,6 +6,7 @@ Names of tensors: weights/NAME, optimizer/NAME/KEY, average/NAME.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 from reeltune.adapters import saved
 from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter
 from reeltune.core.errors import refuse
-from reeltune.core.reading import as_user_error, read_table
+from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.distributed import sharded_io
 from reeltune.distributed.ddp import numbers
-from reeltune.distributed.sharded_io import Piece
+from reeltune.distributed.sharded_io import COPY, Piece
 from reeltune.families import weights
 
-COPY = "restore it from a copy"
 OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimizer's state
 
 
@@ -37,6 +37,11 @@ class Shared:
         with as_user_error(self.folder / OUTLINE, "is damaged", COPY):
             self.shapes: dict[str, list[int]] = dict(outline["shapes"])
             self._scalars: dict[str, dict[str, float]] = dict(outline["scalars"])
+            if not all(isinstance(number, int | float) for of in self._scalars.values() for number in of.values()):
+                raise ValueError("a number of the optimizer's state is none")
+            for name, shape in self.shapes.items():
+                if min(shape, default=0) < 0 or self.sizes[f"weights/{name}"][0] != math.prod(shape):
+                    raise ValueError(f"{name} has shape {brief(shape)}")
         self._keys: dict[str, list[str]] = {}
         for name in self.sizes:
             kind, _, rest = name.partition("/")

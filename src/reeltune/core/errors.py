@@ -6,6 +6,8 @@ from typing import Any
 
 from reeltune.core.shown import printable
 
+MOST_LETTERS = 4000  # of a problem, which may hold what a file holds
+
 
 class UserError(Exception):
     """A bad recipe, file or flag. The command line prints it without a traceback and exits with 2.
@@ -15,7 +17,8 @@ class UserError(Exception):
 
     def __init__(self, where: str, problems: Sequence[str] | str):
         self.where = printable(where)
-        self.problems = [printable(line) for line in ([problems] if isinstance(problems, str) else problems)]
+        told = map(printable, [problems] if isinstance(problems, str) else problems)
+        self.problems = [line if len(line) <= MOST_LETTERS else f"{line[:MOST_LETTERS]}…" for line in told]
         count = len(self.problems)
         head = f"{self.where}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))

@@ -24,6 +24,11 @@ REFUSED = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
+UNTOLD = (
+    "file write failed",
+    "iostream error",
+    "unexpected pos",
+)  # torch's writers, which do not pass the system's words on
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
 
@@ -50,7 +55,7 @@ class writing:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise CannotWriteError(
                 str(self.path),
-                f"cannot be written ({reason}{_room(self.path)}); {self.stays}; make room there or give another "
+                f"cannot be written ({reason}{room(self.path)}); {self.stays}; make room there or give another "
                 "folder, and run the same command again",
             ) from error
 
@@ -59,10 +64,11 @@ def is_disk_error(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in REFUSED + LOST:
         return True
     words = str(error)
-    return any(os.strerror(number) in words for number in REFUSED + LOST) or "file write failed" in words
+    return any(told in words for told in (*map(os.strerror, REFUSED + LOST), *UNTOLD))
 
 
-def _room(path: Path) -> str:
+def room(path: Path) -> str:
+    """Of its disk, as the end of a parenthesis; nothing where that is not known."""
     there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
     try:
         return "" if there is None else f"; {shutil.disk_usage(there).free / 1e9:,.1f} GB free"
@@ -77,18 +83,42 @@ def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     A reader sees the old file or the new one, never a part. Raises CannotWriteError; the old one then stays.
     """
     encoding, newline = (None, None) if mode == "wb" else ("utf-8", "")
+    with whole_path(path) as beside, beside.open(mode, encoding=encoding, newline=newline) as file:
+        yield file
+
+
+@contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """The same, for a library that opens its file itself: where it is to write it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # other machines may have this pid
         try:
-            with beside.open(mode, encoding=encoding, newline=newline) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield beside
+            flush_file(beside)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
         flush_folder(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """What is in it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_tree(folder: Path) -> int:
+    """Everything below it is on the disk. Returns its size in bytes."""
+    size_bytes = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            flush_file(path)
+            size_bytes += path.stat().st_size
+        else:
+            flush_folder(path)
+    flush_folder(folder)
+    return size_bytes
 
 
 def flush_folder(folder: Path) -> None:

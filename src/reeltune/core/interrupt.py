@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -88,7 +87,9 @@ os.register_at_fork(after_in_child=_forget_the_pipe)
 def leave(code: int) -> None:
     """Ends this process and its workers now. They ignore Ctrl-C, and one that hangs would not see that its parent has
     gone."""
-    for worker in multiprocessing.active_children():
+    # Imported by whoever started workers; to import it here could wait for the main thread, and slows every start.
+    multiprocessing = sys.modules.get("multiprocessing")
+    for worker in multiprocessing.active_children() if multiprocessing else ():
         worker.kill()
     if sys.stderr is not None and sys.stderr.isatty():
         _tell(SHOW_CURSOR + b"\n")

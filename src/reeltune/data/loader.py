@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -197,12 +199,13 @@ def stream(
 def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
     """data[place] of each place, in order, read by so many processes; tensors in page-locked memory for a GPU.
 
-    Raises UserError where a process dies, and where so many may not have the files open that they need.
+    Raises UserError where a process dies, and where so many may not have the files open or the shared memory that they
+    need.
     """
     if workers:
         _allow_open_files(FILES_A_WORKER * workers)
-    loader = DataLoader(
-        data,
+    loader: DataLoader[T | _NoSharedMemory] = DataLoader(
+        _InSharedMemory(data) if workers else data,
         batch_size=None,
         sampler=places,
         num_workers=workers,
@@ -211,13 +214,21 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
         generator=torch.Generator(),  # or it would draw from the global one
     )
     handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    batches = iter(loader)  # one iterator over all epochs: the workers persist
+    try:
+        batches = iter(loader)  # one iterator over all epochs: the workers persist
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise _NoSharedMemory(str(error)).told() from error
     started = [process for process in multiprocessing.active_children() if process not in others]
     if threading.current_thread() is threading.main_thread():
         # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.
         signal.signal(signal.SIGCHLD, handler)
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, _NoSharedMemory):
+                raise batch.told()
+            yield batch
         return
     except (RuntimeError, EOFError, OSError) as error:
         if not workers or str(error).startswith("Caught "):  # raised by the reader itself
@@ -247,6 +258,53 @@ def _allow_open_files(more: int) -> None:
             "(ulimit -n), give fewer, or 0 to read in the training process",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class _NoSharedMemory:
+    """In place of a batch for which there is none left."""
+
+    def __init__(self, reason: str):
+        self.reason = reason.splitlines()[0]
+
+    def told(self) -> UserError:
+        room = os.statvfs("/dev/shm")
+        megabytes = room.f_blocks * room.f_frsize / 1e6
+        return UserError(
+            "dataloader_num_workers",
+            f"processes that read clips hand them over in /dev/shm, whose {megabytes:,.1f} MB "
+            f"are too little ({self.reason}); enlarge it (docker run --shm-size 8g), give fewer, or 0 to read in the "
+            "training process",
+        )
+
+
+class _InSharedMemory(Dataset[T | _NoSharedMemory]):
+    """What is handed over is put into shared memory here: DataLoader does so in a thread whose error reaches nobody,
+    and the batch would be waited for without end."""
+
+    def __init__(self, data: Dataset[T]):
+        self._data = data
+
+    def __getitem__(self, place: Any) -> T | _NoSharedMemory:
+        item = self._data[place]
+        try:
+            for tensor in _tensors(item):
+                tensor.share_memory_()
+        except RuntimeError as full:
+            return _NoSharedMemory(str(full))
+        return item
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    """All within it."""
+    if isinstance(thing, Tensor):
+        yield thing
+    parts = thing if isinstance(thing, list | tuple) else ()
+    if isinstance(thing, dict):
+        parts = thing.values()
+    elif is_dataclass(thing):
+        parts = (getattr(thing, each.name) for each in fields(thing))
+    for part in parts:
+        yield from _tensors(part)
 
 
 class _Handed(Dataset[Batch | UserError]):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def measure_files(
         if stamp == ABSENT:
             findings.append(Finding(None, _why_absent(file.path)))
         else:
-            findings.append(_unpacked(held[1]) if held and held[0] == stamp else None)
+            findings.append(_remembered(held, stamp))
     missing = [number for number, finding in enumerate(findings) if finding is None]
     done, saved = len(files) - len(missing), time.monotonic()
     try:
@@ -134,11 +134,21 @@ def _packed(finding: Finding) -> list:
     return [measured, finding.reason, finding.remedy, finding.poses]
 
 
+def _remembered(held: Any, stamp: list[int]) -> Finding | None:
+    """What the index says of a file with that stamp; None for nothing, and for what we did not write."""
+    try:
+        return _unpacked(held[1]) if held[0] == stamp else None
+    except (TypeError, ValueError, LookupError):
+        return None
+
+
 def _unpacked(packed: list) -> Finding:
     measured, reason, remedy, poses = packed
     if measured is not None:
         kind, frames, fps, height, width, notes, content = measured
-        measured = Measure(kind, frames, fps, height, width, tuple(notes), content)
+        if kind not in ("video", "image") or not all(type(n) is int and n > 0 for n in (frames, height, width)):
+            raise ValueError(kind)
+        measured = Measure(kind, frames, float(fps), height, width, tuple(map(str, notes)), content)
     return Finding(measured, reason, remedy=remedy, poses=poses)
 
 

@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
+from reeltune.core.files import whole_path
 from reeltune.core.types import Crop, Kind, Shape
 from reeltune.data.clips import decode, frames_on_show, measure_clip
 from reeltune.data.display import FILTER, Displayer
@@ -75,13 +76,14 @@ def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shap
 
 
 def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: int = 18) -> None:
-    """Write uint8 RGB frames as an H.264 mp4 that browsers play: yuv420p, BT.709, index first.
+    """Write uint8 RGB frames as an H.264 mp4 that browsers play: yuv420p, BT.709, index first; whole or not at all.
 
     4:2:0 needs even sides, so an odd one is made even by repeating its last row or column.
     """
     odd_h, odd_w = (side % 2 for side in frames_FHWC.shape[1:3])
     frames_FHWC = np.pad(frames_FHWC, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"}
+    with whole_path(Path(path)) as beside, av.open(str(beside), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"

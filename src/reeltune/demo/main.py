@@ -11,7 +11,19 @@ from importlib import import_module
 from pathlib import Path
 
 from reeltune.cache.fill import fill
-from reeltune.config.recipe import Cache, Data, Loss, Model, Optimization, Output, Recipe, Sizes, Training, Validation
+from reeltune.config.recipe import (
+    Adapter,
+    Cache,
+    Data,
+    Loss,
+    Model,
+    Optimization,
+    Output,
+    Recipe,
+    Sizes,
+    Training,
+    Validation,
+)
 from reeltune.core.errors import UserError
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
@@ -41,8 +53,14 @@ def run(
     stills: int = 48,
     held_out: int = 8,
     steps: int | None = None,
+    adapter: bool = False,
 ) -> int:
-    """Writes out_dir/data, out_dir/model and out_dir/run, with its report. Returns the exit code of the training."""
+    """Writes out_dir/data, out_dir/model and out_dir/run, with its report. Returns the exit code of the training.
+
+    adapter: one learns in place of the network; of the toy, which has two small linear layers, that is refused.
+    """
+    if adapter and family == "toy":
+        raise UserError("demo", "the toy has too few linear layers to learn by; give another --family or no --adapter")
     shown = FAMILIES[family]
     clear(out_dir)
     data, model = out_dir / "data", out_dir / "model"
@@ -51,6 +69,8 @@ def run(
     recipe = recipe_of(data, meta, held_out_meta, shown.write(model), out_dir / "run", steps=steps or 450)
     if shown.about:
         recipe = of_untrained(recipe, steps=steps or 60)
+    if adapter:
+        recipe = replace(recipe, adapter=Adapter(rank=16, train_whole=() if shown.about else CONTROL_IN))
     code = (fill(recipe) if recipe.cache.cache_folder else 0) or train(recipe)
     if code == 0:
         sys.stdout.write("\n".join([*told(shown, out_dir / "run"), ""]))
@@ -91,6 +111,7 @@ def clear(out_dir: Path) -> None:
         shutil.rmtree(out_dir / name)
 
 
+CONTROL_IN = ("patch_embedding", "ref_conv")  # layers of the start that take control in, whose weights are zero
 VARIANTS = 4  # of each clip; more are encoded for longer, and fewer are seen through
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reeltune.core.errors import UserError
 from reeltune.distributed import fsdp, zero
 from reeltune.distributed.ddp import Direct
-from reeltune.distributed.launch import START, EngineName, Parallelism
+from reeltune.distributed.launch import START, EngineName, Parallelism, place, refuse_left_over
 from reeltune.distributed.zero import Zero
 from reeltune.memory.blocks import move
 
@@ -51,6 +51,7 @@ class Engine:
         parallelism: Parallelism | None = None,
         rank_timeout_seconds: float = 1800,
     ):
+        refuse_left_over()
         on_cpu = on_cpu or not torch.cuda.is_available()
         if on_cpu and mixed_precision == "fp16":
             raise UserError(
@@ -63,13 +64,13 @@ class Engine:
         try:
             self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
         except torch.distributed.DistError as missing:
-            world, place = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
+            world, where = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
             raise UserError(
                 "launch",
-                f"{world} processes were to meet at {place} and did not within rank_timeout_seconds + 60 "
+                f"{world} processes were to meet at {where} and did not within rank_timeout_seconds + 60 "
                 f"({str(missing).splitlines()[0]}); start as many as each is told of: {START}",
             ) from missing
-        launched = int(os.environ.get("WORLD_SIZE", 1))
+        _, launched = place()
         if launched != self.world:
             raise UserError(
                 "launch",
@@ -221,8 +222,11 @@ class Engine:
 
 
 def place_in_launch() -> tuple[int, int, torch.device]:
-    """(process, processes, device) by what launchers set, without joining the others: they need not run together."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(process, processes, device) by what launchers set, without joining the others: they need not run together.
+
+    Raises UserError as `place`.
+    """
+    rank, world = place()
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
     return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

@@ -18,6 +18,30 @@ START = (
 )
 
 
+def place(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(process, processes) by RANK and WORLD_SIZE; one alone without them. Raises UserError for no such numbers."""
+    rank, world = environ.get("RANK", "0"), environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        told = " and ".join(f"{name} is {environ.get(name, 'not set')}" for name in ("RANK", "WORLD_SIZE"))
+        raise UserError(
+            "launch", f"{told}, which is no place among processes; unset both if a launcher has left them, or {START}"
+        )
+    return int(rank), int(world)
+
+
+def refuse_left_over(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError for a part of what launchers set: there is nobody to meet."""
+    place(environ)
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in environ]
+    local = environ.get("LOCAL_RANK")
+    if local is not None and (missing or not local.isdecimal()):
+        raise UserError(
+            "launch",
+            f"LOCAL_RANK is {local}, as launchers set it, but {' and '.join(missing) or 'it'} "
+            f"{'is not set' if missing else 'is no number'}; unset LOCAL_RANK if it is left over, or {START}",
+        )
+
+
 @dataclass(frozen=True)
 class Parallelism:
     """How several processes are to share the work."""

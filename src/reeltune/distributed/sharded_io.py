@@ -6,15 +6,18 @@ number of processes, another engine, or one process that wants a tensor whole.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -32,7 +35,25 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from reeltune.core.errors import refuse
+from reeltune.core.errors import UserError, refuse
+from reeltune.core.reading import as_user_error, bare_name, reason_of
+
+COPY = "restore it from a copy"
+# What the metadata of torch's distributed checkpoints is pickled of (torch 2.13).
+METADATA = {
+    "pathlib": {"PosixPath"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+    "torch.serialization": {"_get_layout"},
+}
 
 
 @dataclass(frozen=True)
@@ -91,13 +112,23 @@ def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None
             if there[name] != f"{piece.total} elements"
         ],
     )
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads in one process
-        dcp.load(by_name, storage_reader=reader, planner=_Reading(), no_dist=True)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads in one process
+            dcp.load(by_name, storage_reader=reader, planner=_Reading(), no_dist=True)
+    except CheckpointException as broken:
+        reason = next((reason_of(cause) for cause, _ in broken.failures.values()), "")
+        raise UserError(str(folder), f"cannot be read ({reason}); {COPY}") from broken
 
 
 def metadata_of(folder: Path) -> Metadata:
-    """What is stored, and where it lies: as large as the checkpoint has pieces."""
-    return dcp.FileSystemReader(folder).read_metadata()
+    """What is stored, and where it lies: as large as the checkpoint has pieces. Raises UserError for a damaged file."""
+    path = folder / ".metadata"
+    with as_user_error(path, "is damaged", COPY), path.open("rb") as file:
+        metadata = _Unpickler(file).load()
+        for info in metadata.storage_data.values():
+            bare_name(info.relative_path)
+        sizes(metadata)
+    return metadata
 
 
 def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
@@ -108,6 +139,16 @@ def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
 def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     entries = metadata.state_dict_metadata.items()
     return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+class _Unpickler(pickle.Unpickler):
+    """torch reads this file by a plain pickle.load, which would run any code in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) == ("torch", "Size") or name in METADATA.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
 
 
 class _Known(dcp.FileSystemReader):

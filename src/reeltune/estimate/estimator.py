@@ -73,8 +73,9 @@ class Estimator:
             )
         return together(recipe, step, optimizer, encoding, decoding)
 
-    def _load(self, recipe: Recipe, **left_out: bool) -> Parts:
-        return load_parts(recipe, self.family, torch.device("cpu"), fake=self.fake, **left_out)
+    def _load(self, recipe: Recipe, *, encoders: bool = True, network: bool = True) -> Parts:
+        device = torch.device("cpu")
+        return load_parts(recipe, self.family, device, fake=self.fake, encoders=encoders, network=network)
 
     def _once(self, key: tuple, make: Callable[[], T]) -> T:
         if key not in self._known:

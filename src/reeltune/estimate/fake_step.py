@@ -124,7 +124,8 @@ class FakeLearner:
         on_device = replace(recipe, memory=replace(recipe.memory, offload_activations=False))
         prepared = without_values(prepare_network(family, self.parts, self.engine, on_device), fake)
         self.plain, self.counts = prepared.plain, counts_of(prepared)
-        self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks)
+        swapped = bool(prepared.swapped)
+        self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks, swapped=swapped)
         self.times = repeated_blocks.times_of(self.stands)
         self.tracker = Tracker(fake)
         if recipe.memory.offload_activations:
@@ -207,6 +208,7 @@ def counts_of(network: TrainedNetwork) -> dict[str, Any]:
         "trainable": sum(weight.numel() for weight in network.learning),
         "block_parameters": max(sizes),
         "other_parameters": parameters - sum(sizes),
+        "blocks": len(blocks),
         "still_blocks": sum(map(can_wait, blocks)),
         "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),
         "kept_bytes": size_bytes(network.weights()),

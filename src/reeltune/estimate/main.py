@@ -204,7 +204,8 @@ def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Of
     """Of what could make it fit, the cheapest."""
     recipe, gpus = planned.recipe, planned.machines.gpus
     engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
-    possible = changes(recipe, engine, gpus, largest.still_blocks, tiles=tiles)
+    blocks, still_blocks = largest.blocks, largest.still_blocks
+    possible = changes(recipe, engine, gpus, blocks=blocks, still_blocks=still_blocks, tiles=tiles)
     candidates = [one for one in possible if goes(planned, (one,))]
     return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
 

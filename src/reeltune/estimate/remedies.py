@@ -64,14 +64,14 @@ class Change:
         return written(self.settings)
 
 
-def changes(recipe: Recipe, engine: str, gpus: int, frozen_blocks: int, *, tiles: bool) -> Iterator[Change]:
+def changes(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks: int, tiles: bool) -> Iterator[Change]:
     """All that this run could change, one by one, the cheapest first.
 
-    engine: a name of sharding.ENGINES. frozen_blocks: of which nothing learns. tiles: the VAE has them.
+    engine: a name of sharding.ENGINES. blocks, still_blocks: as of StepEstimate. tiles: the VAE has them.
     """
     ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
-    known = {"gpus": gpus, "encodes_ahead": ahead, "frozen_blocks": frozen_blocks, "vae_tiles": tiles}
-    values = {**flat(recipe), "engine": engine, **known}
+    network = {"blocks": blocks, "frozen_blocks": still_blocks, "vae_tiles": tiles}
+    values = {**flat(recipe), "engine": engine, "gpus": gpus, "encodes_ahead": ahead, **network}
     for lever, settings in levers.offered(values):
         yield Change(settings, lever.plan_price or lever.price, lever.where(values))
 

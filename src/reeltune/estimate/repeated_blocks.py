@@ -3,7 +3,8 @@
 Of a run of equal blocks four are left, of which one stands for all that are gone. Its weights, gradients and state,
 what it keeps for the backward pass and its FLOPs count as often as it stands for. From one block to the next a pass
 keeps or frees the same bytes more; so the fullest moment is in the first or the last block, which are there, and
-moments within one that stands for many are not looked at.
+moments within one that stands for many are not looked at. Where blocks wait on the host, the block before the last of a
+pass may be the fullest, as the next one's weights come meanwhile; so one more is left at both ends.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LEFT = 4  # first, the one that stands for more, the one that frees what it hand
 
 @dataclass(frozen=True)
 class Stand:
-    """`block` is there for `times` blocks, between the `first` and the `last` of its kind."""
+    """`block` is there for `times` blocks, between the `first` and the `last` of its kind but those at its ends."""
 
     first: nn.Module
     block: nn.Module
@@ -32,23 +33,26 @@ class Stand:
     times: int
 
 
-def shorten(net: nn.Module, classes: tuple[str, ...]) -> list[Stand]:
-    """Takes blocks of these class names out of the network, in place; names of those left stay as they are."""
-    return [
-        stand for module in [*net.modules()] if isinstance(module, nn.ModuleList) for stand in _cut(module, classes)
-    ]
+def shorten(net: nn.Module, classes: tuple[str, ...], *, swapped: bool = False) -> list[Stand]:
+    """Takes blocks of these class names out of the network, in place; names of those left stay as they are.
+
+    swapped: some of them wait on the host.
+    """
+    lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
+    return [stand for blocks in lists for stand in _cut(blocks, classes, int(swapped))]
 
 
-def _cut(blocks: nn.ModuleList, classes: tuple[str, ...]) -> Iterator[Stand]:
+def _cut(blocks: nn.ModuleList, classes: tuple[str, ...], ends: int) -> Iterator[Stand]:
     named = [(name, block) for name, block in blocks.named_children() if type(block).__name__ in classes]
     for _, equal in groupby(named, key=lambda pair: _outline(pair[1])):
         run = list(equal)
-        gone = len(run) - LEFT
+        gone = len(run) - LEFT - 2 * ends
         if gone < 1:
             continue
-        for name, _ in run[2 : 2 + gone]:
+        for name, _ in run[ends + 2 : ends + 2 + gone]:
             delattr(blocks, name)  # not by index, which would rename those behind it
-        yield Stand(run[0][1], run[1][1], run[-1][1], 1 + gone)
+        first, block, *_, last = (block for _, block in run[ends : len(run) - ends])
+        yield Stand(first, block, last, 1 + gone)
 
 
 def _outline(block: nn.Module) -> list:

@@ -63,6 +63,7 @@ class StepEstimate:
     """Weights of a checkpoint."""
     block_parameters: int
     """Of the largest block, which an engine that shards gathers whole."""
+    blocks: int
     still_blocks: int
     """Blocks of which not all learns, and so some can wait on the host."""
     other_parameters: int

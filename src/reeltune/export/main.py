@@ -19,7 +19,7 @@ from reeltune.checkpoint.state import Shared
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
-from reeltune.core.files import writing
+from reeltune.core.files import flush_folder, flush_tree, writing
 from reeltune.core.reading import few
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
@@ -103,11 +103,13 @@ def written(
             shard_bytes = int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]]
             files = streamed.write(partial, by_name, lambda name: cast(theirs[name]), shard_bytes)
             refuse("export", few(cast.problems))
+            flush_tree(partial)
         proven = proof(partial, theirs)
         tried = _tried(recipe, partial, outline)
         if out.exists():
             out.rmdir()  # empty, or it would have been refused
         partial.rename(out)
+        flush_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for file in files:

@@ -6,7 +6,6 @@ The format: https://github.com/huggingface/safetensors#format. The library's own
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -93,5 +92,3 @@ def _write_file(file: Path, outline: Mapping[str, Tensor], tensor: Callable[[str
             values = tensor(name)
             assert (values.shape, values.dtype) == (meta.shape, meta.dtype), name
             out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        out.flush()
-        os.fsync(out.fileno())

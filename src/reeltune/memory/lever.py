@@ -9,14 +9,15 @@ from typing import Any
 Settings = dict[str, Any]
 Values = Mapping[str, Any]
 """Setting -> value, for all of a recipe. Where they are known, also: `gpus`; `encodes_ahead`, whether the next batch is
-encoded while the network trains; `frozen_blocks`, blocks of which nothing learns; `vae_tiles`, whether the VAE has
-them."""
+encoded while the network trains; `blocks` of the network; `frozen_blocks`, those of them with weights that do not
+learn; `vae_tiles`, whether the VAE has them."""
 
 TRAINED = frozenset({"forward", "backward"})
 SEEN = frozenset({"encode", "preview"})
 ALL = TRAINED | SEEN | {"step"}
 SHARDED = ("zero2", "zero3", "fsdp")  # engines whose processes each keep a share of weights or optimizer state
 VARIANTS = 4  # of a cache: as many as the recipe's rules advise for clips longer than their window
+RANK = 32  # of adapters, if in doubt
 SHORT = 9  # frames that are not halved
 
 
@@ -114,6 +115,16 @@ def encoders_in_bf16(values: Values) -> Iterator[Settings]:
 def all_frozen_blocks(values: Values) -> Iterator[Settings]:
     if count := values.get("frozen_blocks", 0):
         yield {"blocks_to_swap": count}
+
+
+def adapters_instead(values: Values) -> Iterator[Settings]:
+    """Alone, over a quantised network, and over one that waits on the host too."""
+    if values["trainable_modules"] == (".",) and not values["trainable_modules_low_learning_rate"]:
+        adapters = {"rank": RANK}
+        yield adapters
+        yield {**adapters, "base_weights": "fp8"}
+        if blocks := values.get("blocks", 0):
+            yield {**adapters, "base_weights": "fp8", "blocks_to_swap": blocks}
 
 
 def a_coarser_base(values: Values) -> Iterator[Settings]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from reeltune.memory.lever import (
+    RANK,
     SEEN,
     SHARDED,
     SHORT,
@@ -17,6 +18,7 @@ from reeltune.memory.lever import (
     Values,
     a_cache,
     a_coarser_base,
+    adapters_instead,
     all_frozen_blocks,
     encode_between,
     encoders_in_bf16,
@@ -344,6 +346,18 @@ LEVERS: tuple[Lever, ...] = (
         excludes=(not_in(SHARDED, "use AdamW, or engine ddp"),),
         unless=CHOSEN,
         replaces=("use_8bit_adam", "use_came"),
+    ),
+    Lever(
+        "rank",
+        RANK,
+        "all gradients and optimizer state but those of adapters; weights in half the bytes of fp32",
+        "[adapters](adapters.md) learn and the network does not; their rate is another, 1e-4 to begin with",
+        "adapters learn and the network does not; their rate is another, 1e-4 to begin with",
+        same_bits=False,
+        in_use=bool,
+        changes=adapters_instead,
+        label=f"`rank: {RANK}`",
+        advice=f"train adapters (rank: {RANK})",
     ),
     Lever(
         "video_sample_n_frames",

@@ -82,7 +82,7 @@ class Log:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             moved = _start_over(path) if resume_step is None else _cut_after(path, resume_step)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("ab", buffering=0)
         self.trackers = [_open_tracker(name, path.parent, project, resume_step) for name in report_to if name != "none"]
         if moved:
             self.notice(f"the metrics of an earlier run in this folder are kept as {moved}")
@@ -195,10 +195,16 @@ class Log:
         self._line(_floats(row))
 
     def _line(self, row: dict[str, Any]) -> None:
-        """Which a kill right after it does not take."""
+        """Which a kill right after it does not take. Of one that does not fit on the disk nothing stays."""
+        left = (json.dumps(row) + "\n").encode()
         with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            size_bytes = os.fstat(self.file.fileno()).st_size
+            try:
+                while left:
+                    left = left[self.file.write(left) :]
+            except OSError:
+                self.file.truncate(size_bytes)
+                raise
 
     def _print_line(self) -> None:
         rows, self.shown = self.shown, []

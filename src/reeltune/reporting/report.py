@@ -45,28 +45,28 @@ def write(output_dir: Path) -> Path:
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
     agreement = _json(run / "agreement.json")
-    previews = read_previews(run, album, agreement)
-    page = (
-        environment()
-        .get_template("reporting/report.html")
-        .render(
-            name=run.resolve().name,
-            run=_json(run / "run.json", OF_RUN),
-            verdict=verdict(metrics),
-            numbers=headline(metrics, agreement),
-            previews=previews,
-            agreement=agreement,
-            curves=curves(metrics),
-            split=time_split(metrics),
-            first_batch=first_batch(run, album),
-            ledger=_json(run / "ledger.json", OF_LEDGER),
-            problem_rows=PROBLEM_ROWS,
-            recipe=recipe_rows(run / "recipe.yaml"),
-            notices=metrics.notices,
-            saves=metrics.saves,
-            linked=album.linked,
+    with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
+        page = (
+            environment()
+            .get_template("reporting/report.html")
+            .render(
+                name=run.resolve().name,
+                run=_json(run / "run.json", OF_RUN),
+                verdict=verdict(metrics),
+                numbers=headline(metrics, agreement),
+                previews=read_previews(run, album, agreement),
+                agreement=agreement,
+                curves=curves(metrics),
+                split=time_split(metrics),
+                first_batch=first_batch(run, album),
+                ledger=_json(run / "ledger.json", OF_LEDGER),
+                problem_rows=PROBLEM_ROWS,
+                recipe=recipe_rows(run / "recipe.yaml"),
+                notices=metrics.notices,
+                saves=metrics.saves,
+                linked=album.linked,
+            )
         )
-    )
     return write_whole(run / "report.html", page)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reeltune.core.files import whole_file, writing
+from reeltune.core.files import whole_file
 from reeltune.core.types import Batch, Described, Encoded
 from reeltune.data.loader import joined
 from reeltune.data.media import write_clip
@@ -161,6 +161,4 @@ def make_clip(
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)
+    write_clip(path, pixels_BFCHW[0].permute(0, 2, 3, 1).cpu().numpy(), fps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
-from reeltune.core.files import CannotWriteError
+from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.types import Batch, Shape
 from reeltune.diffusion.loss import Loss
 from reeltune.reporting import report
@@ -138,7 +138,8 @@ class Duties:
             {"path": self.run.ledger.train[draw.record].path, "draw": asdict(draw), "loss": loss, "level": level}
             for draw, loss, level in per_sample
         ]
-        record.write_text(json.dumps({"step": seen.step, "samples": samples}, indent=2) + "\n")
+        with whole_file(record) as file:
+            file.write(json.dumps({"step": seen.step, "samples": samples}, indent=2) + "\n")
         return f"; {record} says what it was made of"
 
     def save(self, *, last: bool = False) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import broken_rules
 from reeltune.core.errors import UserError, refuse
-from reeltune.distributed.launch import START, Parallelism, chosen
+from reeltune.distributed.launch import START, Parallelism, chosen, place
 
 
 def parallelism_of(recipe: Recipe) -> Parallelism:
@@ -18,7 +17,7 @@ def parallelism_of(recipe: Recipe) -> Parallelism:
     checked = replace(recipe, parallel=replace(parallel, engine=parallelism.engine))
     refuse("launch", [line for _, line in broken_rules(checked)])
     notices, name = parallelism.notices, parallelism.engine
-    if name != "ddp" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if name != "ddp" and place()[1] == 1:
         notices = *notices, f"engine is {name}, but one process was started: it has nothing to shard. {START}"
     return replace(parallelism, context=parallel.context_parallel, notices=notices)
 
