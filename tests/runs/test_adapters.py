@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from reeltune import families
 from reeltune.adapters import saved
+from reeltune.config.parse import build, read
 from reeltune.core.errors import UserError
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
@@ -106,6 +107,19 @@ def test_a_run_begins_with_another_runs_adapter(alpha, toy, data, whole, tmp_pat
     begun, ended = (rows(folder, ("validation",)) for folder in (out, whole("plain")))
     assert begun[0]["loss"] == pytest.approx(ended[-1]["loss"], rel=1e-6)
     assert begun[0]["loss"] != ended[0]["loss"]
+
+
+def test_it_may_begin_on_a_base_of_4_bits(adapter_run, data, tmp_path):
+    """Whose weights have the shapes of files no more."""
+    again = read(adapter_run / "recipe.yaml")
+    own = {"output_dir": str(tmp_path), "adapter_path": str(adapter_run / "checkpoint-4"), "base_weights": "nf4"}
+    assert train(build(again | own | {"max_train_steps": "1", "validation_prompts": [], "validation_paths": []})) == 0
+    before, after = (
+        saved.load(folder / "adapter") for folder in (adapter_run / "checkpoint-4", tmp_path / "checkpoint-1")
+    )
+    assert before.layers.keys() == after.layers.keys()
+    assert all((after.layers[name].B_OR - pair.B_OR).abs().max() < 0.1 for name, pair in before.layers.items())
+    assert max(float(pair.B_OR.abs().max()) for pair in before.layers.values()) > 0.15
 
 
 @pytest.mark.parametrize(

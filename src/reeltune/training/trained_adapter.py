@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reeltune.adapters import saved
+from reeltune.adapters.apply import parameters_of
 from reeltune.adapters.dialects import read_adapter
 from reeltune.adapters.layers import begin, begin_from, inject
 from reeltune.adapters.targets import targets
@@ -39,7 +40,7 @@ def put_adapters(
     that match nothing, and for an adapter_path that is no adapter of these layers and ranks.
     """
     wanted = recipe.adapter
-    base = {names[name]: weight for name, weight in net.named_parameters()}
+    base = parameters_of(net, names)
     dtype = torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
     problems = [
         f"train_whole has {part!r}, which is in no parameter name"
