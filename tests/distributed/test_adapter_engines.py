@@ -81,6 +81,10 @@ def runs(one_of_a_family, data, tmp_path_factory):
     return made
 
 
+def is_moved(name, weight):
+    return name.endswith("lora_B.weight") and bool(weight.any())
+
+
 def made_by(engine):
     if engine not in ENGINES:
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
@@ -94,8 +98,9 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
     assert ours.keys() == alone.keys()
     for name, weight in alone.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-6, msg=name)
-    moved = [name for name, weight in ours.items() if name.endswith("lora_B.weight") and weight.any()]
-    assert len(moved) == len(ours) / 2
+    moved, moved_alone = ({name for name, weight in of.items() if is_moved(name, weight)} for of in (ours, alone))
+    assert moved == moved_alone
+    assert len(moved) > 0.4 * len(ours)  # half, but for EasyAnimate's last block, which drops what it makes of text
 
 
 @of_engines
