@@ -118,8 +118,8 @@ def search(
     """Up to TOLD sets of changes that make it fit with room to spare; none, if it has that. candidates: the cheapest
     first.
 
-    Each set does without the cheapest change of those before it. Last come more devices: the fewest that are enough by
-    themselves, else the most, with changes beside.
+    Each set does without the cheapest change of those before it, and without what includes that. Last come more
+    devices: the fewest that are enough by themselves, else the most, with changes beside.
     """
     if before[0].safe:
         return []
@@ -127,10 +127,11 @@ def search(
     machines = frozenset(i for i, change in enumerate(candidates) if "gpus" in change.settings)
     found: list[Chosen] = []
     barred = machines
-    while len(found) < TOLD and (grown := tries.grow(NONE, barred)) is not None:
+    while len(found) < TOLD - bool(machines) and (grown := tries.grow(NONE, barred)) is not None:
         found.append(grown)
-        barred |= {min(grown)}
-    if machines and len(found) < TOLD:
+        cheapest = candidates[min(grown)].settings.items()
+        barred |= {i for i, change in enumerate(candidates) if cheapest <= change.settings.items()}
+    if machines:
         enough = next((frozenset({i}) for i in sorted(machines) if tries.verdict(frozenset({i})).safe), None)
         grown = enough or tries.grow(frozenset({max(machines)}), machines)
         found += [] if grown is None else [grown]
