@@ -8,7 +8,7 @@ from reeltune.cache.entries import keys_of
 from reeltune.config.parse import build
 from reeltune.core.errors import UserError
 from reeltune.estimate.check import check
-from reeltune.estimate.estimator import Estimator
+from reeltune.estimate.estimator import Estimator, as_frozen
 from reeltune.estimate.remedies import changes
 from reeltune.memory.size import size_bytes
 from reeltune.run import precision
@@ -47,7 +47,7 @@ def test_vae_and_encoders_are_kept_as_asked(mixed, asked, dtype, run, wan):
     assert {weight.dtype for weight in parts.net.parameters()} == {torch.float32}
     kept, planned = (
         {name: size_bytes(list(network.parameters())) for name, network in loaded.frozen.items()}
-        for loaded in (parts, Estimator(given)._setup(given).parts)
+        for loaded in (parts, Estimator(given)._load(given, network=False))
     )
     assert kept == planned
 
@@ -56,8 +56,10 @@ def test_one_estimator_tells_types_apart(run, wan):
     half = run("half", wan, mixed_precision="bf16")
     whole = run("whole", wan, mixed_precision="bf16", encoder_weights="fp32")
     estimator = Estimator(half)
-    sizes = [size_bytes(list(estimator._setup(given).parts.frozen["vae"].parameters())) for given in (half, whole)]
+    vaes = (estimator._load(given, network=False).frozen["vae"] for given in (half, whole))
+    sizes = [size_bytes(list(vae.parameters())) for vae in vaes]
     assert sizes[1] == 2 * sizes[0]
+    assert as_frozen(half) != as_frozen(whole)  # by which they are remembered
 
 
 def test_a_run_from_a_cache_of_that_type_is_the_live_run(run, wan, tmp_path, capfd):
@@ -87,7 +89,9 @@ def test_a_type_that_is_implied_is_no_other(run, wan, tmp_path):
 
 def test_smaller_encoders_are_offered_where_they_are_in_fp32():
     def offered(**asked):
-        return "encoder_weights: bf16" in [one.words for one in changes(build(asked), "one", 1, 0, tiles=True)]
+        return "encoder_weights: bf16" in [
+            one.words for one in changes(build(asked), "one", 1, blocks=0, still_blocks=0, tiles=True)
+        ]
 
     assert offered(mixed_precision="no") and offered(encoder_weights="fp32")
     assert not offered(mixed_precision="bf16") and not offered(mixed_precision="no", encoder_weights="bf16")
