@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reeltune.config.flags import flags
-from reeltune.config.moved import in_its_folder
+from reeltune.config.moved import in_its_folder, recipe_beside
 from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
@@ -321,10 +321,7 @@ def _rank(argv: Sequence[str]) -> int:
     if options.base is not None:
         given["pretrained_model_name_or_path"] = options.base
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
-    file = next(
-        (f for f in (options.checkpoint / "recipe.yaml", options.checkpoint.parent / "recipe.yaml") if f.is_file()),
-        None,
-    )
+    file = recipe_beside(options.checkpoint)
     tree = {} if file is None else in_its_folder(file, read(file))
     recipe = build(tree, given, where="rank", required=REQUIRED["train"], found=problems)
 

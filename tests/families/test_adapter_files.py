@@ -334,6 +334,8 @@ def test_what_several_processes_keep_of_it_is_one_file(checkpoint, tmp_path):
     (folder / "adapter" / saved.FILE).unlink()
     with pytest.raises(UserError, match="holds the shares of several processes; `reeltune export"):
         read_adapter(folder)
+    with pytest.raises(UserError, match="has no moving average; it is kept by runs with use_ema"):
+        list(export_adapter(folder, tmp_path / "average.safetensors", "comfyui", ema=True))
     list(export_adapter(folder, tmp_path / "shared.safetensors", "comfyui"))
     whole, shared = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "shared.safetensors")
     assert whole.keys() == shared.keys() and all(torch.equal(whole[name], shared[name]) for name in whole)

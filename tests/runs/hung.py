@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ SIGNS = "hung"  # folder with a file for each process that hangs, named by its n
 
 def run(argv, folder: Path, place: str):
     """place: "read", or the path of a function that computes for hours instead of what it does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is born without
     os.setsid()  # Ctrl-C comes to all of a terminal's processes
     multiprocessing.set_start_method("fork", force=True)  # of readers, as outside of tests
     torch.set_num_threads(1)

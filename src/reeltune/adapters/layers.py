@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.targets import Target
+from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
 from reeltune.core.reading import few
 from reeltune.core.rng import seed_of
@@ -135,7 +135,7 @@ def _misplaced(
             has = "magnitudes (DoRA)" if has_magnitude else "no magnitudes"
             yield f"it has {has} for {layer}; set use_dora to {str(has_magnitude).lower()}"
     for name in {**adapter.whole, **adapter.changes}:
-        if not any(part in name for part in whole):
+        if not in_full(name, whole):
             yield f"it changes all of {name}, which does not learn; name it in train_whole"
 
 
@@ -146,7 +146,7 @@ def groups(net: nn.Module, names: Mapping[str, str], *, whole: Sequence[str], ra
     """
     learning: dict[float, list[nn.Parameter]] = {1.0: [], ratio: []}
     for name, parameter in net.named_parameters():
-        learns = is_adapter(names[name]) or any(part in names[name] for part in whole)
+        learns = is_adapter(names[name]) or in_full(names[name], whole)
         parameter.requires_grad_(learns)
         if learns:
             learning[ratio if names[name].endswith(KINDS["lora_B"]) else 1.0].append(parameter)

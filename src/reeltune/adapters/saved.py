@@ -38,6 +38,16 @@ def write(folder: Path, weights: Mapping[str, Tensor], alphas: Mapping[str, floa
         save_file(tensors_in_file(weights, alphas), folder / FILE, metadata(about))
 
 
+def save(folder: Path, adapter: Adapter, about: Mapping[str, Any]) -> None:
+    """The low-rank pairs of an adapter, as `load` reads them."""
+    A, B, _ = KINDS.values()
+    weights, alphas = {}, {}
+    for layer, pair in adapter.layers.items():
+        weights |= {f"{layer}.{A}": pair.A_RI, f"{layer}.{B}": pair.B_OR}
+        alphas[layer] = pair.alpha
+    write(folder, weights, alphas, about)
+
+
 def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
     """By their names in the file."""
     tensors = {

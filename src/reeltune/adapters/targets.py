@@ -71,7 +71,7 @@ def targets(
         name: min(one.in_features, one.out_features) for name, one in net.named_modules() if isinstance(one, nn.Linear)
     }
     for name, released in chosen.items():
-        if _any(skipped, name, released) or any(part in f"{released}.weight" for part in whole):
+        if _any(skipped, name, released) or in_full(f"{released}.weight", whole):
             continue
         own_rank = int(_last(own_ranks, name, released, rank))
         own_alpha = _last(own_alphas, name, released, float(own_rank) if alpha is None else alpha)
@@ -87,6 +87,11 @@ def targets(
 def _all_linear(net: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     weights = {f"{name}.weight": name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     return {name: names[weight].removesuffix(".weight") for weight, name in weights.items()}
+
+
+def in_full(released: str, whole: Sequence[str]) -> bool:
+    """Whether the parameter of that name learns in full. whole: parts of released names."""
+    return any(part in released for part in whole)
 
 
 def _any(parts: Sequence[str], *names: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.adapters import saved
-from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter
+from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter, is_shared
 from reeltune.core.errors import refuse
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.distributed import sharded_io
@@ -24,6 +24,15 @@ from reeltune.distributed.sharded_io import COPY, Piece
 from reeltune.families import weights
 
 OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimizer's state
+
+
+def has_average(checkpoint: Path) -> bool:
+    """Whether it keeps a moving average of what it keeps."""
+    if is_shared(checkpoint):
+        return any(name.startswith("average/") for name in Shared(checkpoint).sizes)
+    if is_adapter(checkpoint):
+        return (checkpoint / f"{ADAPTER}_ema").is_dir()
+    return weights.has_weights(checkpoint / "transformer_ema")
 
 
 class Shared:

@@ -11,6 +11,12 @@ from reeltune.core.errors import UserError
 OF_A_RUN = "run.json"  # beside a recipe that a run has written
 
 
+def recipe_beside(checkpoint: Path) -> Path | None:
+    """The recipe that a checkpoint was made by: in it, or in the run's folder."""
+    files = (folder / "recipe.yaml" for folder in (checkpoint, checkpoint.parent))
+    return next((file for file in files if file.is_file()), None)
+
+
 def in_its_folder(recipe: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, whose output_dir is the recipe's own folder if a run has written both: it may have been moved, or
     its output_dir be relative to another working directory.

@@ -20,7 +20,7 @@ from reeltune.adapters.loaders import BY_TOOL, LOADERS, Applied, applied
 from reeltune.adapters.networks import Network
 from reeltune.adapters.proof import Proof, prove, strengths
 from reeltune.checkpoint import folder as checkpoints
-from reeltune.checkpoint.state import Shared
+from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
@@ -112,16 +112,16 @@ def _stored(source: Path, ema: bool) -> Stored:
             raise UserError("export", f"{source} is no checkpoint-N folder of ours, and has no moving average")
         return stored_in(file_of(source), outline=False)
     checkpoints.verify(source, under=checkpoints.WEIGHTS)
-    folder = source / f"{checkpoints.ADAPTER}{'_ema' if ema else ''}"
     if not checkpoints.is_adapter(source):
         raise UserError("export", f"{source} has no adapter: its network learnt in full; leave --adapter out")
+    if ema and not has_average(source):
+        raise UserError("export", f"{source} has no moving average; it is kept by runs with use_ema")
     if checkpoints.is_shared(source):
         config = saved.config_of(source / checkpoints.ADAPTER)
         alphas = config.pop("alphas")
         shared = dict(Shared(source).weights(average=ema))
         return Stored(source, saved.tensors_in_file(shared, alphas), saved.metadata(config))
-    if not folder.is_dir():
-        raise UserError("export", f"{source} has no moving average; it is kept by runs with use_ema")
+    folder = source / (f"{checkpoints.ADAPTER}_ema" if ema else checkpoints.ADAPTER)
     return stored_in(folder / saved.FILE, outline=False)
 
 

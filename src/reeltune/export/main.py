@@ -15,7 +15,8 @@ from torch import Tensor
 
 from reeltune import families
 from reeltune.checkpoint import folder as checkpoints
-from reeltune.checkpoint.state import Shared
+from reeltune.checkpoint.state import Shared, has_average
+from reeltune.config.moved import recipe_beside
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
@@ -155,7 +156,7 @@ def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
         yield f"{checkpoint} is no complete checkpoint-N folder; complete ones in it: {have}"
     elif checkpoints.is_adapter(checkpoint):
         yield f"{checkpoint} keeps an adapter; --merge makes whole weights of it and its base, --adapter a file of it"
-    elif ema and not _has_average(checkpoint):
+    elif ema and not has_average(checkpoint):
         yield f"{checkpoint} has no moving average; it is kept by runs with use_ema"
     yield from taken(out)
 
@@ -164,12 +165,6 @@ def taken(out: Path) -> Iterator[str]:
     """Why nothing can be written there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield f"{out} is there already and is not an empty folder; give another"
-
-
-def _has_average(checkpoint: Path) -> bool:
-    if checkpoints.is_shared(checkpoint):
-        return any(name.startswith("average/") for name in Shared(checkpoint).sizes)
-    return weights.has_weights(checkpoint / "transformer_ema")
 
 
 def _source(checkpoint: Path, ema: bool) -> Any:
@@ -181,9 +176,7 @@ def _source(checkpoint: Path, ema: bool) -> Any:
 
 def recipe_of(checkpoint: Path, model: str | None) -> Recipe:
     """The run's, where there is one, with another place of its model if one is given."""
-    file = next(
-        (path / "recipe.yaml" for path in (checkpoint, checkpoint.parent) if (path / "recipe.yaml").is_file()), None
-    )
+    file = recipe_beside(checkpoint)
     given = {} if model is None else {"pretrained_model_name_or_path": model}
     return build({} if file is None else read(file), given)
 

@@ -14,7 +14,6 @@ from reeltune.adapters import saved
 from reeltune.adapters.adapter import Adapter
 from reeltune.adapters.apply import applied
 from reeltune.adapters.factors import Factors, factors
-from reeltune.adapters.layers import KINDS
 from reeltune.checkpoint import folder as checkpoints
 from reeltune.config import recipe as recipes
 from reeltune.config.recipe import Recipe
@@ -23,6 +22,7 @@ from reeltune.core.files import writing
 from reeltune.core.reading import few
 from reeltune.distributed.engine import Engine
 from reeltune.export.base import Base
+from reeltune.export.main import taken
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.sample import Setup
@@ -97,8 +97,9 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
     yield from _beginning(before, full, extracted)
     rows = []
     for rank in sorted(ranks):
-        with applied(net, trained.names, [(extracted.adapter(rank), 1.0)]):
-            rows.append(_measured(rank, extracted, held_out.losses(net), full))
+        adapter = extracted.adapter(rank)
+        with applied(net, trained.names, [(adapter, 1.0)]):
+            rows.append(_measured(rank, adapter, extracted.share(rank), held_out.losses(net), full))
         yield _line(rows[-1], before, full)
     chosen = next((row for row in rows if row.is_as_good), None)
     if chosen is None:
@@ -107,8 +108,14 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
         rank = max(ranks) if chosen is None else chosen.rank
+        about = {
+            "family": family.name,
+            "base_model": model.pretrained_model_name_or_path,
+            "transformer_path": model.transformer_path,
+            "extracted_from": str(checkpoint),
+        }
         with writing(out):
-            _write(out, extracted.adapter(rank), family.name, recipe, checkpoint)
+            saved.save(out, extracted.adapter(rank), about)
         yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"
 
 
@@ -138,17 +145,16 @@ def _problems(checkpoint: Path, ranks: Sequence[int], out: Path | None) -> Itera
         yield f"{checkpoint} keeps an adapter already; give a checkpoint of a run that trained the network"
     if not ranks or min(ranks) < 1:
         yield f"ranks are {' '.join(map(str, ranks)) or 'empty'}; give whole numbers from 1, as 4,8,16"
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        yield f"{out} is there already and is not an empty folder; give another"
+    if out is not None:
+        yield from taken(out)
 
 
-def _measured(rank: int, extracted: Extracted, losses: np.ndarray, full: np.ndarray) -> Measured:
+def _measured(rank: int, adapter: Adapter, share: float, losses: np.ndarray, full: np.ndarray) -> Measured:
     differences = (losses - full).mean(1)  # per clip, because levels of one clip are not independent
-    pairs = extracted.adapter(rank).layers.values()
-    numbers = sum(pair.A_RI.numel() + pair.B_OR.numel() for pair in pairs)
+    numbers = sum(pair.A_RI.numel() + pair.B_OR.numel() for pair in adapter.layers.values())
     return Measured(
         rank,
-        extracted.share(rank),
+        share,
         2 * numbers,
         float(losses.mean()),
         float(differences.mean()),
@@ -179,17 +185,3 @@ def _line(row: Measured, before: np.ndarray, full: np.ndarray) -> str:
 
 def _band(band: list[float] | None) -> str:
     return "" if band is None else f" (95 % band {band[0]:+.4f} to {band[1]:+.4f})"
-
-
-def _write(out: Path, adapter: Adapter, family: str, recipe: Recipe, checkpoint: Path) -> None:
-    weights, alphas = {}, {}
-    for layer, pair in adapter.layers.items():
-        weights |= {f"{layer}.{KINDS['lora_A']}": pair.A_RI, f"{layer}.{KINDS['lora_B']}": pair.B_OR}
-        alphas[layer] = pair.alpha
-    about = {
-        "family": family,
-        "base_model": recipe.model.pretrained_model_name_or_path,
-        "transformer_path": recipe.model.transformer_path,
-        "extracted_from": str(checkpoint),
-    }
-    saved.write(out, weights, alphas, about)

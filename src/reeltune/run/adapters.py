@@ -18,7 +18,7 @@ from reeltune.adapters.apply import check
 from reeltune.adapters.dialects import read_adapter
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
-from reeltune.checkpoint.state import Shared
+from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse, together
 
 
@@ -90,14 +90,13 @@ def of_checkpoint(folder: Path, base: Mapping[str, Tensor], *, ema: bool = False
             "adapters", f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it"
         )
     checkpoint.verify(folder, under=checkpoint.WEIGHTS)
-    where = folder / (f"{ADAPTER}_ema" if ema else ADAPTER)
-    shared = Shared(folder) if checkpoint.is_shared(folder) else None
-    if ema and not (where.is_dir() if shared is None else any(name.startswith("average/") for name in shared.sizes)):
+    if ema and not has_average(folder):
         raise UserError("adapters", f"{folder} has no moving average; it is kept by runs with use_ema")
-    if shared is None:
+    where = folder / (f"{ADAPTER}_ema" if ema else ADAPTER)
+    if not checkpoint.is_shared(folder):
         made = Given(saved.load(where), str(where), file_digest(where / saved.FILE))
     else:
-        tensors = dict(shared.weights(average=ema))
+        tensors = dict(Shared(folder).weights(average=ema))
         made = Given(saved.adapter_of(tensors, saved.config_of(folder / ADAPTER)), str(where), digest(tensors))
     check(made.adapter, {name: weight.shape for name, weight in base.items()}, made.path)
     return made

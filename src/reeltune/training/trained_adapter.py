@@ -14,7 +14,7 @@ from reeltune.adapters import saved
 from reeltune.adapters.apply import parameters_of
 from reeltune.adapters.dialects import read_adapter
 from reeltune.adapters.layers import begin, begin_from, inject
-from reeltune.adapters.targets import targets
+from reeltune.adapters.targets import in_full, targets
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
@@ -80,7 +80,7 @@ def put_adapters(
     if not resumed:
         begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
-        if any(part in names[name] for part in wanted.train_whole):
+        if in_full(names[name], wanted.train_whole):
             weight.data = weight.data.to(dtype)
     stabilised = {target.released: math.sqrt(target.rank) if wanted.use_rslora else 1.0 for target in around}
     alphas = {target.released: target.alpha * stabilised[target.released] for target in around}
@@ -111,9 +111,8 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
         if before.get(layer) != adapter.alphas.get(layer)
     ]
     refuse(f"resume from {resumed_from}: the adapters are others; restore the recipe's settings", few(changed))
-    learning = {names[name]: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    learning = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
     if checkpoint.is_shared(resumed_from):
-        kept = {name: names[name] for name, weight in net.named_parameters() if weight.requires_grad}
-        Shared(resumed_from).fill_network(net, kept)
+        Shared(resumed_from).fill_network(net, {name: names[name] for name in learning})
     else:
-        saved.fill(learning, saved.read(folder), str(folder))
+        saved.fill({names[name]: weight for name, weight in learning.items()}, saved.read(folder), str(folder))
