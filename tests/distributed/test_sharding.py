@@ -17,7 +17,7 @@ from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
 from tests.unit.test_estimate_parts import estimate
 
-NEAR = 0.05
+NEAR = 0.1  # of the sum: what libraries hold beside differs by 2 bytes in 10 between CPUs; the least part is 2 in 10
 SIZES = {"width": 256, "heads": 2, "layers": 8}
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
 
