@@ -29,8 +29,8 @@ from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
 from reeltune.run.loading_memory import told_when_full
-from reeltune.run.model import choose_family, encode_options, load_parts, outlines
 from reeltune.run.machine import machine_notices
+from reeltune.run.model import choose_family, encode_options, load_parts, outlines
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 

@@ -10,8 +10,8 @@ from reeltune.config.recipe import Recipe
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import choose_family, load_parts
 from reeltune.run.machine import machine_notices
+from reeltune.run.model import choose_family, load_parts
 from reeltune.training.loop import steps_of
 from reeltune.training.rate import Rates, rate_notices, rate_of
 

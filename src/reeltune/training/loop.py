@@ -23,8 +23,8 @@ from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
-from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.run.machine import machine_notices
+from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.dropout import seeded_dropout
