@@ -33,6 +33,7 @@ oldest: setup
 	@$(PYTHON) scripts/make_venv.py $(OLDEST)
 	@sed 's/==.*//;/^#/d' constraints-oldest.txt | grep -viwFf - constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	@touch $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: setup
