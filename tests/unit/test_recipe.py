@@ -74,6 +74,15 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(name, value, expected
     assert line.startswith(f"{name} is ") and line.endswith(f"; expected {expected}")
 
 
+@pytest.mark.parametrize("word", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_a_beginning_that_changes_the_base_is_refused_with_the_reason(word):
+    (line,) = problems({"rank": 8, "lora_init": word})
+    assert line.startswith(f"lora_init is '{word}', which takes") and "the base keeps its bits" in line
+    assert problems({"rank": 8, "lora_init": "pissas"}) == [
+        "lora_init is 'pissas'; expected one of uniform, gaussian",
+    ]
+
+
 def test_all_problems_are_told_at_once():
     tree = {"lerning_rate": 1, "seed": "x", "text_drop_ratio": 1.5, "adam_beta1": 1, "zebra": 0}
     assert problems(tree, required=["train_data_dir"], found=["before"]) == [
