@@ -67,8 +67,8 @@ DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels
 NOT_OFFERED: dict[str, tuple[re.Pattern[str], str]] = {  # words that another tool knows, and why they are not taken
     "lora_init": (
         re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq"),  # those of PEFT 0.21 that write other base weights
-        "which takes what A and B begin with out of the base's weights; here the base keeps its bits, so that an adapter "
-        "fits the released model in every tool and training begins with the base's own answers; use uniform or gaussian",
+        "which takes what A and B begin with out of the base's weights; here the base keeps its bits, so an adapter "
+        "fits the released model in every tool, and step 0 is the base's own answer; use uniform or gaussian",
     )
 }
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
