@@ -1,7 +1,7 @@
 """A checkpoint of an adapter beside one of the whole network: `python -m benchmarks.adapter_save`.
 
-Blocks as wide as Wan2.1-Fun-1.3B's, rank 32 in every linear layer, AdamW's state in both: the shares are those of all of
-its 30 blocks, as most of a checkpoint is blocks. One step is trained, and its save waited for.
+Blocks as wide as Wan2.1-Fun-1.3B's, rank 32 in every linear layer, AdamW's state in both: the shares are those of all
+of its 30 blocks, as most of a checkpoint is blocks. One step is trained, and its save waited for.
 """
 
 from __future__ import annotations
