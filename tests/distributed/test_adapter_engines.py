@@ -20,6 +20,7 @@ from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
 STEPS, HALF = 6, 3
+DORA = {"use_dora": True, "max_train_steps": HALF}
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
 of_engines = pytest.mark.parametrize("engine", EVERY)
@@ -79,6 +80,9 @@ def runs(one_of_a_family, data, tmp_path_factory):
     for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
         recipes.append(made.recipe(engine))
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
+    if made.family == "toy":
+        assert loop.train(made.recipe("alone-dora", processes=1, **DORA)) == 0
+        recipes += [made.recipe(f"{engine}-dora", **DORA) for engine in ENGINES]
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
@@ -132,6 +136,17 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
     moved, moved_alone = ({name for name, weight in of.items() if is_moved(name, weight)} for of in (ours, alone))
     assert moved == moved_alone
     assert len(moved) > 0.4 * len(ours)  # half, but for EasyAnimate's last block, which drops what it makes of text
+
+
+@of_engines
+def test_magnitudes_learn_as_in_one_process(engine, runs):
+    """DoRA's, which are of weights in full: so they are gathered where they are measured."""
+    made_by(engine)
+    if runs.family != "toy":
+        pytest.skip("tried with one family")
+    dora, plain = runs.losses("alone-dora"), runs.losses("alone")
+    assert runs.losses(f"{engine}-dora") == pytest.approx(dora, rel=1e-5)
+    assert dora[HALF] != plain[HALF]
 
 
 @of_engines

@@ -10,6 +10,7 @@ from reeltune import families
 from reeltune.adapters import saved
 from reeltune.config.parse import build, read
 from reeltune.core.errors import UserError
+from reeltune.reporting.report import read_metrics
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
 from tests.runs.same_run import StopAfter, assert_same_end, rows
@@ -65,6 +66,18 @@ def test_dropout_and_rate_of_b_change_a_run(whole):
     assert losses["plain"][0] == losses["dropout"][0]  # B is zero
     assert losses["plain"][1:] != losses["dropout"][1:]
     assert losses["plain"][1:] != losses["scaled"][1:]
+
+
+def test_the_rate_that_prodigy_finds_is_in_the_metrics(toy, data, whole, tmp_path):
+    steps = {"max_train_steps": 64, "checkpointing_steps": 32}
+    settings = BASE | steps | {"use_prodigy": True, "learning_rate": 1.0, "held_out_share": 0.0}
+    assert train(recipe(toy, data, tmp_path / "run", **settings)) == 0
+    found = read_metrics(tmp_path / "run/metrics.jsonl").steps["d"]
+    assert 1e-6 == found[0] < found[-1] and found == sorted(found)  # it begins with 1e-6 and grows
+    for step in (32, 64):
+        state = torch.load(tmp_path / f"run/checkpoint-{step}/optimizer.pt", weights_only=True)
+        assert state["optimizer"]["param_groups"][0]["d"] == found[step - 1]
+    assert "d" not in read_metrics(whole("plain") / "metrics.jsonl").steps
 
 
 @pytest.mark.parametrize("kind", ["plain", "whole"])

@@ -152,7 +152,14 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
-        ({"rank": 8, "base_weights": "fp8", "engine": "fsdp"}, "base_weights is fp8 and engine is fsdp"),
+        *(
+            (
+                {"rank": 8, "base_weights": "fp8", "engine": engine},
+                f"base_weights is fp8 and engine is {engine}, which has no such thing; use ddp, where each device has "
+                "all of it, or leave base_weights out",
+            )
+            for engine in ("fsdp", "zero2", "zero3")
+        ),
         ({"rank": 8, "base_weights": "nf4", "use_dora": True}, "DoRA measures"),
         ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
         ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),

@@ -286,7 +286,7 @@ LEVERS: tuple[Lever, ...] = (
         "the network's answers are a little coarser",
         same_bits=False,
         off=None,
-        excludes=(not_in(SHARDED, "use ddp, for adapters leave little to shard, or leave base_weights out"),),
+        excludes=(not_in(SHARDED, "use ddp, where each device has all of it, or leave base_weights out"),),
         in_use=bool,
         changes=a_coarser_base,
         label="`base_weights: int8`",

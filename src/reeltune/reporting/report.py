@@ -174,6 +174,7 @@ def curves(metrics: Metrics) -> list[dict]:
             ("loss", "Training loss", charts.noisy),
             ("grad_norm", "Gradient norm", charts.noisy),
             ("lr", "Learning rate", charts.exact),
+            ("d", "Rate that Prodigy found, times which the learning rate counts", charts.exact),
         )
         if name in steps
     ]
