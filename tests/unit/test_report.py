@@ -262,7 +262,7 @@ def test_a_preview_has_its_seed_and_settings(page):
 
 def test_the_recipe_tells_what_was_set_from_what_was_left(page):
     chosen, left = re.search(r"what was set (.*) Recipe: defaults (.*?) Versions", page.text).groups()
-    assert "learning_rate 0.0003" in chosen and "fix_sample_size 64, 96" in chosen
+    assert "learning_rate 0.0003" in chosen and "fix_sample_size 64 96" in chosen
     assert left == "seed 42 trainable_modules ."
 
 

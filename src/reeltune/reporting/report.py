@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from reeltune.config.parse import settings
+from reeltune.config.rules import shown
 from reeltune.core.files import whole_file
 from reeltune.core.reading import WHOLE, Kind, as_user_error, json_value, read_table, read_yaml, require_fields
 from reeltune.reporting import charts
@@ -45,6 +46,7 @@ def write(output_dir: Path) -> Path:
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
     agreement = _json(run / "agreement.json")
+    recipe = recipe_rows(run / "recipe.yaml")
     with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
         page = (
             environment()
@@ -61,7 +63,8 @@ def write(output_dir: Path) -> Path:
                 first_batch=first_batch(run, album),
                 ledger=_json(run / "ledger.json", OF_LEDGER),
                 problem_rows=PROBLEM_ROWS,
-                recipe=recipe_rows(run / "recipe.yaml"),
+                recipe=recipe,
+                adapter_rank=dict(recipe.get("chosen", ())).get("rank"),
                 notices=metrics.notices,
                 saves=metrics.saves,
                 linked=album.linked,
@@ -224,7 +227,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
             {
                 "prompt": settings.pop("prompt", ""),
                 "control": clips[0][1].exists(),
-                "settings": {name: _short(value) for name, value in settings.items() if value is not None},
+                "settings": {name: _short(value) for name, value in settings.items() if value not in (None, "")},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
                 if agreement
@@ -276,8 +279,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
     chosen, left = [], []
     for name, value in read_yaml(path, "a recipe", typed=True).items():
         value = tuple(value) if isinstance(value, list) else value
-        told = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        (left if name in usual and usual[name] == value else chosen).append((name, told))
+        (left if name in usual and usual[name] == value else chosen).append((name, shown(value)))
     return {"chosen": chosen, "left": left}
 
 
