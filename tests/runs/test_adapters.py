@@ -10,7 +10,7 @@ from reeltune import families
 from reeltune.adapters import saved
 from reeltune.config.parse import build, read
 from reeltune.core.errors import UserError
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
 from tests.runs.same_run import StopAfter, assert_same_end, rows

@@ -34,7 +34,7 @@ from reeltune.reporting import report
 from reeltune.reporting.first_batch import write_first_batch
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.run.folder import describe
 from reeltune.sampling.sample import write_pixels
 from reeltune.training import loop

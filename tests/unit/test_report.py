@@ -12,6 +12,7 @@ from PIL import Image
 
 from reeltune.data.media import write_clip
 from reeltune.reporting import charts, report
+from reeltune.reporting.metrics import read_metrics
 
 NASTY = "<script>alert(\"a\")</script> & 'b' {{ 7 * 7 }}"
 
@@ -301,7 +302,7 @@ def test_a_bare_folder_still_has_a_page(tmp_path):
 def test_a_run_that_is_writing_has_a_page(tmp_path):
     lines = ['{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n', '{"kind": "step", "step": 2, "lo']
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert report.read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
+    assert read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
 
 
 def test_clips_beyond_the_bound_are_linked(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.demo.edge_agreement import write_agreement
 from reeltune.reporting import report
+from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
 
 TRAINED_FRAMES = 13  # of the 17 that a clip has
@@ -82,7 +83,7 @@ def run(
 def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
     """What the run has shown, and how to go on, with that recipe."""
     if shown.about:
-        first, last = (report.read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
+        first, last = (read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
         lines = [f"held-out loss {first['loss']:.4f} before, {last['loss']:.4f} after training; {shown.about}"]
     else:
         found = write_agreement(run_dir)

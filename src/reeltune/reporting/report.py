@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,8 +15,9 @@ from markupsafe import Markup
 from reeltune.config.parse import settings
 from reeltune.config.rules import shown
 from reeltune.core.files import whole_file
-from reeltune.core.reading import WHOLE, Kind, as_user_error, json_value, read_table, read_yaml, require_fields
+from reeltune.core.reading import WHOLE, Kind, as_user_error, read_table, read_yaml, require_fields
 from reeltune.reporting import charts
+from reeltune.reporting.metrics import Metrics, read_metrics
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
 PROBLEM_ROWS = 100  # entries listed in the page; ledger.csv has all
@@ -28,16 +28,6 @@ PARTS = (  # of a step's time: field of metrics.jsonl, colour, name
     ("encode_s", "encode", "encoding"),
     ("data_s", "data", "waiting for data"),
 )
-
-
-@dataclass
-class Metrics:
-    """metrics.jsonl, by kind; steps as columns."""
-
-    steps: dict[str, list] = field(default_factory=dict)
-    validations: list[dict] = field(default_factory=list)
-    notices: list[dict] = field(default_factory=list)
-    saves: list[dict] = field(default_factory=list)
 
 
 def write(output_dir: Path) -> Path:
@@ -78,25 +68,6 @@ def write_whole(path: Path, page: str) -> Path:
     with whole_file(path) as file:
         file.write(page)
     return path
-
-
-def read_metrics(path: Path) -> Metrics:
-    found = Metrics()
-    if not path.exists():
-        return found
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
-                break
-            with as_user_error(path, f"line {number} is no row of a run", "delete that line"):
-                row = json_value(line)
-                kind = row.pop("kind")
-                if kind == "step":
-                    for name, value in row.items():
-                        found.steps.setdefault(name, []).append(value)
-                else:
-                    {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
-    return found
 
 
 def verdict(metrics: Metrics) -> dict[str, str]:
