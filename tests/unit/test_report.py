@@ -333,6 +333,15 @@ def test_smoothing_keeps_a_straight_line():
     assert charts.smooth(np.tile([0.0, 2.0], 100))[50:150] == pytest.approx(1.0, abs=0.12)
 
 
+def test_an_infinite_value_is_a_gap_and_spoils_no_mean():
+    values = np.ones(200)
+    values[[0, 100, 101, 102]] = np.inf, np.nan, -np.inf, np.inf
+    _, mean, low, high = charts.binned(range(200), values)
+    assert np.isnan(mean).sum() == np.isnan(low).sum() == np.isnan(high).sum() == 4
+    smoothed = charts.smooth(mean)
+    assert np.isnan(smoothed[0]) and smoothed[1:] == pytest.approx(1.0)
+
+
 def test_charts_take_every_colour_from_the_page():
     svg = charts.time_split([1, 2, 3], [("now", [1, 2, 3]), ("data", [1.0, 1.0, 2.0])])
     assert not re.search(r"#[0-9a-f]{6}", svg) and "var(--now)" in svg and "var(--data)" in svg
