@@ -161,7 +161,10 @@ MEANING = {  # name: (what it is, goal)
     },
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
     **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
-    **{f"repeats_{n}": (f"samples that fill up micro-steps of {n} ranks, of 200,000 clips", None) for n in idle.RANKS},
+    **{
+        f"repeats_{n}": (f"repeats among all samples of {n} ranks, 100 epochs of 200,000 clips", Goal(most=0.005))
+        for n in idle.RANKS
+    },
 }
 
 

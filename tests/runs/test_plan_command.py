@@ -72,8 +72,11 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     assert code == 0, errors
     family, mode, _ = choose_family(run)
     inputs = gather(run, family, mode, group=4, show_progress=False)
-    samples = 4 * len(inputs.plan(0))
-    assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
+    plan = inputs.plan(0)
+    assert re.search(rf"samples in the first epoch +{4 * len(plan)}\b", told)
+    epochs = plan.epochs_within(6)
+    share = plan.repeats(epochs) / (4 * plan.micro_steps_before(epochs))
+    assert re.search(rf"repeats +{share:.1%} of the run's samples", told)
     assert re.search(r"steps +6\b", told)
     assert "ZeRO-2, sharded by arithmetic" in told
     assert "It fits." in told

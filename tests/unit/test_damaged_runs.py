@@ -34,6 +34,7 @@ PROGRESS = {
     "far": ({**GOOD, "step": 404}, "says step 404 in a folder named checkpoint-4"),
     "group": ({**GOOD, "group": -7}, "group is -7"),
     "huge": ({**GOOD, "cursor": 10**30}, "cursor is 1000000000000000000000000000000"),
+    "newer": ({**GOOD, "plan_version": 2}, "plan_version is 2, and this version knows 0 to 1"),
     "nulls": (dict.fromkeys(GOOD), "step is None"),
     "no cursor": ({"step": 4, "epoch": 0}, "has no cursor"),
     "more": ({**GOOD, "extra": 1}, "has 'extra', which"),
@@ -55,7 +56,7 @@ def run(tmp_path):
 def test_progress_is_not_believed(name, run):
     table, words = PROGRESS[name]
     file = run / "checkpoint-4/progress.json"
-    assert checkpoint.progress_of(file.parent) == Progress(**GOOD)
+    assert checkpoint.progress_of(file.parent) == Progress(**GOOD, plan_version=0)
     file.write_text(json.dumps(table))
     with pytest.raises(UserError) as told:
         checkpoint.progress_of(file.parent)
@@ -75,9 +76,14 @@ def test_the_last_sound_checkpoint_is_named(run):
         checkpoint.progress_of(run / "checkpoint-4")
 
 
-def test_a_checkpoint_from_before_groups_is_read(run):
-    (run / "checkpoint-4/progress.json").write_text('{"step": 4, "epoch": 1, "cursor": 2}')
-    assert checkpoint.progress_of(run / "checkpoint-4") == Progress(4, 1, 2, 0)
+def test_checkpoints_from_before_groups_and_before_they_ran_on_are_read(run):
+    file = run / "checkpoint-4/progress.json"
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 0, plan_version=0)
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2, "group": 8}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 8, plan_version=0)
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2, "group": 8, "plan_version": 1}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 8)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
