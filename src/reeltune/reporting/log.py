@@ -26,8 +26,8 @@ from torch import Tensor
 from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file, writing
 from reeltune.core.reading import as_user_error, json_value
+from reeltune.reporting.metrics import PARTS
 
-PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 VERDICT_EVERY = 5  # console lines
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> package
 

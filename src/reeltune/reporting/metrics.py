@@ -1,4 +1,4 @@
-"""What a run has left in metrics.jsonl (`reporting/log.py` writes it), each row checked field by field."""
+"""What a run has left in metrics.jsonl (`reporting/log.py` writes it), each row checked field by field.  (no torch)"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from reeltune.core.errors import UserError
 from reeltune.core.reading import NUMBER, REAL, TEXT, WHOLE, Kind, as_user_error, json_value, require_fields
-from reeltune.reporting.log import PARTS
 
+PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 REMEDY = "delete that line"
 SECONDS = Kind(lambda value: NUMBER.holds(value) and value >= 0, "seconds, from 0")
 STEP = {  # of them a row has `step`, and the others that the first step has
