@@ -42,6 +42,7 @@ MODULES = (
     "engines",
     "memory",
     "base_weights",
+    "adapter_save",
     "gpu",
 )  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
@@ -130,6 +131,10 @@ MEANING = {  # name: (what it is, goal)
             "held_out": "what {} weights add to it, clip by clip",
             "band": "half of the 95 % band of that, {}",
         }.items()
+    },
+    **{
+        f"adapter_save_{what}": (f"{what} of a whole network's checkpoint over an adapter's, rank 32", Goal(least=20))
+        for what in ("bytes", "seconds")
     },
     **{
         name.format(engine): (what.format(engine), None)

@@ -53,7 +53,7 @@ def assert_same_end(ours: Path, theirs: Path, step: int = 6, kinds=tuple(DETERMI
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
-    for name in ("transformer", "transformer_ema"):
+    for name in ("transformer", "transformer_ema", "adapter", "adapter_ema"):
         assert (a / name).is_dir() == (b / name).is_dir()
         for path in (a / name).glob("*.safetensors"):
             assert_equal(load_file(path), load_file(b / name / path.name))

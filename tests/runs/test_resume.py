@@ -30,8 +30,10 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
     "inpaint": ("inp", {}),
     "i2v": ("inp", {}),
     "toy": ("toy", {}),
+    "adapter": ("control_v1.1", {"train_mode": "control_ref", "rank": 4, "use_ema": True}),
+    "adapter of toy": ("toy", {"train_mode": None, "rank": 4, "target_name": ["text"], "train_whole": ["head"]}),
 }
-WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0), strict=True))  # reading processes of the run that is killed
+WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0, 1, 0), strict=True))  # reading processes of the run that is killed
 BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
 """A run of the toy family, written by the code of 2026-11-26 before its files moved into rooms (torch 2.13, CPU)."""
 
@@ -39,7 +41,7 @@ BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for variant, _ in MODES.values():
+    for variant in {variant for variant, _ in MODES.values()}:
         if variant == "toy":
             (folder / "toy").mkdir()
             (folder / "toy" / "toy.json").write_text("{}")
@@ -105,7 +107,7 @@ def unbroken(data, checkpoints, tmp_path_factory):
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
     where = checkpoints / MODES[mode][0], data, tmp_path / "run"
-    extra = dice(7, "kill", mode).uniform(0, 0.02 if mode == "toy" else 0.5)  # seconds
+    extra = dice(7, "kill", mode).uniform(0, 0.02 if "toy" in mode else 0.5)  # seconds
 
     def moment(out):
         if after_a_step(out):
@@ -119,14 +121,15 @@ def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["toy", "adapter of toy"])
 @pytest.mark.parametrize("step", [2, 4])
-def test_killed_within_a_save(step, data, checkpoints, unbroken, tmp_path):
+def test_killed_within_a_save(step, mode, data, checkpoints, unbroken, tmp_path):
     where = checkpoints / "toy", data, tmp_path / "run"
-    assert run_and_kill(in_a_save(step), settings_of("toy"), *where)
+    assert run_and_kill(in_a_save(step), settings_of(mode), *where)
     assert [path.name for path in complete(tmp_path / "run")] == ["checkpoint-2"][: step // 4]
-    assert run(settings_of("toy", resume_from_checkpoint="latest"), *where) == 0
+    assert run(settings_of(mode, resume_from_checkpoint="latest"), *where) == 0
     assert not list((tmp_path / "run").glob(".checkpoint*"))
-    assert_same_end(tmp_path / "run", unbroken("toy"))
+    assert_same_end(tmp_path / "run", unbroken(mode))
 
 
 @pytest.mark.slow

@@ -19,9 +19,10 @@ from reeltune.families.toy.family import FAMILY
 from reeltune.reporting import report
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import _cut_after
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.run.folder import refuse_other_model
 from reeltune.sampling.validate import HeldOut
+from tests.unit.metrics_rows import METRICS
 
 GOOD = {"step": 4, "epoch": 1, "cursor": 2, "group": 8}
 PROGRESS = {
@@ -108,6 +109,42 @@ def test_rows_that_are_none(content, tmp_path):
     if content != b'{"kind": "step"}\n':
         with pytest.raises(UserError, match="line 2 is no row of a run"):
             read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "told"),
+    [
+        ("step", {"loss": "0.5"}, "loss is '0.5'; expected a number"),
+        ("step", {"samples": -1}, "samples is -1; expected a whole number from 0"),
+        ("step", {"step": 2.5, "lr": [1]}, "lr is [1]; expected a number"),
+        ("step", {"step_s": -1.0}, "step_s is -1.0; expected seconds, from 0"),
+        ("step", {"shape": [5, 16]}, "shape is [5, 16]; expected a list of 3 entries"),
+        ("step", {"optimizer_s": None}, "optimizer_s is None; expected seconds"),
+        ("step", {"loss": ...}, "has no loss; expected a number"),
+        ("step", {"unknown": ...}, "has no unknown, which the first step has"),
+        ("validation", {"band95": [0.1]}, "band95 is [0.1]; expected a list of 2 entries, each a number, or null"),
+        ("validation", {"per_band": [{"level": 0.5, "loss": 1}]}, "has no loss_start"),
+        ("validation", {"n": "two"}, "n is 'two'"),
+        ("save", {"bytes": 1e9}, "bytes is 1000000000.0; expected a whole number"),
+        ("save", {"path": None}, "path is None; expected text"),
+        ("notice", {"text": 5}, "text is 5; expected text"),
+    ],
+)
+def test_a_damaged_value_is_named(kind, damage, told, tmp_path):
+    """In the report and in what `plan` measures; each is beside sound rows, of which nothing is wrong."""
+    sound = {row["kind"]: row for row in METRICS} | {"step": {**METRICS[0], "unknown": 1}}
+    row = {name: value for name, value in (sound[kind] | damage).items() if value is not ...}
+    lines = [*sound.values(), {**sound["step"], "loss": float("nan"), "grad_norm": float("inf"), "later": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found.steps["samples"] == [2, 2] and "later" not in found.steps
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as error:
+        read_metrics(tmp_path / "metrics.jsonl")
+    assert error.value.where.startswith(f"{tmp_path}/metrics.jsonl: line 6")
+    assert any(problem.startswith(told) for problem in error.value.problems), error.value.problems
+    assert all(problem.endswith("; delete that line") for problem in error.value.problems)
 
 
 def ledger_of(paths) -> Ledger:

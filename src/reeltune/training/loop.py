@@ -172,7 +172,7 @@ def loop(run: Run) -> int:
             with stage("step"):
                 grad_norm = learner.step(progress.step, rate)
                 progress.step += 1
-            run.log.step(meter.row(progress, grad_norm, rate), meter.seconds())
+            run.log.step(meter.row(progress, grad_norm, learner.rates(rate)), meter.seconds())
             if is_due(recipe.output.checkpointing_steps, progress.step):
                 duties.save(last=progress.step == run.total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
