@@ -6,8 +6,6 @@ been. Both run on the main process alone; the others wait.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +18,15 @@ from torch import nn
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.core.files import whole_file
-from reeltune.core.reading import NUMBER, TEXT, WHOLE, read_table, require_fields
+from reeltune.core.reading import NUMBER, TEXT, require_fields
 from reeltune.core.types import Batch, Draw
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
+from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
-
-REMEDY = "delete it, to compare with the weights of now"
 
 
 @dataclass
@@ -104,13 +100,11 @@ class HeldOut:
         """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
         path = self.output_dir / "validation" / "start.json"
         measured_on = {"clips": self.names, "levels": self.levels}
-        if step == 0 or not path.is_file():
-            with whole_file(path) as file:
-                file.write(json.dumps({"step": step, **measured_on, "losses": losses.tolist()}, indent=1) + "\n")
+        count = losses.shape[1]
+        kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
+        if kept is None:
+            keep_start(path, {"step": step, **measured_on, "losses": losses.tolist()})
             return step, losses
-        kept = read_table(path, REMEDY)
-        clips, levels = losses.shape
-        require_fields(kept, {"step": WHOLE, "clips": TEXT.many(), "levels": NUMBER.many()}, path, REMEDY)
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
@@ -118,28 +112,8 @@ class HeldOut:
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        require_fields(kept, {"losses": NUMBER.many(levels).many(clips)}, path, REMEDY)
+        require_fields(kept, {"losses": NUMBER.many(count).many(len(losses))}, path, REMEDY)
         return kept["step"], np.array(kept["losses"], dtype=np.float64)
-
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-Z_975 = 1.959964  # and of the normal distribution
-
-
-def band95(differences: np.ndarray) -> list[float] | None:
-    """95 % confidence interval of the mean of independent differences, by Student's t; None for fewer than two."""
-    freedom = len(differences) - 1
-    if freedom < 1:
-        return None
-    if freedom <= len(T_975):
-        t = T_975[freedom - 1]
-    else:  # Abramowitz and Stegun, 26.7.5
-        z = Z_975
-        t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    mean, half = differences.mean(), t * differences.std(ddof=1) / math.sqrt(len(differences))
-    return [float(mean - half), float(mean + half)]
 
 
 @dataclass
