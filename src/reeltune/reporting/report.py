@@ -16,7 +16,7 @@ from markupsafe import Markup
 from reeltune.config.parse import settings
 from reeltune.core.files import whole_file
 from reeltune.core.reading import WHOLE, Kind, as_user_error, json_value, read_table, read_yaml, require_fields
-from reeltune.reporting import charts
+from reeltune.reporting import charts, obedience
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
 PROBLEM_ROWS = 100  # entries listed in the page; ledger.csv has all
@@ -35,6 +35,7 @@ class Metrics:
 
     steps: dict[str, list] = field(default_factory=dict)
     validations: list[dict] = field(default_factory=list)
+    obedience: list[dict] = field(default_factory=list)
     notices: list[dict] = field(default_factory=list)
     saves: list[dict] = field(default_factory=list)
 
@@ -44,18 +45,19 @@ def write(output_dir: Path) -> Path:
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
-    agreement = _json(run / "agreement.json")
-    with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
+    with as_user_error(run, "metrics.jsonl or previews are not as a run writes them", RESTORE):
+        learning = verdict(metrics)
         page = (
             environment()
             .get_template("reporting/report.html")
             .render(
                 name=run.resolve().name,
                 run=_json(run / "run.json", OF_RUN),
-                verdict=verdict(metrics),
-                numbers=headline(metrics, agreement),
-                previews=read_previews(run, album, agreement),
-                agreement=agreement,
+                verdict=learning,
+                obeys=obedience.verdict(metrics.obedience, loss_falls=learning["tone"] == "good"),
+                numbers=headline(metrics),
+                previews=read_previews(run, album, metrics.obedience),
+                unmeasured="" if metrics.obedience else obedience.UNMEASURED,
                 curves=curves(metrics),
                 split=time_split(metrics),
                 first_batch=first_batch(run, album),
@@ -92,7 +94,12 @@ def read_metrics(path: Path) -> Metrics:
                     for name, value in row.items():
                         found.steps.setdefault(name, []).append(value)
                 else:
-                    {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
+                    {
+                        "validation": found.validations,
+                        "obedience": found.obedience,
+                        "notice": found.notices,
+                        "save": found.saves,
+                    }[kind].append(row)
     return found
 
 
@@ -133,12 +140,14 @@ def verdict(metrics: Metrics) -> dict[str, str]:
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
-def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
+def headline(metrics: Metrics) -> list[dict[str, str]]:
     """The few numbers at the top: what, value, and what it was at the start."""
     told, steps = [], metrics.steps
     if metrics.validations:
         last = metrics.validations[-1]
         told.append({"what": "held-out loss", "now": f"{last['loss']:.4f}", "start": f"{last['loss_start']:.4f}"})
+    if metrics.obedience:
+        told.append(obedience.number(metrics.obedience[-1]))
     if steps:
         tenth = math.ceil(len(steps["loss"]) / 10)
         told.append(
@@ -149,11 +158,6 @@ def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
                 "note": f"mean of the last and first {tenth}" if tenth > 1 else "last and first step",
             }
         )
-    if agreement:
-        now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
-        first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
-        best = f"own control the best match of {first}, {first_before} before"
-        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
     if steps:
         samples = f"{sum(steps['samples']):,}"
         told.append({"what": "steps", "now": f"{steps['step'][-1]:,}", "note": f"{samples} samples, {_took(steps)}"})
@@ -162,9 +166,12 @@ def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
 
 def curves(metrics: Metrics) -> list[dict]:
     drawn, steps, validations = [], metrics.steps, metrics.validations
+    if metrics.obedience:
+        title, svg = metrics.obedience[-1]["measure"], charts.paired(metrics.obedience, "score", "obedience by step")
+        drawn.append({"title": f"Obedience: {title}", "kind": "pair", "svg": svg})
     if validations:
-        at = [row["step"] for row in validations]
-        drawn.append({"title": "Held-out loss", "kind": "pair", "svg": charts.held_out(at, validations)})
+        svg = charts.paired(validations, "loss", "held-out loss by step")
+        drawn.append({"title": "Held-out loss", "kind": "pair", "svg": svg})
         drawn.append(
             {"title": "By noise level", "kind": "bars", "svg": charts.noise_bands(validations[-1]["per_band"])}
         )
@@ -203,8 +210,11 @@ def time_split(metrics: Metrics) -> dict | None:
     }
 
 
-def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
-    """Per preview: control, before and after training, ground truth; prompt, seed and settings; its agreement."""
+def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]:
+    """Per preview: control, before and after training, ground truth; prompt, seed and settings; how far it obeys.
+
+    obeyed: the rows of obedience.
+    """
     folders = {int(path.name.removeprefix("step-")): path for path in (run / "previews").glob("step-*")}
     if not folders:
         return []
@@ -225,9 +235,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
                 "control": clips[0][1].exists(),
                 "settings": {name: _short(value) for name, value in settings.items() if value is not None},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
-                "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
-                if agreement
-                else None,
+                "obedience": obedience.of_preview(obeyed, i),
             }
         )
     return found

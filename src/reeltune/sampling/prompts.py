@@ -40,6 +40,7 @@ class Request:
     fps: float
     control: str | None = None  # the path of the control clip, pose file or first picture
     entry: int | None = None  # place in the metadata of a held-out clip
+    record: Record | None = None  # what it is read from
 
 
 def prompt_requests(
@@ -78,7 +79,9 @@ def prompt_requests(
     requests = []
     for i, record in enumerate(records):
         batch = partial(make, reader, fixed_draw(record, i, rules))
-        requests.append(Request(record.text, batch, seed + i, played(record, rules), paths[i] if paths else None))
+        requests.append(
+            Request(record.text, batch, seed + i, played(record, rules), paths[i] if paths else None, None, record)
+        )
     return requests
 
 

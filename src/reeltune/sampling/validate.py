@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from reeltune.config.recipe import Recipe
+from reeltune.control.judge import judge_of
 from reeltune.core.errors import UserError
 from reeltune.core.reading import NUMBER, TEXT, require_fields
 from reeltune.core.types import Batch, Draw
@@ -24,6 +25,7 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
+from reeltune.sampling.obedience import Obedience
 from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
@@ -125,30 +127,38 @@ class Previews:
     preview_steps: int
     guidance_scale: float
     negative_prompt: str = ""
+    obedience: Obedience | None = None
 
-    def make(self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True) -> None:
-        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
-        folder = Path(output_dir) / "previews"
+    def make(
+        self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True
+    ) -> list[dict[str, float] | None]:
+        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth.
+
+        Returns how far each obeys, empty where that is not measured; without `write` neither is anything.
+        """
+        folder, obeyed = Path(output_dir) / "previews", []
         for i, request in enumerate(self.requests):
             batch = request.batch()
-            path = folder / f"step-{step}" / f"{i}.mp4"
-            make_clip(
+            made_BFCHW = make_clip(
                 self.setup,
                 net,
                 request,
                 batch,
-                path,
+                folder / f"step-{step}" / f"{i}.mp4",
                 steps=self.preview_steps,
                 guidance_scale=self.guidance_scale,
                 negative_prompt=self.negative_prompt,
                 write=write,
             )
-            if not write:
+            if made_BFCHW is None:
                 continue
             if batch.control_BFCHW is not None:
                 write_pixels(folder / "control" / f"{i}.mp4", batch.control_BFCHW, request.fps)
             if request.entry is not None:
                 write_pixels(folder / "truth" / f"{i}.mp4", batch.pixels_BFCHW, request.fps)
+            if self.obedience is not None:
+                obeyed.append(self.obedience.scores(i, batch, made_BFCHW))
+        return obeyed
 
 
 def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int) -> list[Request]:
@@ -160,8 +170,17 @@ def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int
         record, batch = records[row], partial(read_one, reader, fixed_draw(records[row], row, rules))
         control = {"control": record.control_path, "camera": record.camera_path}
         guide = next((path for name, path in control.items() if name in reader.needs), None)
-        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry))
+        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry, record))
     return requests
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a validation found: rows for metrics.jsonl, where there are any, and what to say beside them."""
+
+    held_out: dict[str, Any] | None = None
+    obedience: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass
@@ -188,14 +207,22 @@ class Validation:
         notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
         guidance = validation.guidance_scale, validation.negative_prompt
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
+        if validation.control_kind is not None and requests:
+            judge = judge_of(validation.control_kind, validation.control_detector, setup.family.needs[setup.mode])
+            names = ("preview_steps", "guidance_scale", "negative_prompt")
+            settings = {name: getattr(validation, name) for name in names}
+            previews.obedience = Obedience(judge, requests, settings, output_dir)
         return cls(held_out, previews, output_dir)
 
-    def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
-        """Makes the previews and returns the row for metrics.jsonl, None without held-out clips.
+    def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
+        """Makes the previews, measures them and the held-out clips.
 
         `net` is the unwrapped network. The main process calls this; where the network answers only to all processes
         at once all do, the others without `write`.
         """
-        row = None if self.held_out is None else self.held_out.measure(net, step, write=write)
-        self.previews.make(net, step, self.output_dir, write=write)
-        return row
+        held_out = None if self.held_out is None else self.held_out.measure(net, step, write=write)
+        obeyed, obedience = self.previews.make(net, step, self.output_dir, write=write), self.previews.obedience
+        if obedience is None or not write:
+            return Checked(held_out)
+        row = obedience.row(step, obeyed)
+        return Checked(held_out, row, () if row is not None else (obedience.judge.unmeasured,))
