@@ -290,7 +290,7 @@ class Validation:
     validation_prompts: tuple[str, ...] = ()
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
-    """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    """A file for each prompt, as train_mode needs: a control (.npz too), a pose file, or a first picture."""
     negative_prompt: str = ""
     """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2

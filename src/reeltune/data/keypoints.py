@@ -21,6 +21,7 @@ import io
 import json
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reeltune.core.files import whole_file
+from reeltune.core.shown import printable
 from reeltune.data.findings import MediaError, require_file
 
 ENDING = ".npz"
@@ -47,7 +49,7 @@ _SHAPES = {"facts": 1, "times_s": 1, "people": 1, "points": 3, "scores": 2, "box
 _DTYPES = {"facts": "|u1", "times_s": "<f8", "people": "<i4"}  # the others: half precision
 _HALF = "<f2"
 _DAMAGE = (OSError, ValueError, EOFError, LookupError, RuntimeError, NotImplementedError, OverflowError, SyntaxError,
-           TypeError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
+           TypeError, RecursionError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # fmt: skip
 REMEDY = "Make it again with reeltune control, or give a control clip"
 
 
@@ -184,7 +186,7 @@ def _remembered(path: str, size: int, mtime_ns: int) -> Keypoints:
         keypoints = Keypoints(**kept, **arrays)
         _require_sound(keypoints)
     except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise MediaError(f"is not a sound file of key points: {reason}", remedy=REMEDY) from None
     return keypoints
 
@@ -212,6 +214,8 @@ def _array(name: str, data: bytes) -> np.ndarray:
     expected = np.dtype(_DTYPES.get(name, _HALF))
     if dtype != expected or len(shape) != _SHAPES[name] or (by_columns and len(shape) > 1):
         raise ValueError(f"{name} is {dtype} with {len(shape)} dimensions, not {expected} with {_SHAPES[name]}")
+    if name == "facts" and len(data) > MOST_FACTS_BYTES:
+        raise ValueError(f"facts has {len(data):,} bytes, and at most {MOST_FACTS_BYTES:,}")
     count = 1
     for side in shape:
         count *= side

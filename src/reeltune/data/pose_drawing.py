@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from reeltune.core.types import Crop, Shape
-from reeltune.data.keypoints import Keypoints, People
+from reeltune.data.keypoints import Keypoints, People, digest_of
 
 DRAWING_VERSION = 1  # raise it when the same key points are drawn as other pixels: caches then hold another clip
 
@@ -57,6 +57,11 @@ def _hue(place: int) -> tuple[int, int, int]:
 
 
 FINGER_COLOURS = tuple(map(_hue, range(len(FINGERS))))
+
+
+def drawing_digest(path: str) -> str:
+    """Of all that tells how the key points of that file are drawn, but for the size. Raises OSError."""
+    return f"{DRAWING_VERSION} {digest_of(path)}"
 
 
 def draw_frames(keypoints: Keypoints, frames: Sequence[int], crop: Crop, shape: Shape) -> np.ndarray:
