@@ -291,7 +291,7 @@ class Validation:
     validation_prompts: tuple[str, ...] = ()
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
-    """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    """A file for each prompt, as train_mode needs: a control (.npz too), a pose file, or a first picture."""
     validation_control_from: tuple[str, ...] = ()
     """A raw clip or picture for each prompt, from which its control is drawn as control_kind says, in place of
     validation_paths."""

@@ -12,8 +12,9 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Draw, Kind, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
+from reeltune.data.keypoints import is_keypoints
 from reeltune.data.loader import Reader, collate
-from reeltune.data.media import MediaError, measure, read_frames
+from reeltune.data.media import MediaError, measure, measure_control, read_frames
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules, clip_length
@@ -22,7 +23,7 @@ from reeltune.families.spec import Family
 from reeltune.families.tensor_files import notice
 
 GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
-    "control": "a control clip or picture",
+    "control": "a control clip or picture, or key points (.npz),",
     "camera": "a pose file",
     "ref": "a picture to begin with",
     "mask": "a picture to begin with",
@@ -66,7 +67,7 @@ def prompt_requests(
         try:
             records.append(prompt_record(i, prompt, path, rules, guide, family.native_fps))
         except (MediaError, CameraError) as error:
-            problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref']}")
+            problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref'].rstrip(',')}")
     refuse("validation_paths", problems)
     for record in records:
         notice_short(record, rules)
@@ -92,7 +93,8 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
     frames, fps = rules.video_sample_n_frames * stride, (rules.video_sample_fps or native_fps) * stride
     if guide == "control":
         kind: Kind = "image" if path.lower().endswith(PICTURES) else "video"
-        seen = measure(path, kind)
+        seen = measure_control(path, kind)
+        kind = seen.kind if is_keypoints(path) else kind
         for note in seen.notes:
             notice("%s: %s", path, note)
         return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)
