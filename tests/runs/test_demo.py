@@ -73,7 +73,7 @@ def test_data_set_is_in_the_guides_form(tmp_path):
 
 def obeyed(clips_FHWC, drawn) -> np.ndarray:
     """F1 of each clip with each control."""
-    judge = judge_of("canny", None, ("control",))
+    judge = judge_of("canny", None)
     asked = [
         Asked(Draw(0, Shape(9, SIDE, SIDE), Crop(SIDE, SIDE, 0, 0), (), 0, 0), None, control) for _, control in drawn
     ]

@@ -46,7 +46,7 @@ def test_a_run_tells_how_far_its_previews_obey(toy, data, tmp_path, reports):
         assert train(recipe(toy, data, tmp_path / "run", **SETTINGS)) == 0
     rows = obeyed(tmp_path / "run")
     assert [(row["step"], row["start_step"], row["n"]) for row in rows] == [(0, 0, 2), (2, 0, 2), (4, 0, 2)]
-    judge, folder = judge_of("canny", None, ("control",)), tmp_path / "run/previews"
+    judge, folder = judge_of("canny", None), tmp_path / "run/previews"
     for row in rows:
         for i, preview in enumerate(row["previews"]):
             control = read(folder / f"control/{i}.mp4")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reeltune.control.judge import Judge
+from reeltune.control.judge import Judge, Measure
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Shape
 from reeltune.sampling.obedience import Obedience
@@ -17,14 +17,15 @@ from reeltune.sampling.prompts import Request
 SHAPE = Shape(2, 16, 16)
 
 
-def brightness(asked, clip_FHWC, fps):
+def brightness(asked, found):
     """The clip's, unless its control is black; the control's own brightness beside it."""
     if not asked.control_FHWC.any():
         return None
-    return {"brightness": clip_FHWC.mean() / 255, "asked": asked.control_FHWC.mean() / 255}
+    return {"brightness": np.concatenate(found).mean() / 255, "asked": asked.control_FHWC.mean() / 255}
 
 
-JUDGE = Judge("canny", "digest 1", "brightness", "", True, brightness)
+MEASURE = Measure("brightness", "", True, brightness)
+JUDGE = Judge("canny", "digest 1", MEASURE, lambda source, put: [put(chunk) for chunk in source.chunks()])
 
 
 def clip(value: int) -> torch.Tensor:
@@ -78,11 +79,12 @@ def test_scores_are_paired_with_the_starts(tmp_path):
 def test_held_out_clips_are_measured_themselves(tmp_path):
     asked = []
 
-    def scores(asked_for, clip_FHWC, fps):
-        asked.append(clip_FHWC.mean())
-        return brightness(asked_for, clip_FHWC, fps)
+    def compare(asked_for, found):
+        asked.append(np.concatenate(found).mean())
+        return brightness(asked_for, found)
 
-    judged = obedience(tmp_path, 2, entry=5, judge=replace(JUDGE, scores=scores))
+    judge = replace(JUDGE, measure=MEASURE._replace(compare=compare))
+    judged = obedience(tmp_path, 2, entry=5, judge=judge)
     assert measured(judged, 0, [51, 51])["truth"] == 1.0
     assert measured(judged, 4, [51, 51])["previews"][1]["truth"] == 1.0
     assert sorted(asked) == [51] * 4 + [255] * 2  # the real clips once

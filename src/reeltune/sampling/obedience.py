@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from reeltune.control.judge import Asked, Judge
+from reeltune.config.recipe import Validation
+from reeltune.control.judge import Asked, Judge, judge_of
+from reeltune.control.kinds import kind_named
+from reeltune.core.errors import UserError
 from reeltune.core.reading import NUMBER, TEXT, Kind
 from reeltune.core.types import Batch
 from reeltune.sampling.paired import band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request
+from reeltune.sampling.sample import Setup
 
 SCORE = Kind(lambda value: value is None or NUMBER.holds(value), "a number or null")
 
@@ -61,9 +65,9 @@ class Obedience:
             "step": step,
             "start_step": start_step,
             "control_kind": self.judge.kind,
-            "measure": self.judge.measure,
-            "unit": self.judge.unit,
-            "rises": self.judge.rises,
+            "measure": self.judge.measure.words,
+            "unit": self.judge.measure.unit,
+            "rises": self.judge.measure.rises,
             "score": float(now.mean()),
             "score_start": float(before.mean()),
             "difference": float((now - before).mean()),
@@ -87,11 +91,27 @@ class Obedience:
         }
         kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": SCORE.many()}
         kept = None if step == 0 else kept_start(path, kinds)
-        measured_alike = kept is not None and all(kept.get(name) == value for name, value in measured_on.items())
-        if measured_alike and len(kept["scores"]) == len(scores):
+        alike = [] if kept is None else [kept.get(name) == value for name, value in measured_on.items()]
+        if kept is not None and all(alike) and len(kept["scores"]) == len(scores):
             return kept["step"], kept["scores"]
         keep_start(path, {"step": step, **measured_on, "scores": scores})
         return step, scores
+
+
+def obedience_of(recipe: Validation, setup: Setup, requests: Sequence[Request], output_dir: Path) -> Obedience:
+    """Of these previews, by the recipe's control_kind. Raises UserError for one that the mode takes no control of, and
+    for a detector that is not there, or another."""
+    kind, needs = recipe.control_kind, setup.family.needs[setup.mode]
+    assert kind is not None
+    wanted = "camera" if kind_named(kind).form == "camera" else "control"
+    if wanted not in needs:
+        raise UserError(
+            "recipe",
+            f"control_kind is {kind} and train_mode is {setup.mode}, which takes no such control; leave one of the two "
+            "out",
+        )
+    settings = {name: getattr(recipe, name) for name in ("preview_steps", "guidance_scale", "negative_prompt")}
+    return Obedience(judge_of(kind, recipe.control_detector, setup.parts.device.type), requests, settings, output_dir)
 
 
 def _first(scores: dict[str, float]) -> float:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from reeltune.config.recipe import Recipe
-from reeltune.control.judge import judge_of
 from reeltune.core.errors import UserError
 from reeltune.core.reading import NUMBER, TEXT, require_fields
 from reeltune.core.types import Batch, Draw
@@ -25,7 +24,7 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
-from reeltune.sampling.obedience import Obedience
+from reeltune.sampling.obedience import Obedience, obedience_of
 from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
@@ -207,11 +206,8 @@ class Validation:
         notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
         guidance = validation.guidance_scale, validation.negative_prompt
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
-        if validation.control_kind is not None and requests:
-            judge = judge_of(validation.control_kind, validation.control_detector, setup.family.needs[setup.mode])
-            names = ("preview_steps", "guidance_scale", "negative_prompt")
-            settings = {name: getattr(validation, name) for name in names}
-            previews.obedience = Obedience(judge, requests, settings, output_dir)
+        if validation.control_kind is not None:
+            previews.obedience = obedience_of(validation, setup, requests, output_dir)
         return cls(held_out, previews, output_dir)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
