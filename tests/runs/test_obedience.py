@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from reeltune.control.judge import Asked, judge_of
+from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Shape
 from reeltune.training.loop import train
 from tests.runs.same_run import StopAfter, assert_same_end
@@ -74,3 +75,8 @@ def test_a_resumed_run_obeys_as_an_unbroken_one(toy, data, tmp_path):
 def test_without_a_kind_nothing_is_measured(toy, data, tmp_path):
     assert train(recipe(toy, data, tmp_path / "run", **SETTINGS | {"control_kind": None, "max_train_steps": 1})) == 0
     assert not obeyed(tmp_path / "run") and not (tmp_path / "run/validation/start_obedience.json").exists()
+
+
+def test_a_kind_that_the_mode_takes_no_control_of_is_refused(toy, data, tmp_path):
+    with pytest.raises(UserError, match="control_kind is camera and train_mode is control, which takes no such control"):
+        train(recipe(toy, data, tmp_path / "run", **SETTINGS | {"control_kind": "camera"}))
