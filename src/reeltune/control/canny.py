@@ -72,7 +72,7 @@ def lines_of(rgb_HW3: np.ndarray, low: float, high: float, before_HW: np.ndarray
     columns, rows = found.reshape(-1, 2).T
     places = rows * weak_HW.shape[1] + columns
     across, down = (way_HW3.reshape(-1, 3)[places] for way_HW3 in (across_HW3, down_HW3))
-    strong = ((cv2.absdiff(across, 0) + cv2.absdiff(down, 0)) > int(high)).any(1)
+    strong = (np.abs(across) + np.abs(down) > int(high)).any(1)
     count, labels_HW = cv2.connectedComponents(weak_HW, connectivity=8, ltype=cv2.CV_32S)
     labels = labels_HW.ravel()[places]
     kept = np.zeros(count, bool)
@@ -90,7 +90,7 @@ def thresholds_of(source: Source) -> tuple[float, float]:
     for rgb_HW3 in _spread(source.frames(), len(source.times_s)):
         grey_HW = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2GRAY)
         across_HW, down_HW = cv2.spatialGradient(grey_HW)
-        size_HW = cv2.add(cv2.absdiff(across_HW, 0), cv2.absdiff(down_HW, 0))
+        size_HW = np.abs(across_HW) + np.abs(down_HW)
         counts += np.bincount(size_HW.ravel(), minlength=len(counts))[: len(counts)]
     above = counts[::-1].cumsum()[::-1]  # pixels of at least so much
     upper = int(np.argmax(above <= STRONGEST * above[0]))
@@ -112,7 +112,7 @@ def _widened(lines_HW: np.ndarray) -> np.ndarray:
 
 def _on(lines_HW: np.ndarray, before_HW: np.ndarray) -> float:
     """Which share of the lines lies on those of the frame before, give or take a pixel."""
-    return cv2.countNonZero(lines_HW & _widened(before_HW)) / max(cv2.countNonZero(lines_HW), 1)
+    return cv2.countNonZero(cv2.bitwise_and(lines_HW, _widened(before_HW))) / max(cv2.countNonZero(lines_HW), 1)
 
 
 def _quality(shares_F: np.ndarray, steady: list[float], thresholds: tuple[float, float]) -> Quality:

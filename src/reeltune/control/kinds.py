@@ -1,4 +1,4 @@
-"""KINDS: every kind of control that can be made. What a kind needs is imported when its detector is opened.  (no torch)"""
+"""Every kind of control that can be made. What a kind needs is imported when its detector is opened.  (no torch)"""
 
 from __future__ import annotations
 
