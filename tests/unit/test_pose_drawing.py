@@ -1,4 +1,4 @@
-"""The drawing of poses: every width, colour and position of DWPose's, at any size, where the pixels of a clip would be."""
+"""The drawing of poses: each width, colour and position of DWPose's, at any size, where a clip's pixels would be."""
 
 from pathlib import Path
 

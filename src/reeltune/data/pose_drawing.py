@@ -133,7 +133,7 @@ def _fill_limb(picture_HW3: np.ndarray, start_2: np.ndarray, end_2: np.ndarray, 
     half_length, angle = int(math.hypot(across, down) / 2), int(math.degrees(math.atan2(down, across)))
     middle = _pixel((start_2 + end_2) / 2)
     outline = cv2.ellipse2Poly(middle, (half_length, LIMB_HALF_WIDTH_PX), angle, 0, 360, 1)
-    cv2.fillConvexPoly(picture_HW3, outline, colour)
+    cv2.fillConvexPoly(picture_HW3, np.array(outline, np.int32), colour)
 
 
 def _disc(picture_HW3: np.ndarray, point_2: np.ndarray, radius: int, colour: Sequence[int]) -> None:
