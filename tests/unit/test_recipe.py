@@ -156,7 +156,6 @@ def test_what_must_be_more_than_zero(name):
             "a prompt has one control",
         ),
         ({"validation_prompts": ["a"], "validation_control_from": ["a.mp4"]}, "give it, as canny"),
-        ({"control_detector": "models/dwpose"}, "control_kind is left out"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
         ({"rank": 8, "base_weights": "fp8", "engine": "fsdp"}, "base_weights is fp8 and engine is fsdp"),
         ({"rank": 8, "base_weights": "nf4", "use_dora": True}, "DoRA measures"),

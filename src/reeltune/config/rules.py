@@ -244,13 +244,12 @@ def _previews(validation: Validation) -> Iterator[tuple[tuple[str, ...], str]]:
             "validation_paths and validation_control_from are both given; a prompt has one control, made already or to "
             "be drawn; leave one of the two out",
         )
-    for name in ("validation_control_from", "control_detector"):
-        if getattr(validation, name) and validation.control_kind is None:
-            yield (
-                (name, "control_kind"),
-                f"{name} is {shown(getattr(validation, name))} and control_kind is left out, which says what is drawn; "
-                "give it, as canny",
-            )
+    if drawn and validation.control_kind is None:
+        yield (
+            ("validation_control_from", "control_kind"),
+            f"validation_control_from is {shown(drawn)} and control_kind is left out, which says what is drawn; give "
+            "it, as canny",
+        )
 
 
 def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -124,9 +124,12 @@ def _people(
 
 
 def _paths(asked: Asked, found: list[Any]) -> Scores | None:
-    if asked.record is None or asked.record.camera_path is None or len(asked.draw.frames) < 2:
+    record, count = asked.record, len(asked.draw.frames)
+    if record is None or record.camera_path is None or count < 2:
         return None
-    given_F19 = resample(read_poses(asked.record.camera_path), asked.record.frames, asked.frames)
+    poses_N19 = read_poses(record.camera_path)
+    stretched = (record.frames, asked.frames) if record.path else (count, range(count))  # of a prompt: over all of it
+    given_F19 = resample(poses_N19, *stretched)
     (found_F19,) = found
     agreed = camera_agreement(*(rows[:, 7:].reshape(-1, 3, 4) for rows in (given_F19, found_F19)))
     scores = {"rotation_deg": agreed.rotation_deg}

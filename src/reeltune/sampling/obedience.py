@@ -13,11 +13,11 @@ from torch import Tensor
 from reeltune.config.recipe import Validation
 from reeltune.control.judge import Asked, Judge, judge_of
 from reeltune.control.kinds import kind_named
-from reeltune.core.errors import UserError
+from reeltune.control.records import made_by
 from reeltune.core.reading import NUMBER, TEXT, Kind
 from reeltune.core.types import Batch
 from reeltune.sampling.paired import band95, keep_start, kept_start
-from reeltune.sampling.prompts import Request
+from reeltune.sampling.prompts import Request, refuse_other_control
 from reeltune.sampling.sample import Setup
 
 SCORE = Kind(lambda value: value is None or NUMBER.holds(value), "a number or null")
@@ -98,20 +98,33 @@ class Obedience:
         return step, scores
 
 
-def obedience_of(recipe: Validation, setup: Setup, requests: Sequence[Request], output_dir: Path) -> Obedience:
-    """Of these previews, by the recipe's control_kind. Raises UserError for one that the mode takes no control of, and
-    for a detector that is not there, or another."""
-    kind, needs = recipe.control_kind, setup.family.needs[setup.mode]
-    assert kind is not None
-    wanted = "camera" if kind_named(kind).form == "camera" else "control"
-    if wanted not in needs:
-        raise UserError(
-            "recipe",
-            f"control_kind is {kind} and train_mode is {setup.mode}, which takes no such control; leave one of the two "
-            "out",
-        )
+def obedience_of(
+    recipe: Validation, setup: Setup, requests: Sequence[Request], output_dir: Path
+) -> tuple[Obedience | None, list[str]]:
+    """(of these previews, by the recipe's control_kind or what `reeltune control` made their controls as, None where
+    neither tells; what to say).
+
+    Raises UserError for a kind that the mode takes no control of, and for a detector that is not there, or another.
+    """
+    kind, detector = recipe.control_kind, recipe.control_detector
+    if kind is None:
+        kind = _made_as(requests)
+        if kind is None:
+            return None, []
+        if kind_named(kind).needs and detector is None:
+            told = f"reeltune control made the controls as {kind}, and whether previews follow them is not measured"
+            return None, [f"{told}: it needs {kind_named(kind).needs}; give it as control_detector"]
+    refuse_other_control(kind, setup.family, setup.mode)
     settings = {name: getattr(recipe, name) for name in ("preview_steps", "guidance_scale", "negative_prompt")}
-    return Obedience(judge_of(kind, recipe.control_detector, setup.parts.device.type), requests, settings, output_dir)
+    return Obedience(judge_of(kind, detector, setup.parts.device.type), requests, settings, output_dir), []
+
+
+def _made_as(requests: Sequence[Request]) -> str | None:
+    """The kind of all controls that `reeltune control` made; None of none, and of several."""
+    records = [request.record for request in requests if request.record is not None]
+    made = [made_by(path) for record in records if (path := record.control_path or record.camera_path)]
+    kinds = {one.kind for one in made if one is not None}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _first(scores: dict[str, float]) -> float:

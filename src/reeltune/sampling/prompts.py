@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from reeltune.config.recipe import Recipe
+from reeltune.control.from_clip import Drawn, draw_controls
+from reeltune.control.kinds import kind_named
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Draw, Kind, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
@@ -42,6 +46,39 @@ class Request:
     control: str | None = None  # the path of the control clip, pose file or first picture
     entry: int | None = None  # place in the metadata of a held-out clip
     record: Record | None = None  # what it is read from
+    drawn: Drawn | None = None  # where its control was drawn from a raw clip
+
+
+def requests_of(recipe: Recipe, family: Family, mode: str, rules: SizeRules, *, device: str = "cpu") -> list[Request]:
+    """Of validation_prompts, each with its file of validation_paths, or one drawn from that of
+    validation_control_from. Raises UserError."""
+    validation, seed = recipe.validation, recipe.training.seed
+    drawn = drawn_controls(recipe, family, mode, device=device)
+    paths = [str(one.path) for one in drawn] or validation.validation_paths
+    requests = prompt_requests(family, mode, validation.validation_prompts, paths, rules, seed=seed)
+    return [replace(one, drawn=its) for one, its in zip(requests, drawn, strict=True)] if drawn else requests
+
+
+def drawn_controls(recipe: Recipe, family: Family, mode: str, *, device: str = "cpu") -> list[Drawn]:
+    """output_dir/drawn has them afterwards. Raises UserError."""
+    validation = recipe.validation
+    if not validation.validation_control_from:
+        return []
+    kind = validation.control_kind
+    assert kind is not None  # a rule of the recipe
+    refuse_other_control(kind, family, mode)
+    clips, folder = validation.validation_control_from, Path(recipe.output.output_dir) / "drawn"
+    return draw_controls(kind, validation.control_detector, clips, folder, device=device)
+
+
+def refuse_other_control(kind: str, family: Family, mode: str) -> None:
+    """Raises UserError for a kind of control that the mode takes none of."""
+    wanted = "camera" if kind_named(kind).form == "camera" else "control"
+    if wanted not in family.needs[mode]:
+        raise UserError(
+            "recipe",
+            f"control_kind is {kind} and train_mode is {mode}, which takes no such control; leave one of the two out",
+        )
 
 
 def prompt_requests(

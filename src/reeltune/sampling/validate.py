@@ -6,7 +6,7 @@ been. Both run on the main process alone; the others wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.sampling.obedience import Obedience, obedience_of
 from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
-from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
+from reeltune.sampling.prompts import Request, notice_cut, played, read_one, requests_of
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
 
 
@@ -189,6 +189,7 @@ class Validation:
     held_out: HeldOut | None
     previews: Previews
     output_dir: Path
+    notices: Sequence[str] = ()
 
     @classmethod
     def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
@@ -199,16 +200,14 @@ class Validation:
             levels = validation.held_out_levels
             held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
         if validation.validation_prompts:
-            prompts, paths = validation.validation_prompts, validation.validation_paths
-            requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
+            requests = requests_of(recipe, setup.family, setup.mode, rules, device=setup.parts.device.type)
         else:
             requests = held_out_requests(reader, rules, count=validation.preview_count, seed=seed)
         notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
         guidance = validation.guidance_scale, validation.negative_prompt
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
-        if validation.control_kind is not None:
-            previews.obedience = obedience_of(validation, setup, requests, output_dir)
-        return cls(held_out, previews, output_dir)
+        previews.obedience, notices = obedience_of(validation, setup, requests, output_dir)
+        return cls(held_out, previews, output_dir, notices)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
         """Makes the previews, measures them and the held-out clips.
