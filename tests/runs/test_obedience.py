@@ -1,14 +1,23 @@
 """Runs whose previews are held against their control."""
 
 import json
+import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
+from reeltune.cli import main
+from reeltune.config.recipe import Validation
 from reeltune.control.judge import Asked, judge_of
+from reeltune.control.records import Made
 from reeltune.core.errors import UserError
-from reeltune.core.types import Crop, Draw, Shape
+from reeltune.core.types import Crop, Draw, Record, Shape
+from reeltune.families.toy.family import FAMILY
+from reeltune.sampling.obedience import obedience_of
+from reeltune.sampling.prompts import Request
+from reeltune.sampling.sample import Setup
 from reeltune.training.loop import train
 from tests.runs.same_run import StopAfter, assert_same_end
 from tests.runs.small_run import recipe, write_array
@@ -78,5 +87,38 @@ def test_without_a_kind_nothing_is_measured(toy, data, tmp_path):
 
 
 def test_a_kind_that_the_mode_takes_no_control_of_is_refused(toy, data, tmp_path):
-    with pytest.raises(UserError, match="control_kind is camera and train_mode is control, which takes no such control"):
+    with pytest.raises(
+        UserError, match="control_kind is camera and train_mode is control, which takes no such control"
+    ):
         train(recipe(toy, data, tmp_path / "run", **SETTINGS | {"control_kind": "camera"}))
+
+
+def test_controls_of_reeltune_control_are_known_by_kind(toy, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("control", "index"))
+    out = str(folder / "metadata_control.json")
+    (folder / "metadata_control.json").unlink()
+    assert main(["control", str(folder / "metadata.json"), "--kind", "canny", "--least_score", "0", "--out", out]) == 0
+    settings = SETTINGS | {"control_kind": None, "max_train_steps": 1}
+    assert train(recipe(toy, folder, tmp_path / "run", **settings)) == 0
+    assert {(row["control_kind"], row["start_step"]) for row in obeyed(tmp_path / "run")} == {("canny", 0)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "detector", "measured", "said"),
+    [
+        (["canny", "canny"], None, "canny", ""),
+        (["canny", "depth"], None, None, ""),
+        ([None, None], None, None, ""),
+        (["depth", None], None, None, "made the controls as depth.*give it as control_detector"),
+    ],
+)
+def test_which_kind_is_measured(kinds, detector, measured, said, tmp_path, monkeypatch):
+    made = {f"{i}.mp4": None if kind is None else Made("", kind, "", "", "") for i, kind in enumerate(kinds)}
+    monkeypatch.setattr("reeltune.sampling.obedience.made_by", made.get)
+    records = [Record(i, "a", "", "video", 9, 8.0, 64, 64, control_path=f"{i}.mp4") for i in range(len(kinds))]
+    requests = [Request("", dict, 0, 8.0, record=record) for record in records]
+    setup = Setup(FAMILY, "control", FAMILY.load("toy"), FAMILY.objective)
+    found, notices = obedience_of(Validation(control_detector=detector), setup, requests, tmp_path)
+    assert (found and found.judge.kind) == measured
+    assert re.search(said, "".join(notices)) and bool(notices) == bool(said)

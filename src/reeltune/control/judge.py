@@ -65,7 +65,7 @@ class Judge:
         """Of a clip, uint8_FHWC; None where its control asks for nothing, or nothing can be said of the clip."""
         found: list[Any] = []
         try:
-            self.detect(Source.of(clip_FHWC, fps), found.append)
+            self.detect(Source.of(np.ascontiguousarray(clip_FHWC), fps), found.append)
         except MediaError:  # a clip that the detector cannot make anything of
             return None
         return self.measure.compare(asked, found) if found else None
