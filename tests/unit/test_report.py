@@ -319,11 +319,11 @@ def test_what_is_said_of_obedience_is_the_bands(change, row, answer, warns):
 
 def test_obedience_in_words():
     told = verdict([obedience(9, 0.3)], loss_falls=False)["reason"]
-    assert f"the edges {NASTY} went from 0.13 to 0.43 (more is better; the real clips have 0.90)" in told
+    assert f"the edges {NASTY} went from 0.13 to 0.43 (1 is best; the real clips have 0.90)" in told
     assert told.endswith("a mean change of +0.300, 95 % band +0.280 to +0.330, over 2 previews.")
     degrees = obedience(9, -3.0, rises=False, unit="°", score=4.04, score_start=7.04, truth=None)
     told = verdict([degrees], loss_falls=False)["reason"]
-    assert "from 7.0° to 4.0° (less is better): a mean change of −3.00°, 95 % band −3.02° to −2.97°" in told
+    assert "from 7.0° to 4.0° (0 is best): a mean change of −3.00°, 95 % band −3.02° to −2.97°" in told
 
 
 def test_a_report_warns_where_the_loss_falls_and_obedience_does_not_rise(tmp_path):

@@ -137,8 +137,8 @@ def _paths(asked: Asked, found: list[Any]) -> Scores | None:
 
 
 MEASURES = {
-    "canny": Measure("edges along the lines of the control (F1)", "", True, _lines),
+    "canny": Measure("edges on the control's lines (F1)", "", True, _lines),
     "depth": Measure("rank correlation with the control's depth", "", True, _depths),
     "pose": Measure("key points where the control has them (OKS)", "", True, _poses),
-    "camera": Measure("angle between the views asked for and found", "°", False, _paths),
+    "camera": Measure("angle between views asked for and found", "°", False, _paths),
 }

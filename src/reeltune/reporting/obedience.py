@@ -42,7 +42,7 @@ def verdict(rows: Sequence[dict], loss_falls: bool) -> dict[str, str] | None:
 
 
 def _reason(row: dict) -> str:
-    best = "more is better" if row["rises"] else "less is better"
+    best = "1 is best" if row["rises"] else "0 is best"
     truth = "" if row["truth"] is None else f"; the real clips have {shown(row, row['truth'])}"
     told = (
         f"From step {row['start_step']} to step {row['step']}, with the same noise, the {row['measure']} went from "
