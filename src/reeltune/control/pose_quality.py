@@ -7,6 +7,7 @@ from frame to frame, and its points do not leap. All lengths are in body sizes, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,8 +26,8 @@ MOST_LONGER = 2.0  # that the bone longest for its share may be beyond the third
 
 # (at which a part of the score is 0, at which it is 1). Measured, 2026-11-26, with mediapipe 0.10.21 on clips of an
 # astronaut, a hiker and two of a cat, which it takes for a person:
-JITTER = (0.10, 0.04)  # people 0.005 to 0.021, cats 0.11 to 0.21
-LIMB_CHANGE = (0.035, 0.020)  # people 0.003 to 0.010, cats 0.027 to 0.061
+JITTER = (0.10, 0.04)  # people 0.005 to 0.022, cats 0.10 to 0.21
+LIMB_CHANGE = (0.035, 0.020)  # people 0.003 to 0.010, cats 0.031 to 0.059
 # By the drawing: limbs are 8 pixels wide, a body of a tenth of 480 pixels has 48.
 SIZE = (0.05, 0.10)
 POINTS_SEEN = (0, 5)  # head and shoulders have 7
@@ -111,19 +112,21 @@ def limb_change_of(frames: list[list[Person]]) -> float:
 
     0 where nobody is seen in two frames that follow each other.
     """
-    changes = [np.zeros(0)]
-    for before, after in zip(frames, frames[1:], strict=False):
-        for person in before:
-            if (same := _same(person, after)) is not None:
-                changes.append(np.abs(_lengths(same) - _lengths(person)) / max(person.size, same.size))
-    return _median(np.concatenate(changes))
+    pairs = ((person, _same(person, after)) for before, after in pairwise(frames) for person in before)
+    return _median(
+        [
+            np.abs(_lengths(same) - _lengths(person)) / max(person.size, same.size)
+            for person, same in pairs
+            if same is not None
+        ]
+    )
 
 
 def jitter_of(frames: list[list[Person]]) -> float:
     """How far a point lies from half way between where it was and where it comes to, twice: the median of its second
     difference, in body sizes. Steady motion has none. 0 where nobody is seen in three frames that follow each other.
     """
-    leaps = [np.zeros(0)]
+    leaps = []
     for before, now, after in zip(frames, frames[1:], frames[2:], strict=False):
         for person in now:
             first, last = _same(person, before), _same(person, after)
@@ -131,7 +134,7 @@ def jitter_of(frames: list[list[Person]]) -> float:
                 second_P2 = first.points_P2 - 2 * person.points_P2 + last.points_P2
                 seen_P = first.seen_P & person.seen_P & last.seen_P
                 leaps.append(np.hypot(*second_P2[seen_P].T) / person.size)
-    return _median(np.concatenate(leaps))
+    return _median(leaps)
 
 
 def _same(person: Person, others: list[Person]) -> Person | None:
@@ -142,6 +145,7 @@ def _same(person: Person, others: list[Person]) -> Person | None:
     return near
 
 
-def _median(values: np.ndarray) -> float:
+def _median(parts: list[np.ndarray]) -> float:
+    values = np.concatenate([np.zeros(0), *parts])
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else 0.0
