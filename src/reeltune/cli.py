@@ -20,6 +20,7 @@ from reeltune.config.moved import in_its_folder, recipe_beside
 from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
+from reeltune.control.command import control_lines
 from reeltune.core.errors import UserError
 from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
@@ -33,6 +34,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   train    fine-tune a checkpoint as a recipe says
   check    scan the data and show what training would do with it; trains nothing
   plan     tell what a run will see, what memory it needs and how long it takes, before it
+  control  make a control for every clip of a list: edges, depth, a camera's path, poses
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
@@ -355,6 +357,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": of_recipe("train"),
     "check": of_recipe("check"),
     "plan": _plan,
+    "control": lambda argv: printed(control_lines(argv)),
     "cache": _cache_command,
     "sample": _sample,
     "report": _report,

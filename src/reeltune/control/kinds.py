@@ -1,5 +1,4 @@
-"""KINDS: every kind of control that can be made. What a kind needs is imported when its detector is opened.  (no torch)
-"""
+"""Every kind of control that can be made. What a kind needs is imported when its detector is opened.  (no torch)"""
 
 from __future__ import annotations
 
@@ -66,5 +65,5 @@ def kind_named(name: str) -> Kind:
     if name in ELSEWHERE:
         raise UserError("kind", f"{name} cannot be made here: {ELSEWHERE[name]}, and name them as control_file_path")
     near = difflib.get_close_matches(name, KINDS, 1)
-    hint = f"; is {near[0]} meant?" if near else ""
-    raise UserError("kind", f"{name!r} is no kind of control{hint} There are {', '.join(KINDS)}")
+    hint = f": is {near[0]} meant?" if near else ""
+    raise UserError("kind", f"{name!r} is no kind of control{hint}; there are {', '.join(KINDS)}")

@@ -12,15 +12,14 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from reeltune.core.files import whole_path
 from reeltune.core.types import Crop, Kind, Shape
 from reeltune.data import clips
+from reeltune.data.clip_writer import clip_written
 from reeltune.data.clips import EVEN_RATE, TIME_ROUNDING, decode, index_of, measure_clip, on_show
-from reeltune.data.display import FILTER, Displayer
+from reeltune.data.display import Displayer
 from reeltune.data.findings import DecodeCheck, Measure, MediaError, content_of, require_file
 from reeltune.data.keypoints import Keypoints, is_keypoints, read_keypoints
 from reeltune.data.pictures import is_picture, measure_picture, read_picture
@@ -140,23 +139,10 @@ def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: in
     """
     odd_h, odd_w = (side % 2 for side in frames_FHWC.shape[1:3])
     frames_FHWC = np.pad(frames_FHWC, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
-    options = {"movflags": "+faststart"}
-    with whole_path(Path(path)) as beside, av.open(str(beside), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames_FHWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
-        coder = stream.codec_context
-        coder.thread_count = 1  # the same bytes on every machine
-        coder.colorspace, coder.color_range = 1, ColorRange.MPEG  # 1 is BT.709 in FFmpeg's AVColorSpace
-        coder.color_primaries, coder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for rgb_HWC in frames_FHWC:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), "rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=FILTER,
-                threads=1,
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    rate = Fraction(fps).limit_denominator(1001)
+    with (
+        whole_path(Path(path)) as beside,
+        clip_written(beside, *frames_FHWC.shape[1:3], rate, 1 / rate, crf=crf) as clip,
+    ):
+        for tick, rgb_HWC in enumerate(frames_FHWC):
+            clip.add(rgb_HWC, tick)
