@@ -1,7 +1,7 @@
 """Which poses are to be trusted: on detections of mediapipe 0.10.21 in five clips, and in closed form.
 
 recorded_poses/ (2026-11-26): `solutions.pose`, complexity 1, tracking, least confidence 0.5, COCO's 17 of its 33
-points, of every frame or of every fourth. It finds a person in the cat in 25 of 29 frames, and in 7 of every fourth's 8.
+points, of every frame or of every fourth. It finds a person in the cat in 25 of 29 frames, in 7 of every fourth's 8.
 """
 
 from dataclasses import replace
