@@ -182,8 +182,9 @@ def _remembered(path: str, size: int, mtime_ns: int) -> Keypoints:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("kind") != "pose":
             told = {name: facts.get(name) for name in ("format", "kind")} if isinstance(facts, dict) else "no facts"
             raise MediaError(f"has {str(told)[:80]}, not key points of kind pose in format {FORMAT}", remedy=REMEDY)
-        kept: dict[str, Any] = {name: facts.get(name) for name in ("layout", "height", "width", "detector")}
-        keypoints = Keypoints(**(kept | arrays))
+        fields: dict[str, Any] = {name: facts.get(name) for name in ("layout", "height", "width", "detector")}
+        fields.update(arrays)
+        keypoints = Keypoints(**fields)
         _require_sound(keypoints)
     except _DAMAGE as error:
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
