@@ -1,12 +1,19 @@
 """A detector's finds on a clip, against the control as files have it."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from reeltune.control.judge import MEASURES, Asked, Judge
+from reeltune.config.recipe import ControlKind
+from reeltune.control.judge import MEASURES, Asked, Judge, judge_of
+from reeltune.control.kind import Source
+from reeltune.control.kinds import KINDS
+from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE
 from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import Keypoints, People, write_keypoints
+from tests.unit import room, tiny_onnx
 
 SHAPE, CROP = Shape(3, 64, 96), Crop(64, 128, 0, 16)  # of 8 frames of 128 x 256: every second, halved, sides cut off
 FRAMES = (1, 3, 5)
@@ -51,6 +58,7 @@ def test_poses_are_compared_where_the_clip_shows_them(tmp_path):
         scores = judge("pose", of_people(wrong, 64, 96)).scores(asked(control_path=str(path)), CLIP, 4.0)
         assert scores["oks"] < 0.95
     assert judge("pose", of_people(there, 64, 96)).scores(asked(control_path="drawn.mp4"), CLIP, 4.0) is None
+    assert judge("pose").scores(asked(control_path=str(path)), CLIP, 4.0) == {"oks": 0, "pck": 0}  # nobody is found
 
 
 def rows(shifts) -> np.ndarray:
@@ -83,6 +91,44 @@ def test_depth_and_lines_are_compared_with_the_control_as_the_network_saw_it():
     for kind in ("depth", "canny"):
         assert judge(kind, lines).scores(asked(CLIP), CLIP, 4.0) is None  # it asks for nothing
         assert judge(kind, lines).scores(asked(), CLIP, 4.0) is None
+
+
+def test_kinds_that_are_made_are_kinds_that_are_measured():
+    assert set(MEASURES) == set(KINDS) == set(get_args(ControlKind))
+
+
+def test_a_pose_is_found_again_where_its_detector_found_it(tmp_path):
+    pytest.importorskip("onnxruntime")
+    tiny_onnx.write_people_net(tmp_path / PEOPLE_FILE)
+    tiny_onnx.write_pose_net(tmp_path / POSE_FILE)
+    frames_FHWC = np.random.RandomState(0).randint(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    asks = judge_of("pose", str(tmp_path))
+    put = []
+    asks.detect(Source.of(frames_FHWC, 8.0), put.append)
+    write_keypoints(tmp_path / "a.npz", put[0])
+    draw = Draw(0, Shape(2, 64, 96), Crop(64, 96, 0, 0), (0, 1), 0, 0)
+    record = Record(0, "a.mp4", "", "video", 2, 8.0, 64, 96, control_path=str(tmp_path / "a.npz"))
+    assert asks.scores(Asked(draw, record, None), frames_FHWC, 8.0)["oks"] == pytest.approx(1, abs=1e-3)
+    assert asks.scores(Asked(draw, record, None), frames_FHWC[:, ::-1], 8.0)["oks"] < 0.9
+
+
+def test_a_walk_through_a_room_obeys_its_path_and_not_another(tmp_path):
+    pytest.importorskip("pycolmap")
+    centres, turns = room.walk(8)
+    frames_FHWC = np.stack([room.view(c, R, 200.0, 144, 192) for c, R in zip(centres, turns, strict=True)])
+    asks, scores = judge_of("camera", None), []
+    for name, way in (("own", 1), ("other", -1)):
+        matrices = np.concatenate([turns, -turns @ (way * centres[..., None])], axis=-1)
+        turned = matrices if way > 0 else np.concatenate([turns[::-1], matrices[..., 3:]], axis=-1)
+        numbers = [[i, 0.5, 0.9, 0.5, 0.5, 0, 0, *matrix.ravel()] for i, matrix in enumerate(turned)]
+        path = tmp_path / f"{name}.txt"
+        path.write_text("\n" + "\n".join(" ".join(map(str, row)) for row in numbers) + "\n")
+        draw = Draw(0, Shape(8, 144, 192), Crop(144, 192, 0, 0), tuple(range(8)), 0, 0)
+        record = Record(0, "a.mp4", "", "video", 8, 8.0, 144, 192, camera_path=str(path))
+        scores.append(asks.scores(Asked(draw, record, None), frames_FHWC, 8.0))
+    own, other = scores
+    assert own["rotation_deg"] < 1 and own["translation"] < 0.05
+    assert other["rotation_deg"] > 5 and other["translation"] > 0.2
 
 
 def test_clips_that_a_detector_makes_nothing_of():

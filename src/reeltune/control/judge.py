@@ -49,7 +49,7 @@ class Measure(NamedTuple):
     unit: str  # behind it: nothing, or a degree sign
     rises: bool  # more is better
     compare: Callable[[Asked, list[Any]], Scores | None]
-    """With what the detector put; None where the control asks for nothing, or nothing can be said of the clip."""
+    """With what the detector put, perhaps nothing; None where the control asks for nothing, or nothing can be said."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Judge:
             self.detect(Source.of(np.ascontiguousarray(clip_FHWC), fps), found.append)
         except MediaError:  # a clip that the detector cannot make anything of
             return None
-        return self.measure.compare(asked, found) if found else None
+        return self.measure.compare(asked, found)
 
     @property
     def unmeasured(self) -> str:
@@ -86,14 +86,14 @@ def judge_of(kind: str, detector: str | None, device: str = "cpu") -> Judge:
 
 
 def _lines(asked: Asked, found: list[Any]) -> Scores | None:
-    if asked.control_FHWC is None:
+    if asked.control_FHWC is None or not found:
         return None
     agreed = edge_agreement(lines_of(asked.control_FHWC), lines_of(np.concatenate(found)))
     return None if agreed is None else {"f1": agreed.f1, "precision": agreed.precision, "recall": agreed.recall}
 
 
 def _depths(asked: Asked, found: list[Any]) -> Scores | None:
-    if asked.control_FHWC is None:
+    if asked.control_FHWC is None or not found:
         return None
     correlation = rank_correlation(_brightness(asked.control_FHWC), _brightness(np.concatenate(found)))
     return None if correlation is None else {"correlation": correlation}
@@ -104,14 +104,14 @@ def _brightness(grey_FHWC: np.ndarray) -> np.ndarray:
 
 
 def _poses(asked: Asked, found: list[Any]) -> Scores | None:
-    """Only key points tell what was asked for; a drawing of them does not."""
+    """Only key points tell what was asked for; a drawing of them does not. Nothing found is nobody found."""
     path = None if asked.record is None else asked.record.control_path
     if path is None or not is_keypoints(path):
         return None
     crop, shape = asked.draw.crop, asked.draw.shape
     given = _people(read_keypoints(path), asked.frames, crop.height, crop.width, (crop.left, crop.top))
-    (keypoints,) = found
-    agreed = pose_agreement(given, _people(keypoints, range(shape.frames), shape.height, shape.width))
+    there = [_people(one, range(shape.frames), shape.height, shape.width) for one in found]
+    agreed = pose_agreement(given, there[0] if there else [np.zeros((0, 0, 3))] * shape.frames)
     return None if agreed is None else {"oks": agreed.oks, "pck": agreed.pck}
 
 
@@ -125,7 +125,7 @@ def _people(
 
 def _paths(asked: Asked, found: list[Any]) -> Scores | None:
     record, count = asked.record, len(asked.draw.frames)
-    if record is None or record.camera_path is None or count < 2:
+    if record is None or record.camera_path is None or count < 2 or not found:
         return None
     poses_N19 = read_poses(record.camera_path)
     stretched = (record.frames, asked.frames) if record.path else (count, range(count))  # of a prompt: over all of it
