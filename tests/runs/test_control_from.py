@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from reeltune.config.recipe import Data, Model, Output, Recipe, Sizes, Training,
 from reeltune.control.from_clip import draw_controls
 from reeltune.control.kind import Settings, pictures
 from reeltune.control.kinds import kind_named
+from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE
 from reeltune.control.source import source_of
 from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Shape
@@ -21,6 +23,7 @@ from reeltune.families.toy.family import FAMILY
 from reeltune.run.sizes import size_rules
 from reeltune.sampling.clips import sample_clips
 from reeltune.sampling.prompts import requests_of
+from tests.unit import tiny_onnx
 
 
 def frames_of(count=12, height=72, width=96) -> np.ndarray:
@@ -117,3 +120,30 @@ def test_clips_that_no_control_can_be_drawn_from_are_all_named(data, tmp_path):
     other = replace(asked, model=replace(asked.model, train_mode="normal"))
     with pytest.raises(UserError, match="takes no such control"):
         sample_clips(other)
+
+
+def test_key_points_of_a_raw_clip(data, tmp_path, caplog):
+    """They are the file of `reeltune control`, drawn at the size sampled; that the clip is a poor one is said."""
+    pytest.importorskip("onnxruntime")
+    nets = tmp_path / "nets"
+    nets.mkdir()
+    tiny_onnx.write_people_net(nets / PEOPLE_FILE)
+    tiny_onnx.write_pose_net(nets / POSE_FILE)
+    noise = np.random.RandomState(0).randint(0, 256, (5, 9, 12, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    write_clip(data / "a.mp4", noise, 12)
+    words = ["--kind", "pose", "--detector", str(nets), "--least_score", "0", "--out", str(data / "metadata_pose.json")]
+    assert main(["control", str(data / "metadata.json"), *words]) == 0
+    named = data / "control/pose/a.mp4.npz"
+    raw = recipe(
+        tmp_path,
+        data,
+        validation_control_from=(str(data / "a.mp4"),),
+        control_kind="pose",
+        control_detector=str(nets),
+    )
+    given = recipe(tmp_path, data, validation_paths=(str(named),))
+    requests = [requests_of(one, FAMILY, "control", size_rules(one, FAMILY))[0] for one in (given, raw)]
+    assert "its control of kind pose scores" in caplog.text
+    assert Path(requests[1].control).read_bytes() == named.read_bytes()
+    controls = [request.batch().control_BFCHW for request in requests]
+    assert torch.equal(*controls) and controls[0].shape == (1, 5, 3, 64, 64) and controls[0].any()

@@ -15,6 +15,7 @@ from reeltune.core.errors import refuse
 from reeltune.core.types import Kind as MediaKind
 from reeltune.data.findings import MediaError, content_of, require_file
 from reeltune.data.pictures import is_picture
+from reeltune.families.tensor_files import notice
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,7 @@ def _draw(kind: Kind, detector: Detector, clip: str, folder: Path) -> Path:
     quality = make_control(detector, kind.form, Path(clip), media, source_of(Path(clip), media), control)
     if quality.reason:
         raise MediaError(quality.reason)
+    if quality.score < kind.least_score:
+        least = f"below {kind.least_score:g} reeltune control leaves a clip out"
+        notice(f"{clip}: its control of kind {kind.name} scores {quality.score:.2f}; {least}")
     return control

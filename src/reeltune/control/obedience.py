@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from reeltune.data.pose_drawing import SEEN_SCORE
+
 # ---- edges
 
 EDGE_REACH = 0.0075  # of the diagonal: how far an edge may lie from its line (Berkeley benchmark, as below)
@@ -78,8 +80,10 @@ def rank_correlation(given_FHW: np.ndarray, found_FHW: np.ndarray) -> float | No
     if given_FHW.shape != found_FHW.shape:
         raise ValueError(f"{given_FHW.shape} and {found_FHW.shape} are not of one shape")
     # counts of each pair of values: all that ranks, means and products need
-    joint = np.bincount(given_FHW.ravel().astype(np.int64) * 256 + found_FHW.ravel(), minlength=256 * 256)
-    joint = joint.reshape(256, 256).astype(np.float64)
+    joint = np.zeros(256 * 256)
+    for given_HW, found_HW in zip(given_FHW, found_FHW, strict=True):
+        joint += np.bincount(given_HW.ravel().astype(np.intp) * 256 + found_HW.ravel(), minlength=256 * 256)
+    joint = joint.reshape(256, 256)
     a, b = (_centred_ranks(joint.sum(axis)) for axis in (1, 0))
     spread_a, spread_b = joint.sum(1) @ a**2, joint.sum(0) @ b**2
     if spread_a == 0:
@@ -98,7 +102,6 @@ def _centred_ranks(counts: np.ndarray) -> np.ndarray:
 # (https://cocodataset.org/#keypoints-eval; pycocotools, Params.kpt_oks_sigmas).
 SIGMAS_17 = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000
 BODY = len(SIGMAS_17)  # the first key points of COCO-WholeBody's 133 too
-SEEN = 0.3  # least score of a key point that is drawn, and so asked for (DWPose's drawing)
 AREA_OF_BOX = 0.53  # a person's area as a share of the box, where no outline is known (xtcocotools, cocoeval.py)
 PCK_REACH = 0.1  # of the longer side of a person's box (Yang and Ramanan 2013, https://doi.org/10.1109/TPAMI.2012.261)
 
@@ -115,7 +118,7 @@ def pose_agreement(given: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> 
 
     People are paired by their OKS, best first, as COCO's evaluation does. The mean is over the people of a frame, asked
     for or found, whichever are more, so that a missing person and one too many both count 0; then over the frames with
-    people. A key point with a score below 0.3 is not asked for, or not found.
+    people. A key point whose score is too low to be drawn is not asked for, or not found.
     """
     frames = [
         _people(given_NK3[:, :BODY], found_NK3[:, :BODY]) for given_NK3, found_NK3 in zip(given, found, strict=True)
@@ -129,8 +132,8 @@ def pose_agreement(given: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> 
 
 def _people(given_NK3: np.ndarray, found_NK3: np.ndarray) -> tuple[float, float] | None:
     """(OKS, PCK) of one frame."""
-    asked = [person for person in given_NK3 if (person[:, 2] >= SEEN).any()]
-    there = [person for person in found_NK3 if (person[:, 2] >= SEEN).any()]
+    asked = [person for person in given_NK3 if (person[:, 2] >= SEEN_SCORE).any()]
+    there = [person for person in found_NK3 if (person[:, 2] >= SEEN_SCORE).any()]
     if not asked:
         return None
     pairs = sorted(
@@ -149,9 +152,9 @@ def _people(given_NK3: np.ndarray, found_NK3: np.ndarray) -> tuple[float, float]
 
 def _person(given_K3: np.ndarray, found_K3: np.ndarray) -> tuple[float, float]:
     """(OKS, PCK) over the key points asked for."""
-    asked = given_K3[:, 2] >= SEEN
+    asked = given_K3[:, 2] >= SEEN_SCORE
     given, found, sigmas = given_K3[asked], found_K3[asked], SIGMAS_17[asked]
-    there = found[:, 2] >= SEEN
+    there = found[:, 2] >= SEEN_SCORE
     sides = np.maximum(np.ptp(given[:, :2], axis=0), 1)  # a pixel at least, so that one key point has a size
     apart = np.hypot(*(given[:, :2] - found[:, :2]).T)
     similar = np.exp(-(apart**2) / (2 * AREA_OF_BOX * sides.prod() * (2 * sigmas) ** 2))
