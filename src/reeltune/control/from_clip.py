@@ -1,4 +1,4 @@
-"""Controls of single clips, as `reeltune control` makes them, beside what is made from them.  (no torch)"""
+"""Controls of single clips, as `reeltune control` makes them, beside what is made from them."""
 
 from __future__ import annotations
 
