@@ -220,7 +220,7 @@ def test_text_is_shown_and_never_run(page, html):
     assert page.tags.count("script") == 1
     assert "alert(" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     told = 1 + 1 + 2 + 2 + 1  # notice, problem, prompts, first batch, recipe
-    obeys = 1 + 1 + 2 * 3 + 1  # sentence, number, clips, title of the chart
+    obeys = 1 + 1 + 2 * 3  # sentence, number, clips
     assert page.text.count(NASTY) == told + obeys
     assert "{{" not in html.replace("{{ 7 * 7 }}", "")
 

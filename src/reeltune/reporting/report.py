@@ -165,16 +165,16 @@ def headline(metrics: Metrics) -> list[dict[str, str]]:
 
 
 def curves(metrics: Metrics) -> list[dict]:
-    drawn, steps, validations = [], metrics.steps, metrics.validations
-    if metrics.obedience:
-        title, svg = metrics.obedience[-1]["measure"], charts.paired(metrics.obedience, "score", "obedience by step")
-        drawn.append({"title": f"Obedience: {title}", "kind": "pair", "svg": svg})
+    drawn, steps, validations, obeyed = [], metrics.steps, metrics.validations, metrics.obedience
+    size = charts.THIRD if validations and obeyed else charts.HALF
+    if obeyed:
+        svg = charts.paired(obeyed, "score", "obedience by step", size)
+        drawn.append({"title": "Obedience", "kind": "pair", "svg": svg})
     if validations:
-        svg = charts.paired(validations, "loss", "held-out loss by step")
+        svg = charts.paired(validations, "loss", "held-out loss by step", size)
         drawn.append({"title": "Held-out loss", "kind": "pair", "svg": svg})
-        drawn.append(
-            {"title": "By noise level", "kind": "bars", "svg": charts.noise_bands(validations[-1]["per_band"])}
-        )
+        svg = charts.noise_bands(validations[-1]["per_band"], size)
+        drawn.append({"title": "By noise level", "kind": "bars", "svg": svg})
     drawn += [
         {"title": title, "kind": "line", "svg": draw(steps["step"], steps[name], title)}
         for name, title, draw in (
@@ -184,7 +184,7 @@ def curves(metrics: Metrics) -> list[dict]:
         )
         if name in steps
     ]
-    return [{**curve, "svg": Markup(curve["svg"])} for curve in drawn]
+    return [{**curve, "svg": Markup(curve["svg"]), "wide": size == charts.HALF} for curve in drawn]
 
 
 def time_split(metrics: Metrics) -> dict | None:
