@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from reeltune.cache.fill import fill
 from reeltune.cli import main
 from reeltune.config.recipe import Validation
 from reeltune.control.judge import Asked, judge_of
@@ -81,6 +82,14 @@ def test_a_resumed_run_obeys_as_an_unbroken_one(toy, data, tmp_path):
     assert len(obeyed(tmp_path / "broken")) == 3
 
 
+def test_a_cached_run_obeys_as_a_live_one(toy, data, tmp_path):
+    settings = SETTINGS | {"max_train_steps": 2, "cache_variants": 1}
+    live = recipe(toy, data, tmp_path / "live", **settings)
+    cached = recipe(toy, data, tmp_path / "cached", cache_folder=str(tmp_path / "cache"), **settings)
+    assert fill(cached) == train(cached) == train(live) == 0
+    assert obeyed(tmp_path / "live") == obeyed(tmp_path / "cached") != []
+
+
 def test_without_a_kind_nothing_is_measured(toy, data, tmp_path):
     assert train(recipe(toy, data, tmp_path / "run", **SETTINGS | {"control_kind": None, "max_train_steps": 1})) == 0
     assert not obeyed(tmp_path / "run") and not (tmp_path / "run/validation/start_obedience.json").exists()
@@ -122,3 +131,4 @@ def test_which_kind_is_measured(kinds, detector, measured, said, tmp_path, monke
     found, notices = obedience_of(Validation(control_detector=detector), setup, requests, tmp_path)
     assert (found and found.judge.kind) == measured
     assert re.search(said, "".join(notices)) and bool(notices) == bool(said)
+    assert obedience_of(Validation(control_kind="canny"), setup, [], tmp_path) == (None, [])  # no previews

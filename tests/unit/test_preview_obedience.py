@@ -102,7 +102,8 @@ def test_previews_of_which_nothing_can_be_said_are_left_out_of_both_means(tmp_pa
 
 def test_a_resumed_run_pairs_with_the_same_start(tmp_path):
     measured(obedience(tmp_path), 0, [51, 102, 0])
-    again = measured(obedience(tmp_path), 7, [102, 102, 102])
+    moved = [replace(one, control=f"/elsewhere/{one.control}") for one in requests()]
+    again = measured(obedience(tmp_path, requests=moved), 7, [102, 102, 102])
     assert again["start_step"] == 0 and again["score_start"] == pytest.approx(0.2)
     anew = measured(obedience(tmp_path), 0, [102, 102, 102])  # a run that starts anew in the same folder
     assert anew["score_start"] == pytest.approx(0.4)

@@ -86,7 +86,9 @@ class Obedience:
         measured_on = {
             "control_kind": self.judge.kind,
             "detector": self.judge.detector,
-            "previews": [f"{one.seed} {one.entry} {one.control} {one.prompt}" for one in self.requests],
+            "previews": [
+                f"{one.seed} {one.entry} {Path(one.control or '').name} {one.prompt}" for one in self.requests
+            ],
             "settings": self.settings,
         }
         kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": SCORE.many()}
@@ -115,6 +117,8 @@ def obedience_of(
             told = f"reeltune control made the controls as {kind}, and whether previews follow them is not measured"
             return None, [f"{told}: it needs {kind_named(kind).needs}; give it as control_detector"]
     refuse_other_control(kind, setup.family, setup.mode)
+    if not requests:
+        return None, []
     settings = {name: getattr(recipe, name) for name in ("preview_steps", "guidance_scale", "negative_prompt")}
     return Obedience(judge_of(kind, detector, setup.parts.device.type), requests, settings, output_dir), []
 
