@@ -12,8 +12,6 @@ evenly over the clip, within UPPER; the lower one is half of it (Canny 1986, sec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import cv2
 import numpy as np
 
@@ -70,11 +68,11 @@ def lines_of(rgb_HW3: np.ndarray, low: float, high: float, before_HW: np.ndarray
     if found is None:
         return weak_HW
     columns, rows = found.reshape(-1, 2).T
-    places = rows * weak_HW.shape[1] + columns
+    places: np.ndarray = rows * weak_HW.shape[1] + columns
     across, down = (way_HW3.reshape(-1, 3)[places] for way_HW3 in (across_HW3, down_HW3))
-    strong = (np.abs(across) + np.abs(down) > int(high)).any(1)
+    strong = np.flatnonzero((np.abs(across) + np.abs(down)).max(1) > int(high))
     count, labels_HW = cv2.connectedComponents(weak_HW, connectivity=8, ltype=cv2.CV_32S)
-    labels = labels_HW.ravel()[places]
+    labels: np.ndarray = labels_HW.ravel()[places]
     kept = np.zeros(count, bool)
     kept[labels[strong]] = True
     if before_HW is not None:
@@ -87,7 +85,7 @@ def lines_of(rgb_HW3: np.ndarray, low: float, high: float, before_HW: np.ndarray
 def thresholds_of(source: Source) -> tuple[float, float]:
     """(lower, upper) of the whole clip; see above."""
     counts = np.zeros(4 * 2 * 255 + 1, np.int64)  # of L1 gradients of a 3x3 Sobel: whole numbers up to 2040
-    for rgb_HW3 in _spread(source.frames(), len(source.times_s)):
+    for rgb_HW3 in source.spread(LOOKED_AT):
         grey_HW = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2GRAY)
         across_HW, down_HW = cv2.spatialGradient(grey_HW)
         size_HW = np.abs(across_HW) + np.abs(down_HW)
@@ -96,14 +94,6 @@ def thresholds_of(source: Source) -> tuple[float, float]:
     upper = int(np.argmax(above <= STRONGEST * above[0]))
     high = float(np.clip(upper, *UPPER))
     return high / RATIO, high
-
-
-def _spread(frames: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """At most LOOKED_AT of them, from the first to the last."""
-    wanted = set(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int).tolist())
-    for place, frame in enumerate(frames):
-        if place in wanted:
-            yield frame
 
 
 def _widened(lines_HW: np.ndarray) -> np.ndarray:

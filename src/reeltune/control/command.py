@@ -50,17 +50,16 @@ def control_lines(argv: Sequence[str]) -> Iterator[str]:
             attempt(kind_named, name)
         detectors = attempt(_detectors, options.detector, options.kind)
         attempt(_check_numbers, options)
-        outs = attempt(_outs, options.out, options.kind) if care is None else None
+        outs = {} if care else attempt(_outs, options.out, options.kind)
     kinds = tuple(dict.fromkeys(options.kind))
-    thresholds = (
-        None if options.canny_thresholds is None else (options.canny_thresholds[0], options.canny_thresholds[1])
-    )
+    low_high = options.canny_thresholds
+    settings = Settings(None if low_high is None else (low_high[0], low_high[1]), options.device)
 
     from reeltune.control.care import prune, verify
     from reeltune.control.stage import Order
 
     data_dir = options.train_data_dir or options.list.absolute().parent
-    order = Order(options.list, data_dir, kinds, detectors, Settings(thresholds, options.device))
+    order = Order(options.list, data_dir, kinds, detectors, settings)
     if care == "verify":
         yield verify(order)
     elif care == "prune":

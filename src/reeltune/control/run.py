@@ -33,4 +33,4 @@ def run(order: Order, outs: Mapping[str, Path], workers: int, least_score: float
         write_ledger(ledger, kind, found)
         write_sheet(page, kind, order.data_dir, found)
         count = write_list(out, found)
-        yield f"{out}: {count} of {len(found)} entries have a control; {ledger.name} tells of each, {page.name} shows them"
+        yield f"{out}: {count} of {len(found)} entries have a control ({ledger.name}; {page.name} shows them)"
