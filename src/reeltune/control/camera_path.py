@@ -23,9 +23,10 @@ from reeltune.data.camera import POSE_ASPECT, rays
 from reeltune.data.findings import MediaError
 
 VERSION = 1  # raise it when the same clip gets another path
-LOOKED_AT = 120  # frames, evenly over the clip
-LONG_SIDE_PX = 1024  # of a frame that is looked at, at most; errors are in its pixels
-OVERLAP = 10  # frames that each is matched with
+LOOKED_AT = 60  # frames, evenly over the clip
+LONG_SIDE_PX = 640  # of a frame that is looked at, at most; errors are in its pixels
+OVERLAP = 5  # frames before it that each is matched with, and those 8, 16 and 32 before
+MOST_FEATURES = 2048  # of a frame: matching takes their square
 MOST_ERROR_PX = 1.5  # mean reprojection error; sound reconstructions have 0.3 to 1 (COLMAP's FAQ; ours 0.4)
 LEAST_SHARE = 0.8  # of the frames looked at that the path must hold
 LEAST_POINTS = 50  # of the scene; with fewer a path is chance
@@ -72,7 +73,9 @@ def open_camera(settings: Settings) -> Detector:
         return quality
 
     version = str(pycolmap.__version__)
-    return Detector(digest_of("camera", [VERSION, version, LOOKED_AT, LONG_SIDE_PX, OVERLAP, SEED]), detect)
+    return Detector(
+        digest_of("camera", [VERSION, version, LOOKED_AT, LONG_SIDE_PX, OVERLAP, MOST_FEATURES, SEED]), detect
+    )
 
 
 def _quality(found: Path3D, looked_at: int) -> Quality:
@@ -115,6 +118,7 @@ def reconstruct(pycolmap: Any, folder: Path, looked_at: int) -> Path3D | None:
     names = [_name(place) for place in range(looked_at)]
     reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
     extraction = pycolmap.FeatureExtractionOptions(num_threads=1)
+    extraction.sift.max_num_features = MOST_FEATURES
     single = pycolmap.CameraMode.SINGLE
     pycolmap.extract_features(database, frames, names, single, reader, extraction, pycolmap.Device.cpu)
     matching = pycolmap.FeatureMatchingOptions(num_threads=1)

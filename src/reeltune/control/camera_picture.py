@@ -26,9 +26,7 @@ def path_picture(path: Path, side: int) -> np.ndarray:
     middle_2 = (seen_F2.max(0) + seen_F2.min(0)) / 2
     reach = max(float(np.abs(seen_F2 - middle_2).max()), 1e-6)
     scale = side * (0.5 - MARGIN) / reach
-    pixels_F2 = np.stack(
-        [side / 2 + (seen_F2 - middle_2)[:, 0] * scale, side / 2 - (seen_F2 - middle_2)[:, 1] * scale], 1
-    )
+    pixels_F2 = side / 2 + (seen_F2 - middle_2) * (scale, -scale)
     picture_HW3 = np.full((side, side, 3), GROUND, np.uint8)
     for frame in np.linspace(0, len(pixels_F2) - 1, min(len(pixels_F2), VIEWS)).round().astype(int):
         end_2 = pixels_F2[frame] + ahead_F2[frame] * (LENGTH * side, -LENGTH * side)
