@@ -68,6 +68,8 @@ def test_what_does_not_fit_its_clip_is_refused_in_words(folder):
     assert "has frame 1 at 0.127 s, its clip at 0.125 s: times differ" in told and "Make it again" in told
     write_keypoints(folder / "rounded.npz", walk(5, 48, 64, times_s=np.arange(5) / 8 + [0, 9e-4, 0, -9e-4, 0]))
     assert len(scanned(folder, "rounded.npz").records) == 1  # as Matroska rounds times
+    write_keypoints(folder / "late.npz", walk(5, 48, 64, times_s=np.arange(5) / 8 + [0, 0, 0, 0, 0.0015]))
+    assert "has frame 4 at 0.50" in refusal(folder, "late.npz")
     write_keypoints(folder / "moving.npz", walk(2, 48, 64))
     assert "has 2 frames" in refusal(folder, "moving.npz", clip="a.png")
 

@@ -110,7 +110,9 @@ def test_a_bone_that_no_body_has_is_noticed():
     seen = np.ones(17, bool)
     assert is_plausible(Person(body_P2, seen, body_P2.mean(axis=0), 100.0))
     flung_P2 = body_P2.copy()
-    flung_P2[9] += [0, 80]  # a wrist below the feet
+    flung_P2[9] += [0, 10]  # a forearm 1.5 times as long for its share as the third longest bone
+    assert is_plausible(Person(flung_P2, seen, body_P2.mean(axis=0), 100.0))
+    flung_P2[9] += [0, 12]  # 2.2 times
     assert not is_plausible(Person(flung_P2, seen, body_P2.mean(axis=0), 100.0))
     unseen = replace(Person(flung_P2, seen, body_P2.mean(axis=0), 100.0), seen_P=np.arange(17) != 9)
     assert is_plausible(unseen)

@@ -77,10 +77,10 @@ def _session(path: Path, device: str) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what is wrong is raised too
     wanted, _, number = device.partition(":")
-    provider = PROVIDERS.get(wanted)
+    provider = PROVIDERS.get(wanted, "")
     if provider not in onnxruntime.get_available_providers():
         raise UserError("device", f"this onnxruntime cannot compute on {device}; install onnxruntime-gpu, or give cpu")
-    placed = [(provider, {"device_id": number})] if number else [provider]
+    placed = [(provider, {"device_id": number} if number else {})]
     with as_user_error(path, "is no ONNX network that onnxruntime reads"):
         session = onnxruntime.InferenceSession(str(path), options, providers=placed)
     expected = _FORMS[path.name]
