@@ -131,7 +131,7 @@ def test_the_new_list_is_the_old_one_with_controls(made_once):
     assert [row["file_path"] for row in rows] == list(CASES) and {row["status"] for row in rows} == {"made"}
     assert all(0 < float(row["lines_share"]) < 0.5 for row in rows)
     page = (made_once / "new.html").read_text()
-    assert page.count("data:image/jpeg") == 3 * len(CASES) and "http" not in page
+    assert page.count("data:image/jpeg") == 3 * len(CASES) and "http:" not in page and "https:" not in page
 
 
 def test_a_second_time_nothing_is_made(data, monkeypatch):
