@@ -25,7 +25,7 @@ from reeltune.data.findings import MediaError
 VERSION = 1  # raise it when the same clip gets another path
 LOOKED_AT = 60  # frames, evenly over the clip
 LONG_SIDE_PX = 640  # of a frame that is looked at, at most; errors are in its pixels
-OVERLAP = 5  # frames before it that each is matched with, and those 8, 16 and 32 before
+OVERLAP = 5  # frames before it that each is matched with, and further ones (COLMAP's quadratic overlap)
 MOST_FEATURES = 2048  # of a frame: matching takes their square
 MOST_ERROR_PX = 1.5  # mean reprojection error; sound reconstructions have 0.3 to 1 (COLMAP's FAQ; ours 0.4)
 LEAST_SHARE = 0.8  # of the frames looked at that the path must hold

@@ -24,21 +24,27 @@ def source_of(path: Path, kind: Kind) -> Source:
     name, height, width = str(path), found.height, found.width
     if kind == "image":
         whole = Crop(height, width, 0, 0)
-        return Source(height, width, np.zeros(1), lambda: iter([read_picture(name, whole).transpose(1, 2, 0)[None]]))
+        return Source(
+            height,
+            width,
+            np.zeros(1),
+            lambda: iter([np.ascontiguousarray(read_picture(name, whole).transpose(1, 2, 0))[None]]),
+        )
     return Source(height, width, index_of(name).times_s, lambda: _chunks(name, found.frames, height, width))
 
 
 def _chunks(path: str, count: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """uint8 F H W 3. Each is a new array, as whoever gets it may keep it."""
+    """uint8 F H W 3, in C's order. Each is a new array, as whoever gets it may keep it."""
     displayer, size = Displayer(height, width), frames_a_chunk(height, width)
-    held = []
+    chunk_FHW3, held = np.empty((0, height, width, 3), np.uint8), 0
     for decoded in decode(path, range(count)):
-        held.append(np.stack(displayer.planes(decoded.frame), axis=-1))
-        if len(held) == size:
-            yield np.stack(held)
-            held = []
-    if held:
-        yield np.stack(held)
+        if held == len(chunk_FHW3):
+            chunk_FHW3, held = np.empty((min(size, count - decoded.rank), height, width, 3), np.uint8), 0
+        for channel, plane_HW in enumerate(displayer.planes(decoded.frame)):
+            chunk_FHW3[held, :, :, channel] = plane_HW
+        held += 1
+        if held == len(chunk_FHW3):
+            yield chunk_FHW3
 
 
 def require_like(control: Path, source: Source, kind: Kind) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,10 +134,11 @@ def make_all(order: Order, maker: Maker, workers: int) -> int:
         crew = _start(order, min(workers, len(left)) - 1)
         try:
             with Interrupt("ends after this clip") as interrupt, ProgressBar(len(left), shown=True) as bar:
-                for name in order.kinds:
-                    there = sum(job.kind.name == name for job in jobs) - sum(job.kind.name == name for job in left)
-                    if there:
-                        bar.say(f"{name}: {there} were there")
+                there = Counter(job.kind.name for job in set(jobs).difference(left, maker.unread))
+                for name, count in sorted(there.items()):
+                    bar.say(f"{name}: {count} were there")
+                for job, reason in maker.unread.items():
+                    bar.say(_left_out(job, reason))
                 _work(left, maker, held, interrupt, bar)
                 return interrupt.code
         finally:
@@ -188,5 +190,9 @@ def _tell(job: Job, maker: Maker, bar: ProgressBar) -> None:
     made = maker.records.get(job.kind.name, job.control)
     reason = maker.unread.get(job) or (made.reason if made else "")
     if reason:
-        bar.say(f"left out: {printable(job.clip)} {reason}")
+        bar.say(_left_out(job, reason))
     bar.advance()
+
+
+def _left_out(job: Job, reason: str) -> str:
+    return f"left out: {printable(job.clip)} {reason}"

@@ -19,7 +19,9 @@ from reeltune.data.keypoints import Keypoints, write_keypoints
 
 ENDINGS = {("pictures", "video"): ".mp4", ("pictures", "image"): ".png"}  # of others, by form alone
 FORM_ENDINGS = {"keypoints": ".npz", "camera": ".txt"}
-CRF, PRESET = 18, "veryfast"  # lines of one pixel: 0.99 of them are found again (measured, 2026-11-26)
+# x264's. mbtree: with it, 10 of 25 encodings of the same frames had other bytes (x264 165, beside B frames and its
+# assembler code; measured, 2026-11-26). crf: see tests/unit/test_control_stage.py for how many lines are found again.
+ENCODING = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
 CAMERA_HEADER = "time fx fy cx cy 0 0 world-to-camera, row by row"
 
 
@@ -65,7 +67,7 @@ def _write_clip(detector: Detector, path: Path, source: Source, control: Path) -
     shown = iter(ticks.tolist())
     try:
         with whole_path(control) as beside:
-            with clip_written(beside, source.height, source.width, rate, index.tick_s, crf=CRF, preset=PRESET) as clip:
+            with clip_written(beside, source.height, source.width, rate, index.tick_s, ENCODING) as clip:
 
                 def put(drawn_FHW3: np.ndarray) -> None:
                     for rgb_HW3 in drawn_FHW3:

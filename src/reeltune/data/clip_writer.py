@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +17,20 @@ from reeltune.data.display import FILTER
 class ClipWriter:
     """H.264 in mp4, which browsers play: 4:2:0 with even sides, 4:4:4 with odd ones; BT.709, index first."""
 
-    def __init__(self, container: av.container.OutputContainer, height: int, width: int, rate: Fraction,
-                 tick_s: Fraction, crf: int, preset: str):  # fmt: skip
+    def __init__(
+        self,
+        container: av.container.OutputContainer,
+        height: int,
+        width: int,
+        rate: Fraction,
+        tick_s: Fraction,
+        options: Mapping[str, str],
+    ):
         self.container, self.stream = container, container.add_stream("libx264", rate=rate)
         self.stream.height, self.stream.width = height, width
         self.format = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         self.stream.pix_fmt = self.format
-        self.stream.options = {"crf": str(crf), "preset": preset}
+        self.stream.options = dict(options)
         coder = self.stream.codec_context
         coder.time_base = self.stream.time_base = tick_s
         coder.thread_count = 1  # the same bytes on every machine
@@ -45,10 +52,12 @@ class ClipWriter:
 
 
 @contextmanager
-def clip_written(path: Path, height: int, width: int, rate: Fraction, tick_s: Fraction, *, crf: int = 18,
-                 preset: str = "medium") -> Iterator[ClipWriter]:  # fmt: skip
-    """Within, frames are added; at its end the clip is whole. rate: frames a second; tick_s: what ticks count."""
+def clip_written(
+    path: Path, height: int, width: int, rate: Fraction, tick_s: Fraction, options: Mapping[str, str]
+) -> Iterator[ClipWriter]:
+    """Within, frames are added; at its end the clip is whole. rate: frames a second; tick_s: what ticks count; options:
+    x264's, by their names in FFmpeg."""
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        writer = ClipWriter(container, height, width, rate, tick_s, crf, preset)
+        writer = ClipWriter(container, height, width, rate, tick_s, options)
         yield writer
         container.mux(writer.stream.encode())
