@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from reeltune.control.device import require_device
 from reeltune.control.kind import digest_of
 from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded, require_numbers
 from reeltune.core.errors import UserError
-from reeltune.core.reading import as_user_error, read_table
+from reeltune.core.reading import read_table
 from reeltune.data.keypoints import LAYOUTS, People
+from reeltune.families.tensor_files import files_of
+from reeltune.families.weights import load_encoder
 
 VERSION = 1  # raise it when the same networks find otherwise
 PEOPLE_MODEL, POSE_MODEL = "rt_detr", "vitpose"  # model_type of their config.json
@@ -32,11 +35,14 @@ HEAT = (0.001, 50.0)  # to which it is limited before its logarithm is taken (th
 
 def open_vit(folder: Path, device: str) -> PoseFinder:
     """folder: with a folder of each network in transformers' form. Raises UserError."""
+    from transformers import RTDetrForObjectDetection, VitPoseForPoseEstimation
+
     where = _folders(folder)
-    people_net, people_config = _load(where[PEOPLE_MODEL], "RTDetrForObjectDetection", device)
-    pose_net, pose_config = _load(where[POSE_MODEL], "VitPoseForPoseEstimation", device)
-    person = _person(people_config, where[PEOPLE_MODEL])
-    layout = _layout(pose_config, where[POSE_MODEL])
+    require_device(device)
+    people_net = load_encoder(RTDetrForObjectDetection, where[PEOPLE_MODEL], torch.float32).to(device)
+    pose_net = load_encoder(VitPoseForPoseEstimation, where[POSE_MODEL], torch.float32).to(device)
+    person = _person(people_net.config, where[PEOPLE_MODEL])
+    layout = _layout(pose_net.config, where[POSE_MODEL])
 
     def find(frame_HW3: np.ndarray) -> People:
         boxes_N4, box_scores_N = find_boxes(people_net, frame_HW3, person, device)
@@ -47,7 +53,7 @@ def open_vit(folder: Path, device: str) -> PoseFinder:
         require_numbers(where[POSE_MODEL], points_NP2, scores_NP)
         return People(points_NP2, scores_NP, boxes_N4, box_scores_N)
 
-    files = [file for name in (PEOPLE_MODEL, POSE_MODEL) for file in _files(where[name])]
+    files = [file for path in where.values() for file in (path / "config.json", *files_of(path))]
     return PoseFinder(find, layout, digest_of("pose_vit", [VERSION, BOX_SCORE], files))
 
 
@@ -65,26 +71,6 @@ def _folders(folder: Path) -> dict[str, Path]:
             "RT-DETR and ViTPose there, a folder each, as they are downloaded",
         )
     return {name: found[name] for name in (PEOPLE_MODEL, POSE_MODEL)}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted([folder / "config.json", *folder.glob("*.safetensors")])
-
-
-def _load(folder: Path, name: str, device: str) -> tuple[Any, Any]:
-    """(the network, its config). Raises UserError for weights that are not those of the config."""
-    import transformers
-
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(str(folder), "has no weights in safetensors form; download model.safetensors too")
-    with as_user_error(folder, f"cannot be read as {name}"):
-        net, told = getattr(transformers, name).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    absent = sorted(told["missing_keys"])
-    if absent:
-        raise UserError(str(folder), f"lacks {len(absent)} weights, {absent[0]} the first; download it again")
-    return net.to(device).eval(), net.config
 
 
 def _person(config: Any, folder: Path) -> int:
