@@ -34,57 +34,81 @@ def folder(tmp_path):
     return tmp_path
 
 
-def scanned(folder, *controls, clip="a.mp4", index=None):
-    kind = "video" if clip.endswith("mp4") else "image"
-    rows = [{"file_path": clip, "text": "x", "type": kind, "control_file_path": control} for control in controls]
+def scanned(folder, *controls, index=None):
+    """Of a row for each (control, its clip)."""
+    rows = [
+        {
+            "file_path": clip,
+            "text": "x",
+            "type": "video" if clip.endswith("mp4") else "image",
+            "control_file_path": name,
+        }
+        for name, clip in controls
+    ]
     (folder / "list.json").write_text(json.dumps(rows))
-    return scan(folder / "list.json", folder, needs=CONTROL, max_bad_share=1.0, index_dir=index)
+    return scan(folder / "list.json", folder, needs=CONTROL, max_bad_share=0.0, index_dir=index)
 
 
-def refusal(folder, control, clip="a.mp4") -> str:
-    with pytest.raises(UserError, match="1 of 1 entries") as caught:
-        scanned(folder, control, clip=clip)
-    assert "entry 0, a." in caught.value.problems[1]
-    return caught.value.problems[1]
+def assert_refused(folder, expected: dict[tuple[str, str], str]) -> None:
+    """expected: (control, its clip) -> words of the refusal, which names the entry."""
+    with pytest.raises(UserError) as caught:
+        scanned(folder, *expected)
+    told = caught.value.problems[1:]
+    assert len(told) == len(expected)
+    for entry, (line, ((control, clip), words)) in enumerate(zip(told, expected.items(), strict=True)):
+        assert line.startswith(f"entry {entry}, {clip}: ") and control in line and words in line, line
 
 
 def test_key_points_of_the_clip_are_its_control(folder):
     write_keypoints(folder / "a.npz", walk(5, 48, 64))
     write_keypoints(folder / "halved.npz", walk(5, 24, 32))  # found on a smaller copy
+    write_keypoints(folder / "rounded.npz", walk(5, 48, 64, times_s=np.arange(5) / 8 + [0, 9e-4, 0, -9e-4, 0]))
     write_keypoints(folder / "still.npz", walk(1, 48, 64))
-    found = scanned(folder, "a.npz", "halved.npz")
-    assert [row.control_path for row in found.records] == [str(folder / "a.npz"), str(folder / "halved.npz")]
-    assert [(row.frames, row.height, row.width) for row in found.records] == [(5, 48, 64)] * 2
-    assert len(scanned(folder, "still.npz", clip="a.png").records) == 1
+    names = ["a.npz", "halved.npz", "rounded.npz"]  # as Matroska rounds times
+    found = scanned(folder, *((name, "a.mp4") for name in names), ("still.npz", "a.png"))
+    assert [row.control_path for row in found.records] == [str(folder / name) for name in [*names, "still.npz"]]
+    assert [(row.frames, row.height, row.width) for row in found.records] == [(5, 48, 64)] * 3 + [(1, 48, 64)]
 
 
 def test_what_does_not_fit_its_clip_is_refused_in_words(folder):
-    write_keypoints(folder / "short.npz", walk(4, 48, 64))
-    assert "control " in (told := refusal(folder, "short.npz")) and "has 4 frames, its clip 5" in told
-    write_keypoints(folder / "tall.npz", walk(5, 64, 48))
-    assert "has 48x64 pixels, its subject 64x48: aspects differ" in refusal(folder, "tall.npz")
-    write_keypoints(folder / "slow.npz", walk(5, 48, 64, fps=7.9))
-    told = refusal(folder, "slow.npz")
-    assert "has frame 1 at 0.127 s, its clip at 0.125 s: times differ" in told and "Make it again" in told
-    write_keypoints(folder / "rounded.npz", walk(5, 48, 64, times_s=np.arange(5) / 8 + [0, 9e-4, 0, -9e-4, 0]))
-    assert len(scanned(folder, "rounded.npz").records) == 1  # as Matroska rounds times
-    write_keypoints(folder / "moving.npz", walk(2, 48, 64))
-    assert "has 2 frames" in refusal(folder, "moving.npz", clip="a.png")
+    made = {
+        "short": walk(4, 48, 64),
+        "tall": walk(5, 64, 48),
+        "slow": walk(5, 48, 64, fps=7.9),
+        "late": walk(5, 48, 64, times_s=np.arange(5) / 8 + [0, 0, 0, 0, 0.0015]),
+        "moving": walk(2, 48, 64),
+    }
+    for name, keypoints in made.items():
+        write_keypoints(folder / f"{name}.npz", keypoints)
+    assert_refused(
+        folder,
+        {
+            ("short.npz", "a.mp4"): "has 4 frames, its clip 5: lengths differ",
+            ("tall.npz", "a.mp4"): "has 48x64 pixels, its subject 64x48: aspects differ",
+            ("slow.npz", "a.mp4"): "has frame 1 at 0.127 s, its clip at 0.125 s: times differ. Make it again",
+            ("late.npz", "a.mp4"): "has frame 4 at 0.50",
+            ("moving.npz", "a.png"): "has 2 frames",
+        },
+    )
 
 
 def test_what_is_no_file_of_key_points_is_refused_in_words(folder):
-    path = folder / "a.npz"
-    assert "No such file" in refusal(folder, "a.npz")
-    path.write_bytes(b"x" * 100)
-    assert "is not a sound file of key points: File is not a zip file" in refusal(folder, "a.npz")
-    write_keypoints(path, walk(5, 48, 64))
-    path.write_bytes(path.read_bytes()[:-300])
-    assert "is not a sound file of key points" in refusal(folder, "a.npz")
-    np.savez(path, people=np.array([{}], object))
-    assert "it holds people, not facts" in refusal(folder, "a.npz")
-    write_keypoints(path, walk(5, 48, 64))
-    rewritten(path, {"facts.npy": b"\x93NUMPY\1\0\x10\0" + b"{" * 16})
-    assert "Make it again with reeltune control" in refusal(folder, "a.npz")
+    for name in ("cut", "parts"):
+        write_keypoints(folder / f"{name}.npz", walk(5, 48, 64))
+    (folder / "noise.npz").write_bytes(b"x" * 100)
+    (folder / "cut.npz").write_bytes((folder / "cut.npz").read_bytes()[:-300])
+    np.savez(folder / "pickle.npz", people=np.array([{}], object))
+    rewritten(folder / "parts.npz", {"facts.npy": b"\x93NUMPY\1\0\x10\0" + b"{" * 16})
+    assert_refused(
+        folder,
+        {
+            ("absent.npz", "a.mp4"): "No such file",
+            ("noise.npz", "a.mp4"): "is not a sound file of key points: File is not a zip file",
+            ("cut.npz", "a.mp4"): "is not a sound file of key points",
+            ("pickle.npz", "a.mp4"): "it holds people, not facts",
+            ("parts.npz", "a.mp4"): "Make it again with reeltune control",
+        },
+    )
 
 
 def test_key_points_are_no_clip(folder):
@@ -99,16 +123,17 @@ def test_frames_without_people_are_told(folder):
     made = Keypoints.of([nobody] * 5, np.arange(5) / 8, layout="coco", height=48, width=64, detector="d")
     write_keypoints(folder / "a.npz", made)
     assert any(
-        "nobody is in 5 of its 5 frames, which are drawn black" in line for line in scanned(folder, "a.npz").notices
+        "nobody is in 5 of its 5 frames, which are drawn black" in line
+        for line in scanned(folder, ("a.npz", "a.mp4")).notices
     )
 
 
 def test_another_clip_under_the_same_name_is_noticed_by_a_second_scan(folder):
     write_keypoints(folder / "a.npz", walk(5, 48, 64))
-    assert len(scanned(folder, "a.npz", index=folder / "index").records) == 1
+    assert len(scanned(folder, ("a.npz", "a.mp4"), index=folder / "index").records) == 1
     write_clip(folder / "a.mp4", np.zeros((5, 48, 64, 3), np.uint8), 12.0)
     with pytest.raises(UserError, match="times differ"):
-        scanned(folder, "a.npz", index=folder / "index")
+        scanned(folder, ("a.npz", "a.mp4"), index=folder / "index")
 
 
 def test_a_run_that_goes_on_notices_other_key_points_of_the_same_size(folder, monkeypatch):

@@ -45,7 +45,7 @@ def test_people_and_points_are_those_of_rtmlib(folder):
     points of the first eight from the left."""
     with np.load(Path(__file__).with_name("rtmlib_poses.npz")) as held:
         theirs = dict(held)
-    people_net, pose_net = (pose_onnx._session(folder / name) for name in (PEOPLE_FILE, POSE_FILE))
+    people_net, pose_net = (pose_onnx._session(folder / name, "cpu") for name in (PEOPLE_FILE, POSE_FILE))
     for number, (height, width) in enumerate(FRAMES):
         picture_HW3 = frame(height, width, number)
         boxes_N4, scores_N = find_boxes(people_net, picture_HW3)
@@ -207,6 +207,11 @@ def test_a_network_that_gives_no_numbers_is_refused(folder, monkeypatch):
     monkeypatch.setattr(pose_onnx, "_run", run)
     with pytest.raises(UserError, match="what are no numbers"):
         open_onnx(folder).find(frame(*FRAMES[0], 0))
+
+
+def test_a_device_that_onnxruntime_does_not_have_is_refused(folder):
+    with pytest.raises(UserError, match="cannot compute on mps; install onnxruntime-gpu, or give cpu"):
+        open_onnx(folder, "mps")
 
 
 def test_without_onnxruntime_it_is_said_what_to_install(folder, monkeypatch):

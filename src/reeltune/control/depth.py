@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 
+from reeltune.control.device import require_device
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of
 from reeltune.core.errors import UserError
 from reeltune.core.reading import as_user_error, read_table
@@ -89,7 +90,7 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
     if model_type not in classes:
         raise UserError(str(config_path), f"model_type is {model_type!r}; depth needs {' or '.join(classes)}; {remedy}")
     read_table(settings_path, remedy)
-    _require_device(device)
+    require_device(device)
     net = load_encoder(classes[model_type], folder, torch.float32).to(device)
     transformers.utils.logging.set_verbosity_error()  # of torchvision, which is not needed
     with as_user_error(settings_path, "cannot be read as settings of pictures", MISFIT):
@@ -111,13 +112,3 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
         return whole_HW[down : down + height, right : right + width]
 
     return near, [config_path, settings_path, *files_of(folder)]
-
-
-def _require_device(device: str) -> None:
-    """Raises UserError for one that torch has not."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            "device", f"--device {device} cannot be used ({str(error).splitlines()[0]}); give cpu"
-        ) from error

@@ -21,6 +21,12 @@ def _depth(detector: Path | None, settings: Settings) -> Detector:
     return open_depth(detector, settings)
 
 
+def _pose(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.pose import open_pose
+
+    return open_pose(detector, settings)
+
+
 def _camera(detector: Path | None, settings: Settings) -> Detector:
     from reeltune.control.camera_path import open_camera
 
@@ -38,6 +44,15 @@ KINDS = {
             "a folder of Depth Anything or ZoeDepth in transformers' form (config.json, model.safetensors)",
             0.05,
             _depth,
+        ),
+        Kind(
+            "pose",
+            "keypoints",
+            "people's key points, drawn as DWPose draws them at the size that is trained",
+            "a folder with DWPose's yolox_l.onnx and dw-ll_ucoco_384.onnx, or with RT-DETR and ViTPose in "
+            "transformers' form, a folder each",
+            0.5,
+            _pose,
         ),
         Kind(
             "camera",

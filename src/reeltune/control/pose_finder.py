@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from reeltune.core.errors import UserError
-from reeltune.core.reading import as_user_error
 from reeltune.data.keypoints import People
 
 BOX_SCORE = 0.3  # of a person's box, above which its pose is looked for (dwpose/cv_ox_det.py)
 BOX_PADDING = 1.25  # of a box, each side of its middle, in which a pose is looked for (RTMPose, arXiv:2303.07399)
 # Mean and standard deviation of ImageNet's pixels, RGB in 0..255, that pose networks are given.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,3 @@ def require_numbers(where: Path, *arrays: np.ndarray) -> None:
     """Raises UserError where a network gives none."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(str(where), "its network gives what are no numbers; download it again, or try another")
-
-
-def digest_of(files: Sequence[Path], settings: object) -> str:
-    """Of the bytes of the files, and of what is set beside them. Raises UserError."""
-    whole = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for path in files:
-        with as_user_error(path, "cannot be read", "look at its rights, and at the disk"), path.open("rb") as file:
-            part = hashlib.blake2b(digest_size=16)
-            while piece := file.read(PIECE_BYTES):
-                part.update(piece)
-        whole.update(part.digest())
-    return whole.hexdigest()

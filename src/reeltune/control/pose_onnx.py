@@ -14,16 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from reeltune.control.pose_finder import (
-    BOX_SCORE,
-    MEAN,
-    STD,
-    PoseFinder,
-    digest_of,
-    from_left,
-    padded,
-    require_numbers,
-)
+from reeltune.control.kind import digest_of
+from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded, require_numbers
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, refuse_foreign
 from reeltune.data.keypoints import LAYOUTS, People
@@ -31,6 +23,7 @@ from reeltune.data.keypoints import LAYOUTS, People
 PEOPLE_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"  # as DWPose's users have them
 VERSION = 1  # raise it when the same networks find otherwise
 LAYOUT = "coco_wholebody"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}  # torch's device -> onnxruntime's name
 
 PEOPLE_SIDE_PX = 640  # of YOLOX's square input
 GREY = 114  # of what of it the frame does not cover (YOLOX, yolox/data/data_augment.py)
@@ -53,9 +46,10 @@ _FORMS: dict[str, list[list[int | None]]] = {  # of each file: its input, then i
 }
 
 
-def open_onnx(folder: Path) -> PoseFinder:
-    """Raises UserError without onnxruntime, and for files that are missing, damaged or other networks."""
-    people_net, pose_net = _session(folder / PEOPLE_FILE), _session(folder / POSE_FILE)
+def open_onnx(folder: Path, device: str = "cpu") -> PoseFinder:
+    """device: by torch's name. Raises UserError without onnxruntime, or one for that device, and for files that are
+    missing, damaged or other networks."""
+    people_net, pose_net = _session(folder / PEOPLE_FILE, device), _session(folder / POSE_FILE, device)
 
     def find(frame_HW3: np.ndarray) -> People:
         boxes_N4, box_scores_N = find_boxes(people_net, frame_HW3)
@@ -67,11 +61,11 @@ def open_onnx(folder: Path) -> PoseFinder:
         require_numbers(folder / POSE_FILE, scores_NP)
         return People(points_NP2, scores_NP, boxes_N4, box_scores_N)
 
-    settings = ["pose_onnx", VERSION, BOX_SCORE, MOST_OVERLAP]
-    return PoseFinder(find, LAYOUT, digest_of([folder / PEOPLE_FILE, folder / POSE_FILE], settings))
+    files = [folder / PEOPLE_FILE, folder / POSE_FILE]
+    return PoseFinder(find, LAYOUT, digest_of("pose_onnx", [VERSION, BOX_SCORE, MOST_OVERLAP], files))
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, device: str) -> Any:
     """An onnxruntime session, of which one thread computes: the bits are then the same on any number of processes."""
     try:
         import onnxruntime
@@ -82,10 +76,13 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what is wrong is raised too
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    usable = [provider for provider in providers if provider in onnxruntime.get_available_providers()]
+    wanted, _, number = device.partition(":")
+    provider = PROVIDERS.get(wanted, "")
+    if provider not in onnxruntime.get_available_providers():
+        raise UserError("device", f"this onnxruntime cannot compute on {device}; install onnxruntime-gpu, or give cpu")
+    placed = [(provider, {"device_id": number} if number else {})]
     with as_user_error(path, "is no ONNX network that onnxruntime reads"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=usable)
+        session = onnxruntime.InferenceSession(str(path), options, providers=placed)
     expected = _FORMS[path.name]
     found = [list(one.shape) for one in (*session.get_inputs(), *session.get_outputs())]
     fits = len(found) == len(expected) and all(map(_fits, found, expected))

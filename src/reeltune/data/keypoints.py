@@ -160,7 +160,7 @@ def write_keypoints(path: Path, keypoints: Keypoints) -> None:
     }
     arrays = {name: getattr(keypoints, name) for name in _SHAPES if name != "facts"}
     with whole_file(path, "wb") as file:
-        np.savez(file, allow_pickle=False, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
+        np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
 
 
 def read_keypoints(path: str | Path) -> Keypoints:
@@ -171,7 +171,7 @@ def read_keypoints(path: str | Path) -> Keypoints:
     return _remembered(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)  # a worker reads a clip's frames many times
+@lru_cache(maxsize=8)  # a clip is measured, timed and drawn in turn
 def _remembered(path: str, size: int, mtime_ns: int) -> Keypoints:
     if size > MOST_BYTES:
         raise MediaError(f"has {size:,} bytes; key points have at most {MOST_BYTES:,}", remedy=REMEDY)
@@ -182,8 +182,9 @@ def _remembered(path: str, size: int, mtime_ns: int) -> Keypoints:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("kind") != "pose":
             told = {name: facts.get(name) for name in ("format", "kind")} if isinstance(facts, dict) else "no facts"
             raise MediaError(f"has {str(told)[:80]}, not key points of kind pose in format {FORMAT}", remedy=REMEDY)
-        kept: dict[str, Any] = {name: facts.get(name) for name in ("layout", "height", "width", "detector")}
-        keypoints = Keypoints(**(kept | arrays))
+        fields: dict[str, Any] = {name: facts.get(name) for name in ("layout", "height", "width", "detector")}
+        fields.update(arrays)
+        keypoints = Keypoints(**fields)
         _require_sound(keypoints)
     except _DAMAGE as error:
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
