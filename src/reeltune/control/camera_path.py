@@ -60,7 +60,8 @@ def open_camera(settings: Settings) -> Detector:
     def detect(source: Source, put: Put) -> Quality:
         count = len(source.times_s)
         if count < LEAST_FRAMES:
-            return Quality(0.0, {}, f"has {count} frames, and a camera's path needs {LEAST_FRAMES} or more")
+            frames = "a picture" if count == 1 else f"{count} frames"
+            return Quality(0.0, {}, f"is {frames}, and a camera's path needs {LEAST_FRAMES} frames or more")
         with tempfile.TemporaryDirectory(prefix="reeltune-camera-") as folder:
             looked_at, size = _write_frames(source, Path(folder) / "frames")
             found = reconstruct(pycolmap, Path(folder), len(looked_at))

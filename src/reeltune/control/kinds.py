@@ -57,7 +57,7 @@ KINDS = {
         Kind(
             "camera",
             "camera",
-            "the camera's path, by structure from motion; needs the extra `camera`, no files",
+            "the camera's path, by structure from motion; needs pycolmap, no files",
             "",
             0.0,
             _camera,
