@@ -1,7 +1,6 @@
 """Draws controls beside the clips they are made of: python scripts/control_picture.py docs/control.png
 
-Above, clips of the demo and of a room that the tests walk through; below, their edges, and the camera's path through the
-room from above.
+Above, clips of the demo and of a room that tests walk through; below, their edges, and the camera's path from above.
 """
 
 import sys
@@ -56,7 +55,7 @@ def main(file: Path) -> None:
     for column, (clip, control) in enumerate(zip(above, below, strict=True)):
         for row, picture in enumerate((clip, control)):
             sheet.paste(Image.fromarray(picture), (GAP + (WIDTH + GAP) * column, GAP + (HEIGHT + GAP) * row))
-    sheet.quantize(128).save(file, "PNG", optimize=True)
+    sheet.quantize(255).save(file, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from reeltune.config.moved import in_its_folder, recipe_beside
 from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
-from reeltune.control.command import control_lines
 from reeltune.core.errors import UserError
 from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
@@ -315,6 +314,12 @@ def printed(lines: Iterable[str]) -> int:
     return 0
 
 
+def _control(argv: Sequence[str]) -> int:
+    from reeltune.control.command import control_lines  # and numpy
+
+    return printed(control_lines(argv))
+
+
 def _rank(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "reeltune rank",
@@ -365,7 +370,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": of_recipe("train"),
     "check": of_recipe("check"),
     "plan": _plan,
-    "control": lambda argv: printed(control_lines(argv)),
+    "control": _control,
     "cache": _cache_command,
     "sample": _sample,
     "report": _report,

@@ -72,7 +72,10 @@ def test_what_is_refused():
     pytest.importorskip("pycolmap")
     still = open_camera(Settings()).detect(Source.of(np.zeros((4, 64, 64, 3), np.uint8), 8), lambda poses: None)
     assert "no camera motion" in still.reason
-    assert "is 2 frames, and a camera's path needs 3" in open_camera(Settings()).detect(source(2, 64, 64), lambda poses: None).reason
+    assert (
+        "is 2 frames, and a camera's path needs 3"
+        in open_camera(Settings()).detect(source(2, 64, 64), lambda poses: None).reason
+    )
 
 
 def test_a_known_walk_is_found_again():

@@ -139,11 +139,12 @@ def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: in
     """
     odd_h, odd_w = (side % 2 for side in frames_FHWC.shape[1:3])
     frames_FHWC = np.pad(frames_FHWC, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
+    _, height, width, _ = frames_FHWC.shape
     rate = Fraction(fps).limit_denominator(1001)
     options = {"crf": str(crf), "preset": "medium"}
     with (
         whole_path(Path(path)) as beside,
-        clip_written(beside, *frames_FHWC.shape[1:3], rate, 1 / rate, options) as clip,
+        clip_written(beside, height, width, rate, 1 / rate, options) as clip,
     ):
         for tick, rgb_HWC in enumerate(frames_FHWC):
             clip.add(rgb_HWC, tick)
