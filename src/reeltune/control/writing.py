@@ -19,9 +19,10 @@ from reeltune.data.keypoints import Keypoints, write_keypoints
 
 ENDINGS = {("pictures", "video"): ".mp4", ("pictures", "image"): ".png"}  # of others, by form alone
 FORM_ENDINGS = {"keypoints": ".npz", "camera": ".txt"}
-# x264's. mbtree: with it, 10 of 25 encodings of the same frames had other bytes (x264 165, beside B frames and its
-# assembler code; measured, 2026-11-26). crf: see tests/unit/test_control_stage.py for how many lines are found again.
-ENCODING = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
+# x264's. ultrafast: lines are found again without loss, at 168 frames of 720p a second and core; veryfast has 66, in 41
+# and not 70 kB a frame (measured, 2026-11-26). It has neither B frames nor mbtree: with both, 10 of 25 encodings of the
+# same frames had other bytes (x264 165, of its assembler code; measured, 2026-11-26).
+ENCODING = {"crf": "18", "preset": "ultrafast"}
 CAMERA_HEADER = "time fx fy cx cy 0 0 world-to-camera, row by row"
 
 
