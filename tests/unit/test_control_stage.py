@@ -1,8 +1,10 @@
 """`reeltune control`: what it writes beside clips of every kind, what it does a second time, and what it refuses."""
 
 import csv
+import dataclasses
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from reeltune.cli import main
 from reeltune.control import kind, stage
 from reeltune.control.canny import open_canny
 from reeltune.control.kind import pictures
-from reeltune.control.records import claims, made_by
+from reeltune.control.records import Records, claims, made_by
 from reeltune.control.source import source_of
 from reeltune.core.types import Crop, Shape
 from reeltune.data.clips import index_of
@@ -210,6 +212,36 @@ def test_files_of_others_are_never_written_over(data):
     (data / "hand.json").write_text('[{"file_path": "even.mp4", "control_file_path": "mine/even.mp4"}]')
     assert control(data, out="hand.json") == 2
     assert "mine/even.mp4" in (data / "hand.json").read_text()
+
+
+def test_a_full_disk_loses_nothing(data, made_once, capfd):
+    """As the system tells it: files may not grow past a few bytes more than the second control has."""
+    shutil.rmtree(data / "control")
+    sizes = [control_of(made_once, name).stat().st_size for name in ("even.mp4", "uneven.mp4", "odd.mp4")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_list(data / "list.json", ["even.mp4", "uneven.mp4", "odd.mp4"])
+    before = (data / "new.json").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(sizes) - 100, hard))
+    try:
+        assert control(data) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in capfd.readouterr().err
+    assert (data / "new.json").read_bytes() == before and not list((data / "control").rglob("*.mp4"))
+    assert control(data) == 0
+    held = bytes_of(data)
+    assert held == {name: data for name, data in bytes_of(made_once).items() if name in held} and len(held) == 3
+
+
+def test_a_control_whose_process_was_killed_is_made_again(data, made_once):
+    """Its record says begun; what lies there, half of it or all, is not taken."""
+    records = Records(data)
+    made = records.get("canny", "control/canny/even.mp4")
+    assert made is not None
+    records.put(dataclasses.replace(made, bytes=0, blake2b="", score=0.0, facts={}))
+    control_of(data, "even.mp4").write_bytes(b"half")
+    assert control(data) == 0
+    assert bytes_of(data) == bytes_of(made_once) and records.get("canny", made.control) == made
 
 
 def test_verify_and_prune(data, capsys):
