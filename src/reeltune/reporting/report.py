@@ -44,14 +44,14 @@ def write(output_dir: Path) -> Path:
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
-    agreement = _json(run / "agreement.json")
+    agreement = table_of(run / "agreement.json")
     with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
         page = (
             environment()
             .get_template("reporting/report.html")
             .render(
                 name=run.resolve().name,
-                run=_json(run / "run.json", OF_RUN),
+                run=table_of(run / "run.json", OF_RUN),
                 verdict=verdict(metrics),
                 numbers=headline(metrics, agreement),
                 previews=read_previews(run, album, agreement),
@@ -59,7 +59,7 @@ def write(output_dir: Path) -> Path:
                 curves=curves(metrics),
                 split=time_split(metrics),
                 first_batch=first_batch(run, album),
-                ledger=_json(run / "ledger.json", OF_LEDGER),
+                ledger=table_of(run / "ledger.json", OF_LEDGER),
                 problem_rows=PROBLEM_ROWS,
                 recipe=recipe_rows(run / "recipe.yaml"),
                 notices=metrics.notices,
@@ -86,14 +86,19 @@ def read_metrics(path: Path) -> Metrics:
             if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
                 break
             with as_user_error(path, f"line {number} is no row of a run", "delete that line"):
-                row = json_value(line)
-                kind = row.pop("kind")
-                if kind == "step":
-                    for name, value in row.items():
-                        found.steps.setdefault(name, []).append(value)
-                else:
-                    {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
+                take_row(found, line)
     return found
+
+
+def take_row(metrics: Metrics, line: bytes) -> None:
+    """Adds a line of metrics.jsonl. Raises ValueError, KeyError and the like for what is none."""
+    row = json_value(line)
+    kind = row.pop("kind")
+    if kind == "step":
+        for name, value in row.items():
+            metrics.steps.setdefault(name, []).append(value)
+    else:
+        {"validation": metrics.validations, "notice": metrics.notices, "save": metrics.saves}[kind].append(row)
 
 
 def verdict(metrics: Metrics) -> dict[str, str]:
@@ -198,7 +203,7 @@ def time_split(metrics: Metrics) -> dict | None:
             "samples": f"{sum(steps['samples']) / whole_s:,.3g} / s",
             "tokens": f"{sum(steps['tokens']) / whole_s:,.0f} / s",
             **({"MFU": f"{100 * _mean(known_mfu):.0f} %"} if known_mfu else {}),
-            **({"peak memory": _bytes(max(steps["peak_memory_bytes"]))} if "peak_memory_bytes" in steps else {}),
+            **({"peak memory": size_text(max(steps["peak_memory_bytes"]))} if "peak_memory_bytes" in steps else {}),
         },
     }
 
@@ -211,7 +216,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
     first, last = min(folders), max(folders)
     found = []
     for i, told in enumerate(sorted(folders[last].glob("*.json"), key=lambda path: int(path.stem))):
-        settings = _json(told)
+        settings = table_of(told)
         clips = [("control", run / "previews/control" / f"{told.stem}.mp4")]
         if first < last:
             name = "before training" if first == 0 else f"step {first}"
@@ -223,7 +228,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
             {
                 "prompt": settings.pop("prompt", ""),
                 "control": clips[0][1].exists(),
-                "settings": {name: _short(value) for name, value in settings.items() if value is not None},
+                "settings": {name: short(value) for name, value in settings.items() if value is not None},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
                 if agreement
@@ -261,7 +266,7 @@ class Album:
         link = path.relative_to(self.run).as_posix()
         if size_bytes > self.room_bytes:
             self.linked.append(link)
-            return {"link": link, "size": _bytes(size_bytes)}
+            return {"link": link, "size": size_text(size_bytes)}
         self.room_bytes -= size_bytes
         data = base64.b64encode(path.read_bytes()).decode()
         return {"type": TYPES[path.suffix], "data": f"data:{TYPES[path.suffix]};base64,{data}"}
@@ -290,7 +295,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["bytes"] = _bytes
+    environment.filters["bytes"] = size_text
     return environment
 
 
@@ -303,8 +308,8 @@ OF_LEDGER = {
 }
 
 
-def _json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
-    """kinds: of the fields that are shown, all or none."""
+def table_of(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
+    """A JSON file's table, empty where there is none. kinds: of the fields that are shown, all or none."""
     table = read_table(path, RESTORE) if path.exists() else {}
     if kinds is None:
         return table
@@ -314,7 +319,7 @@ def _json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
     return table
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     return Path(value).name if isinstance(value, str) else str(value)
 
 
@@ -330,5 +335,5 @@ def _took(steps: dict[str, list]) -> str:
     return str(timedelta(seconds=round(sum(steps["step_s"])))) if "step_s" in steps else "untimed"
 
 
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
