@@ -1,0 +1,157 @@
+"""What training would do with each entry of a list: measured, split and planned by the functions that training uses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reeltune.config.parse import build, read
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError
+from reeltune.core.types import Record
+from reeltune.data.records import Records
+from reeltune.data.scan import Scan, scan
+from reeltune.data.shapes import clip_length
+from reeltune.estimate.epoch import Bucket, forecast_data
+from reeltune.families.captions import names_of_cut
+from reeltune.families.spec import Family
+from reeltune.run.data import Inputs, gather
+from reeltune.run.model import choose_family
+
+FILTERS = {  # name -> what it keeps, once the files are measured; the last four for a recipe alone
+    "left_out": "left out",
+    "held_out": "held out",
+    "repeated": "repeated to fill a group",
+    "short": "shorter than asked for",
+    "cut": "whose caption is cut",
+}
+
+
+@dataclass
+class Judged:
+    """By entry of the list."""
+
+    records: dict[int, Record]
+    reasons: dict[int, str]  # why an entry is left out
+    kept: dict[str, np.ndarray]  # filter -> its entries, ascending
+    notices: list[str]
+    buckets: list[Bucket] = field(default_factory=list)  # of the first epoch, most tokens first
+    micro_steps: int = 0  # of an epoch
+    inputs: Inputs | None = None
+    family: Family | None = None
+    mode: str = ""
+
+
+def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
+    """Without a recipe: what can be used at all. Raises UserError for a list of which nothing can."""
+    found = scan(
+        meta,
+        data_dir,
+        needs=frozenset(),
+        max_bad_share=1.0,
+        index_dir=store / "index",
+        workers=os.cpu_count() or 1,
+    )
+    return Judged(_by_entry(found.records), _reasons(found), {"left_out": _entries(_reasons(found))}, found.notices)
+
+
+def by_recipe(recipe_path: Path, store: Path) -> Judged:
+    """As a run of the recipe would see its train_data_meta. Raises UserError for what training would refuse."""
+    recipe = _beside(build(read(recipe_path), where=str(recipe_path)), recipe_path.parent / "index", store / "index")
+    family, mode, _ = choose_family(recipe)
+    inputs = gather(recipe, family, mode, show_progress=False)
+    plan = inputs.plan(0)
+    data = forecast_data(plan, inputs.train, inputs.rules)
+    reasons = _reasons(inputs.scan) | {row.entry: row.reason for row in inputs.unsuited}
+    reasons |= {int(inputs.train.entry[record]): reason for record, reason in plan.left_out}
+    usable = {**_by_entry(inputs.train), **_by_entry(inputs.held_out)} if _splits(recipe) else _by_entry(inputs.train)
+    held_out = inputs.held_out.entry.tolist() if _splits(recipe) else []
+    kept = {
+        "left_out": _entries(reasons),
+        "held_out": _entries(held_out),
+        "repeated": _entries(inputs.train.entry[plan.repeated(len(plan)) > 0].tolist()),
+        "short": _entries(_short(inputs)),
+        "cut": _entries(map(int, names_of_cut(family, [(str(entry), one.text) for entry, one in usable.items()]))),
+    }
+    return Judged(usable, reasons, kept, inputs.scan.notices, data.buckets, data.micro_steps, inputs, family, mode)
+
+
+def _splits(recipe: Recipe) -> bool:
+    """Whether held-out clips are of the same list."""
+    return recipe.data.validation_data_meta is None
+
+
+def _beside(recipe: Recipe, known: Path, index: Path) -> Recipe:
+    """The recipe with its index in the store, which begins with what a run has measured already."""
+    if not index.exists() and known.is_dir() and not known.is_symlink():
+        shutil.copytree(
+            known, index, ignore=lambda folder, names: [n for n in names if os.path.islink(f"{folder}/{n}")]
+        )
+    return replace(recipe, output=replace(recipe.output, output_dir=str(index.parent)))
+
+
+def _by_entry(records: Records) -> dict[int, Record]:
+    return {record.entry: record for record in records}
+
+
+def _reasons(found: Scan) -> dict[int, str]:
+    return {row.entry: f"{row.reason}. {row.remedy}" for row in found.left_out}
+
+
+def _entries(entries: Iterable[int]) -> np.ndarray:
+    return np.array(sorted(entries), np.int64)
+
+
+def _short(inputs: Inputs) -> list[int]:
+    records, rules = inputs.train, inputs.rules
+    full = rules.geometry.legal_frames(rules.video_sample_n_frames)
+    lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), full)
+    return records.entry[lengths < full].tolist()
+
+
+class Jobs:
+    """What takes long, each once, one after another beside the requests. The server does not wait for it to end."""
+
+    def __init__(self):
+        self._jobs: dict[Any, Future[Any]] = {}
+        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
+
+    def begin(self, key: Any, act: Callable[[], Any]) -> None:
+        """Unless it has begun."""
+        with self._lock:
+            if key in self._jobs:
+                return
+            self._jobs[key] = future = Future()
+        threading.Thread(target=self._run, args=(future, act), name="judge", daemon=True).start()
+
+    def _run(self, future: Future[Any], act: Callable[[], Any]) -> None:
+        with self._one_at_a_time:
+            try:
+                future.set_result(act())
+            except UserError as error:
+                future.set_exception(error)
+            finally:
+                if not future.done():  # a mistake of ours, which Python tells on stderr
+                    future.set_exception(UserError("page", "it broke; the terminal of reeltune serve tells how"))
+
+    def begun(self, key: Any) -> bool:
+        return key in self._jobs
+
+    def forget(self, key: Any) -> None:
+        with self._lock:
+            self._jobs.pop(key, None)
+
+    def result(self, key: Any) -> tuple[Any, UserError | None]:
+        """(what came of it, what was wrong); neither before it is done."""
+        if key not in self._jobs or not self._jobs[key].done():
+            return None, None
+        error = self._jobs[key].exception()
+        return (None, error) if isinstance(error, UserError) else (self._jobs[key].result(), None)
