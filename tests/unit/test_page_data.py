@@ -17,7 +17,8 @@ from reeltune.data.media import write_clip
 from reeltune.page import captions, seen
 from reeltune.page.app import make_app
 from reeltune.page.found import Shelf
-from reeltune.page.judged import Jobs, by_recipe, by_scan
+from reeltune.page.jobs import Jobs
+from reeltune.page.judged import by_recipe, by_scan
 from reeltune.page.listing import Listings, read_listing
 from reeltune.page.pictures import SIDE, poster
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from reeltune.page import data_routes, run_routes, runs
+from reeltune.page import data_routes, recipe_routes, run_routes, runs
 from reeltune.page.guard import Guard
 from reeltune.page.site import Site, refusals
 from reeltune.reporting import report
@@ -28,6 +28,7 @@ def make_app(folder: Path, token: str, *, edit: bool = False, run: bool = False)
         *(Route(f"/static/{name}", _static(name)) for name in ("page.js", "htmx.min.js")),
         *run_routes.routes(site),
         *data_routes.routes(site),
+        *recipe_routes.routes(site),
     ]
     return Guard(Starlette(routes=routes, exception_handlers=refusals(site)), token)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -15,14 +15,16 @@ from starlette.routing import Route
 from reeltune.core.errors import UserError
 from reeltune.data.findings import MediaError
 from reeltune.data.metadata import IMAGE_ENDINGS
-from reeltune.page import captions, seen
-from reeltune.page.judged import FILTERS, Judged
-from reeltune.page.listing import OWN_FILTERS, PER_PAGE
+from reeltune.page import captions
+from reeltune.page.listing import MEASURED_FILTERS, OWN_FILTERS, PER_PAGE
 from reeltune.page.lists import ALONE, Asked, Lists, is_named
 from reeltune.page.pictures import poster
 from reeltune.page.site import Form, Site, after_post, posted, whole_number
 from reeltune.page.svg import without_styles
 from reeltune.reporting import charts
+
+if TYPE_CHECKING:
+    from reeltune.page.judged import Judged
 
 
 class Pages:
@@ -45,7 +47,7 @@ class Pages:
             judged=judged,
             wrong=wrong,
             measuring=self.lists.jobs.begun(asked.key) and judged is None and wrong is None,
-            filters={**OWN_FILTERS, **({name: FILTERS[name] for name in judged.kept} if judged else {})},
+            filters={**OWN_FILTERS, **({name: MEASURED_FILTERS[name] for name in judged.kept} if judged else {})},
             counts={name: len(entries) for name, entries in judged.kept.items()} if judged else {},
             show=show,
             words=words,
@@ -109,6 +111,8 @@ class Pages:
         return after_post(request, _back(self.site, asked.id, asked, form) + f"#e{entry}")
 
     def as_seen(self, request: Request) -> Response:
+        from reeltune.page import seen
+
         asked = self.lists.asked(request)
         judged, wrong = self.lists.judged(asked)
         if wrong is not None:
@@ -194,7 +198,7 @@ def _card(lists: Lists, asked: Asked, judged: Judged | None, entry: int) -> dict
         facts.append(f"{record.frames} frames, {record.fps:.3g} per second, {record.frames / record.fps:.1f} s")
     fields = asked.listing.entries[entry]
     control = fields.get("control_file_path") if isinstance(fields, dict) else None
-    marks = [FILTERS[name] for name, kept in (judged.kept if judged else {}).items() if _holds(kept, entry)]
+    marks = [MEASURED_FILTERS[name] for name, kept in (judged.kept if judged else {}).items() if _holds(kept, entry)]
     reason = (judged.reasons.get(entry) if judged else None) or "; ".join(problem.reason for problem in row.problems)
     return {
         "entry": entry,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import UserError
 from reeltune.core.types import Record
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
@@ -25,14 +21,6 @@ from reeltune.families.captions import names_of_cut
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import choose_family
-
-FILTERS = {  # name -> what it keeps, once the files are measured; the last four for a recipe alone
-    "left_out": "left out",
-    "held_out": "held out",
-    "repeated": "repeated to fill a group",
-    "short": "shorter than asked for",
-    "cut": "whose caption is cut",
-}
 
 
 @dataclass
@@ -115,43 +103,3 @@ def _short(inputs: Inputs) -> list[int]:
     full = rules.geometry.legal_frames(rules.video_sample_n_frames)
     lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), full)
     return records.entry[lengths < full].tolist()
-
-
-class Jobs:
-    """What takes long, each once, one after another beside the requests. The server does not wait for it to end."""
-
-    def __init__(self):
-        self._jobs: dict[Any, Future[Any]] = {}
-        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
-
-    def begin(self, key: Any, act: Callable[[], Any]) -> None:
-        """Unless it has begun."""
-        with self._lock:
-            if key in self._jobs:
-                return
-            self._jobs[key] = future = Future()
-        threading.Thread(target=self._run, args=(future, act), name="judge", daemon=True).start()
-
-    def _run(self, future: Future[Any], act: Callable[[], Any]) -> None:
-        with self._one_at_a_time:
-            try:
-                future.set_result(act())
-            except UserError as error:
-                future.set_exception(error)
-            finally:
-                if not future.done():  # a mistake of ours, which Python tells on stderr
-                    future.set_exception(UserError("page", "it broke; the terminal of reeltune serve tells how"))
-
-    def begun(self, key: Any) -> bool:
-        return key in self._jobs
-
-    def forget(self, key: Any) -> None:
-        with self._lock:
-            self._jobs.pop(key, None)
-
-    def result(self, key: Any) -> tuple[Any, UserError | None]:
-        """(what came of it, what was wrong); neither before it is done."""
-        if key not in self._jobs or not self._jobs[key].done():
-            return None, None
-        error = self._jobs[key].exception()
-        return (None, error) if isinstance(error, UserError) else (self._jobs[key].result(), None)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -15,9 +14,12 @@ from starlette.requests import Request
 from reeltune.core.errors import UserError
 from reeltune.page import captions
 from reeltune.page.found import FoundRecipe
-from reeltune.page.judged import FILTERS, Jobs, Judged, by_recipe, by_scan
-from reeltune.page.listing import OWN_FILTERS, Listing, Listings
+from reeltune.page.jobs import Jobs
+from reeltune.page.listing import MEASURED_FILTERS, OWN_FILTERS, Listing, Listings
 from reeltune.page.site import Site
+
+if TYPE_CHECKING:
+    from reeltune.page.judged import Judged
 
 AT_ONCE = 300  # entries of a list that is measured without being asked
 ALONE = "alone"  # in the place of a recipe's id
@@ -80,11 +82,15 @@ class Lists:
 
     def judge(self, asked: Asked) -> None:
         """Begins to measure, unless that has begun."""
-        if asked.by == ALONE:
-            folder = Path(asked.listing.folder.path)
-            act = partial(by_scan, asked.path, folder, self.store(asked))
-        else:
-            act = partial(by_recipe, asked.recipes[asked.by].path, self.store(asked))
+        store, folder = self.store(asked), Path(asked.listing.folder.path)
+
+        def act() -> Judged:
+            from reeltune.page.judged import by_recipe, by_scan  # and torch, and every family: seconds
+
+            if asked.by == ALONE:
+                return by_scan(asked.path, folder, store)
+            return by_recipe(asked.recipes[asked.by].path, store)
+
         self.jobs.begin(asked.key, act)
 
     def judged(self, asked: Asked) -> tuple[Judged | None, UserError | None]:
@@ -96,7 +102,7 @@ class Lists:
     def kept(self, asked: Asked, judged: Judged | None, show: str, words: str) -> np.ndarray:
         """The entries that a filter and a search leave."""
         own = asked.listing
-        if show in FILTERS and judged is not None:
+        if show in MEASURED_FILTERS and judged is not None:
             entries = judged.kept.get(show, np.array([], np.int64))
         elif show == "all":
             entries = np.arange(len(own.entries))

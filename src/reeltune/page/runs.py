@@ -15,7 +15,7 @@ from reeltune.core.reading import NUMBER, TEXT, WHOLE, as_user_error, read_table
 from reeltune.page import live
 from reeltune.page.found import METRICS
 from reeltune.page.svg import without_styles
-from reeltune.reporting import charts, log, report
+from reeltune.reporting import charts, report, time_verdict
 from reeltune.reporting.report import Metrics
 
 LATEST_STEPS = 100  # of which the verdict on time is told
@@ -78,7 +78,7 @@ def drawn(run: Run) -> dict[str, Any]:
             "numbers": report.headline(metrics, report.table_of(folder / "agreement.json")),
             "curves": [{**curve, "svg": without_styles(curve["svg"])} for curve in report.curves(metrics)],
             "split": split,
-            "time_verdict": time_verdict(metrics),
+            "time_verdict": time_told(metrics),
             "memory": memory(metrics),
             "ledger": report.table_of(folder / "ledger.json", report.OF_LEDGER),
             "problem_rows": report.PROBLEM_ROWS,
@@ -90,14 +90,14 @@ def drawn(run: Run) -> dict[str, Any]:
         }
 
 
-def time_verdict(metrics: Metrics) -> str | None:
+def time_told(metrics: Metrics) -> str | None:
     """What the time of the latest steps went into, as the console tells it."""
     steps = metrics.steps
-    names = ("step_s", *log.PARTS)
+    names = ("step_s", *time_verdict.PARTS)
     if any(len(steps.get(name, ())) < 2 for name in names):
         return None
     columns = zip(*(steps[name][1:][-LATEST_STEPS:] for name in names), strict=True)  # the first pays for the start
-    return log.verdict([dict(zip(names, row, strict=True)) for row in columns])
+    return time_verdict.verdict([dict(zip(names, row, strict=True)) for row in columns])
 
 
 def memory(metrics: Metrics) -> Markup | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from reeltune.core.types import Geometry, Progress, Shape
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
 from reeltune.distributed.watchdog import Doing, Watchdog
-from reeltune.reporting.log import PARTS
+from reeltune.reporting.time_verdict import PARTS
 
 SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
 
