@@ -30,7 +30,7 @@ class Field:
 
     @property
     def lines(self) -> bool:
-        return self.setting.is_list and self.setting.name in LONG
+        return self.setting.name in LONG
 
 
 def fields_of(tree: Mapping[str, Any]) -> dict[str, list[Field]]:

@@ -27,7 +27,7 @@ HEADERS = {
     "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer a browser sends forms with an Origin of null
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
