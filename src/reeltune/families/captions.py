@@ -34,9 +34,7 @@ def names_of_cut(family: Family, captions: Iterable[tuple[str, str]]) -> set[str
     return {name for _, _, found in _longer(family, list(captions)) for name, _ in found}
 
 
-def _longer(
-    family: Family, captions: list[tuple[str, str]]
-) -> Iterator[tuple[TokenLimit, int, list[tuple[str, int]]]]:
+def _longer(family: Family, captions: list[tuple[str, str]]) -> Iterator[tuple[TokenLimit, int, list[tuple[str, int]]]]:
     """(encoder's limit, tokens that it reads, (name, tokens over) of each longer caption)."""
     for limit in family.token_limits:
         tokenizer = load_tokenizer(limit.tokenizer)

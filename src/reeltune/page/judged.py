@@ -20,6 +20,7 @@ from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.families.captions import names_of_cut
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
+from reeltune.run.machine import usable_cores
 from reeltune.run.model import choose_family
 
 
@@ -46,7 +47,7 @@ def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
         needs=frozenset(),
         max_bad_share=1.0,
         index_dir=store / "index",
-        workers=os.cpu_count() or 1,
+        workers=usable_cores(),
     )
     return Judged(_by_entry(found.records), _reasons(found), {"left_out": _entries(_reasons(found))}, found.notices)
 

@@ -8,7 +8,7 @@ from typing import Any
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 # (part of the step, share of it above which something should be done, what)
 REMEDIES = (
-    ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers or store smaller clips"),
+    ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers up to the free cores or store smaller clips"),
     ("encode_s", 0.30, "to encode less, use reeltune cache; to encode faster, mixed_precision bf16 or smaller sizes"),
     ("optimizer_s", 0.30, "to step the optimizer less often, raise gradient_accumulation_steps"),
 )
