@@ -1,6 +1,7 @@
 """Lists as they are looked at, and captions changed beside them."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -69,6 +70,10 @@ def folder(tmp_path, monkeypatch):
     return served
 
 
+def within(folder):
+    return Shelf(folder).holds
+
+
 def client_of(folder, **allowed):
     client = TestClient(make_app(folder, "token", **allowed), base_url=HOST, headers={"origin": HOST})
     client.get("/?token=token")
@@ -112,7 +117,7 @@ def test_a_list_is_read_anew_once_it_has_changed(folder):
 
 
 def test_a_recipe_tells_what_training_would_do_with_each_entry(folder):
-    judged = by_recipe(folder / "toy.yaml", folder.parent / "store")
+    judged = by_recipe(folder / "toy.yaml", folder.parent / "store", within(folder))
     assert list(judged.reasons) == [6] and "No such file" in judged.reasons[6]
     assert judged.kept["left_out"].tolist() == [6]
     assert len(judged.kept["held_out"]) == 1
@@ -132,8 +137,8 @@ def test_without_a_recipe_files_are_measured(folder):
 
 
 def test_as_the_model_sees_it_is_what_the_reader_gives(folder):
-    judged = by_recipe(folder / "toy.yaml", folder.parent / "store")
-    found = seen.micro_step(judged, 3, 0, folder.parent / "store")
+    judged = by_recipe(folder / "toy.yaml", folder.parent / "store", within(folder))
+    found = seen.micro_step(judged, 3, 0, folder.parent / "store", within(folder))
     batch = judged.inputs.reader[3, 0, 0, 1]
     assert [sample["text"] for sample in found["samples"]] == batch.text and len(batch.text) == 2
     assert found["shape"] == tuple(batch.pixels_BFCHW.shape[i] for i in (1, 3, 4))
@@ -142,10 +147,10 @@ def test_as_the_model_sees_it_is_what_the_reader_gives(folder):
     ]
     for i, sample in enumerate(found["samples"]):
         assert f"{i}_pixels.mp4" in [file["name"] for file in sample["files"]]
-    assert seen.micro_step(judged, 3, 0, folder.parent / "store")["key"] == found["key"]
-    assert seen.micro_step(judged, 4, 0, folder.parent / "store")["key"] != found["key"]
+    assert seen.micro_step(judged, 3, 0, folder.parent / "store", within(folder))["key"] == found["key"]
+    assert seen.micro_step(judged, 4, 0, folder.parent / "store", within(folder))["key"] != found["key"]
     with pytest.raises(LookupError):
-        seen.micro_step(judged, 0, judged.micro_steps, folder.parent / "store")
+        seen.micro_step(judged, 0, judged.micro_steps, folder.parent / "store", within(folder))
 
 
 def test_posters_are_made_once_and_small(folder):
@@ -226,7 +231,42 @@ def test_files_come_by_their_entry_and_only_from_below_the_folder(folder):
         assert client.get(path).status_code == 404, path
 
 
+def test_a_recipe_shows_nothing_from_outside(folder):
+    """Not by its settings, and not by a link; what lies outside may be another's."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    for i in range(5):
+        ball(outside / f"{i}.mp4", 7)
+    recipe = folder / "toy.yaml"
+    sound = recipe.read_text()
+    store = folder.parent / "store"
+    recipe.write_text(sound + "allow_outside_paths: true\n")
+    with pytest.raises(UserError, match="outside of what is served"):
+        by_recipe(recipe, store, within(folder))
+    recipe.write_text(sound.replace(f"train_data_dir: {folder}", f"train_data_dir: {outside}"))
+    with pytest.raises(UserError, match="outside of what is served"):
+        by_recipe(recipe, store, within(folder))
+    recipe.write_text(sound)
+    for i in range(5):
+        (folder / f"{i}.mp4").unlink()
+        (folder / f"{i}.mp4").symlink_to(outside / f"{i}.mp4")
+    judged = by_recipe(recipe, store, within(folder))
+    with pytest.raises(UserError, match="leads out of the served folder"):
+        for step in range(judged.micro_steps):
+            seen.micro_step(judged, 0, step, store, within(folder))
+    assert not [path for path in store.rglob("*.mp4")]
+
+
 # ---- captions
+
+
+def test_a_copy_that_is_a_link_is_not_written(folder):
+    outside = folder.parent / "theirs.json"
+    shutil.copy(folder / "metadata.json", outside)
+    (folder / "metadata.edited.json").symlink_to(outside)
+    before = outside.read_bytes()
+    assert save(client_of(folder, edit=True), folder, 2, "ball 2", "mine").status_code == 422
+    assert outside.read_bytes() == before and (folder / "metadata.edited.json").is_symlink()
 
 
 def save(client, folder, entry, was, text, name="metadata.json"):

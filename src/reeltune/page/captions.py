@@ -36,7 +36,7 @@ def edit(path: Path, entry: int, was: str, text: str, undo: Path) -> Path:
     if len(text) > MOST_LETTERS:
         raise UserError("caption", f"has {len(text):,} letters, and {MOST_LETTERS:,} are allowed; shorten it")
     with _lock:
-        copy = edited_path(path)
+        copy = _own(edited_path(path))
         source = copy if copy.exists() else path
         _write(copy, source, entry, was, text)
         done = [*_changes(undo), {"entry": entry, "was": was, "text": text}]
@@ -51,10 +51,17 @@ def undo_last(path: Path, undo: Path) -> int:
         if not done:
             raise UserError("undo", "no caption was changed here, or all changes are undone")
         last = done.pop()
-        copy = edited_path(path)
+        copy = _own(edited_path(path))
         _write(copy, copy, last["entry"], last["text"], last["was"])
         _remember(undo, done)
         return last["entry"]
+
+
+def _own(copy: Path) -> Path:
+    """Raises UserError for a link, which may lead anywhere."""
+    if copy.is_symlink():
+        raise UserError(str(copy), "is a link, where changed captions would go; put the file itself there")
+    return copy
 
 
 def changes(undo: Path) -> int:

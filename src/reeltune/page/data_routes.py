@@ -122,7 +122,7 @@ class Pages:
         found = None
         if judged is not None and judged.inputs is not None:
             try:
-                found = seen.micro_step(judged, epoch, step, self.site.store)
+                found = seen.micro_step(judged, epoch, step, self.site.store, self.site.shelf.holds)
             except LookupError:
                 last = len(judged.inputs.plan(epoch)) - 1
                 raise HTTPException(404, f"An epoch has the micro-steps 0 to {last}; {step} is none.") from None

@@ -82,8 +82,8 @@ class Shelf:
         return self.folder.name if named == "." else named.encode("utf-8", "replace").decode()
 
     def holds(self, path: str | Path) -> bool:
-        """Whether what the path leads to, through all links, lies in the folder."""
-        return os.path.realpath(path).startswith(self.real.rstrip(os.sep) + os.sep)
+        """Whether what the path leads to, through all links, lies in the folder, or is it."""
+        return os.path.join(os.path.realpath(path), "").startswith(os.path.join(self.real, ""))
 
     def file(self, path: str | Path) -> Path | None:
         """The regular file that the path leads to, None for none and for one outside."""

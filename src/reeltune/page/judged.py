@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError
 from reeltune.core.types import Record
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
@@ -52,13 +53,20 @@ def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
     return Judged(_by_entry(found.records), _reasons(found), {"left_out": _entries(_reasons(found))}, found.notices)
 
 
-def by_recipe(recipe_path: Path, store: Path) -> Judged:
-    """As a run of the recipe would see its train_data_meta. Raises UserError for what training would refuse."""
+def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> Judged:
+    """As a run of the recipe would see its train_data_meta. holds: whether a path may be looked at.
+
+    Raises UserError for what training would refuse, and for data that lies elsewhere.
+    """
     recipe = _beside(build(read(recipe_path), where=str(recipe_path)), recipe_path.parent / "index", store / "index")
+    data = recipe.data
+    if not holds(data.train_data_dir) or data.allow_outside_paths:
+        where = "allow_outside_paths is set" if data.allow_outside_paths else f"train_data_dir is {data.train_data_dir}"
+        raise UserError(str(recipe_path), f"{where}: the data lies outside of what is served; serve a folder above it")
     family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=False)
     plan = inputs.plan(0)
-    data = forecast_data(plan, inputs.train, inputs.rules)
+    forecast = forecast_data(plan, inputs.train, inputs.rules)
     reasons = _reasons(inputs.scan) | {row.entry: row.reason for row in inputs.unsuited}
     reasons |= {int(inputs.train.entry[record]): reason for record, reason in plan.left_out}
     usable = {**_by_entry(inputs.train), **_by_entry(inputs.held_out)} if _splits(recipe) else _by_entry(inputs.train)
@@ -70,7 +78,9 @@ def by_recipe(recipe_path: Path, store: Path) -> Judged:
         "short": _entries(_short(inputs)),
         "cut": _entries(map(int, names_of_cut(family, [(str(entry), one.text) for entry, one in usable.items()]))),
     }
-    return Judged(usable, reasons, kept, inputs.scan.notices, data.buckets, data.micro_steps, inputs, family, mode)
+    return Judged(
+        usable, reasons, kept, inputs.scan.notices, forecast.buckets, forecast.micro_steps, inputs, family, mode
+    )
 
 
 def _splits(recipe: Recipe) -> bool:

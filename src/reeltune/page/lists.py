@@ -75,7 +75,8 @@ class Lists:
                 for one in (path, original)
             )
         ]
-        return next((folder for folder in named if folder is not None and folder.is_dir()), path.parent)
+        holds = self.site.shelf.holds
+        return next((one for one in named if one is not None and one.is_dir() and holds(one)), path.parent)
 
     def store(self, asked: Asked) -> Path:
         return self.site.store / f"{asked.id}-{asked.by}"
@@ -89,7 +90,7 @@ class Lists:
 
             if asked.by == ALONE:
                 return by_scan(asked.path, folder, store)
-            return by_recipe(asked.recipes[asked.by].path, store)
+            return by_recipe(asked.recipes[asked.by].path, store, self.site.shelf.holds)
 
         self.jobs.begin(asked.key, act)
 

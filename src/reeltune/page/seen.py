@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reeltune.core.errors import refuse
 from reeltune.core.types import Batch, Draw
 from reeltune.data.media import write_clip
 from reeltune.page.judged import Judged
@@ -19,14 +21,20 @@ RAYS = slice(3, 6)  # of a camera's channels: where each pixel's ray points (dat
 _one_at_a_time = threading.Lock()
 
 
-def micro_step(judged: Judged, epoch: int, step: int, store: Path) -> dict[str, Any]:
-    """Its samples, each with its files below `store`. Raises UserError where no file can be read, LookupError for a
-    micro-step that there is not."""
+def micro_step(judged: Judged, epoch: int, step: int, store: Path, holds: Callable[[str], bool]) -> dict[str, Any]:
+    """Its samples, each with its files below `store`. holds: whether a file may be shown.
+
+    Raises UserError where no file can be read or one may not be shown, LookupError for a micro-step that there is not.
+    """
     assert judged.inputs is not None and judged.family is not None
     reader, needs = judged.inputs.reader, judged.family.needs[judged.mode]
     with _one_at_a_time:
         if not 0 <= step < len(reader.plan(epoch)):
             raise LookupError(step)
+        records = [judged.inputs.train[draw.record] for draw in reader.plan(epoch)[step]]
+        named = [path for one in records for path in (one.path, one.control_path, one.camera_path) if path]
+        lines = [f"{path} leads out of the served folder; serve one above it" for path in named if not holds(path)]
+        refuse("micro-step", lines)
         batch = reader[epoch, step, 0, 1]
         folder = store / "seen" / digest(batch, judged)
         if not folder.is_dir():

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from reeltune.core.errors import UserError
+from reeltune.core.files import writing
 from reeltune.core.user_folder import user_cache_folder
 from reeltune.page.found import Found, Shelf
 from reeltune.page.runs import Run
@@ -52,9 +53,11 @@ class Site:
     def of(cls, folder: Path, *, edit: bool, run: bool) -> Site:
         shelf = Shelf(folder)
         shelf.look()
-        base = user_cache_folder() or Path(tempfile.gettempdir()) / "reeltune"
-        digest = hashlib.blake2b(os.fsencode(shelf.real), digest_size=8).hexdigest()
-        return cls(shelf, edit, run, base / "page" / digest)
+        base = user_cache_folder() or Path(tempfile.mkdtemp(prefix="reeltune-"))
+        store = base / "page" / hashlib.blake2b(os.fsencode(shelf.real), digest_size=8).hexdigest()
+        with writing(store):
+            store.mkdir(parents=True, exist_ok=True, mode=0o700)  # pictures of what others may not read
+        return cls(shelf, edit, run, store)
 
     def look(self) -> Found:
         return self.shelf.look()
