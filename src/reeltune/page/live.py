@@ -141,8 +141,8 @@ class Drawn(Generic[T]):
             kept, started = self._kept, time.monotonic()
             # Half the pause: who is told of news after a pause gets them.
             if kept is None or (started - kept[2] > self.pause_s / 2 and kept[1] != self._of()):
-                of = self._of()
+                of, busy_s = self._of(), time.thread_time()
                 value = self._draw()
-                self.pause_s = max(LEAST_PAUSE_S, PAUSE_FACTOR * (time.monotonic() - started))
+                self.pause_s = max(LEAST_PAUSE_S, PAUSE_FACTOR * (time.thread_time() - busy_s))
                 self._kept = kept = value, of, time.monotonic()
             return kept[0]
