@@ -204,6 +204,22 @@ def test_the_contact_sheet_shows_what_is_known(folder):
     assert client.get(f"/lists/{id_of(folder)}/seen?step=99").status_code == 404
 
 
+def test_a_long_list_is_measured_when_asked(folder, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Jobs, "begin", lambda self, key, act: begun.append(key))
+    (folder / "toy.yaml").unlink()
+    rows = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(rows * 60))
+    client, address = client_of(folder), f"/lists/{id_of(folder)}"
+    text = client.get(f"{address}?page=17").text
+    assert (
+        "409 to 420 of 420" in text and text.count('class="card"') == 12 and "Measure all files" in text and not begun
+    )
+    assert "421" not in client.get(f"{address}?show=twice&page=99").text
+    client.post(f"{address}/measure")
+    assert len(begun) == 1
+
+
 def test_files_come_by_their_entry_and_only_from_below_the_folder(folder):
     outside = folder.parent / "outside.mp4"
     ball(outside, 7)

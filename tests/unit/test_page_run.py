@@ -178,6 +178,19 @@ def test_a_lock_that_nobody_holds_names_no_process(tmp_path):
         assert live.holder(tmp_path) is None
 
 
+def test_a_lock_that_another_process_holds_names_not_this_one(tmp_path):
+    process = hold(tmp_path)
+    try:
+        told = json.loads((tmp_path / ".lock").read_text())
+        (tmp_path / ".lock").write_text(json.dumps(told | {"process": os.getpid()}))
+        assert live.holder(tmp_path) is None
+        (tmp_path / ".lock").write_text(json.dumps(told | {"machine": "another"}))
+        assert live.holder(tmp_path) is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_to_look_takes_no_lock(tmp_path):
     from reeltune.run.lock import locked
 
