@@ -194,7 +194,7 @@ def test_what_files_say_is_escaped(known, folder):
 
 
 def test_a_metrics_file_of_something_else_is_told_and_not_raised(known, folder):
-    (folder / "run/metrics.jsonl").write_text('{"kind": "step"}\nnonsense\n')
+    (folder / "run/metrics.jsonl").write_text('{"kind": "notice", "step": 0, "text": ""}\nnonsense\n')
     answer = known.get(f"/runs/{run_id(folder)}/head")
     assert answer.status_code == 422 and "line 2 is no row of a run" in answer.text
     assert known.get("/").status_code == 200

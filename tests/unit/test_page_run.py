@@ -23,7 +23,7 @@ from reeltune.page.found import Shelf
 from reeltune.page.live import Drawn, Tail
 from reeltune.page.svg import without_styles
 from reeltune.reporting import charts
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 
 HOST = "http://127.0.0.1:8765"
 

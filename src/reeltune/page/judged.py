@@ -67,6 +67,7 @@ def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> J
     inputs = gather(recipe, family, mode, show_progress=False)
     plan = inputs.plan(0)
     forecast = forecast_data(plan, inputs.train, inputs.rules)
+    times = np.bincount(plan.outline()[2].ravel(), minlength=len(inputs.train))
     reasons = _reasons(inputs.scan) | {row.entry: row.reason for row in inputs.unsuited}
     reasons |= {int(inputs.train.entry[record]): reason for record, reason in plan.left_out}
     usable = {**_by_entry(inputs.train), **_by_entry(inputs.held_out)} if _splits(recipe) else _by_entry(inputs.train)
@@ -74,7 +75,7 @@ def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> J
     kept = {
         "left_out": _entries(reasons),
         "held_out": _entries(held_out),
-        "repeated": _entries(inputs.train.entry[plan.repeated(len(plan)) > 0].tolist()),
+        "repeated": _entries(inputs.train.entry[times > 1].tolist()),
         "short": _entries(_short(inputs)),
         "cut": _entries(map(int, names_of_cut(family, [(str(entry), one.text) for entry, one in usable.items()]))),
     }

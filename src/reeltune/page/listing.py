@@ -25,10 +25,10 @@ OWN_FILTERS = {  # name -> what it keeps, of a row alone
     "uncontrolled": "without control",
     "twice": "of a file that is there twice",
 }
-MEASURED_FILTERS = {  # name -> what it keeps, once the files are measured; the last four for a recipe alone
+MEASURED_FILTERS = {  # name -> what it keeps, once the files are measured; all but the first of a recipe alone
     "left_out": "left out",
     "held_out": "held out",
-    "repeated": "repeated to fill a group",
+    "repeated": "drawn more than once in the first epoch",
     "short": "shorter than asked for",
     "cut": "whose caption is cut",
 }

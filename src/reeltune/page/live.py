@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from reeltune.core.errors import UserError
-from reeltune.core.reading import as_user_error
 from reeltune.page.found import METRICS
-from reeltune.reporting.report import Metrics, take_row
+from reeltune.reporting.metrics import Metrics, take_row
 
 LOOKS_S = 1.0  # between two looks at a run's files
 SILENCE_S = 15.0  # after which a line is sent that says nothing, by which a browser that has gone is noticed
@@ -57,8 +56,7 @@ class Tail:
                     if not line.endswith(b"\n"):
                         break
                     try:
-                        with as_user_error(self.path, f"line {self._lines + 1} is no row of a run", "delete that line"):
-                            take_row(self._metrics, line)
+                        take_row(self._metrics, line, self.path, self._lines + 1)
                     except UserError:
                         self._begin(())  # a part of it may have been taken
                         raise

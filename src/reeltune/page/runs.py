@@ -16,7 +16,7 @@ from reeltune.page import live
 from reeltune.page.found import METRICS
 from reeltune.page.svg import without_styles
 from reeltune.reporting import charts, report, time_verdict
-from reeltune.reporting.report import Metrics
+from reeltune.reporting.metrics import PARTS, Metrics
 
 LATEST_STEPS = 100  # of which the verdict on time is told
 MEDIA = {".mp4": "video/mp4", ".png": "image/png"}
@@ -93,7 +93,7 @@ def drawn(run: Run) -> dict[str, Any]:
 def time_told(metrics: Metrics) -> str | None:
     """What the time of the latest steps went into, as the console tells it."""
     steps = metrics.steps
-    names = ("step_s", *time_verdict.PARTS)
+    names = ("step_s", *PARTS)
     if any(len(steps.get(name, ())) < 2 for name in names):
         return None
     columns = zip(*(steps[name][1:][-LATEST_STEPS:] for name in names), strict=True)  # the first pays for the start

@@ -42,6 +42,7 @@ def micro_step(judged: Judged, epoch: int, step: int, store: Path, holds: Callab
             _write_more(batch, folder)
     return {
         "key": folder.name,
+        "micro_steps": len(reader.plan(epoch)),
         "shape": tuple(batch.draws[0].shape),
         "samples": [_sample(judged, batch, i, folder) for i in range(len(batch.draws))],
         "failures": [(judged.inputs.train[record].path, reason) for record, reason in batch.failures],

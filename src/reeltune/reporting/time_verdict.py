@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
+from reeltune.reporting.metrics import PARTS
+
 # (part of the step, share of it above which something should be done, what)
 REMEDIES = (
     ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers up to the free cores or store smaller clips"),
