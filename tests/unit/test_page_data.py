@@ -186,6 +186,16 @@ def test_jobs_run_once_and_tell_what_was_wrong(capsys):
     assert jobs.result("a")[1].problems == ["is empty"] and calls == [1]
 
 
+def test_jobs_keep_the_latest_results():
+    jobs = Jobs()
+    for key in range(20):
+        jobs.begin(key, lambda key=key: str(key))
+        deadline = time.monotonic() + 20
+        while jobs.result(key)[0] is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert [key for key in range(20) if jobs.begun(key)] == list(range(12, 20))
+
+
 # ---- the screen
 
 

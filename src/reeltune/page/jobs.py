@@ -9,6 +9,8 @@ from typing import Any
 
 from reeltune.core.errors import UserError
 
+KEPT = 8  # results; those of a long list are large
+
 
 class Jobs:
     """What takes long, each once, one after another beside the requests. The server does not wait for it to end."""
@@ -22,6 +24,9 @@ class Jobs:
         with self._lock:
             if key in self._jobs:
                 return
+            done = [key for key, job in self._jobs.items() if job.done()]  # oldest first
+            for old in done[: max(len(done) - KEPT + 1, 0)]:
+                del self._jobs[old]
             self._jobs[key] = future = Future()
         threading.Thread(target=self._run, args=(future, act), name="judge", daemon=True).start()
 
@@ -47,7 +52,8 @@ class Jobs:
 
     def result(self, key: Any) -> tuple[Any, UserError | None]:
         """(what came of it, what was wrong); neither before it is done."""
-        if key not in self._jobs or not self._jobs[key].done():
+        job = self._jobs.get(key)
+        if job is None or not job.done():
             return None, None
-        error = self._jobs[key].exception()
-        return (None, error) if isinstance(error, UserError) else (self._jobs[key].result(), None)
+        error = job.exception()
+        return (None, error) if isinstance(error, UserError) else (job.result(), None)
