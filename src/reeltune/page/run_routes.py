@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlencode
-
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -77,13 +75,13 @@ def routes(site: Site) -> list[Route]:
         site.must("run")
         run = run_of(request)
         actions.stop(run.folder)
-        return after_post(request, f"/runs/{run.id}?" + urlencode({"told": "stopping"}))
+        return after_post(request, f"/runs/{run.id}")
 
     def resume(request: Request, _: Form) -> Response:
         site.must("run")
         run = run_of(request)
         actions.resume(run.folder, site.store / "logs", run.id)
-        return after_post(request, f"/runs/{run.id}?" + urlencode({"told": "resuming"}))
+        return after_post(request, f"/runs/{run.id}")
 
     def log_of(run: Run) -> str | None:
         """The end of what the latest process that was started here for the run has printed."""
