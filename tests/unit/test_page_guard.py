@@ -167,6 +167,12 @@ def test_a_link_out_of_the_folder_is_no_run(folder, known):
     assert {path.name for path in Shelf(folder).look().runs.values()} == {"run", "other"}
 
 
+def test_a_ledger_is_no_list(tmp_path):
+    for name, head in (("list.csv", "file_path,text"), ("list_ledger.csv", "entry,file_path,kind,status,score")):
+        (tmp_path / name).write_text(f"{head}\n")
+    assert [path.name for path in Shelf(tmp_path).look().lists.values()] == ["list.csv"]
+
+
 def test_an_unknown_id_is_not_found(known, folder):
     for id in ("0" * 16, "run", "..", "%2e%2e", os.path.relpath(folder / "run", folder)):
         assert known.get(f"/runs/{id}").status_code in (404, 200 if id in ("..", "%2e%2e") else 404)

@@ -157,5 +157,6 @@ def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.suffix.lower() == ".csv":
-        return b"file_path" in head.partition(b"\n")[0].replace(b'"', b"").strip().split(b",")
+        columns = head.partition(b"\n")[0].replace(b'"', b"").strip().split(b",")
+        return b"file_path" in columns and b"status" not in columns  # which a ledger has
     return head[:1] in (b"[", b"{") and b'"file_path"' in head
