@@ -13,7 +13,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.config.rules import RANGES
 from reeltune.core.errors import UserError
 
-MODES = ("normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera")
+MODES = ("normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 

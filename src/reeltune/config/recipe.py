@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-TrainMode = Literal["normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera"]
+TrainMode = Literal["normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera"]
 
 
 @dataclass(frozen=True)

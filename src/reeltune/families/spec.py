@@ -162,6 +162,13 @@ class Family:
     tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
+    boundary: float | None = None
+    """Of two networks, the experts "high" and "low": the noise level from which on the first answers, else the second;
+    None: one network answers at all levels."""
+    experts: dict[str, Family] = field(default_factory=dict, repr=False, compare=False)
+    """Each of them that is there, as a family of its own: its network, and an objective of its own levels."""
+    expert: str | None = None
+    """Which of them this is."""
 
     def load(
         self,
