@@ -247,7 +247,7 @@ def test_sizes_that_cannot_be_shared_are_refused(data, tmp_path):
 def test_families_without_a_plan_are_refused(any_checkpoint, data, tmp_path):
     model = any_checkpoint.lay_out(tmp_path)
     family = families.find(model)
-    asked = recipe(model, data, tmp_path, context_parallel=2, train_mode=any_checkpoint.mode)
+    asked = recipe(model, data, tmp_path, context_parallel=2, **any_checkpoint.asked)
     if family.split is not None:
         assert choose_family(asked)[0].geometry.multiple == 2 * family.geometry.multiple
         return

@@ -288,11 +288,15 @@ def _with_experts(family: Family, places: dict[str, Path], boundary: float) -> F
     files: layout.Files = family.options["files"]
     assert isinstance(family.objective, Flow)
     ranges = dict(zip(layout.EXPERTS, family.objective.parted(boundary), strict=True))
-    family = replace(family, boundary=boundary)
+    family = replace(family, boundary=boundary, weights=files.transformer, experts={})
     family.experts.update(
         {
             name: replace(
-                family, expert=name, objective=ranges[name], options={"files": replace(files, transformer=path)}
+                family,
+                expert=name,
+                objective=ranges[name],
+                options={"files": replace(files, transformer=path)},
+                weights=path,
             )
             for name, path in places.items()
         }
