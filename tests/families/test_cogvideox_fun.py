@@ -145,6 +145,8 @@ def test_conditions_fill_the_channels_and_a_clip_comes_back(released, text_to_vi
 def test_time_patches_take_an_even_number_of_latent_frames(released):
     laws = {families.find(path).geometry.patch_time: families.find(path).geometry for path in released.values()}
     assert [laws[1].legal_frames(n) for n in (1, 5, 49)] == [1, 5, 49]
+    if 2 not in laws:
+        pytest.skip("no V1.5 in this set, whose patches take two latent frames")
     assert [laws[2].legal_frames(n) for n in (1, 5, 9, 49)] == [1, 5, 5, 45]
     assert laws[2].tokens(Shape(45, 32, 48)) * 2 == laws[1].tokens(Shape(45, 32, 48))
 

@@ -16,15 +16,16 @@ from reeltune.data.media import write_clip
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate.check import check
-from reeltune.run import precision
+from reeltune.run import machine, precision
 from reeltune.run.sizes import short_clips
 from tests.families.tiny_wan import tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch):
-    """What is said of this machine's CPU is no part of the answers here."""
+    """What is said of this machine's CPU is no part of the answers here, but where a test gives it another."""
     monkeypatch.setattr(precision, "computes_bf16", lambda: True)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,15 @@ def test_a_second_list_is_told_of_too(given, tmp_path):
     assert "entry 2, gone.mp4: the file cannot be opened" in told[0] and "the caption is empty" in told[1]
     with pytest.raises(UserError, match=r"train_data_meta has 4 of its files too: .*/0\.mp4"):
         lines_of(given, tmp_path, validation_data_meta=given / "metadata.json", max_bad_share=0.5)
+
+
+def test_more_workers_than_cores_are_told(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    told = [
+        [line for line in lines_of(given, tmp_path, dataloader_num_workers=count) if line.startswith("notice")]
+        for count in (2, 3)
+    ]
+    assert told[0] == [] and "dataloader_num_workers is 3 and this process may use 2 cores" in told[1][0]
 
 
 def test_what_training_would_refuse(given, tmp_path):

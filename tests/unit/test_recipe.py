@@ -254,8 +254,15 @@ def test_yaml_that_is_no_recipe(tmp_path, text, told):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=told):
         read(tmp_path / "recipe.yaml")
-    with pytest.raises(UserError, match="No such file"):
-        read(tmp_path / "missing.yaml")
+
+
+def test_a_recipe_that_is_missing_names_those_near_it(tmp_path):
+    for name in ("fun_1.3b_control_lora_12gb.yaml", "other.yaml"):
+        (tmp_path / name).write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"is missing; near are fun_1\.3b_control_lora_12gb\.yaml$"):
+        read(tmp_path / "fun_1.3b_control_lora.yaml")
+    with pytest.raises(UserError, match="is missing; look at its path"):
+        read(tmp_path / "zzz.yml")
 
 
 def test_nearest_name():

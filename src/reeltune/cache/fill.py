@@ -29,8 +29,8 @@ from reeltune.distributed.engine import place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
 from reeltune.run.loading_memory import told_when_full
+from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts, outlines
-from reeltune.run.precision import slow_bf16
 
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 
@@ -50,7 +50,7 @@ def fill(recipe: Recipe) -> int:
     encoder = Encoder(recipe, family, mode, inputs, device)
     ends = "ends after this entry" if rank == 0 else ""
     with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
-        for notice in [*inputs.scan.notices, *slow_bf16(recipe, only_encoding=True)]:
+        for notice in [*inputs.scan.notices, *machine_notices(recipe, only_encoding=True)]:
             bar.say(notice)
         full = told_when_full(recipe, device, partial(outlines, recipe, family), "clips are encoded", network=False)
         with full, closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this

@@ -19,7 +19,7 @@ import yaml
 
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import broken_rules
-from reeltune.core.errors import refuse
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import brief, read_yaml
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
@@ -219,8 +219,13 @@ def _words(kind: Any) -> str:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The settings in a recipe file, text all of it, not yet checked. Raises UserError if it is no table."""
-    return read_yaml(Path(path), "a recipe", typed=False)
+    """The settings in a recipe file, text all of it, not yet checked. Raises UserError if it is none, or no table."""
+    path = Path(path)
+    if not path.exists() and path.parent.is_dir():
+        recipes = [beside.name for beside in path.parent.iterdir() if beside.suffix in (".yaml", ".yml")]
+        close = difflib.get_close_matches(path.name, recipes, n=3)
+        raise UserError(str(path), "is missing; " + (f"near are {', '.join(close)}" if close else "look at its path"))
+    return read_yaml(path, "a recipe", typed=False)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

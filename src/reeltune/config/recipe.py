@@ -25,8 +25,7 @@ class Model:
     expert: Literal["high", "low", "both"] | None = None
     """Which of the two networks of a Wan2.2-A14B model learns, at its own noise levels: high or low."""
     other_expert_path: str | None = None
-    """Weights of the other one, which previews and samples pass to (a .safetensors file or a checkpoint-N folder).
-    Left out: the model's own."""
+    """Weights of the other one, for previews and samples (a file or checkpoint-N folder). Left out: the model's own."""
     control_ref_image: Literal["first_frame", "random"] = "first_frame"
     """Which frame is the reference picture: the first (Wan2.1-Fun V1.0 and camera), or one at random (V1.1)."""
     add_full_ref_image_in_self_attention: bool = False

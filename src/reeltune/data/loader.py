@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -204,22 +205,24 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
     """
     if workers:
         _allow_open_files(FILES_A_WORKER * workers)
-    loader: DataLoader[T | _NoSharedMemory] = DataLoader(
-        _InSharedMemory(data) if workers else data,
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or it would draw from the global one
-    )
     handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    try:
-        batches = iter(loader)  # one iterator over all epochs: the workers persist
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise _NoSharedMemory(str(error)).told() from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # run/machine.py says it, once
+        loader: DataLoader[T | _NoSharedMemory] = DataLoader(
+            _InSharedMemory(data) if workers else data,
+            batch_size=None,
+            sampler=places,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        try:
+            batches = iter(loader)  # one iterator over all epochs: the workers persist
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _NoSharedMemory(str(error)).told() from error
     started = [process for process in multiprocessing.active_children() if process not in others]
     if threading.current_thread() is threading.main_thread():
         # DataLoader's own handler would raise a dead worker's error in the middle of a training step; it is found here.

@@ -10,8 +10,8 @@ from reeltune.config.recipe import Recipe
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
+from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
-from reeltune.run.precision import slow_bf16
 from reeltune.training.loop import steps_of
 from reeltune.training.rate import Rates, rate_notices, rate_of
 
@@ -45,7 +45,7 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
     if inputs.unsuited:
         yield f"unused   {_count(len(inputs.unsuited), 'entry', 'entries')} that teach this model nothing"
         yield from (f"         {row}" for row in inputs.unsuited)
-    yield from (f"notice   {notice}" for notice in [*found.notices, *slow_bf16(recipe)])
+    yield from (f"notice   {notice}" for notice in [*found.notices, *machine_notices(recipe)])
     yield f"held out {_count(len(inputs.held_out), 'clip')}"
 
 

@@ -33,7 +33,7 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 
 # (part of the step, share of it above which something should be done, what)
 REMEDIES = (
-    ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers or store smaller clips"),
+    ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers up to the free cores or store smaller clips"),
     ("encode_s", 0.30, "to encode less, use reeltune cache; to encode faster, mixed_precision bf16 or smaller sizes"),
     ("optimizer_s", 0.30, "to step the optimizer less often, raise gradient_accumulation_steps"),
 )

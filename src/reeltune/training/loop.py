@@ -23,8 +23,8 @@ from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
+from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts
-from reeltune.run.precision import slow_bf16
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
@@ -108,7 +108,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
-    slow = [*slow_bf16(recipe), *rate_notices(recipe.optimization, total_steps)]
+    slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
