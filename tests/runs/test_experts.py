@@ -13,7 +13,7 @@ from reeltune.core.types import Shape
 from reeltune.export.base import Base
 from reeltune.export.merge import export_merged
 from reeltune.families import weights
-from reeltune.run.model import choose_family
+from reeltune.run.model import choose_family, other_expert_bytes
 from reeltune.sampling.clips import sample_clips
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import Request
@@ -185,3 +185,12 @@ def test_an_adapter_says_whose_it_is_and_is_merged_into_that(model, data, tmp_pa
     high, merged = weights.read(model / "high_noise_model"), weights.read(tmp_path / "merged")
     changed = {name for name in high if not torch.equal(high[name], merged[name])}
     assert changed and all(".weight" in name and name.startswith("blocks.") for name in changed)
+
+
+def test_plan_counts_the_network_that_makes_previews(model, data, tmp_path):
+    counts = []
+    for count in (0, 1):
+        made = recipe(model, data, tmp_path / "out", expert="high", preview_count=count, **SMALL)
+        counts.append(other_expert_bytes(made, choose_family(made)[0]))
+    low = weights.read(model / "low_noise_model")
+    assert counts == [0, 4 * sum(tensor.numel() for tensor in low.values())]  # mixed_precision is no

@@ -18,6 +18,7 @@ from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
+from reeltune.families import weights
 from reeltune.families.spec import Family, Parts, check_expert, check_mode
 from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.run.loading_memory import WORDS, told_when_full
@@ -168,12 +169,29 @@ def load_parts(
     return parts
 
 
+def other_expert(family: Family) -> Family | None:
+    """The one of two that does not learn; None where there is none, or its weights are not there."""
+    if family.expert is None:
+        return None
+    return next((one for name, one in family.experts.items() if name != family.expert), None)
+
+
+def other_expert_bytes(recipe: Recipe, family: Family) -> int:
+    """Of the host's memory, from the first preview on."""
+    other, validation = other_expert(family), recipe.validation
+    if other is None or other.weights is None or not (validation.validation_prompts or validation.preview_count):
+        return 0
+    count = sum(tensor.numel() for tensor in weights.peek(other.weights).values())
+    return count * DTYPES[recipe.training.mixed_precision].itemsize
+
+
 def load_other_expert(recipe: Recipe, family: Family, device: torch.device) -> nn.Module:
     """The network that does not learn, as it computes: its blocks wait in the CPU's memory, and visit the device.
 
-    family: of the one that does. Raises UserError for weights that do not fit.
+    family: of the one that does, beside which it is. Raises UserError for weights that do not fit.
     """
-    other = next(one for name, one in family.experts.items() if name != family.expert)
+    other = other_expert(family)
+    assert other is not None
     net = other.load(
         recipe.model.pretrained_model_name_or_path,
         dtype=DTYPES[recipe.training.mixed_precision],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reeltune.config.recipe import Recipe
 from reeltune.families.spec import Family
 from reeltune.families.tensor_files import notice
-from reeltune.run.model import load_other_expert
+from reeltune.run.model import load_other_expert, other_expert
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OtherExpert:
         """family: of the network that learns. None for one that is alone; says so where another is meant to be."""
         if family.expert is None or family.boundary is None:
             return None
-        other = next((one for name, one in family.experts.items() if name != family.expert), None)
+        other = other_expert(family)
         if other is None or other.expert is None:
             notice(
                 f"{recipe.model.pretrained_model_name_or_path} holds the weights of expert {family.expert} alone: "
