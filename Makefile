@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c "
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test quick bench lint parity docs
+.PHONY: setup demo test quick oldest bench lint parity docs
 
 setup: .venv/ready
 
@@ -26,6 +26,15 @@ test: setup
 # Without the slow half, which real launches and kills are
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# The quick half with the oldest versions that are supported, in an environment of its own
+OLDEST := .venv/oldest
+oldest: setup
+	@$(PYTHON) scripts/make_venv.py $(OLDEST)
+	@sed 's/==.*//;/^#/d' constraints-oldest.txt | grep -viwFf - constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	@touch $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: setup
 	$(BIN)/python -m benchmarks

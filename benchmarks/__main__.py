@@ -42,6 +42,7 @@ MODULES = (
     "engines",
     "memory",
     "base_weights",
+    "adapter_save",
     "gpu",
 )  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
@@ -132,6 +133,10 @@ MEANING = {  # name: (what it is, goal)
         }.items()
     },
     **{
+        f"adapter_save_{what}": (f"{what} of a whole network's checkpoint over an adapter's, rank 32", Goal(least=20))
+        for what in ("bytes", "seconds")
+    },
+    **{
         name.format(engine): (what.format(engine), None)
         for engine in ("ddp", "zero2", "zero3", "fsdp")
         for name, what in {
@@ -156,7 +161,10 @@ MEANING = {  # name: (what it is, goal)
     },
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
     **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
-    **{f"repeats_{n}": (f"samples that fill up micro-steps of {n} ranks, of 200,000 clips", None) for n in idle.RANKS},
+    **{
+        f"repeats_{n}": (f"repeats among all samples of {n} ranks, 100 epochs of 200,000 clips", Goal(most=0.005))
+        for n in idle.RANKS
+    },
 }
 
 

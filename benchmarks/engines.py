@@ -52,7 +52,7 @@ def run(model: Path, data: Path, folder: Path, engines: tuple[str, ...], **chang
         assert train(recipes["alone"]) == 0
     shared = [made for engine, made in recipes.items() if engine != "alone"]
     started = processes.forked(shared, 2, folder)
-    assert started.end(limit_seconds=900) == [0, 0], started.print()
+    assert started.end(silence_seconds=900) == [0, 0], started.print()
     files = {engine: folder / engine / "metrics.jsonl" for engine in engines}
     return {engine: [json.loads(line) for line in file.read_text().splitlines()] for engine, file in files.items()}
 

@@ -23,6 +23,7 @@ from reeltune.data.shapes import SizeRules
 RANKS = (8, 64, 256, 1024)
 RECORDS, SEED = 200_000, 0
 MICRO_STEPS = 64  # looked at, for each number of ranks
+EPOCHS = 100  # of a run: the default of num_train_epochs
 # Wan2.1-14B: https://huggingface.co/Wan-AI/Wan2.1-T2V-14B/blob/main/config.json
 LAYERS, WIDTH, FEED_FORWARD, TEXT_TOKENS = 40, 5120, 13824, 512
 RULES = SizeRules(  # of the guide's commands for Wan2.1-Fun-Control
@@ -90,6 +91,11 @@ def _rows(costs: Iterator[float], ranks: int) -> Iterator[list[float]]:
         yield row
 
 
+def repeated(plan: Plan, epochs: int) -> float:
+    """Share of a run's samples that fill up its last group of each kind of clip."""
+    return plan.repeats(epochs) / (plan.micro_steps_before(epochs) * plan.group)
+
+
 def main() -> dict[str, float]:
     held = records()
     alone = Plan(held, RULES, group=1, seed=SEED)
@@ -99,10 +105,11 @@ def main() -> dict[str, float]:
         looked_at = np.linspace(0, len(plan) - 1, min(MICRO_STEPS, len(plan))).astype(int).tolist()
         found[f"idle_{ranks}"] = idle_share(ours(plan, ranks, looked_at))
         found[f"idle_apart_{ranks}"] = idle_share(each_its_own(alone, ranks, MICRO_STEPS))
-        found[f"repeats_{ranks}"] = plan.repeats / (len(plan) * ranks)
+        found[f"repeats_{ranks}"] = repeated(plan, EPOCHS)
         print(
             f"{ranks} ranks wait {found[f'idle_{ranks}']:.2%} of their time; each drawing its own size they would wait "
-            f"{found[f'idle_apart_{ranks}']:.1%}; {found[f'repeats_{ranks}']:.1%} of samples fill up micro-steps"
+            f"{found[f'idle_apart_{ranks}']:.1%}; of a run's samples {repeated(plan, EPOCHS):.2%} fill up "
+            f"its last groups in {EPOCHS} epochs, {repeated(plan, 10):.1%} in 10, {repeated(plan, 1):.1%} in one"
         )
     return found
 

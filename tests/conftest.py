@@ -4,6 +4,7 @@ Each is taken from beside the folder of `--goldens`, else from beside the reposi
 holds a smaller set of each; media are made.
 """
 
+import gc
 import os
 import subprocess
 import tempfile
@@ -47,6 +48,12 @@ def pytest_sessionfinish(session):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             reporter = session.config.pluginmanager.get_plugin("terminalreporter")
             reporter.write_line(f"\ntests left files in the working folder: {', '.join(left)}", red=True)
+
+
+def pytest_collection_finish(session):
+    """Libraries and thousands of tests stay to the end: collecting garbage need not look through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def guarded(act: Callable[[], int]) -> int:
         logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
     try:
-        _refuse_lost_folder()
+        _refuse_lost_folders()
         with second_leaves():
             code = act()
         sys.stdout.flush()
@@ -105,14 +106,21 @@ def guarded(act: Callable[[], int]) -> int:
         return 141  # 128 + SIGPIPE, as shells tell it
 
 
-def _refuse_lost_folder() -> None:
-    """Raises UserError where the working folder is gone, in which torch's libraries do not even load."""
+def _refuse_lost_folders() -> None:
+    """Raises UserError where the working folder is gone, or no temporary file can be made: without either torch's
+    libraries do not even load."""
     try:
         os.getcwd()
     except FileNotFoundError as gone:
         raise UserError(
             "reeltune", "the folder that this was started in has been removed; cd to one that is there"
         ) from gone
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as nowhere:
+        raise UserError(
+            "reeltune", "no temporary file can be made in TMPDIR, /tmp or /var/tmp; set TMPDIR to a folder with room"
+        ) from nowhere
 
 
 # ---- commands of a recipe

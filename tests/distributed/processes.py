@@ -114,6 +114,7 @@ FORKS.set_forkserver_preload(
         *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
         *(["deepspeed"] if find_spec("deepspeed") else []),
         *("tests.distributed.gathered", "tests.families.every_family"),  # what tests tell their forks to do is beside
+        "tests.distributed.frozen",  # last
     ]
 )
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import signal
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from reeltune.adapters import saved
 from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import is_shared
 from reeltune.checkpoint.state import Shared
+from reeltune.families import MODULES
 from reeltune.training import loop
-from tests.distributed.processes import train
-from tests.distributed.test_engines import LIVE
+from tests.distributed.processes import forked, train
+from tests.distributed.test_engines import LIVE, on_a_slow_disk
+from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
 STEPS, HALF = 6, 3
+DORA = {"use_dora": True, "max_train_steps": HALF}
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
 NEAR = 3e-3  # of the norm of a weight; 3e-4 was seen (measured, 2026-11-26)
@@ -31,7 +36,7 @@ class Runs:
     def __init__(self, pair, data, folder):
         (folder / "checkpoint").mkdir()
         self.checkpoint, self.mode = pair.lay_out(folder / "checkpoint"), pair.mode
-        self.data, self.folder = data, folder
+        self.data, self.folder, self.family = data, folder, pair.family
         self.layers = {"target_name": ["text"]} if pair.family == "toy" else {}
 
     def recipe(self, name, processes=2, **changes):
@@ -76,10 +81,40 @@ def runs(one_of_a_family, data, tmp_path_factory):
     for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
         recipes.append(made.recipe(engine))
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
+    if made.family == "toy":
+        assert loop.train(made.recipe("alone-dora", processes=1, **DORA)) == 0
+        recipes += [made.recipe(f"{engine}-dora", **DORA) for engine in ENGINES]
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
     return made
+
+
+def of_one_family(engine, family):
+    """Whether it is that engine's turn to be killed: each family takes one, and each engine comes."""
+    return EVERY.index(engine) == list(MODULES).index(family) % len(EVERY)
+
+
+def test_each_engine_is_killed_in_a_family():
+    assert all(any(of_one_family(engine, family) for family in MODULES) for engine in EVERY)
+
+
+def test_killed_within_a_save_it_ends_in_the_same_bits(runs):
+    (engine,) = (engine for engine in EVERY if of_one_family(engine, runs.family))
+    made_by(engine)
+    name = f"{engine}-killed"
+    ours = shutil.ignore_patterns(f"checkpoint-{STEPS}")
+    out = shutil.copytree(runs.folder / engine, runs.folder / name, ignore=ours)
+    recipes = [runs.recipe(name, resume_from_checkpoint="latest")]
+    run = forked(recipes, 2, runs.folder, on_a_slow_disk)
+    run.until((out / f".checkpoint-{STEPS}.partial").exists)
+    run.kill()
+    assert run.end() == [-signal.SIGKILL] * 2
+    assert not (out / f"checkpoint-{STEPS}").exists()
+
+    train(recipes, 2, runs.folder)
+    assert not list(out.glob(".checkpoint*"))
+    assert_same_end(out, runs.folder / engine, STEPS)
 
 
 def is_moved(name, weight):
@@ -107,6 +142,17 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
     moved, moved_alone = ({name for name, weight in of.items() if is_moved(name, weight)} for of in (ours, alone))
     assert moved == moved_alone
     assert len(moved) > 0.4 * len(ours)  # half, but for EasyAnimate's last block, which drops what it makes of text
+
+
+@of_engines
+def test_magnitudes_learn_as_in_one_process(engine, runs):
+    """DoRA's, which are of weights in full: so they are gathered where they are measured."""
+    made_by(engine)
+    if runs.family != "toy":
+        pytest.skip("tried with one family")
+    dora, plain = runs.losses("alone-dora"), runs.losses("alone")
+    assert runs.losses(f"{engine}-dora") == pytest.approx(dora, rel=1e-5)
+    assert dora[HALF] != plain[HALF]
 
 
 @of_engines

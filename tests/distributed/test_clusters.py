@@ -1,4 +1,7 @@
-"""What docs/clusters.md has for several machines is run: two launches of one process each, which meet here."""
+"""What docs/clusters.md has for several machines is run: two launches of one process each, which meet here.
+
+One form is run to the end. The others are run until torchrun is called, with the same words as there.
+"""
 
 import json
 import os
@@ -21,6 +24,11 @@ PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 SRUN = """#!/bin/sh
 for machine in 0 1; do SLURM_NODEID=$machine "$@" & pids="$pids $!"; done
 for pid in $pids; do wait $pid || exit 1; done
+"""
+
+
+TORCHRUN = """#!/bin/sh
+printf '%s\\0' "$@" > $CALLS/$$
 """
 
 
@@ -73,6 +81,45 @@ def variables(**more: str) -> dict[str, str]:
     return environment(PATH=path, **more)
 
 
+@pytest.fixture
+def stubs(place):
+    """A folder of commands that come first. Its torchrun only writes down how it is called."""
+    (place / "bin").mkdir()
+    (place / "calls").mkdir()
+
+    def put(**commands: str) -> str:
+        for name, text in {"torchrun": TORCHRUN, **commands}.items():
+            (place / "bin" / name).write_text(text)
+            (place / "bin" / name).chmod(0o755)
+        return str(place / "bin")
+
+    return put
+
+
+def called(place: Path) -> list[dict]:
+    """What torchrun was told of each machine, in their order, by its own names; the port is each test's own."""
+    words = [path.read_text().split("\0")[:-1] for path in (place / "calls").iterdir()]
+    found = [vars(torchrun_parser().parse_args(each)) for each in words]
+    return sorted(({**each, "master_port": None} for each in found), key=lambda each: each["node_rank"])
+
+
+PLAIN = {  # of one of the two launches that test_plain_ssh runs to the end
+    "nnodes": "2",
+    "nproc_per_node": "1",
+    "master_addr": "127.0.0.1",
+    "module": True,
+    "training_script": "reeltune",
+    "training_script_args": ["train", "runs/eight/recipe.yaml", "--output_dir", "runs/sixteen"],
+}
+LATEST = ["--resume_from_checkpoint", "latest"]  # of jobs that may be started again
+
+
+def assert_called_as_plain(place: Path, more: list[str]):
+    default = {**vars(torchrun_parser().parse_args(["script"])), **PLAIN, "master_port": None}
+    default["training_script_args"] = PLAIN["training_script_args"] + more
+    assert called(place) == [{**default, "node_rank": machine} for machine in (0, 1)]
+
+
 def assert_one_run(folder: Path):
     rows = [json.loads(line) for line in (folder / "runs/sixteen/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
@@ -82,30 +129,34 @@ def assert_one_run(folder: Path):
 
 @pytest.mark.slow
 def test_plain_ssh(place):
-    command = block("bash", "$MACHINE")
+    """With what the other forms say beside, which changes nothing at a first start."""
+    command = " ".join([block("bash", "$MACHINE").strip(), *LATEST])
     machines = [variables(HEAD="127.0.0.1", MACHINE=number) for number in "01"]
     for code, told in ends([start(["bash", "-c", command], cwd=place, env=each) for each in machines]):
         assert code == 0, told
     assert_one_run(place)
 
 
-@pytest.mark.slow
-def test_slurm(place):
+def test_plain_ssh_is_what_the_others_are_compared_with(place, stubs):
+    command = block("bash", "$MACHINE")
+    given = {"first": stubs(), "CALLS": str(place / "calls"), "HEAD": "127.0.0.1"}
+    machines = [variables(**given, MACHINE=number) for number in "01"]
+    for code, told in ends([start(["bash", "-c", command], cwd=place, env=each) for each in machines]):
+        assert code == 0, told
+    assert_called_as_plain(place, [])
+
+
+def test_slurm(place, stubs):
     """Under a srun that starts a task for each of two machines, as Slurm's does."""
-    stubs = place / "bin"
-    stubs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho 127.0.0.1\necho other\n"}.items():
-        (stubs / name).write_text(text)
-        (stubs / name).chmod(0o755)
+    first = stubs(srun=SRUN, scontrol="#!/bin/sh\necho 127.0.0.1\necho other\n")
     (place / "train.sbatch").write_text(block("bash", "#SBATCH"))
-    given = variables(first=str(stubs), SLURM_NNODES="2", SLURM_JOB_NODELIST="node[1-2]")
+    given = variables(first=first, CALLS=str(place / "calls"), SLURM_NNODES="2", SLURM_JOB_NODELIST="node[1-2]")
     code, told = end(start(["bash", "train.sbatch"], cwd=place, env=given))
     assert code == 0, told
-    assert_one_run(place)
+    assert_called_as_plain(place, LATEST)
 
 
-@pytest.mark.slow
-def test_kubernetes(place):
+def test_kubernetes(place, stubs):
     service, job = yaml.safe_load_all(block("yaml", "kind: Job"))
     name = service["metadata"]["name"]
     pod = job["spec"]["template"]["spec"]
@@ -115,10 +166,10 @@ def test_kubernetes(place):
     assert exported["HEAD"] == f"{job['metadata']['name']}-0.{name}"
     assert int(exported["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     assert {mount["name"] for mount in train["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    exported["HEAD"] = "127.0.0.1"
+    exported |= {"HEAD": "127.0.0.1", "first": stubs(), "CALLS": str(place / "calls")}
     numbers = range(job["spec"]["completions"])
     pods = [variables(**exported, JOB_COMPLETION_INDEX=str(number)) for number in numbers]
     command = [*train["command"], *train["args"]]
     for code, told in ends([start(command, cwd=place, env=each) for each in pods]):
         assert code == 0, told
-    assert_one_run(place)
+    assert_called_as_plain(place, LATEST)

@@ -80,16 +80,17 @@ def taken(reader, start, micro_steps, world, train_batch_size):
 
 
 def test_the_same_samples_in_the_same_order_whoever_takes_them(reader):
-    per_epoch = len(reader.plan(0))
-    whole, _ = taken(reader, Progress(), 2 * per_epoch, 1, 4)
-    assert len({(draw.record, draw.seed) for draw in whole}) > per_epoch  # they are told apart by what is compared
+    first, two = (reader.plan(0).micro_steps_before(epochs) for epochs in (1, 2))
+    assert two < 2 * first  # a group runs on into the second epoch
+    whole, end = taken(reader, Progress(), two + 2, 1, 4)
+    assert len({(draw.record, draw.seed) for draw in whole}) == 4 * (two + 2)  # told apart by what is compared
     here, found = Progress(), []
-    moves = [(2, 2, 1), (1, 2, per_epoch - 2), (4, 1, 2), (1, 1, 1), (2, 1, per_epoch - 2)]  # over an epoch's end too
+    moves = [(2, 2, 1), (1, 2, first - 2), (4, 1, 2), (1, 1, 1), (2, 1, two - first)]  # over the ends of epochs too
     for world, train_batch_size, micro_steps in moves:
         draws, here = taken(reader, here, micro_steps, world, train_batch_size)
         found += draws
     assert found == whole
-    assert (here.epoch, here.cursor) == (1, per_epoch)
+    assert here == end and here.epoch == 2
 
 
 def test_a_run_that_cannot_be_taken_evenly_is_refused(asked):

@@ -62,7 +62,7 @@ RUNS = {
     "HunyuanVideo-I2V FSDP": Run("003_*", 2, "multi/HunyuanVideo-I2V", "metadata.json", "fsdp", HUNYUAN_I2V),
     "CogVideoX-Fun": Run("004_*", 0, "multi/CogVideoX-Fun-2b-InP", "metadata.json", "zero2"),
 }
-LAUNCHED = ("V1.1 ZeRO-3", "EasyAnimate V5.1", "HunyuanVideo FSDP", "CogVideoX-Fun")  # each script, each engine
+LAUNCHED = ("V1.1 ZeRO-3", "HunyuanVideo FSDP")  # through each of accelerate's launchers
 
 
 def printed(seeds: Path, name: str) -> tuple[list[str], str, list[str]]:

@@ -31,7 +31,10 @@ REFUSED = 2
 LEAST_BYTES = 20
 FAULTS = ("killed", "full", "no room")
 PATHS = {"open": 1, "os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}  # event -> how many paths it has
-LIBRARIES = (("torch", "save"), ("reeltune.families.weights", "save_file"), ("av", "open"))
+LIBRARIES = (
+    *(("torch", "save"), ("reeltune.families.weights", "save_file"), ("reeltune.adapters.saved", "save_file")),
+    ("av", "open"),
+)
 
 
 @dataclass(frozen=True)

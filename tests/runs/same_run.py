@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from reeltune.checkpoint.folder import progress_of
 from reeltune.checkpoint.state import Shared
 from reeltune.distributed.sharded_io import whole
 from reeltune.training.learner import Learner
@@ -52,7 +53,7 @@ def assert_same_end(ours: Path, theirs: Path, step: int = 6, kinds=tuple(DETERMI
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
-    for name in ("transformer", "transformer_ema"):
+    for name in ("transformer", "transformer_ema", "adapter", "adapter_ema"):
         assert (a / name).is_dir() == (b / name).is_dir()
         for path in (a / name).glob("*.safetensors"):
             assert_equal(load_file(path), load_file(b / name / path.name))
@@ -60,7 +61,7 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert_equal(shares(a), shares(b))
     else:
         assert_equal(*(torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)))
-    assert (a / "progress.json").read_text() == (b / "progress.json").read_text()
+    assert progress_of(a) == progress_of(b)
 
 
 def same_checkpoint(a: Path, b: Path) -> bool:

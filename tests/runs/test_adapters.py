@@ -5,15 +5,15 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from reeltune import families
 from reeltune.adapters import saved
 from reeltune.config.parse import build, read
 from reeltune.core.errors import UserError
+from reeltune.reporting.metrics import read_metrics
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
-from tests.runs.same_run import StopAfter, assert_equal, assert_same_end, rows
+from tests.runs.same_run import StopAfter, assert_same_end, rows
 from tests.runs.small_run import recipe
 
 BASE = {"rank": 4, "target_name": ["text"], "train_mode": None, "held_out_share": 0.2}
@@ -57,10 +57,8 @@ def test_a_stopped_run_ends_in_the_same_bits(kind, toy, data, whole, tmp_path):
     assert train(recipe(*where, resume_from_checkpoint="latest", **settings)) == 0
     assert_same_end(tmp_path / "run", whole(kind))
     for name in ("adapter", "adapter_ema"):
-        ours, theirs = (out / "checkpoint-6" / name / saved.FILE for out in (tmp_path / "run", whole(kind)))
-        assert ours.is_file() == theirs.is_file() == (name == "adapter" or "use_ema" in settings)
-        if ours.is_file():
-            assert_equal(load_file(ours), load_file(theirs))
+        there = (tmp_path / "run/checkpoint-6" / name / saved.FILE).is_file()
+        assert there == (name == "adapter" or "use_ema" in settings)
 
 
 def test_dropout_and_rate_of_b_change_a_run(whole):
@@ -68,6 +66,18 @@ def test_dropout_and_rate_of_b_change_a_run(whole):
     assert losses["plain"][0] == losses["dropout"][0]  # B is zero
     assert losses["plain"][1:] != losses["dropout"][1:]
     assert losses["plain"][1:] != losses["scaled"][1:]
+
+
+def test_the_rate_that_prodigy_finds_is_in_the_metrics(toy, data, whole, tmp_path):
+    steps = {"max_train_steps": 64, "checkpointing_steps": 32}
+    settings = BASE | steps | {"use_prodigy": True, "learning_rate": 1.0, "held_out_share": 0.0}
+    assert train(recipe(toy, data, tmp_path / "run", **settings)) == 0
+    found = read_metrics(tmp_path / "run/metrics.jsonl").steps["d"]
+    assert 1e-6 == found[0] < found[-1] and found == sorted(found)  # it begins with 1e-6 and grows
+    for step in (32, 64):
+        state = torch.load(tmp_path / f"run/checkpoint-{step}/optimizer.pt", weights_only=True)
+        assert state["optimizer"]["param_groups"][0]["d"] == found[step - 1]
+    assert "d" not in read_metrics(whole("plain") / "metrics.jsonl").steps
 
 
 @pytest.mark.parametrize("kind", ["plain", "whole"])

@@ -66,8 +66,8 @@ def test_counts_reasons_and_sizes(given, tmp_path):
     assert "5 entries; usable: 3 videos and 1 image" in lines[1]
     assert lines[2] == "left out 1 (20.0%; up to 20.0%)" and "entry 4, gone.mp4: " in lines[3]
     assert "held out 0 clips" in lines
-    assert "epoch    4 micro-steps of 1 sample, 0 repeats to fill groups" in lines
-    assert "run      6 optimizer steps of 3 micro-steps" in lines  # 4 * 5 // 3
+    assert "epoch    4 micro-steps of 1 sample" in lines
+    assert "run      6 optimizer steps of 3 micro-steps, 5 epochs; 0 repeats fill up its last groups" in lines
     video, still = (line.split() for line in lines[-2:])
     assert video == ["3", "9", "64", "64", "48", "1.70"]  # 3 x 4 x 4 tokens; frames 0 to 16 of a stride of 2 at 10/s
     assert still == ["1", "1", "64", "64", "16", "still"]
@@ -75,8 +75,10 @@ def test_counts_reasons_and_sizes(given, tmp_path):
 
 
 def test_seconds_of_footage_by_frame_rate(given, tmp_path):
-    lines = lines_of(given, tmp_path, video_sample_fps=5.0, video_sample_n_frames=5, train_batch_size=2)
-    assert "epoch    3 micro-steps of 2 samples, 2 repeats to fill groups" in lines
+    more = {"video_sample_n_frames": 5, "train_batch_size": 2, "num_train_epochs": 3}
+    lines = lines_of(given, tmp_path, video_sample_fps=5.0, **more)
+    assert "epoch    3 micro-steps of 2 samples" in lines
+    assert "run      7 optimizer steps of 1 micro-step, 3 epochs; 2 repeats fill up its last groups" in lines
     assert lines[-2].split() == ["4", "5", "64", "64", "32", "0.90"]  # frames 0, 2, 4, 6, 8
 
 

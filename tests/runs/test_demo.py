@@ -181,10 +181,15 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_of_an_adapter(tmp_path):
+def test_the_demo_of_an_adapter(tmp_path, capsys):
     assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
     out = tmp_path / "demo/run"
     assert (out / "checkpoint-8/adapter/adapter_model.safetensors").is_file()
+    told = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "reeltune train recipes/wan2.1_fun_v1.1_1.3b_control_lora_12gb.yaml" in told
+    page = (out / "report.html").read_text()
+    assert "<span>an adapter of rank 16: " in page
+    assert "<span>steps 20</span>" in page and "<span>negative prompt" not in page  # which there was none
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if row["kind"] == "validation"]
     assert held_out[-1]["loss"] < held_out[0]["loss"]
@@ -210,7 +215,8 @@ def test_every_family_can_be_shown():
     assert set(cli.DEMOS) == set(FAMILIES) == set(families.MODULES)
     recipes = Path(__file__).parents[2] / "recipes"
     for name, shown in FAMILIES.items():
-        assert name == "toy" or f"huggingface.co/{shown.model}" in (recipes / shown.recipe).read_text()
+        for recipe in () if name == "toy" else (shown.recipe, shown.adapter_recipe):
+            assert f"huggingface.co/{shown.model}" in (recipes / recipe).read_text()
 
 
 @pytest.mark.slow

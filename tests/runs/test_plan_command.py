@@ -1,5 +1,6 @@
 """`reeltune plan` whole: what it prints and draws, that what it offers fits, and what is said when memory runs out."""
 
+import math
 import re
 import shutil
 import time
@@ -71,8 +72,11 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     assert code == 0, errors
     family, mode, _ = choose_family(run)
     inputs = gather(run, family, mode, group=4, show_progress=False)
-    samples = 4 * len(inputs.plan(0))
-    assert re.search(rf"samples in an epoch +{samples}, of which {inputs.plan(0).repeats / samples:.1%}", told)
+    plan = inputs.plan(0)
+    assert re.search(rf"samples in the first epoch +{4 * len(plan)}\b", told)
+    epochs = plan.epochs_within(6)
+    share = plan.repeats(epochs) / (4 * plan.micro_steps_before(epochs))
+    assert re.search(rf"repeats +{share:.1%} of the run's samples", told)
     assert re.search(r"steps +6\b", told)
     assert "ZeRO-2, sharded by arithmetic" in told
     assert "It fits." in told
@@ -175,35 +179,54 @@ def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypat
     assert found.largest_step.flops["backward"] == pytest.approx(3 * forward, rel=0.05)  # and forward once more
 
 
-@pytest.mark.golden
-@pytest.mark.slow
-def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeypatch):
-    """81 frames of 832 x 480, by the recipe made for it; by the plain one no, by far."""
-    unread(monkeypatch)
-    name = "Wan2.1-Fun-V1.1-14B-Control"
-    if not (goldens / "released_keys" / f"{name}.json.gz").is_file():
-        pytest.skip(f"no list of {name}'s tensors")
-    (folder := tmp_path / "model").mkdir()
-    wan_checkpoint(folder, goldens, name)
-    data = data_set(tmp_path / "data", clips=2, stills=0, frames=81)
+LARGE = "Wan2.1-Fun-V1.1-14B-Control"
+
+
+def of_14_billion(goldens, folder, recipe_name):
+    """That recipe at 81 frames of 832 x 480, of a checkpoint whose weights are holes."""
+    (model := folder / "model").mkdir()
+    data = data_set(folder / "data", clips=2, stills=0, frames=81)
     where = {
-        "pretrained_model_name_or_path": str(folder),
+        "pretrained_model_name_or_path": str(wan_checkpoint(model, goldens, LARGE)),
         "train_data_dir": str(data),
         "train_data_meta": str(data / "metadata_control.json"),
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
         "video_sample_stride": 1,
         "fix_sample_size": [480, 832],
         "held_out_share": 0.0,
     }
-    found = forecast(
-        build(read(str(RECIPES / "wan2.1_fun_v1.1_14b_control_80gb.yaml")), where), Machines(device="H100")
-    )
+    return build(read(str(RECIPES / f"{recipe_name}.yaml")), where)
+
+
+@pytest.mark.golden(f"released_keys/{LARGE}.json.gz")
+@pytest.mark.slow
+def test_all_of_14_billion_parameters_on_80_gigabytes(goldens, tmp_path, monkeypatch):
+    """81 frames of 832 x 480, by the recipe made for it; by the plain one no, by far."""
+    unread(monkeypatch)
+    found = forecast(of_14_billion(goldens, tmp_path, "wan2.1_fun_v1.1_14b_control_80gb"), Machines(device="H100"))
     assert found.data.buckets[0].tokens == 32760
-    assert found.largest_step.trainable == sum(torch.Size(s).numel() for s in released(goldens, name).values())
+    assert found.largest_step.trainable == sum(torch.Size(s).numel() for s in released(goldens, LARGE).values())
     assert found.verdict.safe
     assert found.verdict.need_bytes < 70e9
     # Recomputed once, then two products for each of the forward pass; in attention five for its two.
     assert 3.2 < found.step_flops["backward"] / found.step_flops["forward"] < 3.4
+
+
+@pytest.mark.golden(f"released_keys/{LARGE}.json.gz")
+@pytest.mark.slow
+def test_adapters_of_14_billion_parameters_on_24_gigabytes(goldens, tmp_path, monkeypatch):
+    """81 frames of 832 x 480, over a base in int8 whose blocks wait on the host."""
+    unread(monkeypatch)
+    run = of_14_billion(goldens, tmp_path, "wan2.1_fun_v1.1_14b_control_lora_24gb")
+    found = forecast(run, Machines(device="24GB"))
+    shapes = {name: shape for name, shape in released(goldens, LARGE).items() if name.startswith("blocks.")}
+    linear = [shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    assert found.largest_step.trainable == 32 * sum(map(sum, linear))
+    assert found.data.buckets[0].tokens == 32760
+    assert found.verdict.safe
+    assert found.verdict.need_bytes < 17e9
+    on_the_host = found.host_bytes["weights of swapped blocks"]
+    assert on_the_host == pytest.approx(sum(math.prod(shape) for shape in linear), rel=0.01)  # a byte each
 
 
 @pytest.mark.parametrize(

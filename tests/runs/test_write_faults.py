@@ -17,6 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
+from reeltune.adapters import saved
 from reeltune.cache import store
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import build, read
@@ -33,7 +34,7 @@ from reeltune.reporting import report
 from reeltune.reporting.first_batch import write_first_batch
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.run.folder import describe
 from reeltune.sampling.sample import write_pixels
 from reeltune.training import loop
@@ -75,6 +76,37 @@ def save(out, step=4, keep=1):
         write_more=write_more,
         keep=keep,
     )
+
+
+def save_adapter(out, step=4):
+    A_RI, B_OR = torch.full((2, 150), float(step)), torch.arange(10.0).view(5, 2) + step
+    pair = {"layer.lora_A.weight": A_RI, "layer.lora_B.weight": B_OR}
+
+    def write_weights(folder):
+        for name in ("adapter", "adapter_ema"):
+            saved.write(folder / name, pair, {"layer": 2.0}, {"rank": 2})
+
+    checkpoint.save(
+        out,
+        Progress(step, 0, step, 2),
+        write_weights=write_weights,
+        optimizer_state=tensors(step),
+        write_more=write_more,
+        keep=1,
+    )
+
+
+def latest_adapter(out):
+    """The same of adapters, as a run, an export and clips read them."""
+    checkpoint.sweep(out)
+    for last in checkpoint.complete(out):
+        checkpoint.verify(last)
+    assert last == checkpoint.find(out, "latest") and checkpoint.is_adapter(last)
+    found = []
+    for name in ("adapter", "adapter_ema"):
+        pair = saved.load(last / name).layers["layer"]
+        found += [float(pair.A_RI.sum()), float(pair.B_OR.sum()), pair.alpha]
+    return last.name, found, float(checkpoint.load(last)["a"].sum())
 
 
 def save_shares(out, step=4):
@@ -253,6 +285,7 @@ def first_batch(folder):
 OPERATIONS = {
     "checkpoint": Operation(save, latest, lambda out: save(out, 2)),
     "checkpoint over what is left of one": Operation(save, latest, with_leftover),
+    "checkpoint of an adapter": Operation(save_adapter, latest_adapter, lambda out: save_adapter(out, 2)),
     "checkpoint of several processes": Operation(save_shares, latest, lambda out: save(out, 2)),
     "later checkpoints set aside": Operation(
         lambda out: checkpoint.set_later_aside(out, 2), in_line_and_aside, three, each_old_or_new
@@ -289,21 +322,25 @@ def test_old_or_new(name, tmp_path):
     assert sweep(OPERATIONS[name], tmp_path) >= 5
 
 
-def test_a_run(toy, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [{}, {"rank": 4, "target_name": ["text"], "train_mode": None}], ids=["whole", "adapter"]
+)
+def test_a_run(more, toy, data, tmp_path, monkeypatch):
     """Of two steps with a checkpoint after each: it goes on from whatever it left, and ends in the same bits."""
     monkeypatch.setattr(report, "write", lambda out: out / "report.html")
     torch.set_num_threads(1)
 
     def run(out: Path):
         changes = {"max_train_steps": 2, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
-        loop.train(recipe(toy, data, out, **changes, save_in_background=False))
+        loop.train(recipe(toy, data, out, **changes, **more, save_in_background=False))
 
     def found(out: Path):
         last = checkpoint.find(out, "latest")
         if last is None:
             return {}
         checkpoint.verify(last)
-        held = load_file(last / "transformer/diffusion_pytorch_model.safetensors")
+        (file,) = last.glob("*/*.safetensors")
+        held = load_file(file)
         account = (out / "ledger.csv").read_text() if (out / "ledger.csv").exists() else None
         return {
             "step": last.name,

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -181,6 +182,17 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").rmdir()
     assert cli.main(["check", "recipe.yaml"]) == 2
     assert "has been removed; cd to one that is there" in capsys.readouterr().err
+
+
+def test_no_place_for_temporary_files(monkeypatch, capsys):
+    """Without one, torch's libraries end in a traceback when they are read."""
+
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert cli.main(["check", "recipe.yaml"]) == 2
+    assert "no temporary file can be made in TMPDIR, /tmp or /var/tmp; set TMPDIR" in capsys.readouterr().err
 
 
 def test_who_reads_may_stop_reading(monkeypatch):

@@ -19,9 +19,10 @@ from reeltune.families.toy.family import FAMILY
 from reeltune.reporting import report
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import _cut_after
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.run.folder import refuse_other_model
 from reeltune.sampling.validate import HeldOut
+from tests.unit.metrics_rows import METRICS
 
 GOOD = {"step": 4, "epoch": 1, "cursor": 2, "group": 8}
 PROGRESS = {
@@ -33,6 +34,7 @@ PROGRESS = {
     "far": ({**GOOD, "step": 404}, "says step 404 in a folder named checkpoint-4"),
     "group": ({**GOOD, "group": -7}, "group is -7"),
     "huge": ({**GOOD, "cursor": 10**30}, "cursor is 1000000000000000000000000000000"),
+    "newer": ({**GOOD, "plan_version": 2}, "plan_version is 2, and this version knows 0 to 1"),
     "nulls": (dict.fromkeys(GOOD), "step is None"),
     "no cursor": ({"step": 4, "epoch": 0}, "has no cursor"),
     "more": ({**GOOD, "extra": 1}, "has 'extra', which"),
@@ -54,7 +56,7 @@ def run(tmp_path):
 def test_progress_is_not_believed(name, run):
     table, words = PROGRESS[name]
     file = run / "checkpoint-4/progress.json"
-    assert checkpoint.progress_of(file.parent) == Progress(**GOOD)
+    assert checkpoint.progress_of(file.parent) == Progress(**GOOD, plan_version=0)
     file.write_text(json.dumps(table))
     with pytest.raises(UserError) as told:
         checkpoint.progress_of(file.parent)
@@ -74,9 +76,14 @@ def test_the_last_sound_checkpoint_is_named(run):
         checkpoint.progress_of(run / "checkpoint-4")
 
 
-def test_a_checkpoint_from_before_groups_is_read(run):
-    (run / "checkpoint-4/progress.json").write_text('{"step": 4, "epoch": 1, "cursor": 2}')
-    assert checkpoint.progress_of(run / "checkpoint-4") == Progress(4, 1, 2, 0)
+def test_checkpoints_from_before_groups_and_before_they_ran_on_are_read(run):
+    file = run / "checkpoint-4/progress.json"
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 0, plan_version=0)
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2, "group": 8}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 8, plan_version=0)
+    file.write_text('{"step": 4, "epoch": 1, "cursor": 2, "group": 8, "plan_version": 1}')
+    assert checkpoint.progress_of(file.parent) == Progress(4, 1, 2, 8)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
@@ -102,6 +109,42 @@ def test_rows_that_are_none(content, tmp_path):
     if content != b'{"kind": "step"}\n':
         with pytest.raises(UserError, match="line 2 is no row of a run"):
             read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "told"),
+    [
+        ("step", {"loss": "0.5"}, "loss is '0.5'; expected a number"),
+        ("step", {"samples": -1}, "samples is -1; expected a whole number from 0"),
+        ("step", {"step": 2.5, "lr": [1]}, "lr is [1]; expected a number"),
+        ("step", {"step_s": -1.0}, "step_s is -1.0; expected seconds, from 0"),
+        ("step", {"shape": [5, 16]}, "shape is [5, 16]; expected a list of 3 entries"),
+        ("step", {"optimizer_s": None}, "optimizer_s is None; expected seconds"),
+        ("step", {"loss": ...}, "has no loss; expected a number"),
+        ("step", {"unknown": ...}, "has no unknown, which the first step has"),
+        ("validation", {"band95": [0.1]}, "band95 is [0.1]; expected a list of 2 entries, each a number, or null"),
+        ("validation", {"per_band": [{"level": 0.5, "loss": 1}]}, "has no loss_start"),
+        ("validation", {"n": "two"}, "n is 'two'"),
+        ("save", {"bytes": 1e9}, "bytes is 1000000000.0; expected a whole number"),
+        ("save", {"path": None}, "path is None; expected text"),
+        ("notice", {"text": 5}, "text is 5; expected text"),
+    ],
+)
+def test_a_damaged_value_is_named(kind, damage, told, tmp_path):
+    """In the report and in what `plan` measures; each is beside sound rows, of which nothing is wrong."""
+    sound = {row["kind"]: row for row in METRICS} | {"step": {**METRICS[0], "unknown": 1}}
+    row = {name: value for name, value in (sound[kind] | damage).items() if value is not ...}
+    lines = [*sound.values(), {**sound["step"], "loss": float("nan"), "grad_norm": float("inf"), "later": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found.steps["samples"] == [2, 2] and "later" not in found.steps
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as error:
+        read_metrics(tmp_path / "metrics.jsonl")
+    assert error.value.where.startswith(f"{tmp_path}/metrics.jsonl: line 6")
+    assert any(problem.startswith(told) for problem in error.value.problems), error.value.problems
+    assert all(problem.endswith("; delete that line") for problem in error.value.problems)
 
 
 def ledger_of(paths) -> Ledger:

@@ -34,7 +34,6 @@ def test_an_epoch_counted_by_hand():
     ]
     assert found.samples == 6
     assert found.micro_steps == 3
-    assert found.repeated == pytest.approx(2 / 6)  # one clip and one picture fill their groups
     clips = [draw.record for step in Plan(records, rules, group=2, seed=0) for draw in step if draw.record < 3]
     wide = sum(record < 2 for record in clips)
     assert found.cropped == pytest.approx(wide / 6)
@@ -61,7 +60,6 @@ def test_counts_are_those_of_the_draws():
         ]
         assert bucket.footage_s == pytest.approx((min(spans), max(spans)))
     assert found.step_tokens == pytest.approx((np.mean(per_step), np.percentile(per_step, 95), max(per_step)))
-    assert found.repeated == pytest.approx(plan.repeats / len(draws))
     lost = [1 - 1 / (max(d.crop.width / d.shape.width, 1) * max(d.crop.height / d.shape.height, 1)) for d in draws]
     assert found.picture_lost == pytest.approx(np.mean(lost), abs=0.01)  # a crop is of whole pixels
     assert found.buckets[0].shape == plan[0][0].shape

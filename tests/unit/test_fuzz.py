@@ -38,10 +38,11 @@ from reeltune.distributed import sharded_io
 from reeltune.families import tensor_files, tokenizers
 from reeltune.reporting import report
 from reeltune.reporting.ledger import Ledger
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 from reeltune.run.folder import refuse_other_model
 from reeltune.sampling.validate import HeldOut
 from tests.families.test_damaged_weights import HEADERS, one
+from tests.unit.metrics_rows import METRICS
 from tests.unit.test_damaged_runs import PROGRESS
 from tests.unit.test_reading import BROKEN_JSON, BROKEN_YAML
 
@@ -186,12 +187,11 @@ def test_manifests_and_metrics(tmp_path):
     manifest.parent.mkdir()
     shard = {"shard": "00001-00001.safetensors", "bytes": 8, "blake2b": "00", "entries": {"k": "train"}}
     sound = [{"format": 1, "facts": {"family": "toy"}}, shard, {"failed": {"k": "cannot be read"}}]
-    steps = [{"kind": "step", "step": 1, "loss": 0.5}, {"kind": "save", "step": 1}, {"kind": "notice", "text": "a"}]
     for number in range(TRIES):
         random = Random(f"manifest {number}")
         manifest.write_bytes(b"".join(broken(sound, KNOWN_JSON, random) + b"\n" for _ in range(3)))
         tried(lambda: read_manifest(tmp_path), number)
-        metrics.write_bytes(b"".join(broken(steps, KNOWN_JSON, random) + b"\n" for _ in range(3)))
+        metrics.write_bytes(b"".join(broken(METRICS, KNOWN_JSON, random) + b"\n" for _ in range(3)))
         tried(lambda: read_metrics(metrics), number)
     for name in ("../../x", "a/b", "a\\b", "..", 5):
         manifest.write_text(json.dumps({**shard, "shard": name}) + "\n")
@@ -199,16 +199,6 @@ def test_manifests_and_metrics(tmp_path):
             read_manifest(tmp_path)
 
 
-STEP = {"kind": "step", "step": 1, "loss": 0.5, "grad_norm": 1.0, "lr": 1e-4, "samples": 2, "shape": [5, 16, 32]}
-TIMES = {"step_s": 1.0, "data_s": 0.1, "encode_s": 0.2, "forward_backward_s": 0.6, "optimizer_s": 0.1, "tokens": 3}
-BAND = {"level": 0.5, "loss": 1.0, "loss_start": 1.1}
-VALIDATION = {"kind": "validation", "step": 1, "start_step": 0, "loss": 1.0, "loss_start": 1.1, "difference": -0.1}
-METRICS = [
-    STEP | TIMES,
-    VALIDATION | {"band95": [-0.2, 0.1], "per_band": [BAND, BAND], "n": 2},
-    {"kind": "save", "step": 1, "path": "checkpoint-1", "bytes": 5, "seconds": 0.1, "blocked_seconds": 0.1},
-    {"kind": "notice", "step": 1, "text": "a", "warning": True},
-]
 LEDGER = {
     "entries": 2,
     "used": 1,

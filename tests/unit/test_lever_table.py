@@ -87,7 +87,7 @@ def test_what_one_device_is_offered():
     same = ["low_vram: true", "cache_folder: run/cache, cache_variants: 4", "gradient_checkpointing: true"]
     more = ["offload_activations: true", "step_in_backward: true", "vae_tiling: true"]
     lean = ["trained_weights: bf16_stochastic", "use_8bit_adam: true", "use_came: true", "use_adafactor: true"]
-    adapters = ["rank: 32", "rank: 32, base_weights: fp8", "rank: 32, base_weights: fp8, blocks_to_swap: 4"]
+    adapters = ["rank: 32", "rank: 32, base_weights: int8", "rank: 32, base_weights: int8, blocks_to_swap: 4"]
     lean += adapters
     shorter = ["video_sample_n_frames: 25", *(f"--gpus {count}, engine: fsdp" for count in (2, 4, 8))]
     assert words(tree) == ["encode_ahead: false", *same, *more, *lean, *shorter]
@@ -96,7 +96,7 @@ def test_what_one_device_is_offered():
     assert "vae_tiling: true" not in words(tree, tiles=False)
     assert "step_in_backward: true" not in words({**tree, "gradient_accumulation_steps": 2})
     assert words({"train_batch_size": 3})[0] == "train_batch_size: 1, gradient_accumulation_steps: 3"
-    assert [line for line in words({"rank": 8}) if "base" in line] == ["base_weights: fp8", "base_weights: nf4"]
+    assert [line for line in words({"rank": 8}) if "base" in line] == ["base_weights: int8", "base_weights: nf4"]
     assert not any(line.startswith("base") for line in words({"rank": 8, "base_weights": "int8"}))
     assert "use_came: false, use_8bit_adam: true" in words({"use_came": True})
     assert "use_8bit_adam: false, use_adafactor: true" in words({"use_8bit_adam": True})
@@ -105,10 +105,10 @@ def test_what_one_device_is_offered():
 
 
 def test_adapters_are_offered_in_place_of_the_whole_network():
-    assert words({}, blocks=0)[-6:-4] == ["rank: 32", "rank: 32, base_weights: fp8"]
+    assert words({}, blocks=0)[-6:-4] == ["rank: 32", "rank: 32, base_weights: int8"]
     assert not any("rank" in line for line in words({"trainable_modules": ["ffn"]}))
     trained = words({"rank": 8}, still_blocks=4)
-    assert {"base_weights: fp8", "base_weights: nf4", "blocks_to_swap: 4"} <= set(trained)
+    assert {"base_weights: int8", "base_weights: nf4", "blocks_to_swap: 4"} <= set(trained)
     assert not any("rank" in line for line in trained)
 
 

@@ -158,7 +158,9 @@ def test_any_number_of_workers_gives_the_same_batches(folder, workers):
     alone, many = take(0, Progress(), 9), take(workers, Progress(), 9)
     steps = len(reader(rows(folder)).plan(0))
     assert steps == 4 + 1
-    assert [place for _, *place in alone] == [[i // steps, i % steps + 1] for i in range(9)]
+    lengths = [len(reader(rows(folder)).plan(epoch)) for epoch in range(3)]
+    assert len(set(lengths)) > 1
+    assert [place for _, *place in alone] == [[e, k + 1] for e in range(3) for k in range(lengths[e])][:9]
     for (one, *where), (other, *there) in zip(alone, many, strict=True):
         assert where == there
         same(one, other)
@@ -168,6 +170,22 @@ def test_any_number_of_workers_gives_the_same_batches(folder, workers):
         same(one, other)
     ended = take(0, Progress(epoch=0, cursor=steps), 1)
     same(ended[0][0], alone[steps][0])
+
+
+def test_an_epoch_in_which_no_group_starts_is_passed_over(folder):
+    """Three clips in a batch of eight: the first lasts for two epochs and two thirds."""
+
+    def take(start, count):
+        return list(islice(stream(reader(rows(folder)[:3], group=8), start, workers=0), count))
+
+    batches = take(Progress(), 4)
+    assert [place for _, *place in batches] == [[0, 1], [2, 1], [5, 1], [8, 1]]
+    drawn = [draw.record for batch, *_ in batches[:3] for draw in batch.draws]
+    assert sorted(drawn) == sorted([0, 1, 2] * 8)
+    for epoch, cursor in ((0, 1), (1, 0)):  # as a checkpoint says it, or one whose epoch has shrunk
+        [(batch, *place)] = take(Progress(epoch=epoch, cursor=cursor), 1)
+        assert place == [2, 1]
+        same(batch, batches[1][0])
 
 
 def test_global_generators_stay_as_they_are(folder):

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from reeltune.core.errors import UserError
 from reeltune.reporting import log as module
-from reeltune.reporting.log import PARTS, Log, check_trackers, verdict
+from reeltune.reporting.log import Log, check_trackers, verdict
+from reeltune.reporting.metrics import PARTS
 from tests.runs.same_run import DETERMINISTIC
 
 
@@ -174,6 +175,15 @@ def test_the_console_has_means_over_the_interval(tmp_path):
         "step 4/8" in lines[0] and "loss 2.5000" in lines[0] and "2 s/step" in lines[0] and "0:00:08 left" in lines[0]
     )
     assert "step 8/8" in lines[1] and "loss 6.5000" in lines[1] and "150 tokens/s" in lines[1]
+
+
+def test_the_rate_that_prodigy_found_is_told(tmp_path):
+    with log(tmp_path, logging_steps=1) as one:
+        one.step(row(1, lr=1.0, d=2.5e-4), seconds())
+        one.step(row(2), seconds())
+    found = told(one).splitlines()
+    assert "lr 1.00e+00 x d 2.50e-04  " in found[0] and " d " not in found[1]
+    assert [line.get("d") for line in read(tmp_path)] == [2.5e-4, None]
 
 
 def test_a_mean_is_over_the_steps_that_have_it(tmp_path):

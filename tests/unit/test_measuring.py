@@ -1,6 +1,7 @@
 """The index that measures each file once, and the processes that measure."""
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -190,3 +191,21 @@ def test_a_pipe_does_not_wait(folder):
     os.mkfifo(folder / "pipe.mp4")
     with pytest.raises(UserError, match="is not a regular file"):
         scan(write_list(folder, [{"file_path": "pipe.mp4", "text": "x"}]), folder, needs=PLAIN)
+
+
+def test_a_process_whose_parent_is_gone_ends_without_a_word(monkeypatch):
+    """Also where what it sent was never read, at which the system resets the link."""
+    monkeypatch.setattr(measuring.signal, "signal", lambda *_: None)
+    ours, theirs = multiprocessing.Pipe()
+
+    class Left:
+        def recv(self):
+            with pytest.raises(ConnectionResetError) as reset:
+                theirs.recv()
+            raise reset.value
+
+        def send(self, what):
+            theirs.send(what)
+            ours.close()
+
+    assert measuring._serve(Left(), "ends") is None

@@ -26,7 +26,7 @@ def test_a_row_is_of_all_passes_and_processes(meter):
             with meter.flops(shape):
                 net(torch.ones(2, 3))
             meter.count(torch.tensor(loss + step), shape, samples=3)
-    row = meter.row(Progress(step=2, epoch=1), torch.tensor(0.5), 1e-3)
+    row = meter.row(Progress(step=2, epoch=1), torch.tensor(0.5), {"lr": 1e-3})
     assert row == {
         "step": 2,
         "epoch": 1,

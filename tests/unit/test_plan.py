@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from reeltune.core.rng import permutation
 from reeltune.core.types import Geometry, Shape
 from reeltune.data.plan import Plan, strata_over
 from reeltune.data.shapes import BUCKETS, SizeRules, Source, frame_window, outcomes
@@ -48,21 +49,124 @@ RULES = SizeRules(
 )
 
 
+def usable(records: Measured) -> set[int]:
+    return set(np.flatnonzero(~records.kind_video | (records.frames >= 2)).tolist())
+
+
+def drawn(plan: Plan) -> Counter:
+    return Counter(draw.record for step in plan for draw in step)
+
+
 def test_every_record_is_drawn_in_every_epoch():
     records = mixed(200)
-    short = set(np.flatnonzero(records.kind_video & (records.frames < 2)).tolist())
-    assert short
+    good = usable(records)
+    assert len(good) < 200
     orders = []
     for epoch in (0, 1, 7):
-        plan = Plan(records, RULES, epoch, group=4, seed=3)
-        assert {record for record, _ in plan.left_out} == short
+        plan = Plan(records, RULES, epoch, group=1, seed=3)
+        assert {record for record, _ in plan.left_out} == set(range(200)) - good
         assert all("1 frames; video_sample_stride needs at least 2" in reason for _, reason in plan.left_out)
-        draws = [draw for step in plan for draw in step]
-        assert len(draws) == len(plan) * 4 == 200 - len(short) + plan.repeats
-        assert Counter(draw.record for draw in draws if not draw.repeat) == Counter(set(range(200)) - short)
-        assert sum(draw.repeat for draw in draws) == plan.repeats > 0
-        orders.append([draw.record for draw in draws])
+        assert drawn(plan) == Counter(good)
+        orders.append([draw.record for step in plan for draw in step])
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("group", [4, 7, 64])
+def test_groups_run_on_and_nothing_repeats(group):
+    """After any number of epochs the clips of a bucket were drawn equally often to within one."""
+    records, counts, lengths = mixed(200), Counter(), []
+    bucket_of = {}
+    for record in usable(records):
+        taken = frame_window(RULES, int(records.frames[record]), 24.0)[0] if records.kind_video[record] else 1
+        ratio = records.height[record] / records.width[record]
+        aspect = min(BUCKETS, key=lambda key: abs(key - ratio))
+        bucket_of[record] = bool(records.kind_video[record]), aspect, Geometry().legal_frames(taken)
+    members = defaultdict(list)
+    for record, bucket in bucket_of.items():
+        members[bucket].append(record)
+    assert min(map(len, members.values())) < 7
+    for epoch in range(9):
+        plan = Plan(records, RULES, epoch, group=group, seed=3)
+        assert plan.micro_steps_before(epoch) == sum(lengths)
+        lengths.append(len(plan))
+        assert not any(draw.repeat for step in plan for draw in step)
+        assert all(len({bucket_of[draw.record] for draw in step}) == 1 for step in plan)
+        counts += drawn(plan)
+        for inside in members.values():
+            samples = -(-(epoch + 1) * len(inside) // group) * group
+            each, more = divmod(samples, len(inside))
+            found = sorted(counts[record] for record in inside)
+            assert found == [each] * (len(inside) - more) + [each + 1] * more
+        assert plan.repeats(epoch + 1) == counts.total() - (epoch + 1) * len(bucket_of) >= 0
+    assert len(set(lengths)) > 1
+    if group == 64:
+        assert max(plan.repeats(epochs) for epochs in (10, 100, 1000)) < group * len(members)
+
+
+def in_order(monkeypatch) -> None:
+    """The groups of an epoch come bucket after bucket, as they were cut."""
+
+    def ordered(n: int, seed: int, what: str, *where: int | str) -> np.ndarray:
+        return np.arange(n) if what == "micro-steps" else permutation(n, seed, what, *where)
+
+    monkeypatch.setattr("reeltune.data.plan.permutation", ordered)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 12])
+def test_groups_are_cut_from_one_endless_sequence(monkeypatch, n):
+    """Of whatever size they are; each belongs to the epoch in which it starts; and other buckets change nothing."""
+    in_order(monkeypatch)
+    clips = [50] * n
+    alone = Measured([True] * n, clips, [64] * n, [64] * n)
+    beside = Measured([True] * n + [False] * 9, clips + [1] * 9, [64] * (n + 9), [64] * (n + 9))
+    rules = SizeRules(video_sample_n_frames=5)
+
+    def sequence(records, group) -> list[int]:
+        found = []
+        for epoch in range(12):
+            steps = [step for step in Plan(records, rules, epoch, group=group, seed=2) if step[0].record < n]
+            for step in steps:
+                assert epoch * n <= len(found) < (epoch + 1) * n
+                found += [draw.record for draw in step]
+            assert len(found) >= (epoch + 1) * n  # none of the epoch is left for a later one
+        return found[: 12 * n]
+
+    whole = sequence(alone, 1)
+    assert all(set(whole[i : i + n]) == set(range(n)) for i in range(0, len(whole), n))
+    assert len({tuple(whole[i : i + n]) for i in range(0, len(whole), n)}) > 1 or n == 1
+    for group in (2, 5, 7, 30):
+        assert sequence(alone, group) == sequence(beside, group) == whole
+
+
+def test_a_bucket_smaller_than_a_group_skips_epochs():
+    records = Measured([True], [200], [64], [64])
+    lengths = [len(Plan(records, SizeRules(video_sample_n_frames=5), epoch, group=4, seed=0)) for epoch in range(9)]
+    assert lengths == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("runs_on", [True, False])
+def test_epochs_and_micro_steps_count_alike(runs_on):
+    records = mixed(60)
+    plan = Plan(records, RULES, group=8, seed=1, runs_on=runs_on)
+    before = [plan.micro_steps_before(epoch) for epoch in range(30)]
+    assert before[0] == 0 and before == sorted(before)
+    for micro_steps in range(1, before[-1] + 1):
+        epochs = plan.epochs_within(micro_steps)
+        assert before[epochs - 1] < micro_steps <= before[epochs]
+    assert Plan(Measured([], [], [], []), RULES, group=8, seed=1).epochs_within(5) == 0
+
+
+def test_old_checkpoints_fill_up_every_epoch():
+    """The rule of runs begun without a plan_version: each epoch draws all, and repeats of its own fill the groups."""
+    records = mixed(200)
+    for epoch in (0, 1, 7):
+        plan = Plan(records, RULES, epoch, group=4, seed=3, runs_on=False)
+        draws = [draw for step in plan for draw in step]
+        assert Counter(draw.record for draw in draws if not draw.repeat) == Counter(usable(records))
+        assert len(draws) == len(plan) * 4 == len(usable(records)) + sum(draw.repeat for draw in draws)
+        assert plan.micro_steps_before(epoch) == epoch * len(plan)
+        assert plan.repeats(3) == 3 * sum(draw.repeat for draw in draws) > 0
+        assert all({d.record for d in step if d.repeat} < {d.record for d in draws} for step in plan)
 
 
 def test_groups_are_of_one_kind_aspect_and_length():
@@ -155,12 +259,13 @@ def test_a_plan_is_a_function_of_its_arguments():
 
 
 def test_equal_records_in_one_batch_differ():
-    plan = Plan(Measured([True], [200], [64], [64]), SizeRules(video_sample_n_frames=5), group=4, seed=0)
-    [step] = plan
-    assert [draw.repeat for draw in step] == [False, True, True, True]
-    assert len({draw.seed for draw in step}) == 4
-    assert len({draw.frames for draw in step}) > 1
-    assert plan.repeats == 3
+    records = Measured([True], [200], [64], [64])
+    for runs_on in (True, False):
+        [step] = plan = Plan(records, SizeRules(video_sample_n_frames=5), group=4, seed=0, runs_on=runs_on)
+        assert [draw.repeat for draw in step] == [False] + [not runs_on] * 3
+        assert len({draw.seed for draw in step}) == 4
+        assert len({draw.frames for draw in step}) > 1
+        assert plan.repeats(1) == 3
 
 
 def test_largest_first():
@@ -183,25 +288,13 @@ def test_video_repeat(repeat, times):
     records = Measured([True, True, False], [50, 50, 1], [64, 64, 64], [64, 64, 64])
     plan = Plan(records, SizeRules(video_sample_n_frames=5), group=1, seed=0, video_repeat=repeat)
     assert Counter(step[0].record for step in plan) == {0: times, 1: times, 2: 1}
-    assert plan.used(len(plan)).tolist() == [times, times, 1]
 
 
-def test_used_and_repeated_count_the_draws():
-    records = mixed(90)
-    plan = Plan(records, RULES, 1, group=4, seed=2, video_repeat=2)
-    for upto in (0, 1, 7, len(plan)):
-        draws = [draw for k in range(upto) for draw in plan[k]]
-        for ours, repeat in ((plan.used(upto), False), (plan.repeated(upto), True)):
-            assert ours.dtype == np.int32
-            counts = Counter(draw.record for draw in draws if draw.repeat == repeat)
-            assert ours.tolist() == [counts[record] for record in range(90)]
-    assert plan.repeated(len(plan)).sum() == plan.repeats
-
-
-def test_stand_ins():
+@pytest.mark.parametrize("runs_on", [True, False])
+def test_stand_ins(runs_on):
     """Same shape and long enough, each record of the bucket once and never the broken one; then others of the kind."""
     records = mixed(60, seed=4)
-    plan = Plan(records, RULES, group=4, seed=2)
+    plan = Plan(records, RULES, group=4, seed=2, runs_on=runs_on)
     outside = 0
     for k in range(len(plan)):
         for position, draw in enumerate(plan[k]):
@@ -294,7 +387,7 @@ def test_buckets_of_the_reference(goldens):
                 theirs[kind, key].update(members)
         ours = defaultdict(set)
         for epoch in range(30):
-            plan = Plan(records, rules, epoch, group=b, seed=case["seed"])
+            plan = Plan(records, rules, epoch, group=b, seed=case["seed"], runs_on=False)
             assert Counter(d.record for step in plan for d in step if not d.repeat) == Counter(range(len(items)))
             for step in plan:
                 for draw in step:
@@ -325,7 +418,7 @@ def test_a_million_records():
     assert peak < 200e6
     before = tracemalloc_of(lambda: [plan[k] for k in range(0, len(plan), 10_000)])
     assert before < 1e6
-    assert plan.used(len(plan)).sum() == len(plan)
+    assert np.array_equal(np.unique(plan.outline()[2]), np.flatnonzero(~records.kind_video | (records.frames >= 2)))
 
 
 def tracemalloc_of(work) -> int:

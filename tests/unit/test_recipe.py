@@ -74,6 +74,15 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(name, value, expected
     assert line.startswith(f"{name} is ") and line.endswith(f"; expected {expected}")
 
 
+@pytest.mark.parametrize("word", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_a_beginning_that_changes_the_base_is_refused_with_the_reason(word):
+    (line,) = problems({"rank": 8, "lora_init": word})
+    assert line.startswith(f"lora_init is '{word}', which takes") and "the base keeps its bits" in line
+    assert problems({"rank": 8, "lora_init": "pissas"}) == [
+        "lora_init is 'pissas'; expected one of uniform, gaussian",
+    ]
+
+
 def test_all_problems_are_told_at_once():
     tree = {"lerning_rate": 1, "seed": "x", "text_drop_ratio": 1.5, "adam_beta1": 1, "zebra": 0}
     assert problems(tree, required=["train_data_dir"], found=["before"]) == [
@@ -143,7 +152,14 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
-        ({"rank": 8, "base_weights": "fp8", "engine": "fsdp"}, "base_weights is fp8 and engine is fsdp"),
+        *(
+            (
+                {"rank": 8, "base_weights": "fp8", "engine": engine},
+                f"base_weights is fp8 and engine is {engine}, which has no such thing; use ddp, where each device has "
+                "all of it, or leave base_weights out",
+            )
+            for engine in ("fsdp", "zero2", "zero3")
+        ),
         ({"rank": 8, "base_weights": "nf4", "use_dora": True}, "DoRA measures"),
         ({"rank": 8, "trainable_modules": ["attn"]}, "train_whole"),
         ({"rank": 8, "rank_pattern": ["ffn.0:16"]}, "ffn.0=16"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from reeltune.data.media import write_clip
 from reeltune.reporting import charts, report
+from reeltune.reporting.metrics import read_metrics
 
 NASTY = "<script>alert(\"a\")</script> & 'b' {{ 7 * 7 }}"
 
@@ -262,7 +263,7 @@ def test_a_preview_has_its_seed_and_settings(page):
 
 def test_the_recipe_tells_what_was_set_from_what_was_left(page):
     chosen, left = re.search(r"what was set (.*) Recipe: defaults (.*?) Versions", page.text).groups()
-    assert "learning_rate 0.0003" in chosen and "fix_sample_size 64, 96" in chosen
+    assert "learning_rate 0.0003" in chosen and "fix_sample_size 64 96" in chosen
     assert left == "seed 42 trainable_modules ."
 
 
@@ -301,7 +302,7 @@ def test_a_bare_folder_still_has_a_page(tmp_path):
 def test_a_run_that_is_writing_has_a_page(tmp_path):
     lines = ['{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n', '{"kind": "step", "step": 2, "lo']
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert report.read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
+    assert read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
 
 
 def test_clips_beyond_the_bound_are_linked(tmp_path, monkeypatch):
@@ -330,6 +331,15 @@ def test_a_long_run_keeps_its_extremes_and_its_mean_in_few_points():
 def test_smoothing_keeps_a_straight_line():
     assert charts.smooth(np.arange(200.0)) == pytest.approx(np.arange(200.0))
     assert charts.smooth(np.tile([0.0, 2.0], 100))[50:150] == pytest.approx(1.0, abs=0.12)
+
+
+def test_an_infinite_value_is_a_gap_and_spoils_no_mean():
+    values = np.ones(200)
+    values[[0, 100, 101, 102]] = np.inf, np.nan, -np.inf, np.inf
+    _, mean, low, high = charts.binned(range(200), values)
+    assert np.isnan(mean).sum() == np.isnan(low).sum() == np.isnan(high).sum() == 4
+    smoothed = charts.smooth(mean)
+    assert np.isnan(smoothed[0]) and smoothed[1:] == pytest.approx(1.0)
 
 
 def test_charts_take_every_colour_from_the_page():

@@ -48,7 +48,7 @@ def seen(draw):
 def test_every_draw_is_one_of_its_records_ways(seed):
     ways = [[seen(draw) for draw in plan().ways(record)] for record in range(len(records()))]
     met = [set() for _ in ways]
-    for epoch in range(12):
+    for epoch in range(36):
         drawn = plan(epoch, seed, largest_first=True)
         for k in range(len(drawn)):
             draws = drawn[k]
@@ -62,7 +62,7 @@ def test_every_draw_is_one_of_its_records_ways(seed):
 
 
 def test_noise_is_new_at_every_use():
-    seeds = [draw.seed for epoch in range(3) for k in range(5) for draw in plan(epoch)[k]]
+    seeds = [draw.seed for epoch in range(3) for step in plan(epoch) for draw in step]
     assert len(set(seeds)) == len(seeds)
 
 

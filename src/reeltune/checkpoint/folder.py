@@ -7,7 +7,7 @@ optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain
 shares/               in place of these, where several processes share the weights: what each of them keeps
 ledger.npz            times each record was used
 digests.json          sizes and hashes of all these files
-progress.json         step, epoch, cursor, group; without it the folder is not a checkpoint
+progress.json         step, epoch, cursor, group, plan_version; without it the folder is not a checkpoint
 
 One that is no longer of the run, because it went on from an earlier one, is moved to `set_aside`, and never deleted.
 """
@@ -279,6 +279,11 @@ def _progress(checkpoint: Path, remedy: str) -> Progress:
         if name in known and not (type(value) is int and 0 <= value < 2**62)
     ]
     refuse(str(file), problems)
+    table = {"plan_version": 0, **table}
+    if (version := table["plan_version"]) > Progress.plan_version:
+        raise UserError(
+            str(file), f"plan_version is {version}, and this version knows 0 to {Progress.plan_version}; {remedy}"
+        )
     if NAME.match(checkpoint.name) and table["step"] != step_of(checkpoint):
         raise UserError(str(file), f"says step {table['step']} in a folder named {checkpoint.name}; {remedy}")
     return Progress(**table)

@@ -64,6 +64,13 @@ DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
 LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
+NOT_OFFERED: dict[str, tuple[re.Pattern[str], str]] = {  # words that another tool knows, and why they are not taken
+    "lora_init": (
+        re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq"),  # those of PEFT 0.21 that write other base weights
+        "which takes what A and B begin with out of the base's weights; here the base keeps its bits, so an adapter "
+        "fits the released model in every tool, and step 0 is the base's own answer; use uniform or gaussian",
+    )
+}
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
 

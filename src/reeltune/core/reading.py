@@ -183,9 +183,13 @@ class Kind:
             lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(self.holds, value)), words
         )
 
+    def or_none(self) -> Kind:
+        return Kind(lambda value: value is None or self.holds(value), f"{self.words}, or null")
+
 
 WHOLE = Kind(lambda value: type(value) is int and 0 <= value < 2**62, "a whole number from 0")
 NUMBER = Kind(lambda value: type(value) in (int, float) and abs(value) < 1e300, "a number")  # finite, and no NaN
+REAL = Kind(lambda value: type(value) is float or NUMBER.holds(value), "a number")  # NaN and infinity, too
 TEXT = Kind(lambda value: isinstance(value, str), "text")
 
 

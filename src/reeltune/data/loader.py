@@ -187,10 +187,11 @@ def stream(
 
     Raises UserError where no record can be used, where no file can be read, and where a worker process dies.
     """
-    if not len(reader.plan(start.epoch)):
-        reasons = [f"{reader.records[record].path}: {reason}" for record, reason in reader.plan(start.epoch).left_out]
+    plan = reader.plan(start.epoch)
+    if not plan.micro_steps_before(1):
+        reasons = [f"{reader.records[record].path}: {reason}" for record, reason in plan.left_out]
         raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
-    places = _Places(start, len(reader.plan(start.epoch)), rank, world, passes)
+    places = _Places(start, plan.micro_steps_before, rank, world, passes)
     for (epoch, k, _, _), batch in zip(places, read_ahead(_Handed(reader), places, workers), strict=False):
         if isinstance(batch, UserError):
             raise batch
@@ -324,19 +325,19 @@ class _Handed(Dataset[Batch | UserError]):
 
 
 class _Places:
-    """Micro-steps in order, epoch after epoch. All epochs have as many, for the buckets of the records are the same."""
+    """Micro-steps in order, epoch after epoch. micro_steps_before: epoch -> how many all before it have."""
 
-    def __init__(self, start: Progress, per_epoch: int, rank: int, world: int, passes: int):
-        self._start = start.epoch * per_epoch + start.cursor
-        self._per_epoch, self._rank, self._world, self._passes = per_epoch, rank, world, passes
+    def __init__(self, start: Progress, micro_steps_before: Callable[[int], int], rank: int, world: int, passes: int):
+        self._epoch, self._cursor, self._before = start.epoch, start.cursor, micro_steps_before
+        self._rank, self._world, self._passes = rank, world, passes
 
     def __iter__(self) -> Iterator[Place]:
-        count = self._start
+        epoch, cursor = self._epoch, self._cursor
         while True:
-            for i in range(self._passes):  # as if there were so many more ranks
-                place = self._rank * self._passes + i, self._world * self._passes
-                yield (*divmod(count, self._per_epoch), *place)
-            count += 1
+            for k in range(cursor, self._before(epoch + 1) - self._before(epoch)):
+                for i in range(self._passes):  # as if there were so many more ranks
+                    yield epoch, k, self._rank * self._passes + i, self._world * self._passes
+            epoch, cursor = epoch + 1, 0
 
 
 def _start_worker(_: int) -> None:

@@ -168,13 +168,12 @@ def _examine(file: File, decode_check: DecodeCheck) -> Finding:
 
 def _serve(link: Connection, decode_check: DecodeCheck) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    link.send(None)  # ready: imports do not count against a file
-    while True:
-        try:
-            file = link.recv()
-        except EOFError:
-            return
-        link.send(_examine(file, decode_check))
+    try:
+        link.send(None)  # ready: imports do not count against a file
+        while True:
+            link.send(_examine(link.recv(), decode_check))
+    except (EOFError, ConnectionError):  # the parent is gone; reset where something that we sent was not read
+        return
 
 
 class _Worker:
@@ -203,9 +202,9 @@ class _Worker:
             self.deadline = time.monotonic() + seconds
 
     def close(self) -> None:
-        self.link.close()
         self.process.kill()
         self.process.join()
+        self.link.close()
 
 
 def _run(

@@ -1,13 +1,14 @@
 """An epoch, planned from measurements alone: every rank computes the same plan and takes its own share.
 
 Every choice is a function of (seed, epoch, place in the epoch). The samples of a micro-step have one
-Shape on all ranks, so that no rank waits for a larger picture. Memory: a few integers per record; the
-Draws are made when asked for.  (no torch)
+Shape on all ranks, so that no rank waits for a larger picture. Groups run on over the epochs, so that none
+is filled up with repeats. Memory: a few integers per record; the Draws are made when asked for.  (no torch)
 """
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,8 +61,13 @@ def strata_over(group: int, steps: int = 1000) -> int:
 class Plan:
     """One epoch: `plan[k]` are the `group` Draws of micro-step k over all ranks, of which rank r takes b from r * b.
 
-    Records are grouped by kind, aspect bucket and legal length, so a short clip shortens no other. Every usable
-    record is drawn (videos `video_repeat` times), and the last group of a bucket is filled up with repeats.
+    Records are grouped by kind, aspect bucket and legal length, so a short clip shortens no other. The n clips of a
+    bucket (videos `video_repeat` times) are an endless sequence: a permutation for epoch 0, one for epoch 1, and so on.
+    Group j is the clips at j * group to (j + 1) * group - 1, and belongs to the epoch in which it starts. So each is
+    drawn as often as the others, to within one; an epoch has one group of a bucket more or fewer, or none.
+
+    runs_on: without it each epoch fills up the last group of a bucket with clips that it has drawn already, which are
+    repeats: the rule of checkpoints without a plan_version (core.types.Progress).
 
     variants: into how many ways of reading it each record is drawn (window, shape, reference frame, mask); 0 is ever
     new ones. They depend on the record's file name, bucket and measures alone, not on the seed, and more of them begin
@@ -69,7 +75,6 @@ class Plan:
     """
 
     left_out: list[tuple[int, str]]  # (record, reason)
-    repeats: int  # Draws of the whole epoch made only to fill a group
 
     def __init__(
         self,
@@ -83,30 +88,74 @@ class Plan:
         video_repeat: int = 0,
         largest_first: bool = False,
         variants: int = 0,
+        runs_on: bool = True,
     ):
         self._records, self._rules, self._variants = records, rules, variants
-        self._group, self._strata, self._seed, self._epoch = group, strata, seed, epoch
+        self.group, self._strata, self._seed, self._epoch, self._runs_on = group, strata, seed, epoch, runs_on
         video = np.asarray(records.kind_video)
         lengths = np.where(video, clip_length(rules, records.frames, records.fps), 1)
         self.left_out = [(i, self._too_short(i)) for i in np.flatnonzero(lengths == 0).tolist()]
         times = np.where(lengths == 0, 0, np.where(video, max(video_repeat, 1), 1))
         items = np.repeat(np.arange(len(records), dtype=np.int32), times)
-        items = items[permutation(len(items), seed, "order", epoch)]
+        if not runs_on:
+            items = items[permutation(len(items), seed, "order", epoch)]
 
         buckets_of_records = self._buckets(video, lengths)
         self._bucket_of = np.where(lengths == 0, -1, buckets_of_records) if variants else None
-        by_bucket = np.argsort(buckets_of_records[items], kind="stable")
-        self._items = items[by_bucket]  # bucket after bucket, each in this epoch's order
+        items = items[np.argsort(buckets_of_records[items], kind="stable")]  # bucket after bucket
         self._sizes = np.bincount(buckets_of_records[items], minlength=len(self._kinds))
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        groups = -(-self._sizes // group)
+        before, after = self._groups_before(epoch), self._groups_before(epoch + 1)
+        groups = after - before
         self._first_group = np.cumsum(groups) - groups
+        self._first_place = before * group - epoch * self._sizes if runs_on else np.zeros_like(groups)
+        ends = np.maximum(self._first_place + groups * group, self._sizes)
+        self._starts = np.cumsum(ends) - ends
+        self._items = self._sequences(items, ends)
         self._bucket = np.repeat(np.arange(len(groups), dtype=np.int32), groups)  # of each group
-        self.repeats = int((groups * group - self._sizes).sum())
         self._draw_shapes()
         self._order = permutation(len(self._bucket), seed, "micro-steps", epoch).astype(np.int32)
         if largest_first and epoch == 0 and len(self._order):
             self._largest_to_front()
+
+    def _groups_before(self, epoch: int) -> np.ndarray:
+        """Of each bucket, those that start before this epoch."""
+        if self._runs_on:
+            return -(-epoch * self._sizes // self.group)
+        return epoch * -(-self._sizes // self.group)
+
+    def _sequences(self, items: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Bucket after bucket, each from this epoch's first clip to the last that its groups take, `ends` in number.
+
+        items: bucket after bucket; in this epoch's order, if groups do not run on.
+        """
+        parts, first = [items[:0]], 0
+        for b, (size, end) in enumerate(zip(self._sizes.tolist(), ends.tolist(), strict=True)):
+            of_bucket, first = items[first : first + size], first + size
+            if not self._runs_on:
+                parts.append(np.resize(of_bucket, end))
+                continue
+            for done in range(0, end, max(size, 1)):
+                order = permutation(size, self._seed, "order", self._epoch + done // size, *self._name(b))
+                parts.append(of_bucket[order[: end - done]])
+        return np.concatenate(parts)
+
+    def _name(self, bucket: int) -> tuple[int | str, ...]:
+        """By which chance knows it, whatever other buckets there are."""
+        return self._kinds[bucket], *(int(of[bucket]) for of in (self._aspects, self._lengths, self._open))
+
+    def micro_steps_before(self, epoch: int) -> int:
+        """Of all epochs before this one, which differ in length."""
+        return int(self._groups_before(epoch).sum())
+
+    def epochs_within(self, micro_steps: int) -> int:
+        """How many epochs the first so many micro-steps of a run begin."""
+        if not self._sizes.any():
+            return 0
+        return bisect_left(range(micro_steps * self.group + 1), micro_steps, key=self.micro_steps_before)
+
+    def repeats(self, epochs: int) -> int:
+        """Samples of the first epochs past one of each item and epoch: what fills up the last group of each bucket."""
+        return self.micro_steps_before(epochs) * self.group - epochs * int(self._sizes.sum())
 
     def _too_short(self, record: int) -> str:
         frames, fps, rules = int(self._records.frames[record]), float(self._records.fps[record]), self._rules
@@ -175,8 +224,7 @@ class Plan:
 
     def _chance_of(self, bucket: int, variant: int) -> float:
         """Where in [0, 1) a variant's shape is taken from the bucket's."""
-        known_by = self._kinds[bucket], *(int(of[bucket]) for of in (self._aspects, self._lengths, self._open))
-        return (dice(0, "shape", *known_by).random() + variant * SHAPE_STEP) % 1
+        return (dice(0, "shape", *self._name(bucket)).random() + variant * SHAPE_STEP) % 1
 
     def ways(self, record: int) -> list[Draw]:
         """A Draw of each of its variants, none of a record that is left out; their `seed` means nothing."""
@@ -198,35 +246,30 @@ class Plan:
         self._order[[0, place]] = self._order[[place, 0]]
 
     def _places(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place in the bucket, bucket) of each sample of these groups; a place past the bucket's size is a repeat."""
+        """(place in the bucket's sequence, bucket) of each sample of these groups."""
         bucket = self._bucket[groups]
-        first = (groups - self._first_group[bucket]) * self._group
-        return first[:, None] + np.arange(self._group), bucket[:, None]
+        first = self._first_place[bucket] + (groups - self._first_group[bucket]) * self.group
+        return first[:, None] + np.arange(self.group), bucket[:, None]
 
     def _slots(self, groups: np.ndarray) -> np.ndarray:
         """The record of each sample of these groups."""
         place, bucket = self._places(groups)
-        return self._items[self._starts[bucket] + place % self._sizes[bucket]]
+        return self._items[self._starts[bucket] + place]
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, k: int) -> list[Draw]:
-        return self.share(k, 0, self._group)
+        return self.share(k, 0, self.group)
 
     def share(self, k: int, start: int, stop: int) -> list[Draw]:
         """plan[k][start:stop]"""
         k = range(len(self))[k]  # negative numbers, IndexError
-        group = self._order[k]
-        places, bucket = (array[0] for array in self._places(np.array([group])))
-        b = int(bucket[0])
-        size, first = int(self._sizes[b]), int(self._starts[b])
-        draws = []
-        for position in range(start, stop):
-            place = int(places[position])
-            record = int(self._items[first + place % size])
-            draws.append(self._draw(record, self._shapes[self._shape[group]], place >= size, k, position))
-        return draws
+        group = self._order[[k]]
+        records, shape = self._slots(group)[0].tolist(), self._shapes[self._shape[group[0]]]
+        places, bucket = self._places(group)
+        repeat = [not self._runs_on and place >= self._sizes[bucket[0, 0]] for place in places[0].tolist()]
+        return [self._draw(records[at], shape, repeat[at], k, at) for at in range(start, stop)]
 
     def stand_in(self, k: int, position: int, attempt: int) -> Draw:
         """What takes the place of plan[k][position] when its file cannot be read; attempts count from 1.
@@ -236,11 +279,13 @@ class Plan:
         """
         group = int(self._order[k])
         shape, b = self._shapes[self._shape[group]], int(self._bucket[group])
-        size = int(self._sizes[b])
-        place = (group - int(self._first_group[b])) * self._group + position
+        size, start = int(self._sizes[b]), int(self._starts[b])
         if attempt < size:
-            place = (place + 1 + (self._group + attempt - 2) % (size - 1)) % size
-            record = int(self._items[self._starts[b] + place])
+            members = self._items[start : start + size]
+            place = int(self._places(np.array([group]))[0][0, position])
+            if place >= size:  # of a later epoch
+                place = int(np.argmax(members == self._items[start + place]))
+            record = int(members[(place + 1 + (self.group + attempt - 2) % (size - 1)) % size])
         else:
             record = self._elsewhere(b, shape.frames, attempt - size + position)
         return self._draw(record, shape, True, k, position, attempt)
@@ -262,7 +307,7 @@ class Plan:
             shape,
             **self._seen(record, shape, variant, where),
             seed=seed_of(self._seed, "sample", *where),
-            stratum=(position * self._strata // self._group, self._strata),
+            stratum=(position * self._strata // self.group, self._strata),
             repeat=repeat,
         )
 
@@ -291,24 +336,9 @@ class Plan:
             "variant_seed": None if variant is None else seed_of(seed, "variant", *at),
         }
 
-    def outline(self) -> tuple[list[Shape], np.ndarray, np.ndarray, np.ndarray]:
-        """(shapes, which of them each micro-step has, the record of each of its samples, whether that is a repeat).
+    def outline(self) -> tuple[list[Shape], np.ndarray, np.ndarray]:
+        """(shapes, which of them each micro-step has, the record of each of its samples).
 
-        In order; int32[steps], int32[steps, group], bool[steps, group].
+        In order; int32[steps], int32[steps, group].
         """
-        place, bucket = self._places(self._order)
-        return self._shapes, self._shape[self._order], self._slots(self._order), place >= self._sizes[bucket]
-
-    def used(self, upto: int) -> np.ndarray:
-        """int32 per record: times drawn in its turn in micro-steps [0, upto)."""
-        return self._count(upto, repeats=False)
-
-    def repeated(self, upto: int) -> np.ndarray:
-        """int32 per record: times drawn to fill a group in micro-steps [0, upto)."""
-        return self._count(upto, repeats=True)
-
-    def _count(self, upto: int, *, repeats: bool) -> np.ndarray:
-        place, bucket = self._places(self._order[:upto])
-        chosen = (place >= self._sizes[bucket]) == repeats
-        slots = self._slots(self._order[:upto])[chosen]
-        return np.bincount(slots, minlength=len(self._records)).astype(np.int32)
+        return self._shapes, self._shape[self._order], self._slots(self._order)

@@ -29,6 +29,7 @@ from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.demo.edge_agreement import write_agreement
 from reeltune.reporting import report
+from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
 
 TRAINED_FRAMES = 13  # of the 17 that a clip has
@@ -42,6 +43,7 @@ class Shown:
     write: Callable[[Path], Path]  # lays out a tiny checkpoint in an empty folder
     about: str = ""
     recipe: str = ""  # with which to go on
+    adapter_recipe: str = ""  # with which to go on from --adapter
     model: str = ""  # on the Hugging Face Hub
 
 
@@ -73,14 +75,15 @@ def run(
         recipe = replace(recipe, adapter=Adapter(rank=16, train_whole=() if shown.about else CONTROL_IN))
     code = (fill(recipe) if recipe.cache.cache_folder else 0) or train(recipe)
     if code == 0:
-        sys.stdout.write("\n".join([*told(shown, out_dir / "run"), ""]))
+        go_on = shown.adapter_recipe if adapter else shown.recipe
+        sys.stdout.write("\n".join([*told(shown, out_dir / "run", go_on), ""]))
     return code
 
 
-def told(shown: Shown, run_dir: Path) -> list[str]:
-    """What the run has shown, and how to go on."""
+def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
+    """What the run has shown, and how to go on, with that recipe."""
     if shown.about:
-        first, last = (report.read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
+        first, last = (read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
         lines = [f"held-out loss {first['loss']:.4f} before, {last['loss']:.4f} after training; {shown.about}"]
     else:
         found = write_agreement(run_dir)
@@ -91,9 +94,9 @@ def told(shown: Shown, run_dir: Path) -> list[str]:
             f"before, {after['first']:.0%} after"
         ]
     then = f"open {report.write(run_dir)}"
-    if shown.recipe:
+    if recipe:
         then += (
-            f"; then, with a real model: reeltune train recipes/{shown.recipe} "
+            f"; then, with a real model: reeltune train recipes/{recipe} "
             f"--pretrained_model_name_or_path FOLDER_OF_{shown.model.partition('/')[2]} --train_data_dir YOUR_CLIPS "
             "--train_data_meta YOUR_CLIPS/metadata_control.json"
         )
@@ -166,13 +169,14 @@ def _untrained(family: str, folder: Path) -> Path:
 
 
 def _of(family: str, recipe: str, model: str) -> Shown:
-    return Shown(partial(_untrained, family), RANDOM, recipe, model)
+    return Shown(partial(_untrained, family), RANDOM, recipe, recipe.replace(".yaml", "_lora.yaml"), model)
 
 
 FAMILIES = {
     "wan_fun": Shown(
         checkpoint.write_checkpoint,
         recipe="wan2.1_fun_v1.1_1.3b_control.yaml",
+        adapter_recipe="wan2.1_fun_v1.1_1.3b_control_lora_12gb.yaml",
         model="alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
     ),
     "easyanimate": _of("easyanimate", "easyanimate_v5.1_7b_control.yaml", "alibaba-pai/EasyAnimateV5.1-7b-zh-Control"),

@@ -51,13 +51,13 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
 
 def _steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     training = recipe.training
-    total_steps = steps_of(recipe, len(plan))
-    steps = _count(total_steps, "optimizer step")
+    total_steps, accumulate = steps_of(recipe, plan), training.gradient_accumulation_steps
+    epochs = plan.epochs_within(total_steps * accumulate)
+    yield f"epoch    {_count(len(plan), 'micro-step')} of {_count(training.train_batch_size, 'sample')}"
     yield (
-        f"epoch    {_count(len(plan), 'micro-step')} of {_count(training.train_batch_size, 'sample')}, "
-        f"{_count(plan.repeats, 'repeat')} to fill groups"
+        f"run      {_count(total_steps, 'optimizer step')} of {_count(accumulate, 'micro-step')}, "
+        f"{_count(epochs, 'epoch')}; {_count(plan.repeats(epochs), 'repeat')} fill up its last groups"
     )
-    yield f"run      {steps} of {_count(training.gradient_accumulation_steps, 'micro-step')}"
     yield f"rate     {Rates.of(rate_of(recipe.optimization, total_steps), total_steps)}"
     yield from (f"notice   {line}" for line in rate_notices(recipe.optimization, total_steps))
 

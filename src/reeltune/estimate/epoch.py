@@ -1,4 +1,4 @@
-"""What an epoch is made of, from the measurements alone: sizes, tokens, what is cut off, repeated or left out.
+"""What an epoch is made of, from the measurements alone: sizes, tokens, what is cut off or left out.
 
 Counted over whole arrays, so that a million clips take seconds.  (no torch)
 """
@@ -51,13 +51,12 @@ class DataForecast:
     """Of an optimizer step over all processes: mean, 95th percentile, most."""
     cropped: float
     picture_lost: float  # mean share of the picture that cropping takes
-    repeated: float
     footage_s: float
 
 
 def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate: int = 1) -> DataForecast:
     """Counts over all micro-steps of `plan`, which is of these records."""
-    shapes, which, record, repeated = plan.outline()
+    shapes, which, record = plan.outline()
     group = record.shape[1]
     tokens = np.array([rules.geometry.tokens(shape) for shape in shapes])
     micro_steps = np.bincount(which, minlength=len(shapes))
@@ -78,7 +77,6 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
         step_tokens=(float(per_step.mean()), float(np.percentile(per_step, 95)), float(per_step.max())),
         cropped=float((lost > CUT).mean()),
         picture_lost=float(lost.mean()),
-        repeated=float(repeated.mean()),
         footage_s=float(covered_s.sum()),
     )
 

@@ -83,6 +83,7 @@ class Forecast:
     largest: Shape
     batch: int
     steps: int
+    repeated: float  # share of the run's samples at most, which fill up its last groups
     rates: Rates  # of the optimizer, over those steps
     ways: int  # cache_variants
     largest_step: StepEstimate  # as the engine computes
@@ -119,7 +120,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
     data = forecast_data(plan, inputs.train, inputs.rules, accumulate=accumulate)
-    steps = steps_of(recipe, data.micro_steps)
+    steps = steps_of(recipe, plan)
 
     verdict, largest = attempt(planned, ())
     peaks, offloaded_bytes = on_each(recipe, largest, gpus)
@@ -140,6 +141,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         largest=draws[0].shape,
         batch=len(draws),
         steps=steps,
+        repeated=repeated(plan, steps * accumulate),
         rates=Rates.of(rate_of(recipe.optimization, steps), steps),
         ways=recipe.cache.cache_variants,
         largest_step=largest,
@@ -154,6 +156,12 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         verdict=verdict,
         offers=offers(planned, verdict, largest),
     )
+
+
+def repeated(plan: Plan, micro_steps: int) -> float:
+    """Share of the samples of all epochs that so many micro-steps begin, taken in whole."""
+    epochs = plan.epochs_within(micro_steps)
+    return plan.repeats(epochs) / (plan.micro_steps_before(epochs) * plan.group)
 
 
 def first_draws(planned: Planned, recipe: Recipe, gpus: int) -> list[Draw]:

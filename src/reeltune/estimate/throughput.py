@@ -11,7 +11,7 @@ import numpy as np
 
 from reeltune.core.errors import UserError
 from reeltune.core.reading import read_table
-from reeltune.reporting.report import read_metrics
+from reeltune.reporting.metrics import read_metrics
 
 # Share of a device's peak that large training runs reached, least and best of table 3 in
 # https://arxiv.org/abs/2204.02311 (GPT-3 21 %, Gopher 33 %, Megatron-Turing 30 %, PaLM 46 %).

@@ -58,10 +58,23 @@ def load_tokenizer(folder: Path) -> Any:
         if type(value) is int and name != "model_max_length" and abs(value) > MOST
     ]
     refuse(str(folder / "tokenizer_config.json"), problems)
+    # Those of HunyuanVideo call themselves LlamaTokenizer, which transformers before 5.22 then cut by Llama 2's rules:
+    # other ids for every caption (measured, 2026-11-26, 5.17 and 5.20).
+    as_its_file_says = "Llama" in (kind or "") and _by_bytes(folder)
     with as_user_error(folder, "is no tokenizer"):
-        tokenizer = from_files(transformers.AutoTokenizer, folder)
+        tokenizer = from_files(
+            transformers.PreTrainedTokenizerFast if as_its_file_says else transformers.AutoTokenizer, folder
+        )
         tokenizer("a cat", truncation=True, max_length=8)
     return tokenizer
+
+
+def _by_bytes(folder: Path) -> bool:
+    """Whether tokenizer.json cuts text into bytes, as Llama 3 does and Llama 2 does not."""
+    cut = read_config(folder, "tokenizer.json").get("pre_tokenizer")
+    several = cut.get("pretokenizers") if isinstance(cut, dict) else None
+    parts = [cut, *several] if isinstance(several, list) else [cut]
+    return any(isinstance(part, dict) and part.get("type") == "ByteLevel" for part in parts)
 
 
 def check_vocabulary(tokenizer: Any, encoder: Any) -> None:

@@ -122,14 +122,14 @@ def adapters_instead(values: Values) -> Iterator[Settings]:
     if values["trainable_modules"] == (".",) and not values["trainable_modules_low_learning_rate"]:
         adapters = {"rank": RANK}
         yield adapters
-        yield {**adapters, "base_weights": "fp8"}
+        yield {**adapters, "base_weights": "int8"}
         if blocks := values.get("blocks", 0):
-            yield {**adapters, "base_weights": "fp8", "blocks_to_swap": blocks}
+            yield {**adapters, "base_weights": "int8", "blocks_to_swap": blocks}
 
 
 def a_coarser_base(values: Values) -> Iterator[Settings]:
     if values["rank"]:
-        yield {"base_weights": "fp8"}
+        yield {"base_weights": "int8"}
         yield {"base_weights": "nf4"}
 
 

@@ -279,17 +279,17 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "base_weights",
-        "fp8",
-        "beside adapters, half of the weights in blocks that do not learn (1.0 byte each; `int8` as much, `nf4` 0.6)",
+        "int8",
+        "beside adapters, half of the weights in blocks that do not learn (1.0 byte each; `fp8` as much, `nf4` 0.6)",
         "what the network answers is [a little coarser](memory.md#base-weights-in-8-or-4-bits); weights are made whole "
         "again in each pass",
         "the network's answers are a little coarser",
         same_bits=False,
         off=None,
-        excludes=(not_in(SHARDED, "use ddp, for adapters leave little to shard, or leave base_weights out"),),
+        excludes=(not_in(SHARDED, "use ddp, where each device has all of it, or leave base_weights out"),),
         in_use=bool,
         changes=a_coarser_base,
-        label="`base_weights: fp8`",
+        label="`base_weights: int8`",
     ),
     Lever(
         "use_ema",

@@ -144,10 +144,14 @@ def counts(places: Sequence[str], amounts: Sequence[float], label: str, xlabel: 
 
 
 def binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(step, mean, least, most) of at most BINS groups of neighbouring steps, as equal in size as may be."""
+    """(step, mean, least, most) of at most BINS groups of neighbouring steps, as equal in size as may be.
+
+    NaN, which is drawn as a gap, for a group with a value that is not finite.
+    """
     groups = min(BINS, len(values))
     edges = np.linspace(0, len(values), groups + 1).astype(int)[:-1]
-    heights, counts = np.asarray(values, dtype=float), np.diff([*edges, len(values)])
+    heights, counts = np.array(values, dtype=float), np.diff([*edges, len(values)])
+    heights[~np.isfinite(heights)] = np.nan
     return (
         np.add.reduceat(np.asarray(steps, dtype=float), edges) / counts,
         np.add.reduceat(heights, edges) / counts,
@@ -157,12 +161,19 @@ def binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray,
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window centred on each point, a fortieth of the curve to either side and less near its ends."""
-    reach, n = len(values) // 40, len(values)
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    """Mean over a window centred on each point, a fortieth of the curve to either side and less near its ends.
+
+    Of its finite values, for in fp16 a gradient norm may be infinite; NaN where there are none.
+    """
+    reach, n, is_finite = len(values) // 40, len(values), np.isfinite(values)
     near = np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), reach)
     at = np.arange(n)
-    return (total[at + near + 1] - total[at - near]) / (2 * near + 1)
+    sums, counts = (
+        total[at + near + 1] - total[at - near]
+        for part in (np.where(is_finite, values, 0.0), is_finite.astype(float))
+        for total in [np.concatenate([[0.0], np.cumsum(part)])]
+    )
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 @contextmanager

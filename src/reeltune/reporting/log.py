@@ -1,7 +1,7 @@
 """What a run tells while it runs: the console, metrics.jsonl and the trackers.
 
 metrics.jsonl has one JSON object a line, told apart by "kind":
-    step        every optimizer step: loss, grad_norm, lr, shape, samples, tokens, times, rates, memory
+    step        every optimizer step: loss, grad_norm, lr, Prodigy's d, shape, samples, tokens, times, rates, memory
     validation  the held-out loss, paired with that of the starting weights
     save        a checkpoint written: bytes, seconds until it was whole, and those that training waited for it
     notice      something the user should know
@@ -26,8 +26,8 @@ from torch import Tensor
 from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file, writing
 from reeltune.core.reading import as_user_error, json_value
+from reeltune.reporting.metrics import PARTS
 
-PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 VERDICT_EVERY = 5  # console lines
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> package
 
@@ -215,7 +215,7 @@ class Log:
             f"[bold]step {last['step']}{total}[/]",
             f"{'loss' if len(rows) == 1 else f'mean of {len(rows)}: loss'} {means['loss']:.4f}",
             f"grad {means['grad_norm']:.3g}",
-            f"lr {last['lr']:.2e}",
+            f"lr {last['lr']:.2e}" + (f" x d {last['d']:.2e}" if "d" in last else ""),
             f"{F}x{H}x{W}",
         ]
         if "step_s" in means:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -14,9 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 from reeltune.config.parse import settings
+from reeltune.config.rules import shown
 from reeltune.core.files import whole_file
-from reeltune.core.reading import WHOLE, Kind, as_user_error, json_value, read_table, read_yaml, require_fields
+from reeltune.core.reading import WHOLE, Kind, as_user_error, read_table, read_yaml, require_fields
 from reeltune.reporting import charts
+from reeltune.reporting.metrics import Metrics, read_metrics
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
 PROBLEM_ROWS = 100  # entries listed in the page; ledger.csv has all
@@ -29,22 +30,13 @@ PARTS = (  # of a step's time: field of metrics.jsonl, colour, name
 )
 
 
-@dataclass
-class Metrics:
-    """metrics.jsonl, by kind; steps as columns."""
-
-    steps: dict[str, list] = field(default_factory=dict)
-    validations: list[dict] = field(default_factory=list)
-    notices: list[dict] = field(default_factory=list)
-    saves: list[dict] = field(default_factory=list)
-
-
 def write(output_dir: Path) -> Path:
     """Reads what a run left in its folder and writes report.html there. Whatever is not there is left out."""
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
     agreement = _json(run / "agreement.json")
+    recipe = recipe_rows(run / "recipe.yaml")
     with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
         page = (
             environment()
@@ -61,7 +53,8 @@ def write(output_dir: Path) -> Path:
                 first_batch=first_batch(run, album),
                 ledger=_json(run / "ledger.json", OF_LEDGER),
                 problem_rows=PROBLEM_ROWS,
-                recipe=recipe_rows(run / "recipe.yaml"),
+                recipe=recipe,
+                adapter_rank=dict(recipe.get("chosen", ())).get("rank"),
                 notices=metrics.notices,
                 saves=metrics.saves,
                 linked=album.linked,
@@ -75,25 +68,6 @@ def write_whole(path: Path, page: str) -> Path:
     with whole_file(path) as file:
         file.write(page)
     return path
-
-
-def read_metrics(path: Path) -> Metrics:
-    found = Metrics()
-    if not path.exists():
-        return found
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
-                break
-            with as_user_error(path, f"line {number} is no row of a run", "delete that line"):
-                row = json_value(line)
-                kind = row.pop("kind")
-                if kind == "step":
-                    for name, value in row.items():
-                        found.steps.setdefault(name, []).append(value)
-                else:
-                    {"validation": found.validations, "notice": found.notices, "save": found.saves}[kind].append(row)
-    return found
 
 
 def verdict(metrics: Metrics) -> dict[str, str]:
@@ -174,6 +148,7 @@ def curves(metrics: Metrics) -> list[dict]:
             ("loss", "Training loss", charts.noisy),
             ("grad_norm", "Gradient norm", charts.noisy),
             ("lr", "Learning rate", charts.exact),
+            ("d", "Rate that Prodigy found, times which the learning rate counts", charts.exact),
         )
         if name in steps
     ]
@@ -223,7 +198,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
             {
                 "prompt": settings.pop("prompt", ""),
                 "control": clips[0][1].exists(),
-                "settings": {name: _short(value) for name, value in settings.items() if value is not None},
+                "settings": {name: _short(value) for name, value in settings.items() if value not in (None, "")},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
                 if agreement
@@ -275,8 +250,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
     chosen, left = [], []
     for name, value in read_yaml(path, "a recipe", typed=True).items():
         value = tuple(value) if isinstance(value, list) else value
-        told = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        (left if name in usual and usual[name] == value else chosen).append((name, told))
+        (left if name in usual and usual[name] == value else chosen).append((name, shown(value)))
     return {"chosen": chosen, "left": left}
 
 

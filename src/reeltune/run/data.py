@@ -45,12 +45,13 @@ def gather(
     mode: str,
     *,
     group: int | None = None,
+    groups_run_on: bool = True,
     show_progress: bool = True,
     just_scanned: bool = False,
 ) -> Inputs:
     """Scans (with a progress bar on stderr), splits and plans. Raises UserError for unusable data.
 
-    group: samples of a micro-step over all processes; those of one process, if not given.
+    group: samples of a micro-step over all processes; those of one process, if not given. groups_run_on: as of Plan.
     just_scanned: another process of this run has; its index is taken, and no file is looked at.
     """
     data = recipe.data
@@ -104,6 +105,7 @@ def gather(
         video_repeat=data.video_repeat,
         largest_first=True,
         variants=recipe.cache.cache_variants,
+        runs_on=groups_run_on,
     )
     reader = partial(
         Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]), mask_law=family.masks.get(mode)

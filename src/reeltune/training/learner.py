@@ -92,6 +92,11 @@ class Learner:
             self.average.update(step)
         return norm
 
+    def rates(self, rate: float) -> dict[str, float]:
+        """Of a row: "lr", the recipe's, and of Prodigy "d", the estimate that it multiplies lr by in the next step."""
+        found = self.optimizer.param_groups[0].get("d")
+        return {"lr": rate} if found is None else {"lr": rate, "d": float(found)}
+
     @property
     def _most_norm(self) -> float:
         most = self.optimization.max_grad_norm

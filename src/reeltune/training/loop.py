@@ -16,6 +16,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
+from reeltune.data.plan import Plan
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
 from reeltune.reporting.ledger import Ledger
@@ -75,11 +76,21 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += changes_since(resumed_from, recipe)
+        if not progress.plan_version:
+            changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
         checkpoint.sweep(out)
     with engine.main_first():  # which scans; the others take its index
         first = engine.main
-        inputs = gather(recipe, family, mode, group=split.group, show_progress=first, just_scanned=not first)
+        inputs = gather(
+            recipe,
+            family,
+            mode,
+            group=split.group,
+            groups_run_on=progress.plan_version > 0,
+            show_progress=first,
+            just_scanned=not first,
+        )
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
@@ -107,7 +118,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     learner = learner_of(recipe, family, parts, engine, batch=split.batch, accumulate=passes, resumed_from=resumed_from)
     if resumed_from is not None:
         learner.load_state(resumed_from)
-    total_steps = steps_of(recipe, micro_steps_per_epoch=len(inputs.plan(0)))
+    total_steps = steps_of(recipe, inputs.plan(0))
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
@@ -170,7 +181,7 @@ def loop(run: Run) -> int:
             with stage("step"):
                 grad_norm = learner.step(progress.step, rate)
                 progress.step += 1
-            run.log.step(meter.row(progress, grad_norm, rate), meter.seconds())
+            run.log.step(meter.row(progress, grad_norm, learner.rates(rate)), meter.seconds())
             if is_due(recipe.output.checkpointing_steps, progress.step):
                 duties.save(last=progress.step == run.total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
@@ -187,15 +198,15 @@ def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger
     """The ledger goes on from the checkpoint's. Returns notices. Raises UserError for data that is not what it was."""
     micro_steps = len(inputs.plan(progress.epoch))
     notices = ledger.load(resumed_from / "ledger.npz", accept_changes=recipe.data.accept_changed_data)
-    if progress.cursor > micro_steps:
+    if progress.cursor > micro_steps and not notices:  # with new clips an epoch may have one fewer of a bucket
         line = f"progress.json has cursor {progress.cursor}, and epoch {progress.epoch} has {micro_steps} micro-steps"
         raise checkpoint.damaged(resumed_from, [line])
     return notices
 
 
-def steps_of(recipe: Recipe, micro_steps_per_epoch: int) -> int:
+def steps_of(recipe: Recipe, plan: Plan) -> int:
     """Optimizer steps of the run: those of num_train_epochs, or max_train_steps if they are fewer."""
-    micro_steps = micro_steps_per_epoch * recipe.training.num_train_epochs
+    micro_steps = plan.micro_steps_before(recipe.training.num_train_epochs)
     steps = max(1, micro_steps // recipe.training.gradient_accumulation_steps)
     return min(steps, recipe.training.max_train_steps or steps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from reeltune.core.types import Geometry, Progress, Shape
 from reeltune.distributed.engine import Engine, FlopCount, Stopwatch
 from reeltune.distributed.watchdog import Doing, Watchdog
-from reeltune.reporting.log import PARTS
+from reeltune.reporting.metrics import PARTS
 
 SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PARTS, strict=True))  # stage -> its time
 
@@ -49,14 +49,14 @@ class Meter:
         self._tokens += self._geometry.tokens(shape) * samples * self._engine.place[1]
         self._flops += self._flop_count.known.get(shape, 0) * self._engine.world
 
-    def row(self, progress: Progress, grad_norm: Tensor, rate: float) -> dict[str, Any]:
-        """Of the step that is done, for `Log.step`; tensors are still on the device."""
+    def row(self, progress: Progress, grad_norm: Tensor, rates: Mapping[str, float]) -> dict[str, Any]:
+        """Of the step that is done, for `Log.step`; tensors are still on the device. rates: "lr", and others."""
         return {
             "step": progress.step,
             "epoch": progress.epoch,
             "loss": torch.stack(self._losses).mean(),
             "grad_norm": grad_norm,
-            "lr": rate,
+            **rates,
             "shape": list(self._shape),
             "samples": self._samples,
             "tokens": self._tokens,
