@@ -47,6 +47,8 @@ docs: setup
 	$(BIN)/python scripts/memory_page.py docs/memory.md
 	$(BIN)/python scripts/adapters_page.py docs/adapters.md
 	$(BIN)/python scripts/cache_picture.py docs/benchmarks.md docs/cache.png
+	$(BIN)/python scripts/pose_picture.py docs/pose_drawing.png
+	$(BIN)/python scripts/control_picture.py docs/control.png
 
 lint: setup
 	$(BIN)/ruff check .

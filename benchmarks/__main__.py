@@ -34,6 +34,7 @@ class Goal(NamedTuple):
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
 MODULES = (
     "data_read",
+    "control",
     "loop",
     "start_up",
     "cache",
@@ -69,6 +70,10 @@ MEANING = {  # name: (what it is, goal)
     "read_512_per_core": ("clips per second and core, to 512 px", None),
     "read_256": ("clips per second on all cores, to 256 px", None),
     "read_512": ("clips per second on all cores, to 512 px", None),
+    "control_canny_per_core": ("frames of 720p per second and core, edges drawn, decoded before", Goal(least=40)),
+    "control_canny_ratio": ("the same over OpenCV's Canny alone, without hysteresis in time", None),
+    "control_decode_per_core": ("the same frames decoded alone", None),
+    "control_file_per_core": ("the same from clip to control clip: decoded twice, drawn, encoded, checked", None),
     "loop_ratio": ("our step, over a bare forward, backward and optimizer step", Goal(most=1.03)),
     "loop_ours_s": ("seconds of our step, reading and encoding left out", None),
     "loop_bare_s": ("seconds of the bare step", None),

@@ -34,6 +34,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   train    fine-tune a checkpoint as a recipe says
   check    scan the data and show what training would do with it; trains nothing
   plan     tell what a run will see, what memory it needs and how long it takes, before it
+  control  make a control for every clip of a list: edges, depth, a camera's path, poses
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
@@ -313,6 +314,12 @@ def printed(lines: Iterable[str]) -> int:
     return 0
 
 
+def _control(argv: Sequence[str]) -> int:
+    from reeltune.control.command import control_lines  # and numpy
+
+    return printed(control_lines(argv))
+
+
 def _rank(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "reeltune rank",
@@ -363,6 +370,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": of_recipe("train"),
     "check": of_recipe("check"),
     "plan": _plan,
+    "control": _control,
     "cache": _cache_command,
     "sample": _sample,
     "report": _report,

@@ -17,6 +17,7 @@ from reeltune.training.learner import Learner
 DETERMINISTIC = {
     "step": ("step", "epoch", "loss", "grad_norm", "lr", "shape", "samples", "tokens"),
     "validation": ("step", "start_step", "loss", "loss_start", "difference", "band95", "per_band", "n"),
+    "obedience": ("step", "start_step", "score", "score_start", "difference", "band95", "truth", "previews", "n"),
 }
 
 

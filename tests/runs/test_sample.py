@@ -27,7 +27,7 @@ from reeltune.run.adapters import digest
 from reeltune.sampling.clips import sample_clips
 from reeltune.sampling.prompts import played, prompt_requests
 from reeltune.sampling.sample import Setup, make_clip
-from reeltune.sampling.validate import Previews, held_out_requests
+from reeltune.sampling.validate import Checked, Previews, held_out_requests
 from reeltune.sampling.validate import Validation as Checks
 
 SIZES = Sizes(video_sample_n_frames=9, video_sample_stride=2, video_sample_size=64, image_sample_size=64)
@@ -212,7 +212,7 @@ def test_prompts_may_begin_with_a_picture(needs, tmp_path):
 
 def test_paths_that_do_not_fit_are_all_named(clips, tmp_path):
     control = str(clips / "0_control.mp4")
-    with pytest.raises(UserError, match="2 prompts and 1 paths; give a control clip or picture for each prompt"):
+    with pytest.raises(UserError, match=r"2 prompts and 1 paths; give a control clip or picture, .* for each prompt"):
         prompt_requests(FAMILY, "control", ["a", "b"], [control], RULES, seed=0)
     with pytest.raises(UserError, match="train_mode normal takes none"):
         prompt_requests(FAMILY, "normal", ["a"], [control], RULES, seed=0)
@@ -258,14 +258,14 @@ def recipe(tmp_path, **validation) -> Recipe:
 
 def test_validation_measures_and_previews(setup, clips, tmp_path):
     checks = Checks.build(recipe(tmp_path, preview_count=1, held_out_levels=2), setup, reader_of(clips), RULES)
-    row = checks.run(setup.parts.net, 4)
+    row = checks.run(setup.parts.net, 4).held_out
     assert row["n"] == 2 and row["step"] == 4 and len(row["per_band"]) == 2
     assert [path.name for path in sorted((tmp_path / "run/previews/step-4").iterdir())] == ["0.json", "0.mp4"]
     nothing = reader_of(clips)
     nothing.records.clear()
     control = str(clips / "1_control.mp4")
     asked = recipe(tmp_path, validation_prompts=("a bar",), validation_paths=(control,))
-    assert Checks.build(asked, setup, nothing, RULES).run(setup.parts.net, 9) is None
+    assert Checks.build(asked, setup, nothing, RULES).run(setup.parts.net, 9) == Checked()
     assert json.loads((tmp_path / "run/previews/step-9/0.json").read_text())["control"] == control
 
 

@@ -125,6 +125,9 @@ def test_rows_that_are_none(content, tmp_path):
         ("validation", {"band95": [0.1]}, "band95 is [0.1]; expected a list of 2 entries, each a number, or null"),
         ("validation", {"per_band": [{"level": 0.5, "loss": 1}]}, "has no loss_start"),
         ("validation", {"n": "two"}, "n is 'two'"),
+        ("obedience", {"score": None}, "score is None; expected a number"),
+        ("obedience", {"previews": [{"score": 1.0, "truth": None}]}, "has no score_start"),
+        ("obedience", {"rises": 1}, "rises is 1; expected true or false"),
         ("save", {"bytes": 1e9}, "bytes is 1000000000.0; expected a whole number"),
         ("save", {"path": None}, "path is None; expected text"),
         ("notice", {"text": 5}, "text is 5; expected text"),
@@ -142,7 +145,7 @@ def test_a_damaged_value_is_named(kind, damage, told, tmp_path):
         file.write(json.dumps(row) + "\n")
     with pytest.raises(UserError) as error:
         read_metrics(tmp_path / "metrics.jsonl")
-    assert error.value.where.startswith(f"{tmp_path}/metrics.jsonl: line 6")
+    assert error.value.where.startswith(f"{tmp_path}/metrics.jsonl: line {len(lines) + 1}")
     assert any(problem.startswith(told) for problem in error.value.problems), error.value.problems
     assert all(problem.endswith("; delete that line") for problem in error.value.problems)
 

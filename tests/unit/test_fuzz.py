@@ -4,6 +4,7 @@ within two seconds of this process's time.
 REELTUNE_FUZZ=N tries N inputs of each kind instead of the few of every run; each is a function of its number alone.
 """
 
+import io
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Record
 from reeltune.data import measuring
 from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.data.findings import MediaError
+from reeltune.data.keypoints import read_keypoints, write_keypoints
 from reeltune.data.lists import rows
 from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import Measure
@@ -43,6 +46,7 @@ from reeltune.run.folder import refuse_other_model
 from reeltune.sampling.validate import HeldOut
 from tests.families.test_damaged_weights import HEADERS, one
 from tests.unit.metrics_rows import METRICS
+from tests.unit.people import rewritten, walk
 from tests.unit.test_damaged_runs import PROGRESS
 from tests.unit.test_reading import BROKEN_JSON, BROKEN_YAML
 
@@ -209,7 +213,6 @@ LEDGER = {
     "samples_repeated": 0,
     "most_used": 3,
 }
-AGREED = {"previews": [{"own": 0.5, "others": 0.1}], "first": 0.5}
 
 
 def test_what_a_report_reads(tmp_path):
@@ -219,7 +222,6 @@ def test_what_a_report_reads(tmp_path):
         "metrics.jsonl": METRICS,
         "run.json": {"family": "toy", "versions": {"torch": "2"}, "machine": {"system": "x", "cores": 2}},
         "ledger.json": LEDGER | {"problems": [{"entry": 0, "path": "a", "reason": "b", "remedy": "c"}]},
-        "agreement.json": {"measure": "edges", "before": AGREED, "after": AGREED},
         "previews/step-0/0.json": {"prompt": "a cat", "seed": 1, "control": None},
         "recipe.yaml": {"seed": 1},
     }
@@ -385,3 +387,32 @@ def load_parts_beside(folder, file):
     for name, loader in parts.loaders.items():
         if not file.is_relative_to(folder / "transformer") and name.startswith(("vae", "text")):
             loader()
+
+
+def test_key_points(tmp_path):
+    """Sound or refused, in bounded time; nothing else."""
+    file = tmp_path / "clip.npz"
+    write_keypoints(file, walk(3, 64, 48, count=2))
+    sound, refused = file.read_bytes(), 0
+    arrays = dict(np.load(file, allow_pickle=False))
+    for number in range(TRIES):
+        random = Random(f"keypoints {number}")
+        if random.random() < 0.5:
+            data = spoilt(sound, random)
+        else:
+            name = random.choice(list(arrays))
+            inside = io.BytesIO()
+            np.save(inside, arrays[name])
+            file.write_bytes(sound)
+            rewritten(file, {f"{name}.npy": spoilt(inside.getvalue(), random)})
+            data = file.read_bytes()
+        file.write_bytes(data)
+        os.utime(file, ns=(number, number))  # what is remembered is known by it
+        began = time.process_time()
+        try:
+            read_keypoints(file).frame(0)
+        except MediaError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 400, number
+        assert time.process_time() - began < LIMIT_S, number
+    assert refused > TRIES / 2

@@ -23,7 +23,7 @@ LIBRARIES = {  # library -> who may import it
     "deepspeed": ("distributed.zero",),
     "peft": ("adapters",),
     "diffusers": ("families", "diffusion.denoise", "optim.optimizers", "demo"),
-    "transformers": ("families", "demo"),
+    "transformers": ("families", "demo", "control"),
 }
 
 

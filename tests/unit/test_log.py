@@ -129,6 +129,8 @@ def test_a_killed_and_resumed_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
                     "band95": [0, 0],
                 }
                 book.validation({**held_out, "per_band": [{"level": 0.5, "loss": 1 / step, "loss_start": 1}], "n": 3})
+                obeys = {"score": 0.5, "score_start": 0.1, "measure": "edges [F1]", "unit": "", "truth": 0.9}
+                book.obedience({**held_out, **obeys, "previews": [], "n": 1})
                 book.flush()
 
     unbroken = log(tmp_path / "a")
@@ -140,11 +142,13 @@ def test_a_killed_and_resumed_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
     killed.file.close()
     resumed = log(tmp_path / "b", resume_step=5)
     assert [line["step"] for line in read(tmp_path / "b")] == [1, 2, 3, 4, 5]
-    resumed.validation(next(line for line in read(tmp_path / "a") if line["kind"] == "validation"))
+    for kind in ("validation", "obedience"):
+        getattr(resumed, kind)(next(line for line in read(tmp_path / "a") if line["kind"] == kind))
     run(resumed, 6, 13)
     resumed.close()
     assert fixed(tmp_path / "b") == fixed(tmp_path / "a")
-    assert len(fixed(tmp_path / "a")) == 15
+    assert len(fixed(tmp_path / "a")) == 13 + 2 + 2
+    assert "follows its control 0.500 (edges [F1]), -0.900 from the start" in told(unbroken)
 
 
 def test_a_broken_line_is_named(tmp_path):

@@ -151,6 +151,20 @@ def test_what_must_be_more_than_zero(name):
         ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules is none"),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "factor:step"),
         ({"validation_prompts": ["a", "b"], "validation_paths": ["a.mp4"]}, "validation_prompts has 2"),
+        (
+            {"validation_prompts": ["a"], "control_kind": "canny", "validation_control_from": ["a", "b"]},
+            "control_from 2",
+        ),
+        (
+            {
+                "validation_prompts": ["a"],
+                "control_kind": "canny",
+                "validation_paths": ["a.mp4"],
+                "validation_control_from": ["a.mp4"],
+            },
+            "a prompt has one control",
+        ),
+        ({"validation_prompts": ["a"], "validation_control_from": ["a.mp4"]}, "give it, as canny"),
         ({"base_weights": "fp8"}, "base_weights is fp8 and rank is 0"),
         *(
             (
@@ -174,6 +188,8 @@ def test_rules_between_fields(tree, names):
 def test_rules_between_fields_allow_what_fits():
     build({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:20,.01:30,0.005"})
     build({"validation_prompts": ["a"], "validation_paths": ["a.mp4"]})
+    build({"validation_prompts": ["a"], "validation_control_from": ["a.mp4"], "control_kind": "canny"})
+    build({"control_kind": "pose", "control_detector": "models/dwpose"})
     build({"video_sample_size": 640, "image_sample_size": 512})
     build({"fix_sample_size": [480, 832]})  # with or without buckets
     build({"trainable_modules": [], "trainable_modules_low_learning_rate": ["attn"]})
@@ -226,9 +242,11 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "weighting_scheme": "cosmap",
         "train_mode": "control_ref",
         "lr_scheduler": "piecewise_constant",
+        "validation_control_from": [],
     }
     recipe = build(tree)
     same = {
+        "validation_control_from",
         "validation_data_meta",
         "random_ratio_crop",
         "use_came",

@@ -13,6 +13,7 @@ from PIL import Image
 from reeltune.data.media import write_clip
 from reeltune.reporting import charts, report
 from reeltune.reporting.metrics import read_metrics
+from reeltune.reporting.obedience import UNMEASURED, verdict
 
 NASTY = "<script>alert(\"a\")</script> & 'b' {{ 7 * 7 }}"
 
@@ -32,6 +33,15 @@ def moving_disc(frames, height, width, *, hue, blur, noise, seed):
 def outline(clip):
     edges = np.abs(np.diff(clip.astype(int).sum(-1), axis=2, prepend=0)) > 40
     return np.repeat((edges * 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def obedience(step, change, *, band=(-0.02, 0.03), **more):
+    """A row of two previews, that had 0.11 and 0.15."""
+    starts = (0.11, 0.15)
+    scores = [{"score": start + change, "score_start": start, "truth": 0.9, "recall": 0.5} for start in starts]
+    row = {"kind": "obedience", "step": step, "start_step": 0, "control_kind": "canny", "measure": f"edges {NASTY}"}
+    row |= {"unit": "", "rises": True, "score": 0.13 + change, "score_start": 0.13, "difference": change, "truth": 0.9}
+    return row | {"band95": [change + edge for edge in band], "previews": scores, "n": 2} | more
 
 
 def make_run(folder, *, steps=120, seed=3, better=True):
@@ -85,6 +95,7 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                     "n": 24,
                 }
             )
+            lines.append(obedience(done, 0.72 * done / steps))
     saved = {"step": steps, "path": f"checkpoint-{steps}", "seconds": 1.5, "blocked_seconds": 0.25}
     lines.append({"kind": "save", **saved, "bytes": 7 * 2**20})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -124,13 +135,7 @@ def make_run(folder, *, steps=120, seed=3, better=True):
         "machine": {"processor": "Xeon", "cores": 2, "device": "cpu"},
     }
     (folder / "run.json").write_text(json.dumps(run))
-    agreement = {
-        "measure": "Agreement is the correlation of outlines in the preview with its control.",
-        "before": {},
-        "after": {},
-    }
-    for when, step, blur, noise in (("before", 0, 14, 0.2), ("after", steps, 2.5, 0.02)):
-        agreement[when] = {"step": step, "previews": [], "first": 0.5 if step == 0 else 1.0}
+    for step, blur, noise in ((0, 14, 0.2), (steps, 2.5, 0.02)):
         for i, hue in enumerate(((0.95, 0.5, 0.3), (0.3, 0.7, 0.9))):
             previews = folder / "previews"
             for name in (f"step-{step}", "control", "truth"):
@@ -150,9 +155,6 @@ def make_run(folder, *, steps=120, seed=3, better=True):
                 "entry": None,
             }
             (previews / f"step-{step}" / f"{i}.json").write_text(json.dumps(told))
-            own = (0.11 if step == 0 else 0.83) + 0.04 * i
-            agreement[when]["previews"].append({"own": own, "others": [0.09, 0.13]})
-    (folder / "agreement.json").write_text(json.dumps(agreement))
     first = folder / "first_batch"
     first.mkdir(exist_ok=True)
     for i in range(2):
@@ -218,7 +220,9 @@ def test_it_is_one_file(page, html):
 def test_text_is_shown_and_never_run(page, html):
     assert page.tags.count("script") == 1
     assert "alert(" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
-    assert page.text.count(NASTY) == 1 + 1 + 2 + 2 + 1  # notice, problem, prompts, first batch, recipe
+    told = 1 + 1 + 2 + 2 + 1  # notice, problem, prompts, first batch, recipe
+    obeys = 1 + 1 + 2 * 3  # sentence, number, clips
+    assert page.text.count(NASTY) == told + obeys
     assert "{{" not in html.replace("{{ 7 * 7 }}", "")
 
 
@@ -240,8 +244,10 @@ def test_its_numbers_are_those_of_metrics_and_ledger(run, page):
     for name, told in (("encode_s", "encoding"), ("data_s", "waiting for data"), ("optimizer_s", "optimizer")):
         assert f"{100 * sum(row[name] for row in steps) / whole:.0f} % {told}" in page.text
     assert f"{whole / 120:.3g} s" in page.text
-    assert "agreement with control 0.13 → 0.85 own control the best match of 100%, 50% before" in page.text
-    assert "agreement 0.87 with its own control, 0.11 with others’" in page.text
+    assert f"follows its control 0.13 → 0.85 edges {NASTY}; real clips: 0.90" in page.text
+    for told in ("0.11", "0.83", "0.15", "0.87"):
+        assert page.text.count(f"edges {NASTY}: {told}") == 1
+    assert page.text.count(f"edges {NASTY}: 0.90") == 2  # of the clips themselves
     for told in (
         "1,101 used",
         "87 not reached",
@@ -291,6 +297,50 @@ def test_the_verdict_is_the_bands(difference, band, answer):
     told = report.verdict(report.Metrics(validations=[before, row]))
     assert told["answer"] == answer
     assert report.verdict(report.Metrics(validations=[before]))["answer"] == "Nobody can say yet."
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "answer", "warns"),
+    [
+        (0.3, {}, "It follows its control better.", False),
+        (-0.3, {}, "It follows its control less.", True),
+        (0.01, {}, "That it follows its control better is not shown.", True),
+        (0.3, {"band95": None, "n": 1}, "That it follows its control better is not shown.", True),
+        (-3.0, {"rises": False, "unit": "°"}, "It follows its control better.", False),
+        (3.0, {"rises": False, "unit": "°"}, "It follows its control less.", True),
+    ],
+)
+def test_what_is_said_of_obedience_is_the_bands(change, row, answer, warns):
+    rows = [obedience(0, 0.0), obedience(9, change, **row)]
+    told = verdict(rows, loss_falls=True)
+    assert told["answer"] == answer and ("warning" in told) == warns
+    assert "warning" not in verdict(rows, loss_falls=False)
+    assert verdict(rows[:1], loss_falls=True) is None and verdict([], loss_falls=True) is None
+
+
+def test_obedience_in_words():
+    told = verdict([obedience(9, 0.3)], loss_falls=False)["reason"]
+    assert f"the edges {NASTY} went from 0.13 to 0.43 (1 is best; the real clips have 0.90)" in told
+    assert told.endswith("a mean change of +0.300, 95 % band +0.280 to +0.330, over 2 previews.")
+    degrees = obedience(9, -3.0, rises=False, unit="°", score=4.04, score_start=7.04, truth=None)
+    told = verdict([degrees], loss_falls=False)["reason"]
+    assert "from 7.0° to 4.0° (0 is best): a mean change of −3.00°, 95 % band −3.02° to −2.97°" in told
+
+
+def test_a_report_warns_where_the_loss_falls_and_obedience_does_not_rise(tmp_path):
+    lines = [
+        json.loads(line)
+        for line in (make_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+        if '"obedience"' not in line
+    ]
+    lines.append(obedience(120, 0.0))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(report.write(tmp_path).read_text(encoding="utf-8")).text
+    assert "It is learning." in text and "The held-out loss falls and obedience does not rise" in text
+    assert UNMEASURED not in text
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    text = Page(report.write(tmp_path).read_text(encoding="utf-8")).text
+    assert UNMEASURED in text and "follows its control" not in text
 
 
 def test_a_bare_folder_still_has_a_page(tmp_path):

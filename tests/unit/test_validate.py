@@ -11,8 +11,9 @@ from reeltune.core.types import Batch, Crop, Draw, Shape
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import gaussian, settle
 from reeltune.families.toy.family import FAMILY
+from reeltune.sampling.paired import band95
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.sampling.validate import HeldOut, band95
+from reeltune.sampling.validate import HeldOut
 
 RULES = SizeRules(video_sample_n_frames=9, video_sample_stride=1, video_sample_size=64, geometry=FAMILY.geometry)
 SHAPES = [Shape(9, 32, 48), Shape(5, 32, 32), Shape(1, 48, 32)]

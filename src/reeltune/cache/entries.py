@@ -23,6 +23,7 @@ from reeltune.data.held_out import fixed_draw
 from reeltune.data.measuring import stamps
 from reeltune.data.media import MediaError
 from reeltune.data.plan import Plan
+from reeltune.data.pose_drawing import DRAWING_VERSION
 from reeltune.data.records import Records
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs
@@ -145,7 +146,7 @@ def open_cache(
         return None
     folder = Path(recipe.cache.cache_folder)
     keys, store = keys_of(recipe, family, mode, show_progress=show_progress), Store(folder)
-    asked_for = [keys.facts, keys.root, repr(inputs.rules), recipe.cache.cache_variants]
+    asked_for = [keys.facts, keys.root, repr(inputs.rules), recipe.cache.cache_variants, DRAWING_VERSION]
     asked = digest([*asked_for, *(_as_it_is(records) for records in splits(inputs).values())])
     there = digest([sorted(store.hashes.items()), sorted(store.failed)])
     marker = folder / "complete" / asked

@@ -1,8 +1,8 @@
 """What an entry of the cache is known by: a hash of everything that it was made of, and of nothing else.  (no torch)
 
 A clip's latents do not depend on its caption, so that a changed caption is encoded alone. Files of the data are known
-by path below train_data_dir, size and time of change in whole seconds (which archives and copies keep); those of the
-checkpoint by their bytes.
+by path below train_data_dir, size and time of change in whole seconds (which archives and copies keep), and key points
+by their bytes and how they are drawn too; those of the checkpoint by their bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from reeltune.core.types import Draw, Record
+from reeltune.data.keypoints import is_keypoints
+from reeltune.data.pose_drawing import drawing_digest
 
 READING_VERSION = 2  # raise it when the same file, crop and seed are read as other pixels, rays or masks
 Split = Literal["train", "held_out"]
@@ -59,4 +61,5 @@ class Keys:
 
     def _file(self, path: str) -> list[Any]:
         status = os.stat(path)
-        return [os.path.relpath(path, self.root), status.st_size, int(status.st_mtime)]
+        known = [os.path.relpath(path, self.root), status.st_size, int(status.st_mtime)]
+        return [*known, drawing_digest(path)] if is_keypoints(path) else known

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TrainMode = Literal["normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera"]
+ControlKind = Literal["canny", "depth", "pose", "camera"]  # those of control/kinds.py
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,15 @@ class Validation:
     validation_prompts: tuple[str, ...] = ()
     """Prompts to make previews of. Left out: previews of held-out clips."""
     validation_paths: tuple[str, ...] = ()
-    """A file for each prompt, as train_mode needs: a control clip or picture, a pose file, or a first picture."""
+    """A file for each prompt, as train_mode needs: a control (.npz too), a pose file, or a first picture."""
+    validation_control_from: tuple[str, ...] = ()
+    """A raw clip or picture for each prompt, from which its control is drawn as control_kind says, in place of
+    validation_paths."""
+    control_kind: ControlKind | None = None
+    """What the controls are: previews are then measured by how far they follow them. Left out: what `reeltune control`
+    made them as; not measured where it did not."""
+    control_detector: str | None = None
+    """Folder or file of the detector's weights, as control_kind needs them."""
     negative_prompt: str = ""
     """What previews are guided away from, in place of the blank caption; needs a guidance_scale other than 1."""
     preview_count: int = 2

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reeltune.config.recipe import Adapter, Model, Recipe
+from reeltune.config.recipe import Adapter, Model, Recipe, Validation
 from reeltune.memory import levers
 
 ANY = math.inf
@@ -233,11 +233,29 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("lr_step_rules",),
             f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
         )
-    prompts, paths = len(validation.validation_prompts), len(validation.validation_paths)
-    if paths and paths != prompts:
+    yield from _previews(recipe.validation)
+
+
+def _previews(validation: Validation) -> Iterator[tuple[tuple[str, ...], str]]:
+    prompts, drawn = len(validation.validation_prompts), validation.validation_control_from
+    for name in ("validation_paths", "validation_control_from"):
+        paths = len(getattr(validation, name))
+        if paths and paths != prompts:
+            yield (
+                ("validation_prompts", name),
+                f"validation_prompts has {prompts} and {name} {paths}; each prompt has one path; give as many",
+            )
+    if drawn and validation.validation_paths:
         yield (
-            ("validation_prompts", "validation_paths"),
-            f"validation_prompts has {prompts} and validation_paths {paths}; each prompt has one path; give as many",
+            ("validation_paths", "validation_control_from"),
+            "validation_paths and validation_control_from are both given; a prompt has one control, made already or to "
+            "be drawn; leave one of the two out",
+        )
+    if drawn and validation.control_kind is None:
+        yield (
+            ("validation_control_from", "control_kind"),
+            f"validation_control_from is {shown(drawn)} and control_kind is left out, which says what is drawn; give "
+            "it, as canny",
         )
 
 

@@ -152,11 +152,13 @@ def frames_on_show(path: str, frames: Sequence[int], fps: float, rate: float) ->
     themselves. Raises MediaError.
     """
     index = index_of(path)
-    if not index.uneven:
-        return frames
+    return on_show(index.times_s, frames, fps, rate) if index.uneven else frames
+
+
+def on_show(times_s: np.ndarray, frames: Sequence[int], fps: float, rate: float) -> list[int]:
+    """The same of frames that are shown from those times on."""
     wanted_s = frames[0] / fps + np.arange(len(frames)) / rate
-    on_show = np.searchsorted(index.times_s, wanted_s + TIME_ROUNDING, side="right") - 1
-    return on_show.tolist()
+    return (np.searchsorted(times_s, wanted_s + TIME_ROUNDING, side="right") - 1).tolist()
 
 
 class Decoded(NamedTuple):

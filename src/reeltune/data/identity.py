@@ -13,6 +13,8 @@ import numpy as np
 
 from reeltune.core.reading import few
 from reeltune.core.types import Record
+from reeltune.data.keypoints import is_keypoints
+from reeltune.data.pose_drawing import drawing_digest
 from reeltune.data.records import Records
 
 
@@ -27,7 +29,8 @@ class Identity:
 
     @classmethod
     def of(cls, records: Records, root: Path) -> Identity:
-        """Asks the system for the size of every file; opens none. root: of the data; a data set may move."""
+        """Asks the system for the size of every file, and opens none but key points. root: of the data; a data set may
+        move."""
         rows = np.array([_hashes(record, str(root.absolute()) + os.sep) for record in records], np.uint64)
         name, content, text = rows.reshape(-1, 3).T
         return cls(np.array(records.entry), name, content, text)
@@ -57,7 +60,7 @@ class Identity:
 def _hashes(record: Record, root: str) -> tuple[int, int, int]:
     paths = [path for path in (record.path, record.control_path, record.camera_path) if path]
     names = "\0".join(path.removeprefix(root) for path in paths)
-    sizes = [_size_bytes(path) for path in paths]
+    sizes = [_drawn(path) if is_keypoints(path) else _size_bytes(path) for path in paths]
     facts = record.kind, record.frames, record.fps, record.height, record.width, record.content
     content = f"{facts} {sizes}"
     return _hash(names), _hash(content), _hash(record.text)
@@ -65,6 +68,13 @@ def _hashes(record: Record, root: str) -> tuple[int, int, int]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _drawn(path: str) -> str:
+    try:
+        return drawing_digest(path)
+    except OSError:
+        return ""
 
 
 def _size_bytes(path: str) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from reeltune.core.files import whole_file
 from reeltune.data.camera import CameraError, read_poses
-from reeltune.data.media import DecodeCheck, Measure, MediaError, measure
+from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measure_control, require_times
 
 INDEX_VERSION = 2  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring
@@ -26,7 +26,8 @@ ABSENT = [-1, -1]  # stamp of a file that is not there
 
 class File(NamedTuple):
     path: str
-    kind: Literal["video", "image", "camera"]
+    kind: Literal["video", "image", "camera", "keypoints"]
+    clip: str = ""  # of key points: the clip that they are to be of, frame by frame
 
 
 class Finding(NamedTuple):
@@ -77,21 +78,23 @@ def measure_files(
     A file that takes longer than `seconds_per_file`, or kills its process, is found unusable. `progress(done, total)`.
     """
     index = _load_index(index_dir, decode_check)
-    keys = [f"{file.kind}:{file.path}" for file in files]
+    keys = [":".join(filter(None, (file.kind, file.path, file.clip))) for file in files]
+    stamp_of = dict(zip((file.path for file in files), stamps_N2.tolist(), strict=True))
     findings: list[Finding | None] = []
-    for file, key, stamp in zip(files, keys, stamps_N2.tolist(), strict=True):
-        held = index.get(key)
+    for file, key in zip(files, keys, strict=True):
+        held, stamp = index.get(key), stamp_of[file.path]
         if stamp == ABSENT:
             findings.append(Finding(None, _why_absent(file.path)))
         else:
-            findings.append(_remembered(held, stamp))
+            findings.append(_remembered(held, stamp + stamp_of.get(file.clip, [])))
     missing = [number for number, finding in enumerate(findings) if finding is None]
     done, saved = len(files) - len(missing), time.monotonic()
     try:
         for number, finding in _run(files, missing, decode_check, max(workers, 1), seconds_per_file):
             findings[number] = finding
             if finding.lasting:
-                index[keys[number]] = [stamps_N2[number].tolist(), _packed(finding)]
+                file = files[number]
+                index[keys[number]] = [stamp_of[file.path] + stamp_of.get(file.clip, []), _packed(finding)]
             done += 1
             if progress:
                 progress(done, len(files))
@@ -159,6 +162,11 @@ def _examine(file: File, decode_check: DecodeCheck) -> Finding:
     try:
         if file.kind == "camera":
             return Finding(None, poses=len(read_poses(file.path)))
+        if file.kind == "keypoints":
+            found = measure_control(file.path, "video")
+            if file.clip:
+                require_times(file.path, file.clip)
+            return Finding(found)
         return Finding(measure(file.path, file.kind, decode_check))
     except CameraError as error:
         return Finding(None, str(error), lasting=os.path.exists(file.path))

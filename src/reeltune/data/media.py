@@ -12,18 +12,21 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from reeltune.core.files import whole_path
 from reeltune.core.types import Crop, Kind, Shape
-from reeltune.data.clips import decode, frames_on_show, measure_clip
-from reeltune.data.display import FILTER, Displayer
+from reeltune.data import clips
+from reeltune.data.clip_writer import clip_written
+from reeltune.data.clips import EVEN_RATE, TIME_ROUNDING, decode, index_of, measure_clip, on_show
+from reeltune.data.display import Displayer
 from reeltune.data.findings import DecodeCheck, Measure, MediaError, content_of, require_file
+from reeltune.data.keypoints import Keypoints, is_keypoints, read_keypoints
 from reeltune.data.pictures import is_picture, measure_picture, read_picture
+from reeltune.data.pose_drawing import draw_frames
 
-__all__ = ["DecodeCheck", "Measure", "MediaError", "frames_on_show", "measure", "read_frames", "write_clip"]
+__all__ = ["DecodeCheck", "Measure", "MediaError", "frames_on_show", "measure", "measure_control", "read_frames",
+           "require_times", "write_clip"]  # fmt: skip
 
 MIN_SIDE = 16  # pixels: the smallest multiple that any family's heights and widths come in
 
@@ -46,16 +49,70 @@ def measure(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") ->
         raise MediaError(f"cannot be read: {error.strerror}", lasting=False) from None
 
 
+def measure_control(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") -> Measure:
+    """The same of a control, which may be key points: these are of a picture if they are of one frame.
+    Raises MediaError.
+    """
+    if not is_keypoints(path):
+        return measure(path, kind, decode_check)
+    keypoints = read_keypoints(path)
+    empty = int((keypoints.people == 0).sum())
+    notes = [f"nobody is in {empty} of its {keypoints.frames} frames, which are drawn black"] if empty else []
+    kind = "video" if keypoints.frames > 1 else "image"
+    size = keypoints.height, keypoints.width
+    return Measure(kind, keypoints.frames, keypoints.fps, *size, tuple(notes), content_of(str(path)))
+
+
+def require_times(path: str | Path, clip: str | Path) -> None:
+    """Raises MediaError for key points whose frames are not shown when those of the clip are, as far as both are read;
+    of other numbers of frames it says nothing."""
+    keypoints = read_keypoints(path)
+    try:
+        times_s = index_of(str(clip)).times_s
+    except MediaError:  # the clip's own trouble
+        return
+    if len(times_s) != keypoints.frames:
+        return
+    apart_s = np.abs(times_s - keypoints.times_s)
+    if apart_s.max() > TIME_ROUNDING:
+        first = int(np.argmax(apart_s > TIME_ROUNDING))
+        raise MediaError(
+            f"has frame {first} at {keypoints.times_s[first]:.3f} s, its clip at {times_s[first]:.3f} s: times differ",
+            remedy="Make it again from this clip with reeltune control",
+        )
+
+
+def frames_on_show(path: str | Path, frames: Sequence[int], fps: float, rate: float) -> Sequence[int]:
+    """Which frames are on show at the time of frames[0], and every 1 / rate s from there.
+
+    fps: the file's mean rate, by which `frames` were numbered. Where frames are evenly spaced, they are these
+    themselves. Raises MediaError.
+    """
+    if not is_keypoints(path):
+        return clips.frames_on_show(str(path), frames, fps, rate)
+    keypoints = read_keypoints(path)
+    return on_show(keypoints.times_s, frames, fps, rate) if _uneven(keypoints) else frames
+
+
+def _uneven(keypoints: Keypoints) -> bool:
+    intervals_s = np.diff(keypoints.times_s)
+    middle_s = np.median(intervals_s) if len(intervals_s) > 1 else 0
+    return bool((np.abs(intervals_s - middle_s) > EVEN_RATE * middle_s + 2 * TIME_ROUNDING).any() and middle_s)
+
+
 def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shape) -> np.ndarray:
     """uint8 F C H W in RGB: those frames of the file (0-based, in display order, in any order, repeats allowed).
 
     Each is resized once to crop.height x crop.width by a Lanczos filter, then cut to `shape` at (crop.top, crop.left).
-    A picture has frame 0 alone. Each frame is decoded once, and only what leads up to it. Raises MediaError.
+    A picture has frame 0 alone. Each frame is decoded once, and only what leads up to it. Key points are drawn at that
+    size, not resized. Raises MediaError.
     """
     path = str(path)
     bottom, right = crop.top + shape.height, crop.left + shape.width
     if len(frames) != shape.frames or min(crop.top, crop.left) < 0 or bottom > crop.height or right > crop.width:
         raise ValueError(f"{len(frames)} frames cut by {crop} do not make {shape}")
+    if is_keypoints(path):
+        return draw_frames(read_keypoints(path), frames, crop, shape)
     out_FCHW = np.empty((shape.frames, 3, shape.height, shape.width), np.uint8)
     window = slice(crop.top, bottom), slice(crop.left, right)
     places: dict[int, list[int]] = {}
@@ -82,23 +139,12 @@ def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: in
     """
     odd_h, odd_w = (side % 2 for side in frames_FHWC.shape[1:3])
     frames_FHWC = np.pad(frames_FHWC, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
-    options = {"movflags": "+faststart"}
-    with whole_path(Path(path)) as beside, av.open(str(beside), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames_FHWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
-        coder = stream.codec_context
-        coder.thread_count = 1  # the same bytes on every machine
-        coder.colorspace, coder.color_range = 1, ColorRange.MPEG  # 1 is BT.709 in FFmpeg's AVColorSpace
-        coder.color_primaries, coder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for rgb_HWC in frames_FHWC:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), "rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=FILTER,
-                threads=1,
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    _, height, width, _ = frames_FHWC.shape
+    rate = Fraction(fps).limit_denominator(1001)
+    options = {"crf": str(crf), "preset": "medium"}
+    with (
+        whole_path(Path(path)) as beside,
+        clip_written(beside, height, width, rate, 1 / rate, options) as clip,
+    ):
+        for tick, rgb_HWC in enumerate(frames_FHWC):
+            clip.add(rgb_HWC, tick)

@@ -4,7 +4,8 @@ Keys (others are ignored):
     file_path                clip or picture, relative to the data folder
     text                     its caption
     type                     "video" or "image"; left out: told by the file's ending
-    control_file_path        a control clip or picture, or a camera path (.txt); null is the same as left out
+    control_file_path        a control clip or picture, key points that are drawn as one (.npz), or a camera path
+                             (.txt); null is the same as left out
     object_file_path         subject pictures: one path or a list
     width, height            pixels; compared with the file, whose own size counts
 """
@@ -197,7 +198,8 @@ def _check_control(row: Row, fields: dict[str, Any], folder: Folder, needs: froz
     if given == "missing" and (names := [name for name, ours in renames(fields) if ours == key]):
         given = f"missing, but there is {', '.join(names)}: perhaps rename it"
     if "control" in needs and row.control is None:
-        row.problems.append(Problem(f"{key} is {given}; this mode needs a control clip or picture", f"Give {key}"))
+        rule = "this mode needs a control clip or picture, or key points (.npz)"
+        row.problems.append(Problem(f"{key} is {given}; {rule}", f"Give {key}"))
     if "camera" in needs and row.camera is None:
         row.problems.append(Problem(f"{key} is {given}; this mode needs a camera path (.txt)", f"Give {key}"))
 

@@ -18,6 +18,7 @@ import numpy as np
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.types import Record
+from reeltune.data.keypoints import is_keypoints
 from reeltune.data.lists import read_list, rows
 from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
@@ -25,9 +26,10 @@ from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, sho
 from reeltune.data.near_miss import NearMisses
 from reeltune.data.records import Records
 
-SCAN_VERSION = 3  # raise it when a row is judged otherwise
+SCAN_VERSION = 4  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
+WORDS = {"video": "a clip", "image": "a picture", "camera": "a camera path", "keypoints": "a file of key points"}
 NAMED_ENTRIES = 10  # that a notice names
 
 
@@ -122,11 +124,17 @@ def _files(meta: Path, data: bytes, folder: Folder, needs: frozenset[str]) -> li
 
 def _files_of(row: Row) -> list[File]:
     files = [File(row.path, row.kind)]
-    if row.control:
-        files.append(File(row.control, row.kind))
+    if control := _control_of(row):
+        files.append(control)
     if row.camera:
         files.append(File(row.camera, "camera"))
     return files + [File(path, "image") for path in row.subjects]
+
+
+def _control_of(row: Row) -> File | None:
+    if row.control and is_keypoints(row.control):
+        return File(row.control, "keypoints", row.path if row.kind == "video" else "")
+    return File(row.control, row.kind) if row.control else None
 
 
 class _Judge:
@@ -179,7 +187,7 @@ class _Judge:
         for file, finding in zip(_files_of(row), found, strict=True):
             if finding.reason is not None:
                 name = "the file" if file.path == row.path else shown(file.path)
-                what = {"video": "a clip", "image": "a picture", "camera": "a camera path"}[file.kind]
+                what = WORDS[file.kind]
                 remedy = finding.remedy or f"Put {what} that is whole there, or remove the entry"
                 near = None if os.path.exists(file.path) else self._near_misses.of(file.path)
                 reason = f"{name} {finding.reason}" + (f"; {near}" if near else "")
@@ -187,8 +195,8 @@ class _Judge:
         if row.problems or own.measure is None:
             return None
         row.notices.extend(own.measure.notes)
-        if row.control:
-            control = self.findings[File(row.control, row.kind)].measure
+        if file := _control_of(row):
+            control = self.findings[file].measure
             assert control is not None  # or it would have a reason
             _compare_control(row, own.measure, control)
             row.notices += [f"of the control: {note}" for note in control.notes if note not in own.measure.notes]

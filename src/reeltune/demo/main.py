@@ -27,7 +27,6 @@ from reeltune.config.recipe import (
 from reeltune.core.errors import UserError
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
-from reeltune.demo.edge_agreement import write_agreement
 from reeltune.reporting import report
 from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
@@ -82,17 +81,17 @@ def run(
 
 def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
     """What the run has shown, and how to go on, with that recipe."""
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    first, last = (metrics.validations[i] for i in (0, -1))
+    lines = [f"held-out loss {first['loss']:.4f} before, {last['loss']:.4f} after training"]
     if shown.about:
-        first, last = (read_metrics(run_dir / "metrics.jsonl").validations[i] for i in (0, -1))
-        lines = [f"held-out loss {first['loss']:.4f} before, {last['loss']:.4f} after training; {shown.about}"]
+        lines[0] += f"; {shown.about}"
     else:
-        found = write_agreement(run_dir)
-        before, after = (found[when] for when in ("before", "after"))
-        lines = [
-            f"agreement of previews with their own control clip, less that with others': {before['margin']:.2f} "
-            f"before, {after['margin']:.2f} after training; own control is the best match of {before['first']:.0%} "
-            f"before, {after['first']:.0%} after"
-        ]
+        obeys = metrics.obedience[-1]
+        lines.append(
+            f"{obeys['measure']} of previews: {obeys['score_start']:.2f} before, {obeys['score']:.2f} after training; "
+            f"of the real clips {obeys['truth']:.2f}"
+        )
     then = f"open {report.write(run_dir)}"
     if recipe:
         then += (
@@ -142,7 +141,7 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
         loss=Loss(uniform_sampling=True),
         optimization=Optimization(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=10),
         output=Output(output_dir=str(run_dir), checkpointing_steps=steps, logging_steps=20, report_to=("none",)),
-        validation=Validation(preview_count=6, preview_steps=20, guidance_scale=1.0),
+        validation=Validation(preview_count=6, preview_steps=20, guidance_scale=1.0, control_kind="canny"),
     )
 
 
@@ -155,7 +154,7 @@ def of_untrained(recipe: Recipe, *, steps: int) -> Recipe:
         cache=Cache(),
         training=replace(recipe.training, max_train_steps=steps),
         output=replace(recipe.output, checkpointing_steps=steps, logging_steps=5),
-        validation=replace(recipe.validation, preview_count=2, preview_steps=10),
+        validation=replace(recipe.validation, preview_count=2, preview_steps=10, control_kind=None),
     )
 
 

@@ -25,9 +25,10 @@ from reeltune.export.base import Base
 from reeltune.export.main import taken
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
+from reeltune.sampling.paired import band95
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.trained import load_trained
-from reeltune.sampling.validate import HeldOut, band95
+from reeltune.sampling.validate import HeldOut
 
 
 @dataclass(frozen=True)

@@ -76,25 +76,28 @@ def exact(steps: Sequence[float], values: Sequence[float], label: str) -> str:
     return svg[0]
 
 
-def held_out(steps: Sequence[int], rows: Sequence[dict]) -> str:
-    """The held-out loss by step, with the 95 % band of its paired difference, against that of the starting weights."""
-    losses = [row["loss"] for row in rows]
-    start = rows[-1]["loss_start"]
+def paired(rows: Sequence[dict], name: str, label: str, size: tuple[float, float] = HALF) -> str:
+    """A number by step, with the 95 % band of its paired difference, against that of the starting weights; above it,
+    where rows have one, what real clips have (`truth`)."""
+    steps, values = ([row[key] for row in rows] for key in ("step", name))
+    start, truth = rows[-1][f"{name}_start"], rows[-1].get("truth")
     bands = [row["band95"] or (row["difference"], row["difference"]) for row in rows]
     low, high = ([start + edge for edge in edges] for edges in zip(*bands, strict=True))
-    with drawing("held-out loss by step", HALF) as (axes, svg):
+    with drawing(label, size) as (axes, svg):
         axes.axhline(start, color=STAND_IN["start"], linestyle=(0, (4, 3)), linewidth=1.4)
+        if truth is not None:
+            axes.axhline(truth, color=STAND_IN["muted"], linestyle=(0, (1, 2)), linewidth=1.4)
         axes.fill_between(steps, low, high, color=STAND_IN["now"], alpha=0.18, linewidth=0)
         axes.vlines(steps, low, high, color=STAND_IN["now"], linewidth=1)
-        axes.plot(steps, losses, color=STAND_IN["now"], marker="o", markersize=4)
+        axes.plot(steps, values, color=STAND_IN["now"], marker="o", markersize=4)
         axes.set_xlim(min(steps) - 0.02 * (max(steps) or 1), max(steps) * 1.02 or 1)
     return svg[0]
 
 
-def noise_bands(bands: Sequence[dict]) -> str:
+def noise_bands(bands: Sequence[dict], size: tuple[float, float] = HALF) -> str:
     """Held-out loss at each noise level, of the starting weights and now."""
     places = np.arange(len(bands))
-    with drawing("held-out loss by noise level", HALF, xlabel="noise level") as (axes, svg):
+    with drawing("held-out loss by noise level", size, xlabel="noise level") as (axes, svg):
         axes.bar(places - 0.19, [band["loss_start"] for band in bands], 0.34, color=STAND_IN["start"])
         axes.bar(places + 0.19, [band["loss"] for band in bands], 0.34, color=STAND_IN["now"])
         axes.set_xticks(places, [f"{band['level']:.2f}" for band in bands])

@@ -3,6 +3,7 @@
 metrics.jsonl has one JSON object a line, told apart by "kind":
     step        every optimizer step: loss, grad_norm, lr, Prodigy's d, shape, samples, tokens, times, rates, memory
     validation  the held-out loss, paired with that of the starting weights
+    obedience   how far previews follow their control, paired alike
     save        a checkpoint written: bytes, seconds until it was whole, and those that training waited for it
     notice      something the user should know
 """
@@ -110,12 +111,26 @@ class Log:
             return
         self._write({"kind": "validation", "step": self.step_now, **row})
         self._track({"held_out/loss": row["loss"], "held_out/difference": row["difference"]})
-        told = f"[bold]held-out loss {row['loss']:.4f}[/]"
-        if self.step_now > row["start_step"]:
-            told += f", {round(row['difference'], 4) + 0:+.4f} from the start"  # + 0: no minus before zero
-            if row["band95"]:
-                told += f" (95 % band {row['band95'][0]:+.4f} to {row['band95'][1]:+.4f})"
+        told = f"[bold]held-out loss {row['loss']:.4f}[/]{self._changed(row, 4)}"
         self._say(f"{told}, {row['n']} clip{'s' if row['n'] != 1 else ''}", markup=True)
+
+    def obedience(self, row: dict[str, Any]) -> None:
+        """How far previews follow their control: as a validation's row, `score` in place of `loss`, and its words."""
+        if not self.main:
+            return
+        self._write({"kind": "obedience", "step": self.step_now, **row})
+        self._track({"obedience/score": row["score"], "obedience/difference": row["difference"]})
+        told = f"[bold]follows its control {row['score']:.3f}{row['unit']}[/] ({escape(row['measure'])})"
+        self._say(f"{told}{self._changed(row, 3)}, {row['n']} preview{'s' if row['n'] != 1 else ''}", markup=True)
+
+    def _changed(self, row: dict[str, Any], figures: int) -> str:
+        """From the start, with the band of it."""
+        if self.step_now <= row["start_step"]:
+            return ""
+        changed = f", {round(row['difference'], figures) + 0:+.{figures}f} from the start"  # + 0: no minus before zero
+        if row["band95"]:
+            changed += " (95 % band {} to {})".format(*(f"{edge:+.{figures}f}" for edge in row["band95"]))
+        return changed
 
     def save(self, row: dict[str, Any]) -> None:
         """A checkpoint written, perhaps while training went on: step, path, bytes, seconds, blocked_seconds."""
@@ -325,7 +340,7 @@ def _start_over(path: Path) -> str | None:
 def _cut_after(path: Path, step: int) -> None:
     """Drops lines of later steps, and a last line that a kill left half written. Atomic; one line in memory.
 
-    The validation of this very step came after its checkpoint: the resumed run makes it again.
+    The validation of this very step came after its checkpoint: the resumed run makes it again, and its previews.
 
     Raises UserError for a broken line elsewhere.
     """
@@ -339,6 +354,7 @@ def _cut_after(path: Path, step: int) -> None:
                 path, f"line {number} is no JSON of a run", "delete that line, or start in another folder"
             ):
                 row = json_value(line)
-                before = row["step"] < step or (row["step"] == step and row["kind"] != "validation")
+                validates = row["kind"] in ("validation", "obedience")
+                before = row["step"] < step or (row["step"] == step and not validates)
             if before:
                 new.write(line)

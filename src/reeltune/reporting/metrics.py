@@ -30,6 +30,16 @@ VALIDATION = {
     "band95": REAL.many(2).or_none(),
     "per_band": Kind(lambda value: isinstance(value, dict), "a table").many(),
 }
+OBEDIENCE = {
+    **dict.fromkeys(("step", "start_step", "n"), WHOLE),
+    **dict.fromkeys(("measure", "unit"), TEXT),
+    "rises": Kind(lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("score", "score_start", "difference"), NUMBER),
+    "band95": NUMBER.many(2).or_none(),
+    "truth": NUMBER.or_none(),
+    "previews": Kind(lambda value: isinstance(value, dict), "a table").many(),
+}
+PREVIEW = dict.fromkeys(("score", "score_start", "truth"), NUMBER.or_none())
 SAVE = {"step": WHOLE, "path": TEXT, "bytes": WHOLE, "seconds": SECONDS, "blocked_seconds": SECONDS}
 NOTICE = {"step": WHOLE, "text": TEXT}
 
@@ -40,6 +50,7 @@ class Metrics:
 
     steps: dict[str, list] = field(default_factory=dict)
     validations: list[dict] = field(default_factory=list)
+    obedience: list[dict] = field(default_factory=list)
     notices: list[dict] = field(default_factory=list)
     saves: list[dict] = field(default_factory=list)
 
@@ -52,7 +63,12 @@ def read_metrics(path: Path) -> Metrics:
     found = Metrics()
     if not path.exists():
         return found
-    others = {"validation": found.validations, "notice": found.notices, "save": found.saves}
+    others = {
+        "validation": (found.validations, VALIDATION, "per_band", LEVEL),
+        "obedience": (found.obedience, OBEDIENCE, "previews", PREVIEW),
+        "notice": (found.notices, NOTICE, None, {}),
+        "save": (found.saves, SAVE, None, {}),
+    }
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
@@ -61,14 +77,14 @@ def read_metrics(path: Path) -> Metrics:
             with as_user_error(path, f"line {number} is no row of a run", REMEDY):
                 row = json_value(line)
                 kind = row.pop("kind")
-                if kind != "step":
-                    others[kind].append(row)
+                rows, kinds, table, inside = others[kind] if kind != "step" else ([], {}, None, {})
             if kind == "step":
                 _add_step(found.steps, row, where)
-            else:
-                require_fields(row, {"validation": VALIDATION, "notice": NOTICE, "save": SAVE}[kind], where, REMEDY)
-                for i, level in enumerate(row["per_band"] if kind == "validation" else ()):
-                    require_fields(level, LEVEL, f"{where}: per_band, entry {i}", REMEDY)
+                continue
+            rows.append(row)
+            require_fields(row, kinds, where, REMEDY)
+            for i, entry in enumerate(row[table] if table else ()):
+                require_fields(entry, inside, f"{where}: {table}, entry {i}", REMEDY)
     return found
 
 

@@ -16,7 +16,7 @@ from reeltune.config.parse import settings
 from reeltune.config.rules import shown
 from reeltune.core.files import whole_file
 from reeltune.core.reading import WHOLE, Kind, as_user_error, read_table, read_yaml, require_fields
-from reeltune.reporting import charts
+from reeltune.reporting import charts, obedience
 from reeltune.reporting.metrics import Metrics, read_metrics
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
@@ -35,19 +35,20 @@ def write(output_dir: Path) -> Path:
     run = Path(output_dir)
     metrics = read_metrics(run / "metrics.jsonl")
     album = Album(run, EMBED_BYTES)
-    agreement = _json(run / "agreement.json")
     recipe = recipe_rows(run / "recipe.yaml")
-    with as_user_error(run, "metrics.jsonl, agreement.json or previews are not as a run writes them", RESTORE):
+    with as_user_error(run, "metrics.jsonl or previews are not as a run writes them", RESTORE):
+        learning = verdict(metrics)
         page = (
             environment()
             .get_template("reporting/report.html")
             .render(
                 name=run.resolve().name,
                 run=_json(run / "run.json", OF_RUN),
-                verdict=verdict(metrics),
-                numbers=headline(metrics, agreement),
-                previews=read_previews(run, album, agreement),
-                agreement=agreement,
+                verdict=learning,
+                obeys=obedience.verdict(metrics.obedience, loss_falls=learning["tone"] == "good"),
+                numbers=headline(metrics),
+                previews=read_previews(run, album, metrics.obedience),
+                unmeasured="" if metrics.obedience else obedience.UNMEASURED,
                 curves=curves(metrics),
                 split=time_split(metrics),
                 first_batch=first_batch(run, album),
@@ -107,12 +108,14 @@ def verdict(metrics: Metrics) -> dict[str, str]:
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
-def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
+def headline(metrics: Metrics) -> list[dict[str, str]]:
     """The few numbers at the top: what, value, and what it was at the start."""
     told, steps = [], metrics.steps
     if metrics.validations:
         last = metrics.validations[-1]
         told.append({"what": "held-out loss", "now": f"{last['loss']:.4f}", "start": f"{last['loss_start']:.4f}"})
+    if metrics.obedience:
+        told.append(obedience.number(metrics.obedience[-1]))
     if steps:
         tenth = math.ceil(len(steps["loss"]) / 10)
         told.append(
@@ -123,11 +126,6 @@ def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
                 "note": f"mean of the last and first {tenth}" if tenth > 1 else "last and first step",
             }
         )
-    if agreement:
-        now, start = (_mean([row["own"] for row in agreement[when]["previews"]]) for when in ("after", "before"))
-        first, first_before = (f"{agreement[when]['first']:.0%}" for when in ("after", "before"))
-        best = f"own control the best match of {first}, {first_before} before"
-        told.append({"what": "agreement with control", "now": f"{now:.2f}", "start": f"{start:.2f}", "note": best})
     if steps:
         samples = f"{sum(steps['samples']):,}"
         told.append({"what": "steps", "now": f"{steps['step'][-1]:,}", "note": f"{samples} samples, {_took(steps)}"})
@@ -135,13 +133,16 @@ def headline(metrics: Metrics, agreement: dict) -> list[dict[str, str]]:
 
 
 def curves(metrics: Metrics) -> list[dict]:
-    drawn, steps, validations = [], metrics.steps, metrics.validations
+    drawn, steps, validations, obeyed = [], metrics.steps, metrics.validations, metrics.obedience
+    size = charts.THIRD if validations and obeyed else charts.HALF
+    if obeyed:
+        svg = charts.paired(obeyed, "score", "obedience by step", size)
+        drawn.append({"title": "Obedience", "kind": "pair", "svg": svg})
     if validations:
-        at = [row["step"] for row in validations]
-        drawn.append({"title": "Held-out loss", "kind": "pair", "svg": charts.held_out(at, validations)})
-        drawn.append(
-            {"title": "By noise level", "kind": "bars", "svg": charts.noise_bands(validations[-1]["per_band"])}
-        )
+        svg = charts.paired(validations, "loss", "held-out loss by step", size)
+        drawn.append({"title": "Held-out loss", "kind": "pair", "svg": svg})
+        svg = charts.noise_bands(validations[-1]["per_band"], size)
+        drawn.append({"title": "By noise level", "kind": "bars", "svg": svg})
     drawn += [
         {"title": title, "kind": "line", "svg": draw(steps["step"], steps[name], title)}
         for name, title, draw in (
@@ -152,7 +153,7 @@ def curves(metrics: Metrics) -> list[dict]:
         )
         if name in steps
     ]
-    return [{**curve, "svg": Markup(curve["svg"])} for curve in drawn]
+    return [{**curve, "svg": Markup(curve["svg"]), "wide": size == charts.HALF} for curve in drawn]
 
 
 def time_split(metrics: Metrics) -> dict | None:
@@ -178,8 +179,11 @@ def time_split(metrics: Metrics) -> dict | None:
     }
 
 
-def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
-    """Per preview: control, before and after training, ground truth; prompt, seed and settings; its agreement."""
+def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]:
+    """Per preview: control, before and after training, ground truth; prompt, seed and settings; how far it obeys.
+
+    obeyed: the rows of obedience.
+    """
     folders = {int(path.name.removeprefix("step-")): path for path in (run / "previews").glob("step-*")}
     if not folders:
         return []
@@ -200,9 +204,7 @@ def read_previews(run: Path, album: Album, agreement: dict) -> list[dict]:
                 "control": clips[0][1].exists(),
                 "settings": {name: _short(value) for name, value in settings.items() if value not in (None, "")},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
-                "agreement": {when: agreement[when]["previews"][i] for when in ("before", "after")}
-                if agreement
-                else None,
+                "obedience": obedience.of_preview(obeyed, i),
             }
         )
     return found

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from reeltune.config.recipe import Recipe
+from reeltune.control.from_clip import Drawn, draw_controls
+from reeltune.control.kinds import kind_named
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Draw, Kind, MaskLaw, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
+from reeltune.data.keypoints import is_keypoints
 from reeltune.data.loader import Reader, collate
-from reeltune.data.media import MediaError, measure, read_frames
+from reeltune.data.media import MediaError, measure, measure_control, read_frames
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules, clip_length
@@ -22,7 +27,7 @@ from reeltune.families.spec import Family
 from reeltune.families.tensor_files import notice
 
 GUIDES = {  # input that a mode needs -> the file that is given for it; the first that applies
-    "control": "a control clip or picture",
+    "control": "a control clip or picture, or key points (.npz),",
     "camera": "a pose file",
     "ref": "a picture to begin with",
     "mask": "a picture to begin with",
@@ -40,6 +45,40 @@ class Request:
     fps: float
     control: str | None = None  # the path of the control clip, pose file or first picture
     entry: int | None = None  # place in the metadata of a held-out clip
+    record: Record | None = None  # what it is read from
+    drawn: Drawn | None = None  # where its control was drawn from a raw clip
+
+
+def requests_of(recipe: Recipe, family: Family, mode: str, rules: SizeRules, *, device: str = "cpu") -> list[Request]:
+    """Of validation_prompts, each with its file of validation_paths, or one drawn from that of
+    validation_control_from. Raises UserError."""
+    validation, seed = recipe.validation, recipe.training.seed
+    drawn = drawn_controls(recipe, family, mode, device=device)
+    paths = [str(one.path) for one in drawn] or validation.validation_paths
+    requests = prompt_requests(family, mode, validation.validation_prompts, paths, rules, seed=seed)
+    return [replace(one, drawn=its) for one, its in zip(requests, drawn, strict=True)] if drawn else requests
+
+
+def drawn_controls(recipe: Recipe, family: Family, mode: str, *, device: str = "cpu") -> list[Drawn]:
+    """output_dir/drawn has them afterwards. Raises UserError."""
+    validation = recipe.validation
+    if not validation.validation_control_from:
+        return []
+    kind = validation.control_kind
+    assert kind is not None  # a rule of the recipe
+    refuse_other_control(kind, family, mode)
+    clips, folder = validation.validation_control_from, Path(recipe.output.output_dir) / "drawn"
+    return draw_controls(kind, validation.control_detector, clips, folder, device=device)
+
+
+def refuse_other_control(kind: str, family: Family, mode: str) -> None:
+    """Raises UserError for a kind of control that the mode takes none of."""
+    wanted = "camera" if kind_named(kind).form == "camera" else "control"
+    if wanted not in family.needs[mode]:
+        raise UserError(
+            "recipe",
+            f"control_kind is {kind} and train_mode is {mode}, which takes no such control; leave one of the two out",
+        )
 
 
 def prompt_requests(
@@ -65,7 +104,7 @@ def prompt_requests(
         try:
             records.append(prompt_record(i, prompt, path, rules, guide, family.native_fps))
         except (MediaError, CameraError) as error:
-            problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref']}")
+            problems.append(f"{path} {error}; train_mode {mode} needs {GUIDES[guide or 'ref'].rstrip(',')}")
     refuse("validation_paths", problems)
     for record in records:
         notice_short(record, rules)
@@ -79,7 +118,9 @@ def prompt_requests(
     requests = []
     for i, record in enumerate(records):
         batch = partial(make, reader, fixed_draw(record, i, rules))
-        requests.append(Request(record.text, batch, seed + i, played(record, rules), paths[i] if paths else None))
+        requests.append(
+            Request(record.text, batch, seed + i, played(record, rules), paths[i] if paths else None, None, record)
+        )
     return requests
 
 
@@ -90,7 +131,8 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
     frames, fps = rules.video_sample_n_frames * stride, (rules.video_sample_fps or native_fps) * stride
     if guide == "control":
         kind: Kind = "image" if path.lower().endswith(PICTURES) else "video"
-        seen = measure(path, kind)
+        seen = measure_control(path, kind)
+        kind = seen.kind if is_keypoints(path) else kind
         for note in seen.notes:
             notice("%s: %s", path, note)
         return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)

@@ -163,6 +163,7 @@ def make_clip(
         **batch.draws[0].shape._asdict(),
         "fps": request.fps,
         "control": request.control,
+        **(request.drawn.told if request.drawn else {}),
         "entry": request.entry,
         **({} if setup.other is None else setup.other.told),
         **(shown or {}),

@@ -6,9 +6,7 @@ been. Both run on the main process alone; the others wait.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +18,16 @@ from torch import nn
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.core.files import whole_file
-from reeltune.core.reading import NUMBER, TEXT, WHOLE, read_table, require_fields
+from reeltune.core.reading import NUMBER, TEXT, require_fields
 from reeltune.core.types import Batch, Draw
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
-from reeltune.sampling.prompts import Request, notice_cut, played, prompt_requests, read_one
+from reeltune.sampling.obedience import Obedience, obedience_of
+from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
+from reeltune.sampling.prompts import Request, notice_cut, played, read_one, requests_of
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
-
-REMEDY = "delete it, to compare with the weights of now"
 
 
 @dataclass
@@ -104,13 +101,11 @@ class HeldOut:
         """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
         path = self.output_dir / "validation" / "start.json"
         measured_on = {"clips": self.names, "levels": self.levels}
-        if step == 0 or not path.is_file():
-            with whole_file(path) as file:
-                file.write(json.dumps({"step": step, **measured_on, "losses": losses.tolist()}, indent=1) + "\n")
+        count = losses.shape[1]
+        kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
+        if kept is None:
+            keep_start(path, {"step": step, **measured_on, "losses": losses.tolist()})
             return step, losses
-        kept = read_table(path, REMEDY)
-        clips, levels = losses.shape
-        require_fields(kept, {"step": WHOLE, "clips": TEXT.many(), "levels": NUMBER.many()}, path, REMEDY)
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
@@ -118,28 +113,8 @@ class HeldOut:
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        require_fields(kept, {"losses": NUMBER.many(levels).many(clips)}, path, REMEDY)
+        require_fields(kept, {"losses": NUMBER.many(count).many(len(losses))}, path, REMEDY)
         return kept["step"], np.array(kept["losses"], dtype=np.float64)
-
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-Z_975 = 1.959964  # and of the normal distribution
-
-
-def band95(differences: np.ndarray) -> list[float] | None:
-    """95 % confidence interval of the mean of independent differences, by Student's t; None for fewer than two."""
-    freedom = len(differences) - 1
-    if freedom < 1:
-        return None
-    if freedom <= len(T_975):
-        t = T_975[freedom - 1]
-    else:  # Abramowitz and Stegun, 26.7.5
-        z = Z_975
-        t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    mean, half = differences.mean(), t * differences.std(ddof=1) / math.sqrt(len(differences))
-    return [float(mean - half), float(mean + half)]
 
 
 @dataclass
@@ -151,30 +126,38 @@ class Previews:
     preview_steps: int
     guidance_scale: float
     negative_prompt: str = ""
+    obedience: Obedience | None = None
 
-    def make(self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True) -> None:
-        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth."""
-        folder = Path(output_dir) / "previews"
+    def make(
+        self, net: nn.Module, step: int, output_dir: str | Path, *, write: bool = True
+    ) -> list[dict[str, float] | None]:
+        """previews/step-N/i.mp4 with its prompt, seed and settings in i.json; previews/control and previews/truth.
+
+        Returns how far each obeys, empty where that is not measured; without `write` neither is anything.
+        """
+        folder, obeyed = Path(output_dir) / "previews", []
         for i, request in enumerate(self.requests):
             batch = request.batch()
-            path = folder / f"step-{step}" / f"{i}.mp4"
-            make_clip(
+            made_BFCHW = make_clip(
                 self.setup,
                 net,
                 request,
                 batch,
-                path,
+                folder / f"step-{step}" / f"{i}.mp4",
                 steps=self.preview_steps,
                 guidance_scale=self.guidance_scale,
                 negative_prompt=self.negative_prompt,
                 write=write,
             )
-            if not write:
+            if made_BFCHW is None:
                 continue
             if batch.control_BFCHW is not None:
                 write_pixels(folder / "control" / f"{i}.mp4", batch.control_BFCHW, request.fps)
             if request.entry is not None:
                 write_pixels(folder / "truth" / f"{i}.mp4", batch.pixels_BFCHW, request.fps)
+            if self.obedience is not None:
+                obeyed.append(self.obedience.scores(i, batch, made_BFCHW))
+        return obeyed
 
 
 def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int) -> list[Request]:
@@ -186,8 +169,17 @@ def held_out_requests(reader: Reader, rules: SizeRules, *, count: int, seed: int
         record, batch = records[row], partial(read_one, reader, fixed_draw(records[row], row, rules))
         control = {"control": record.control_path, "camera": record.camera_path}
         guide = next((path for name, path in control.items() if name in reader.needs), None)
-        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry))
+        requests.append(Request(record.text, batch, seed + i, played(record, rules), guide, record.entry, record))
     return requests
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a validation found: rows for metrics.jsonl, where there are any, and what to say beside them."""
+
+    held_out: dict[str, Any] | None = None
+    obedience: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass
@@ -197,6 +189,7 @@ class Validation:
     held_out: HeldOut | None
     previews: Previews
     output_dir: Path
+    notices: Sequence[str] = ()
 
     @classmethod
     def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
@@ -207,21 +200,24 @@ class Validation:
             levels = validation.held_out_levels
             held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
         if validation.validation_prompts:
-            prompts, paths = validation.validation_prompts, validation.validation_paths
-            requests = prompt_requests(setup.family, setup.mode, prompts, paths, rules, seed=seed)
+            requests = requests_of(recipe, setup.family, setup.mode, rules, device=setup.parts.device.type)
         else:
             requests = held_out_requests(reader, rules, count=validation.preview_count, seed=seed)
         notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
         guidance = validation.guidance_scale, validation.negative_prompt
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
-        return cls(held_out, previews, output_dir)
+        previews.obedience, notices = obedience_of(validation, setup, requests, output_dir)
+        return cls(held_out, previews, output_dir, notices)
 
-    def run(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
-        """Makes the previews and returns the row for metrics.jsonl, None without held-out clips.
+    def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
+        """Makes the previews, measures them and the held-out clips.
 
         `net` is the unwrapped network. The main process calls this; where the network answers only to all processes
         at once all do, the others without `write`.
         """
-        row = None if self.held_out is None else self.held_out.measure(net, step, write=write)
-        self.previews.make(net, step, self.output_dir, write=write)
-        return row
+        held_out = None if self.held_out is None else self.held_out.measure(net, step, write=write)
+        obeyed, obedience = self.previews.make(net, step, self.output_dir, write=write), self.previews.obedience
+        if obedience is None or not write:
+            return Checked(held_out)
+        row = obedience.row(step, obeyed)
+        return Checked(held_out, row, () if row is not None else (obedience.judge.unmeasured,))

@@ -159,9 +159,13 @@ class Duties:
         run.prefetcher.wait()
         run.watchdog.doing("validate", step)
         if self.engine.main or self.engine.runs_together:
-            row = run.validation.run(run.learner.plain, step, write=self.engine.main)
-            if row is not None:
-                self.log.validation(row)
+            checked = run.validation.run(run.learner.plain, step, write=self.engine.main)
+            if checked.held_out is not None:
+                self.log.validation(checked.held_out)
+            if checked.obedience is not None:
+                self.log.obedience(checked.obedience)
+            for notice in checked.notices:
+                self.log.notice(notice)
         self.engine.wait()
 
 

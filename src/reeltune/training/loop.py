@@ -27,6 +27,7 @@ from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.other_expert import OtherExpert
+from reeltune.sampling.prompts import drawn_controls
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.dropout import seeded_dropout
@@ -91,6 +92,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             show_progress=first,
             just_scanned=not first,
         )
+        drawn_controls(recipe, family, mode, device=engine.device.type)  # which are then there for all
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
@@ -148,6 +150,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *slow,
             *changes,
             *learner.network.notices,
+            *validation.notices,
         ],
     )
 

@@ -1,0 +1,144 @@
+"""How far a clip obeys its control, by kind of control: the detector that makes such controls, and a measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reeltune.control.kind import Detector, Settings, Source
+from reeltune.control.kinds import kind_named
+from reeltune.control.obedience import (
+    camera_agreement,
+    edge_agreement,
+    lines_of,
+    pose_agreement,
+    rank_correlation,
+)
+from reeltune.core.types import Draw, Record
+from reeltune.data.camera import read_poses, resample
+from reeltune.data.findings import MediaError
+from reeltune.data.keypoints import Keypoints, is_keypoints, read_keypoints
+from reeltune.data.media import frames_on_show
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The control that a clip was given."""
+
+    draw: Draw
+    record: Record | None  # what `draw` is of
+    control_FHWC: np.ndarray | None  # uint8, as the network saw it
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Of the file."""
+        if self.record is None or self.draw.rate is None:
+            return self.draw.frames
+        return frames_on_show(self.record.path, self.draw.frames, self.record.fps, self.draw.rate)
+
+
+Scores = dict[str, float]  # name -> number; the first is the score
+
+
+class Measure(NamedTuple):
+    words: str  # the score
+    unit: str  # behind it: nothing, or a degree sign
+    rises: bool  # more is better
+    compare: Callable[[Asked, list[Any]], Scores | None]
+    """With what the detector put, perhaps nothing; None where the control asks for nothing, or nothing can be said."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Of one kind of control, by one detector."""
+
+    kind: str
+    detector: str  # digest of its files and settings
+    measure: Measure
+    detect: Callable[[Source, Callable[[Any], None]], Any] = field(repr=False)
+
+    def scores(self, asked: Asked, clip_FHWC: np.ndarray, fps: float) -> Scores | None:
+        """Of a clip, uint8_FHWC; None where its control asks for nothing, or nothing can be said of the clip."""
+        found: list[Any] = []
+        try:
+            self.detect(Source.of(np.ascontiguousarray(clip_FHWC), fps), found.append)
+        except MediaError:  # a clip that the detector cannot make anything of
+            return None
+        return self.measure.compare(asked, found)
+
+    @property
+    def unmeasured(self) -> str:
+        """What to tell where it is None for every clip."""
+        return (
+            f"obedience is not measured: of no preview is there a control of kind {self.kind} to hold against what is "
+            "found on it; is control_kind what the controls are?"
+        )
+
+
+def judge_of(kind: str, detector: str | None, device: str = "cpu") -> Judge:
+    """device: where networks run. Raises UserError for a detector that is not there, or another."""
+    opened: Detector = kind_named(kind).open(None if detector is None else Path(detector), Settings(device=device))
+    return Judge(kind, opened.digest, MEASURES[kind], opened.detect)
+
+
+def _lines(asked: Asked, found: list[Any]) -> Scores | None:
+    if asked.control_FHWC is None or not found:
+        return None
+    agreed = edge_agreement(lines_of(asked.control_FHWC), lines_of(np.concatenate(found)))
+    return None if agreed is None else {"f1": agreed.f1, "precision": agreed.precision, "recall": agreed.recall}
+
+
+def _depths(asked: Asked, found: list[Any]) -> Scores | None:
+    if asked.control_FHWC is None or not found:
+        return None
+    correlation = rank_correlation(_brightness(asked.control_FHWC), _brightness(np.concatenate(found)))
+    return None if correlation is None else {"correlation": correlation}
+
+
+def _brightness(grey_FHWC: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(grey_FHWC[..., 1])  # of grey pixels, any channel; video codecs keep green best
+
+
+def _poses(asked: Asked, found: list[Any]) -> Scores | None:
+    """Only key points tell what was asked for; a drawing of them does not. Nothing found is nobody found."""
+    path = None if asked.record is None else asked.record.control_path
+    if path is None or not is_keypoints(path):
+        return None
+    crop, shape = asked.draw.crop, asked.draw.shape
+    given = _people(read_keypoints(path), asked.frames, crop.height, crop.width, (crop.left, crop.top))
+    there = [_people(one, range(shape.frames), shape.height, shape.width) for one in found]
+    agreed = pose_agreement(given, there[0] if there else [np.zeros((0, 0, 3))] * shape.frames)
+    return None if agreed is None else {"oks": agreed.oks, "pck": agreed.pck}
+
+
+def _people(
+    keypoints: Keypoints, frames: Sequence[int], height: int, width: int, corner: tuple[int, int] = (0, 0)
+) -> list[np.ndarray]:
+    """Of each frame N,K,3 of x, y and score, in pixels of a picture of that size from `corner` on."""
+    told = [keypoints.frame(int(frame), height, width) for frame in frames]
+    return [np.concatenate([one.points_NP2 - corner, one.scores_NP[..., None]], axis=-1) for one in told]
+
+
+def _paths(asked: Asked, found: list[Any]) -> Scores | None:
+    record, count = asked.record, len(asked.draw.frames)
+    if record is None or record.camera_path is None or count < 2 or not found:
+        return None
+    poses_N19 = read_poses(record.camera_path)
+    stretched = (record.frames, asked.frames) if record.path else (count, range(count))  # of a prompt: over all of it
+    given_F19 = resample(poses_N19, *stretched)
+    (found_F19,) = found
+    agreed = camera_agreement(*(rows[:, 7:].reshape(-1, 3, 4) for rows in (given_F19, found_F19)))
+    scores = {"rotation_deg": agreed.rotation_deg}
+    return scores if agreed.translation is None else {**scores, "translation": agreed.translation}
+
+
+MEASURES = {
+    "canny": Measure("edges on the control's lines (F1)", "", True, _lines),
+    "depth": Measure("rank correlation with the control's depth", "", True, _depths),
+    "pose": Measure("key points where the control has them (OKS)", "", True, _poses),
+    "camera": Measure("angle between views asked for and found", "°", False, _paths),
+}

@@ -1,0 +1,84 @@
+"""Every kind of control that can be made. What a kind needs is imported when its detector is opened.  (no torch)"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from reeltune.control.kind import Detector, Kind, Settings
+from reeltune.core.errors import UserError
+
+
+def _canny(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.canny import open_canny
+
+    return open_canny(settings)
+
+
+def _depth(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.depth import open_depth
+
+    return open_depth(detector, settings)
+
+
+def _pose(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.pose import open_pose
+
+    return open_pose(detector, settings)
+
+
+def _camera(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.camera_path import open_camera
+
+    return open_camera(settings)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("canny", "pictures", "edges, white on black; needs no files", "", 0.02, _canny),
+        Kind(
+            "depth",
+            "pictures",
+            "near is white, far is black, on one scale for the clip",
+            "a folder of Depth Anything or ZoeDepth in transformers' form (config.json, model.safetensors)",
+            0.05,
+            _depth,
+        ),
+        Kind(
+            "pose",
+            "keypoints",
+            "people's key points, drawn as DWPose draws them at the size that is trained",
+            "a folder with DWPose's yolox_l.onnx and dw-ll_ucoco_384.onnx, or with RT-DETR and ViTPose in "
+            "transformers' form, a folder each",
+            0.5,
+            _pose,
+        ),
+        Kind(
+            "camera",
+            "camera",
+            "the camera's path, by structure from motion; needs pycolmap, no files",
+            "",
+            0.0,
+            _camera,
+        ),
+    )
+}
+# Kinds that released models know and that are not made here -> why not, and what to do.
+ELSEWHERE = {
+    "hed": "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads "
+    "no other; make these controls with controlnet-aux in an environment of its own",
+    "mlsd": "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads "
+    "no other; make these controls with controlnet-aux in an environment of its own",
+}
+
+
+def kind_named(name: str) -> Kind:
+    """Raises UserError that says which there are."""
+    if name in KINDS:
+        return KINDS[name]
+    if name in ELSEWHERE:
+        raise UserError("kind", f"{name} cannot be made here: {ELSEWHERE[name]}, and name them as control_file_path")
+    near = difflib.get_close_matches(name, KINDS, 1)
+    hint = f": is {near[0]} meant?" if near else ""
+    raise UserError("kind", f"{name!r} is no kind of control{hint}; there are {', '.join(KINDS)}")

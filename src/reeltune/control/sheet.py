@@ -1,0 +1,113 @@
+"""The contact sheet of a list: clip, control, blend and score, from the worst on. One file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reeltune.control.kind import Kind
+from reeltune.control.outcome import Outcome
+from reeltune.core.files import whole_file
+from reeltune.core.types import Crop, Shape
+from reeltune.data.findings import MediaError
+from reeltune.data.media import measure, read_frames
+from reeltune.reporting.report import environment
+
+MOST = 200  # clips; a page of 200 has about 10 MB
+HEIGHT = 180  # pixels of each picture
+JPEG_QUALITY = 80
+BLEND = 0.5  # of the clip; the control is laid over it by its lighter parts
+
+
+@dataclass(frozen=True)
+class Card:
+    """One clip of the sheet."""
+
+    named: str
+    score: str
+    facts: list[tuple[str, str]]
+    reason: str
+    pictures: list[tuple[str, str]]  # what, and the picture as a data: URL
+
+
+def write_sheet(path: Path, kind: Kind, data_dir: Path, found: Sequence[Outcome]) -> None:
+    """Raises CannotWriteError."""
+    ordered = sorted(found, key=_worst_first)
+    page = (
+        environment()
+        .get_template("control/sheet.html")
+        .render(
+            name=path.stem,
+            kind=kind,
+            made=sum(not one.reason for one in found),
+            total=len(found),
+            cards=[_card(kind, data_dir, one) for one in ordered[:MOST]],
+        )
+    )
+    with whole_file(path) as file:
+        file.write(page)
+
+
+def _worst_first(one: Outcome) -> tuple[bool, float, float]:
+    """Those that are left out first, then by score, then by the least steady."""
+    steady = one.made.facts.get("steady_share", 1.0) if one.made is not None else 0.0
+    return not one.reason, -1.0 if one.score is None else one.score, steady
+
+
+def _card(kind: Kind, data_dir: Path, one: Outcome) -> Card:
+    facts = one.made.facts if one.made is not None else {}
+    return Card(
+        named=one.entry.named or f"entry {one.entry.number}",
+        score="" if one.score is None else f"{one.score:.2f}",
+        facts=[(name.replace("_", " "), f"{value:.3g}") for name, value in facts.items()],
+        reason=one.reason,
+        pictures=_pictures(kind, data_dir, one),
+    )
+
+
+def _pictures(kind: Kind, data_dir: Path, one: Outcome) -> list[tuple[str, str]]:
+    """Of the frame in the middle; what cannot be read is not shown, as the card tells why."""
+    if not one.entry.inside:
+        return []
+    try:
+        clip_HW3 = _middle(data_dir / one.entry.inside, one)
+    except MediaError:
+        return []
+    shown = [("clip", _url(clip_HW3))]
+    if one.made is None or not one.made.bytes:
+        return shown
+    control = data_dir / one.control
+    if kind.form == "camera":
+        from reeltune.control.camera_picture import path_picture
+
+        return [*shown, ("path from above", _url(path_picture(control, HEIGHT)))]
+    control_HW3 = _middle(control, one, clip_HW3.shape[:2])
+    mixed = (
+        np.maximum(BLEND * clip_HW3, control_HW3.astype(np.float32))
+        if kind.name != "depth"
+        else (BLEND * clip_HW3 + (1 - BLEND) * control_HW3)
+    )
+    return [*shown, ("control", _url(control_HW3)), ("blend", _url(mixed.astype(np.uint8)))]
+
+
+def _middle(path: Path, one: Outcome, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 H W 3 of HEIGHT, or of that size. Raises MediaError."""
+    frames = one.made.frames if one.made is not None else 0
+    if size is None:
+        found = measure(path, one.entry.media, "header")
+        frames = found.frames
+        size = HEIGHT, max(round(HEIGHT * found.width / found.height), 1)
+    middle = 0 if one.entry.media == "image" else frames // 2
+    return read_frames(path, [middle], Crop(*size, 0, 0), Shape(1, *size))[0].transpose(1, 2, 0)
+
+
+def _url(rgb_HW3: np.ndarray) -> str:
+    held = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(rgb_HW3)).save(held, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
