@@ -14,6 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "reeltune"
 FLOORS = (  # from the top; a room imports from its own floor's other rooms or from below, never in a circle
     ("cli", "compat", "__main__"),
+    ("page",),
     ("demo", "estimate"),
     ("training", "export"),
     ("sampling",),

@@ -25,6 +25,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
+from reeltune.page.command import serve
 
 USAGE = """\
 usage: reeltune COMMAND ...
@@ -38,6 +39,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
   report   write report.html of a run's folder
+  serve    a page to look at data and runs, on this machine alone
   export   turn a checkpoint-N into a folder that the original tools, or diffusers, load; an adapter into a file
   rank     measure which rank an adapter needs to do what a full fine-tune did
   import   tell what an adapter of any tool is, and how strong it would be in each tool
@@ -374,6 +376,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "cache": _cache_command,
     "sample": _sample,
     "report": _report,
+    "serve": serve,
     "export": lambda argv: printed(export_lines(argv)),
     "rank": _rank,
     "import": lambda argv: printed(import_lines(argv)),

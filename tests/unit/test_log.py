@@ -12,8 +12,9 @@ from rich.console import Console
 
 from reeltune.core.errors import UserError
 from reeltune.reporting import log as module
-from reeltune.reporting.log import Log, check_trackers, verdict
+from reeltune.reporting.log import Log, check_trackers
 from reeltune.reporting.metrics import PARTS
+from reeltune.reporting.time_verdict import verdict
 from tests.runs.same_run import DETERMINISTIC
 
 

@@ -16,6 +16,7 @@ from reeltune.control.outcome import Outcome
 from reeltune.core.files import whole_file
 from reeltune.core.types import Crop, Shape
 from reeltune.data.findings import MediaError
+from reeltune.data.keypoints import read_keypoints
 from reeltune.data.media import measure, read_frames
 from reeltune.reporting.report import environment
 
@@ -87,7 +88,13 @@ def _pictures(kind: Kind, data_dir: Path, one: Outcome) -> list[tuple[str, str]]
         from reeltune.control.camera_picture import path_picture
 
         return [*shown, ("path from above", _url(path_picture(control, HEIGHT)))]
-    control_HW3 = _middle(control, one, clip_HW3.shape[:2])
+    height, width = clip_HW3.shape[:2]
+    size = height, width
+    if kind.form == "keypoints":  # drawn at the clip's size, or lines of fixed width would hide the picture
+        keypoints = read_keypoints(control)
+        size = keypoints.height, keypoints.width
+    drawn = Image.fromarray(np.ascontiguousarray(_middle(control, one, size)))
+    control_HW3 = np.asarray(drawn.resize((width, height), Image.Resampling.LANCZOS))
     mixed = (
         np.maximum(BLEND * clip_HW3, control_HW3.astype(np.float32))
         if kind.name != "depth"

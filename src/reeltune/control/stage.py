@@ -110,10 +110,11 @@ class Maker:
             quality = make_control(detector, job.kind.form, path, job.media, source, control)
         except MediaError as error:
             control.unlink(missing_ok=True)  # of another detector, or of what the clip was
+            reason = f"{error}. {error.remedy}" if error.remedy else str(error)
             if error.lasting:
-                self.records.put(Made(**{**vars(begun), "reason": str(error)}))
+                self.records.put(Made(**{**vars(begun), "reason": reason}))
             else:
-                self.unread[job] = str(error)
+                self.unread[job] = reason
             return
         facts = {name: float(value) for name, value in quality.facts.items()}
         found = {"frames": len(source.times_s), "score": float(quality.score), "facts": facts}

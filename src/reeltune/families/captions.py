@@ -20,15 +20,26 @@ def cut_captions(family: Family, captions: Iterable[tuple[str, str]]) -> list[st
     """
     everything = list(captions)
     lines = []
-    for limit in family.token_limits:
-        tokenizer = load_tokenizer(limit.tokenizer)
-        most = min(limit.tokens, tokenizer.model_max_length) if limit.or_its_own else limit.tokens
-        over = [f"{name} ({tokens} over)" for name, tokens in _over(limit, tokenizer, most, everything)]
+    for limit, most, found in _longer(family, everything):
+        over = [f"{name} ({tokens} over)" for name, tokens in found]
         if over:
             count = "1 caption is" if len(over) == 1 else f"{len(over):,} captions are"
             reads = f"the {most} tokens that {limit.reader} reads"
             lines.append(f"{count} longer than {reads}, and cut there: {', '.join(few(over))}")
     return lines
+
+
+def names_of_cut(family: Family, captions: Iterable[tuple[str, str]]) -> set[str]:
+    """The names of those that an encoder of the family cuts. Raises as cut_captions."""
+    return {name for _, _, found in _longer(family, list(captions)) for name, _ in found}
+
+
+def _longer(family: Family, captions: list[tuple[str, str]]) -> Iterator[tuple[TokenLimit, int, list[tuple[str, int]]]]:
+    """(encoder's limit, tokens that it reads, (name, tokens over) of each longer caption)."""
+    for limit in family.token_limits:
+        tokenizer = load_tokenizer(limit.tokenizer)
+        most = min(limit.tokens, tokenizer.model_max_length) if limit.or_its_own else limit.tokens
+        yield limit, most, list(_over(limit, tokenizer, most, captions))
 
 
 def _over(limit: TokenLimit, tokenizer: Any, most: int, captions: list[tuple[str, str]]) -> Iterator[tuple[str, int]]:

@@ -94,6 +94,17 @@ def paired(rows: Sequence[dict], name: str, label: str, size: tuple[float, float
     return svg[0]
 
 
+def beside(lines: Sequence[tuple[str, Sequence[float], Sequence[float], bool]], label: str) -> str:
+    """Several runs over each other: (colour name, steps, values, whether each value is a measurement of its own, or
+    one of a noisy row of which the running mean is drawn)."""
+    with drawing(label, HALF) as (axes, svg):
+        for colour, steps, values, measured in lines:
+            x, mean = (steps, values) if measured else binned(steps, values)[:2]
+            drawn = mean if measured else smooth(np.asarray(mean))
+            axes.plot(x, drawn, color=STAND_IN[colour], marker="o" if measured else None, markersize=4)
+    return svg[0]
+
+
 def noise_bands(bands: Sequence[dict], size: tuple[float, float] = HALF) -> str:
     """Held-out loss at each noise level, of the starting weights and now."""
     places = np.arange(len(bands))

@@ -28,16 +28,10 @@ from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file, writing
 from reeltune.core.reading import as_user_error, json_value
 from reeltune.reporting.metrics import PARTS
+from reeltune.reporting.time_verdict import verdict
 
 VERDICT_EVERY = 5  # console lines
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> package
-
-# (part of the step, share of it above which something should be done, what)
-REMEDIES = (
-    ("data_s", 0.10, "to wait less for data, raise dataloader_num_workers up to the free cores or store smaller clips"),
-    ("encode_s", 0.30, "to encode less, use reeltune cache; to encode faster, mixed_precision bf16 or smaller sizes"),
-    ("optimizer_s", 0.30, "to step the optimizer less often, raise gradient_accumulation_steps"),
-)
 
 
 class Log:
@@ -259,17 +253,6 @@ class Log:
     def _say(self, text: str, style: str | None = None, *, markup: bool = False) -> None:
         clock = time.strftime("%H:%M:%S")
         self.console.print(f"[dim]{clock}[/] {text if markup else escape(text)}", style=style)
-
-
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """What the time of these steps went into, and the remedy where a part other than the network dominates."""
-    whole_s = sum(row["step_s"] for row in rows)
-    share = {name: sum(row[name] for row in rows) / whole_s for name in PARTS}
-    told = (
-        f"{share['encode_s']:.0%} of the step is encoding, {share['forward_backward_s']:.0%} forward and backward, "
-        f"{share['optimizer_s']:.0%} the optimizer; {share['data_s']:.0%} waits for data"
-    ).replace("%", " %")
-    return "; ".join([told, *(remedy for name, most, remedy in REMEDIES if share[name] > most)])
 
 
 def check_trackers(report_to: Sequence[str]) -> None:

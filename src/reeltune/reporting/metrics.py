@@ -63,29 +63,34 @@ def read_metrics(path: Path) -> Metrics:
     found = Metrics()
     if not path.exists():
         return found
-    others = {
-        "validation": (found.validations, VALIDATION, "per_band", LEVEL),
-        "obedience": (found.obedience, OBEDIENCE, "previews", PREVIEW),
-        "notice": (found.notices, NOTICE, None, {}),
-        "save": (found.saves, SAVE, None, {}),
-    }
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # a run that was killed, or writes it just now
                 break
-            where = f"{path}: line {number}"
-            with as_user_error(path, f"line {number} is no row of a run", REMEDY):
-                row = json_value(line)
-                kind = row.pop("kind")
-                rows, kinds, table, inside = others[kind] if kind != "step" else ([], {}, None, {})
-            if kind == "step":
-                _add_step(found.steps, row, where)
-                continue
-            rows.append(row)
-            require_fields(row, kinds, where, REMEDY)
-            for i, entry in enumerate(row[table] if table else ()):
-                require_fields(entry, inside, f"{where}: {table}, entry {i}", REMEDY)
+            take_row(found, line, path, number)
     return found
+
+
+def take_row(metrics: Metrics, line: bytes, path: Path, number: int) -> None:
+    """Adds the line of that number, counted from 1. Raises as read_metrics; a part of it may have been added then."""
+    others = {
+        "validation": (metrics.validations, VALIDATION, "per_band", LEVEL),
+        "obedience": (metrics.obedience, OBEDIENCE, "previews", PREVIEW),
+        "notice": (metrics.notices, NOTICE, None, {}),
+        "save": (metrics.saves, SAVE, None, {}),
+    }
+    where = f"{path}: line {number}"
+    with as_user_error(path, f"line {number} is no row of a run", REMEDY):
+        row = json_value(line)
+        kind = row.pop("kind")
+        rows, kinds, table, inside = others[kind] if kind != "step" else ([], {}, None, {})
+    if kind == "step":
+        _add_step(metrics.steps, row, where)
+        return
+    rows.append(row)
+    require_fields(row, kinds, where, REMEDY)
+    for i, entry in enumerate(row[table] if table else ()):
+        require_fields(entry, inside, f"{where}: {table}, entry {i}", REMEDY)
 
 
 def _add_step(columns: dict[str, list], row: Mapping[str, Any], where: str) -> None:

@@ -43,7 +43,7 @@ def write(output_dir: Path) -> Path:
             .get_template("reporting/report.html")
             .render(
                 name=run.resolve().name,
-                run=_json(run / "run.json", OF_RUN),
+                run=table_of(run / "run.json", OF_RUN),
                 verdict=learning,
                 obeys=obedience.verdict(metrics.obedience, loss_falls=learning["tone"] == "good"),
                 numbers=headline(metrics),
@@ -52,7 +52,7 @@ def write(output_dir: Path) -> Path:
                 curves=curves(metrics),
                 split=time_split(metrics),
                 first_batch=first_batch(run, album),
-                ledger=_json(run / "ledger.json", OF_LEDGER),
+                ledger=table_of(run / "ledger.json", OF_LEDGER),
                 problem_rows=PROBLEM_ROWS,
                 recipe=recipe,
                 adapter_rank=dict(recipe.get("chosen", ())).get("rank"),
@@ -174,7 +174,7 @@ def time_split(metrics: Metrics) -> dict | None:
             "samples": f"{sum(steps['samples']) / whole_s:,.3g} / s",
             "tokens": f"{sum(steps['tokens']) / whole_s:,.0f} / s",
             **({"MFU": f"{100 * _mean(known_mfu):.0f} %"} if known_mfu else {}),
-            **({"peak memory": _bytes(max(steps["peak_memory_bytes"]))} if "peak_memory_bytes" in steps else {}),
+            **({"peak memory": size_text(max(steps["peak_memory_bytes"]))} if "peak_memory_bytes" in steps else {}),
         },
     }
 
@@ -190,7 +190,7 @@ def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]
     first, last = min(folders), max(folders)
     found = []
     for i, told in enumerate(sorted(folders[last].glob("*.json"), key=lambda path: int(path.stem))):
-        settings = _json(told)
+        settings = table_of(told)
         clips = [("control", run / "previews/control" / f"{told.stem}.mp4")]
         if first < last:
             name = "before training" if first == 0 else f"step {first}"
@@ -202,7 +202,7 @@ def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]
             {
                 "prompt": settings.pop("prompt", ""),
                 "control": clips[0][1].exists(),
-                "settings": {name: _short(value) for name, value in settings.items() if value not in (None, "")},
+                "settings": {name: short(value) for name, value in settings.items() if value not in (None, "")},
                 "clips": [{"what": what, **album.place(path)} for what, path in clips if path.exists()],
                 "obedience": obedience.of_preview(obeyed, i),
             }
@@ -238,7 +238,7 @@ class Album:
         link = path.relative_to(self.run).as_posix()
         if size_bytes > self.room_bytes:
             self.linked.append(link)
-            return {"link": link, "size": _bytes(size_bytes)}
+            return {"link": link, "size": size_text(size_bytes)}
         self.room_bytes -= size_bytes
         data = base64.b64encode(path.read_bytes()).decode()
         return {"type": TYPES[path.suffix], "data": f"data:{TYPES[path.suffix]};base64,{data}"}
@@ -266,7 +266,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["bytes"] = _bytes
+    environment.filters["bytes"] = size_text
     return environment
 
 
@@ -279,8 +279,8 @@ OF_LEDGER = {
 }
 
 
-def _json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
-    """kinds: of the fields that are shown, all or none."""
+def table_of(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
+    """A JSON file's table, empty where there is none. kinds: of the fields that are shown, all or none."""
     table = read_table(path, RESTORE) if path.exists() else {}
     if kinds is None:
         return table
@@ -290,7 +290,7 @@ def _json(path: Path, kinds: Mapping[str, Kind] | None = None) -> dict:
     return table
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     return Path(value).name if isinstance(value, str) else str(value)
 
 
@@ -306,5 +306,5 @@ def _took(steps: dict[str, list]) -> str:
     return str(timedelta(seconds=round(sum(steps["step_s"])))) if "step_s" in steps else "untimed"
 
 
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

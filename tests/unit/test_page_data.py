@@ -1,0 +1,363 @@
+"""Lists as they are looked at, and captions changed beside them."""
+
+import json
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="the page needs reeltune[page]")
+
+from PIL import Image
+from starlette.testclient import TestClient
+
+from reeltune.core.errors import UserError
+from reeltune.data.media import write_clip
+from reeltune.page import captions, seen
+from reeltune.page.app import make_app
+from reeltune.page.found import Shelf
+from reeltune.page.jobs import Jobs
+from reeltune.page.judged import by_recipe, by_scan
+from reeltune.page.listing import Listings, read_listing
+from reeltune.page.pictures import SIDE, poster
+
+HOST = "http://127.0.0.1:8765"
+FRAMES = 9
+RECIPE = """
+pretrained_model_name_or_path: {model}
+train_data_dir: {folder}
+train_data_meta: {folder}/metadata.json
+output_dir: {folder}/run
+video_sample_n_frames: 5
+video_sample_stride: 1
+video_sample_size: 64
+image_sample_size: 64
+train_batch_size: 2
+train_mode: normal
+held_out_share: 0.2
+max_bad_share: 0.5
+"""
+
+
+def ball(path, shade, size=(64, 96), frames=FRAMES):
+    frames_FHWC = np.full((frames, *size, 3), shade, np.uint8)
+    for i in range(frames):
+        frames_FHWC[i, 10:20, 3 * i : 3 * i + 10] = 255
+    write_clip(path, frames_FHWC, 8.0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A list of five clips, one of them short, a picture, and an entry whose file is not there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    served.mkdir()
+    rows = []
+    for i in range(5):
+        ball(served / f"{i}.mp4", 40 * i, frames=FRAMES if i else 3)
+        rows.append({"file_path": f"{i}.mp4", "text": f"ball {i}", "type": "video", "source": i})
+    ball(served / "control.mp4", 0)
+    rows[1]["control_file_path"] = "control.mp4"
+    Image.new("RGB", (200, 100), "red").save(served / "red.png")
+    rows.append({"file_path": "red.png", "text": "", "type": "image"})
+    rows.append({"file_path": "gone.mp4", "text": "<b>gone</b>", "type": "video"})
+    (served / "metadata.json").write_text(json.dumps(rows))
+    (served / "model").mkdir()
+    (served / "model/toy.json").write_text("{}")
+    (served / "toy.yaml").write_text(RECIPE.format(folder=served, model=served / "model"))
+    return served
+
+
+def within(folder):
+    return Shelf(folder).holds
+
+
+def client_of(folder, **allowed):
+    client = TestClient(make_app(folder, "token", **allowed), base_url=HOST, headers={"origin": HOST})
+    client.get("/?token=token")
+    return client
+
+
+def id_of(folder, name="metadata.json"):
+    return Shelf(folder).id_of(folder / name)
+
+
+def once_measured(client, address):
+    deadline = time.monotonic() + 60
+    while "measuring …" in (answer := client.get(address)).text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answer
+
+
+# ---- a list
+
+
+def test_what_the_rows_alone_tell(folder):
+    listing = read_listing(folder / "metadata.json", folder)
+    kept = {name: entries.tolist() for name, entries in listing.kept.items()}
+    assert kept == {
+        "all": list(range(7)),
+        "unsound": [],
+        "uncaptioned": [5],
+        "uncontrolled": [0, 2, 3, 4, 5, 6],
+        "twice": [],
+    }
+    assert listing.searched(range(7), "BALL 3").tolist() == [3]
+
+
+def test_a_list_is_read_anew_once_it_has_changed(folder):
+    reads = []
+    listings = Listings(lambda path, data_dir: reads.append(path) or read_listing(path, data_dir))
+    path = folder / "metadata.json"
+    assert listings.get(path, folder) is listings.get(path, folder) and len(reads) == 1
+    path.write_text(json.dumps(json.loads(path.read_text())[:2]))
+    assert len(listings.get(path, folder).entries) == 2 and len(reads) == 2
+
+
+def test_a_recipe_tells_what_training_would_do_with_each_entry(folder):
+    judged = by_recipe(folder / "toy.yaml", folder.parent / "store", within(folder))
+    assert list(judged.reasons) == [6] and "No such file" in judged.reasons[6]
+    assert judged.kept["left_out"].tolist() == [6]
+    assert len(judged.kept["held_out"]) == 1
+    assert judged.kept["short"].tolist() == [entry for entry in [0] if entry not in judged.kept["held_out"]]
+    trained = set(judged.records) - set(judged.kept["held_out"].tolist())
+    assert len(trained) == 5 and sum(bucket.samples for bucket in judged.buckets) == 2 * judged.micro_steps
+    assert not (folder / "run").exists(), "to look writes nothing below the folder"
+
+
+def test_without_a_recipe_files_are_measured(folder):
+    judged = by_scan(folder / "metadata.json", folder, folder.parent / "store")
+    assert sorted(judged.records) == [0, 1, 2, 3, 4, 5] and (judged.records[5].height, judged.records[5].width) == (
+        100,
+        200,
+    )
+    assert judged.kept["left_out"].tolist() == [6]
+
+
+def test_as_the_model_sees_it_is_what_the_reader_gives(folder):
+    judged = by_recipe(folder / "toy.yaml", folder.parent / "store", within(folder))
+    found = seen.micro_step(judged, 3, 0, folder.parent / "store", within(folder))
+    batch = judged.inputs.reader[3, 0, 0, 1]
+    assert [sample["text"] for sample in found["samples"]] == batch.text and len(batch.text) == 2
+    assert found["shape"] == tuple(batch.pixels_BFCHW.shape[i] for i in (1, 3, 4))
+    assert [sample["entry"] for sample in found["samples"]] == [
+        judged.inputs.train[d.record].entry for d in batch.draws
+    ]
+    for i, sample in enumerate(found["samples"]):
+        assert f"{i}_pixels.mp4" in [file["name"] for file in sample["files"]]
+    assert seen.micro_step(judged, 3, 0, folder.parent / "store", within(folder))["key"] == found["key"]
+    assert seen.micro_step(judged, 4, 0, folder.parent / "store", within(folder))["key"] != found["key"]
+    with pytest.raises(LookupError):
+        seen.micro_step(judged, 0, judged.micro_steps, folder.parent / "store", within(folder))
+
+
+def test_posters_are_made_once_and_small(folder):
+    store = folder.parent / "store"
+    made = poster(folder / "red.png", store)
+    with Image.open(made) as picture:
+        assert picture.size == (200, 100) and max(np.abs(np.array(picture.getpixel((50, 50))) - [254, 0, 0])) < 4
+    ball(folder / "wide.mp4", 100, size=(320, 640))
+    clip = poster(folder / "wide.mp4", store)
+    with Image.open(clip) as picture:
+        assert picture.size == (SIDE, SIDE // 2) and abs(picture.getpixel((300, 150))[0] - 100) < 4
+    stamp = clip.stat().st_mtime_ns
+    assert poster(folder / "wide.mp4", store) == clip and clip.stat().st_mtime_ns == stamp
+    ball(folder / "wide.mp4", 200, size=(320, 640))
+    assert poster(folder / "wide.mp4", store) != clip
+
+
+def test_jobs_run_once_and_tell_what_was_wrong(capsys):
+    jobs, calls, go = Jobs(), [], threading.Event()
+
+    def act():
+        calls.append(1)
+        go.wait(20)
+        raise UserError("list", "is empty")
+
+    jobs.begin("a", act)
+    jobs.begin("a", act)
+    assert jobs.result("a") == (None, None)
+    go.set()
+    deadline = time.monotonic() + 20
+    while jobs.result("a") == (None, None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert jobs.result("a")[1].problems == ["is empty"] and calls == [1]
+
+
+def test_jobs_keep_the_latest_results():
+    jobs = Jobs()
+    for key in range(20):
+        jobs.begin(key, lambda key=key: str(key))
+        deadline = time.monotonic() + 20
+        while jobs.result(key)[0] is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert [key for key in range(20) if jobs.begun(key)] == list(range(12, 20))
+
+
+# ---- the screen
+
+
+def test_the_contact_sheet_shows_what_is_known(folder):
+    client = client_of(folder)
+    text = once_measured(client, f"/lists/{id_of(folder)}").text
+    assert "As the model sees it" in text
+    assert "96 x 64" in text and "9 frames, 8 per second" in text
+    assert "<b>gone" not in text and "&lt;b&gt;gone" in text and "not there, or outside" in text
+    assert "held out (1)" in text and "left out (1)" in text
+    only = client.get(f"/lists/{id_of(folder)}?show=left_out").text
+    assert only.count('class="card"') == 1 and "gone.mp4" in only
+    assert client.get(f"/lists/{id_of(folder)}?show=nonsense").status_code == 404
+    seen_ = client.get(f"/lists/{id_of(folder)}/seen?epoch=2&step=1").text
+    assert "micro-step 1 of epoch 2" in seen_
+    assert client.get(f"/lists/{id_of(folder)}/seen?step=99").status_code == 404
+
+
+def test_a_long_list_is_measured_when_asked(folder, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Jobs, "begin", lambda self, key, act: begun.append(key))
+    (folder / "toy.yaml").unlink()
+    rows = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(rows * 60))
+    client, address = client_of(folder), f"/lists/{id_of(folder)}"
+    text = client.get(f"{address}?page=17").text
+    assert (
+        "409 to 420 of 420" in text and text.count('class="card"') == 12 and "Measure all files" in text and not begun
+    )
+    assert "421" not in client.get(f"{address}?show=twice&page=99").text
+    client.post(f"{address}/measure")
+    assert len(begun) == 1
+
+
+def test_files_come_by_their_entry_and_only_from_below_the_folder(folder):
+    outside = folder.parent / "outside.mp4"
+    ball(outside, 7)
+    rows = json.loads((folder / "metadata.json").read_text())
+    (folder / "link.mp4").symlink_to(outside)
+    rows += [
+        {"file_path": name, "text": ""} for name in ("../outside.mp4", str(outside), "link.mp4", "/etc/passwd.mp4")
+    ]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    client, address = client_of(folder), f"/lists/{id_of(folder)}"
+    assert client.get(f"{address}/1/clip").content == (folder / "1.mp4").read_bytes()
+    assert client.get(f"{address}/1/control").content == (folder / "control.mp4").read_bytes()
+    assert client.get(f"{address}/1/clip/poster").headers["content-type"] == "image/jpeg"
+    assert client.get(f"{address}/0/control").status_code == 404
+    for entry in range(6, 13):
+        assert client.get(f"{address}/{entry}/clip").status_code == 404, entry
+        assert client.get(f"{address}/{entry}/clip/poster").status_code == 404, entry
+    for path in (
+        "/seen/../../x",
+        "/seen/%2e%2e/undo",
+        f"{address}/1/text",
+        f"{address}/-1/clip",
+        f"{address}/1/clip%2f..",
+    ):
+        assert client.get(path).status_code == 404, path
+
+
+def test_a_recipe_shows_nothing_from_outside(folder):
+    """Not by its settings, and not by a link; what lies outside may be another's."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    for i in range(5):
+        ball(outside / f"{i}.mp4", 7)
+    recipe = folder / "toy.yaml"
+    sound = recipe.read_text()
+    store = folder.parent / "store"
+    recipe.write_text(sound + "allow_outside_paths: true\n")
+    with pytest.raises(UserError, match="outside of what is served"):
+        by_recipe(recipe, store, within(folder))
+    recipe.write_text(sound.replace(f"train_data_dir: {folder}", f"train_data_dir: {outside}"))
+    with pytest.raises(UserError, match="outside of what is served"):
+        by_recipe(recipe, store, within(folder))
+    recipe.write_text(sound)
+    for i in range(5):
+        (folder / f"{i}.mp4").unlink()
+        (folder / f"{i}.mp4").symlink_to(outside / f"{i}.mp4")
+    judged = by_recipe(recipe, store, within(folder))
+    with pytest.raises(UserError, match="leads out of the served folder"):
+        for step in range(judged.micro_steps):
+            seen.micro_step(judged, 0, step, store, within(folder))
+    assert not [path for path in store.rglob("*.mp4")]
+
+
+# ---- captions
+
+
+def test_a_copy_that_is_a_link_is_not_written(folder):
+    outside = folder.parent / "theirs.json"
+    shutil.copy(folder / "metadata.json", outside)
+    (folder / "metadata.edited.json").symlink_to(outside)
+    before = outside.read_bytes()
+    assert save(client_of(folder, edit=True), folder, 2, "ball 2", "mine").status_code == 422
+    assert outside.read_bytes() == before and (folder / "metadata.edited.json").is_symlink()
+
+
+def save(client, folder, entry, was, text, name="metadata.json"):
+    return client.post(
+        f"/lists/{id_of(folder, name)}/{entry}/caption", data={"was": was, "text": text}, follow_redirects=False
+    )
+
+
+def test_a_caption_is_changed_in_a_copy_and_undone(folder):
+    before = (folder / "metadata.json").read_bytes()
+    client = client_of(folder, edit=True)
+    answer = save(client, folder, 2, "ball 2", "a <i>ball</i>, äöü")
+    copy = folder / "metadata.edited.json"
+    assert answer.status_code == 303 and id_of(folder, copy.name) in answer.headers["location"]
+    assert answer.headers["location"].endswith("#e2")
+    wanted = json.loads(before)
+    wanted[2]["text"] = "a <i>ball</i>, äöü"
+    assert json.loads(copy.read_text()) == wanted and (folder / "metadata.json").read_bytes() == before
+    assert save(client, folder, 2, "a <i>ball</i>, äöü", "again", copy.name).status_code == 303
+    assert save(client, folder, 3, "ball 3", "third", copy.name).status_code == 303
+    undo = f"/lists/{id_of(folder, copy.name)}/undo"
+    texts = []
+    for _ in range(3):
+        assert client.post(undo, follow_redirects=False).status_code == 303
+        texts.append([row["text"] for row in json.loads(copy.read_text())[2:4]])
+    assert texts == [["again", "ball 3"], ["a <i>ball</i>, äöü", "ball 3"], ["ball 2", "ball 3"]]
+    assert client.post(undo).status_code == 422
+    assert sorted(path.name for path in folder.glob("*.json")) == ["metadata.edited.json", "metadata.json"]
+
+
+def test_a_caption_that_another_has_changed_is_not_overwritten(folder):
+    client = client_of(folder, edit=True)
+    assert save(client, folder, 2, "ball 9", "mine").status_code == 422
+    assert save(client, folder, 2, "ball 2", "mine").status_code == 303
+    assert save(client, folder, 2, "ball 2", "theirs").status_code == 422, "the copy has mine by now"
+    assert json.loads((folder / "metadata.edited.json").read_text())[2]["text"] == "mine"
+    assert save(client, folder, 99, "", "x").status_code == 404
+    assert save(client, folder, 2, "ball 2", "x" * 20_001).status_code == 422
+
+
+def test_captions_are_read_only_without_the_flag(folder):
+    client = client_of(folder)
+    assert save(client, folder, 2, "ball 2", "mine").status_code == 403
+    assert client.post(f"/lists/{id_of(folder)}/undo").status_code == 403
+    assert [path.name for path in folder.glob("*.json")] == ["metadata.json"]
+    assert "<textarea" not in client.get(f"/lists/{id_of(folder)}").text
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_each_form_of_a_list_keeps_all_else(tmp_path, ending):
+    from reeltune.data.lists import rows
+
+    path = tmp_path / f"m.{ending}"
+    path.write_text(
+        {
+            "json": '[{"file_path": "a", "text": "one", "n": 1.0}, {"text": "two", "file_path": "b"}]',
+            "jsonl": '{"file_path": "a", "text": "one", "n": 1.0}\n\n{"text": "two", "file_path": "b"}\n',
+            "csv": 'file_path,text,n\na,"one",1.0\n\nb,two,\n',
+        }[ending]
+    )
+    before = list(rows(path, path.read_bytes()))
+    copy = captions.edit(path, 1, "two", 'three, "quoted"\nand more', tmp_path / "undo.json")
+    after = list(rows(copy, copy.read_bytes()))
+    assert after == [before[0], {**before[1], "text": 'three, "quoted"\nand more'}]
+    captions.undo_last(copy, tmp_path / "undo.json")
+    assert list(rows(copy, copy.read_bytes())) == before
+    with pytest.raises(UserError, match="another caption by now"):
+        captions.edit(path, 1, "wrong", "x", tmp_path / "undo.json")
