@@ -14,11 +14,11 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import parity_cogvideox, parity_easyanimate, parity_hunyuan, parity_wan
+from benchmarks import parity_cogvideox, parity_easyanimate, parity_hunyuan, parity_wan, parity_wan22
 from benchmarks.golden import Row
 from tests.conftest import GOLDENS
 
-FAMILIES = parity_wan, parity_hunyuan, parity_easyanimate, parity_cogvideox
+FAMILIES = parity_wan, parity_wan22, parity_hunyuan, parity_easyanimate, parity_cogvideox
 """Each with golden_files(goldens) and measure(path)."""
 
 

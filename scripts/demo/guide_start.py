@@ -21,7 +21,7 @@ from reeltune.core.rng import dice, seed_of
 from reeltune.demo.checkpoint import WEIGHTS, shipped, text_encoder, tokenizer, transformer, vae
 from reeltune.demo.clips import scene
 from reeltune.families.text import embed
-from reeltune.families.wan_fun.family import denoise, encode_clip
+from reeltune.families.wan_fun.conditions import denoise, encode_clip
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 from reeltune.families.wan_fun.vae import with_quick_norms
 

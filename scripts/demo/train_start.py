@@ -27,8 +27,8 @@ from reeltune.diffusion import denoise
 from reeltune.diffusion.objective import Flow
 from reeltune.families.spec import Parts
 from reeltune.families.text import embed
-from reeltune.families.wan_fun.family import decode, encode_clip
-from reeltune.families.wan_fun.family import denoise as answer_of
+from reeltune.families.wan_fun.conditions import decode, encode_clip
+from reeltune.families.wan_fun.conditions import denoise as answer_of
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 from reeltune.families.wan_fun.vae import with_quick_norms
 

@@ -28,6 +28,7 @@ class Script:
     refused: Mapping[str, str] = field(default_factory=dict)  # flags that mean another thing there -> what to do
     trains_adapters: bool = False
     layers: Mapping[str, str] = field(default_factory=dict)  # names in its guide that no layer has -> those meant
+    experts: bool = False  # it trains models of two networks, by boundary_type
 
 
 FEED_FORWARD = {  # diffusers' FeedForward has its linear layers one level deeper
@@ -45,6 +46,14 @@ SCRIPTS = {  # by their paths under scripts/
     "hunyuanvideo/train.py": Script("normal", TOLD_GUIDANCE),
     "wan2.1_fun/train_control_lora.py": Script("control_ref", trains_adapters=True),
     "wan2.1_fun/train_lora.py": Script("normal", trains_adapters=True),
+    "wan2.1/train.py": NORMAL,
+    "wan2.1/train_lora.py": Script("normal", trains_adapters=True),
+    "wan2.2/train.py": Script("normal", experts=True),
+    "wan2.2/train_lora.py": Script("normal", trains_adapters=True, experts=True),
+    "wan2.2_fun/train.py": Script("inpaint", experts=True),  # its own default, normal, fits none of its models
+    "wan2.2_fun/train_lora.py": Script("inpaint", trains_adapters=True, experts=True),
+    "wan2.2_fun/train_control.py": Script("control_ref", experts=True),
+    "wan2.2_fun/train_control_lora.py": Script("control_ref", trains_adapters=True, experts=True),
     "train_control_lora.py": Script("control", trains_adapters=True),  # EasyAnimate, which has train_lora.py alone
     "train_lora.py": Script("normal", trains_adapters=True),  # EasyAnimate
     "cogvideox_fun/train_lora.py": Script("normal", trains_adapters=True, layers=FEED_FORWARD),
@@ -54,7 +63,9 @@ LORA = {"rank": 128, "network_alpha": 64}  # where the flags of a script that tr
 LAUNCHER = "accelerate launch decides how processes share the work"
 NEVER_READ = "the original script takes it and never reads it"
 FOLDER = "the checkpoint is a folder, taken as it is"
+TWO_NETWORKS = ("high_noise_model", "low_noise_model", "transformer_2")  # folders of a model that has them
 ACCEPTED = {  # flags that ask for nothing of a run that it does not do anyway -> what is said
+    "add_inpaint_info": "networks that take a mask and a kept clip beside control are always given them",
     "use_deepspeed": LAUNCHER,
     "use_fsdp": LAUNCHER,
     "local_rank": "accelerate launch gives it to each process",
@@ -134,6 +145,8 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
     if original.trains_adapters:
         _take_layers(given, original.layers)
+    if original.experts:
+        problems += _take_boundary(given)
     for name in [name for name in given if name in ACCEPTED]:
         del given[name]
         notices.warning("--%s changes nothing here: %s", name, ACCEPTED[name])
@@ -142,6 +155,37 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
     tree = {"train_mode": original.train_mode, **(LORA if original.trains_adapters else {})}
     given = adopted({**tree, **given}) | given
     return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)
+
+
+def _take_boundary(given: dict[str, Any]) -> list[str]:
+    """boundary_type as our `expert`; what is wrong with it."""
+    asked = given.pop("boundary_type", None)
+    folder = Path(str(given.get("pretrained_model_name_or_path", "")))
+    has_two = any((folder / name).is_dir() for name in TWO_NETWORKS)
+    if asked not in (None, "low", "high", "full"):
+        return [f"boundary_type is {asked}; expected low, high or full"]
+    if not has_two:
+        if asked in ("low", "high"):
+            notices.warning(
+                "--boundary_type %s changes nothing here: the model has one network, which learns all noise levels; "
+                "the original leaves some of them out, unless it is full",
+                asked,
+            )
+        return []
+    if asked == "full":
+        return [
+            "boundary_type is full, which trains low_noise_model at all noise levels, high ones too, where sampling "
+            "never asks it; give low, or high"
+        ]
+    if asked is None:
+        notices.warning("--boundary_type was not given: low, as in the original; high trains the other network")
+    if "uniform_sampling" not in given:
+        notices.warning(
+            "--uniform_sampling was not given, without which the original ignores boundary_type and trains one network "
+            "at the noise levels of both; here it learns at its own"
+        )
+    given["expert"] = asked or "low"
+    return []
 
 
 def _take_layers(given: dict[str, Any], layers: Mapping[str, str]) -> None:

@@ -16,11 +16,12 @@ from reeltune.core.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.wan_fun import family as wan
+from reeltune.families.wan_fun.net import TEXT_LENGTH
 from reeltune.run.model import choose_family, even_side
 from reeltune.training import loop as module
 from tests.distributed.processes import FORKS, free_port, train
 from tests.families.every_family import SHOWN, pairs
-from tests.families.tiny_wan import network, tiny_checkpoint
+from tests.families.tiny_wan import filled, network, tiny_checkpoint
 from tests.runs.same_run import assert_equal
 from tests.runs.small_run import recipe
 
@@ -181,10 +182,15 @@ SPLITS = {  # name -> (family, what its network differs in)
 }
 
 
+BY_TOKEN = "times by token"
+
+
 def learnt(name, mesh=None):
     """(answer, gradients by weight) of a tiny network on two clips of three latent frames, eight tokens each."""
-    family, changes = SPLITS[name]
     torch.manual_seed(0)
+    if name == BY_TOKEN:
+        return learnt_by_token(mesh)
+    family, changes = SPLITS[name]
     sizes = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "rope_axes_dim": (2, 4, 2)}
     heads = {"num_attention_heads": 4, "attention_head_dim": 8, "text_embed_dim": 12, "pooled_projection_dim": 8}
     channels = {"in_channels": 16, "out_channels": 16, "guidance_embeds": False}
@@ -200,11 +206,27 @@ def learnt(name, mesh=None):
     return answer.detach(), {name: weight.grad for name, weight in net.named_parameters()}
 
 
+def learnt_by_token(mesh):
+    """The same of Wan2.2-Fun-5B-Control: the first frame of the first clip is known, tokens of a reference lead."""
+    net = filled(network("2.2_5b_control", heads=4, layers=1), 0)
+    shape = 2, 48, 3, 4, 8
+    known = torch.zeros(2, 1, *shape[2:])
+    known[0, :, 0] = 1
+    cond = {"text": torch.randn(2, TEXT_LENGTH, 24), "known": known, "control": torch.randn(shape)}
+    cond |= {"inpaint": torch.randn(2, 52, *shape[2:]), "full_ref": torch.randn(2, 48, 1, 4, 8)}
+    x, wanted = torch.randn(2, *shape)
+    if mesh is not None:
+        wan.CONTROL_5B.split(net, mesh)
+    answer = wan.CONTROL_5B.denoise(net, x, torch.tensor([500.0, 20.0]), cond)
+    (answer * wanted).sum().backward()
+    return answer.detach(), {name: weight.grad for name, weight in net.named_parameters()}
+
+
 def learn_together(rank, count, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     mesh = init_device_mesh("cpu", (1, 1, count), mesh_dim_names=("data", "ring", "ulysses"))
-    torch.save({name: learnt(name, mesh) for name in SPLITS}, folder / f"{rank}.pt")
+    torch.save({name: learnt(name, mesh) for name in (*SPLITS, BY_TOKEN)}, folder / f"{rank}.pt")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -217,7 +239,7 @@ def test_every_gradient_is_that_of_one_process(count, tmp_path):
     for fork in forks:
         fork.join(60)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for name in SPLITS:
+    for name in (*SPLITS, BY_TOKEN):
         answer, gradients = learnt(name)
         for theirs, _ in (each[name] for each in found):
             torch.testing.assert_close(theirs, answer)
@@ -247,7 +269,7 @@ def test_sizes_that_cannot_be_shared_are_refused(data, tmp_path):
 def test_families_without_a_plan_are_refused(any_checkpoint, data, tmp_path):
     model = any_checkpoint.lay_out(tmp_path)
     family = families.find(model)
-    asked = recipe(model, data, tmp_path, context_parallel=2, train_mode=any_checkpoint.mode)
+    asked = recipe(model, data, tmp_path, context_parallel=2, **any_checkpoint.asked)
     if family.split is not None:
         assert choose_family(asked)[0].geometry.multiple == 2 * family.geometry.multiple
         return

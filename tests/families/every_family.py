@@ -27,7 +27,14 @@ from reeltune.families.wan_fun import family as wan
 from tests.families.tiny_wan import tiny_checkpoint
 
 OWN = {"easyanimate": easyanimate.CONTROL_REF, "hunyuan_video": hunyuan.T2V, "cogvideox_fun": cogvideox.INP}
-OWN_WAN = (wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V)
+OWN_WAN = (
+    *(wan.BASE, wan.CONTROL_V1_1, wan.CAMERA, wan.INP, wan.CONTROL_T2V, wan.T2V),
+    *(wan.A14B_T2V, wan.A14B_INP, wan.A14B_CONTROL, wan.A14B_CAMERA, wan.TI2V_5B, wan.INP_5B, wan.CONTROL_5B),
+)
+
+
+OF_WHOLE_RUNS = (wan.T2V, wan.A14B_T2V, wan.A14B_INP, wan.INP_5B)  # in one mode: beside others, nothing else is new
+HIGH = (wan.A14B_INP.name, wan.A14B_CAMERA.name)  # of which the tests train the high expert; of others the low one
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,13 @@ class Pair:
     mode: str
     lay_out: Callable[[Path], Path]
     """An empty folder -> the checkpoint's: the same one, filled, or where the files lie already."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """What a recipe must say beside the mode."""
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Of a recipe."""
+        return {"train_mode": self.mode, **dict(self.settings)}
 
 
 @cache  # the same objects for all tests, so that pytest keeps those of a Pair together
@@ -54,10 +68,12 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
         found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
         for mode, changes in others(family, configs.read_config(folder / "transformer")):
             found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
-    covered = {one[0].values[0].family for one in found}
+    covered = {one[0].values[0].family for one in found if one}
     for family in [family for family in OWN_WAN if family.name not in variants]:
-        variant = family.name.removeprefix("wan_fun/")
-        found.append(_pairs(family, variant, family.modes, partial(tiny_checkpoint, variant=variant)))
+        variant, shown = family.name.removeprefix("wan_fun/"), family.modes
+        if family in OF_WHOLE_RUNS:
+            shown = family.modes[:1] if modes else ()
+        found.append(_pairs(family, variant, shown, partial(tiny_checkpoint, variant=variant)))
     for name, family in OWN.items():
         if name not in covered:
             found.append(_pairs(family, name, family.modes, SHOWN[name].write))
@@ -77,7 +93,9 @@ def one_each(goldens: Path) -> list[Any]:
 
 def _pairs(family: Family, checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path]) -> list[Any]:
     name = family.name.partition("/")[0]
-    return [pytest.param(Pair(name, checkpoint, mode, lay_out), id=f"{checkpoint}-{mode}") for mode in modes]
+    expert = "high" if family.name in HIGH else "low"
+    settings = () if family.boundary is None else (("expert", expert),)
+    return [pytest.param(Pair(name, checkpoint, mode, lay_out, settings), id=f"{checkpoint}-{mode}") for mode in modes]
 
 
 def _there(source: Path, folder: Path) -> Path:

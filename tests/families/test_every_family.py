@@ -31,12 +31,12 @@ from tests.runs.caching import cached
 from tests.runs.same_run import StopAfter, assert_same_end, rows
 from tests.runs.small_run import data_set, recipe
 
-SHAPE = Shape(5, 32, 48)
+SHAPE = Shape(5, 32, 64)
 STEPS, TEXT_DROP = 4, 0.5
 PREVIEWS = {"preview_count": 1, "preview_steps": 2, "validation_steps": 2}
 RATES = {  # condition -> share of samples it is dropped in; inpaint: of those of which everything is to be made
     "toy": {"control": 0.1},
-    "wan_fun": {"control": 0.1, "ref": 0.1, "full_ref": 0.1, "image": 0.1, "inpaint": 0.9},
+    "wan_fun": {"control": 0.1, "ref": 0.1, "full_ref": 0.1, "image": 0.1, "inpaint": 0.9, "first_frame": 0.5},
     "easyanimate": {"control": 0.2, "ref": 0.2, "inpaint": 0.9},
     "hunyuan_video": {},
     "cogvideox_fun": {"inpaint": 0.9},
@@ -44,6 +44,9 @@ RATES = {  # condition -> share of samples it is dropped in; inpaint: of those o
 MASKS = {  # family and mode -> how likely each kind is
     ("wan_fun", "inpaint"): MaskLaw(),
     ("wan_fun", "i2v"): MaskLaw({"after_first": 1.0}, {"all": 1.0}),
+    ("wan_fun", "ti2v"): MaskLaw({"after_first": 1.0}, {"all": 1.0}),
+    ("wan_fun", "control_ref"): MaskLaw(),
+    ("wan_fun", "control_ref_camera"): MaskLaw(),
     ("easyanimate", "inpaint"): MaskLaw(picture={"block": 0.2, "all": 0.8}, spots_on_all_frames=True),
     ("cogvideox_fun", "inpaint"): MaskLaw(),
 }
@@ -84,7 +87,7 @@ def runs(pair, data, reports, tmp_path_factory):
     model = pair.lay_out(folder / "model")
     family = families.find(model)
     settings = {
-        "train_mode": pair.mode,
+        **pair.asked,
         "max_train_steps": STEPS,
         "checkpointing_steps": 100,
         "text_drop_ratio": TEXT_DROP,
@@ -145,7 +148,7 @@ def test_previews_are_clips_with_their_settings_beside(runs):
         clip = folder / name / "0.mp4"
         seen = measure(clip, "video")
         assert (seen.frames, seen.height, seen.width, seen.fps) == (*SHAPE, 8.0)
-        assert read_frames(clip, range(SHAPE.frames), Crop(*SHAPE[1:], 0, 0), SHAPE).shape == (5, 3, 32, 48)
+        assert read_frames(clip, range(SHAPE.frames), Crop(*SHAPE[1:], 0, 0), SHAPE).shape == (5, 3, 32, 64)
     for step in (0, 2, STEPS):
         told = json.loads((folder / f"step-{step}/0.json").read_text())
         assert Shape(told["frames"], told["height"], told["width"]) == SHAPE

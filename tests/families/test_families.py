@@ -16,7 +16,7 @@ from reeltune.families import tokenizers, weights
 from reeltune.families.spec import check_mode
 from reeltune.optim.trainable import released_names, select
 
-SHAPE = Shape(5, 32, 48)
+SHAPE = Shape(5, 32, 64)
 
 
 @pytest.fixture(scope="module")

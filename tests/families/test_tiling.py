@@ -14,7 +14,6 @@ from reeltune.core.errors import UserError
 from tests.families.every_family import Pair
 
 HEIGHT, WIDTH, FRAMES = 480, 832, 5  # larger than every family's tile
-LATENT = HEIGHT // 8, WIDTH // 8
 
 
 class Local(nn.Module):
@@ -35,8 +34,10 @@ def local_vae(vae, channels: int):
     def shrink(x):
         return avg_pool3d(x[:, :, ::4], (1, 8, 8)).repeat(1, -(-2 * channels // 3), 1, 1, 1)[:, : 2 * channels]
 
+    patch = getattr(vae.config, "patch_size", None) or 1  # pixels that are channels there
+
     def enlarge(z):
-        return z[:, :3].repeat_interleave(8, 3).repeat_interleave(8, 4)
+        return z[:, :3].repeat_interleave(patch**2, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
 
     with_state = "CogVideoX" in type(vae).__name__
     vae.encoder, vae.decoder = Local(shrink, with_state=with_state), Local(enlarge, with_state=with_state)
@@ -60,16 +61,19 @@ def test_tiles_lie_where_they_belong_or_are_refused(checkpoint):
     for tiled in (False, True):
         parts = family.load(model, encoders=False, vae_tiling=tiled)
         vaes.append(local_vae(parts.loaders["vae"](), family.geometry.channels))
-    coarse = torch.rand(1, 3, FRAMES, *LATENT, generator=torch.Generator().manual_seed(0))
-    clip = interpolate(coarse, scale_factor=(1, 8, 8), mode="nearest")
+    side = family.geometry.space_stride
+    cells = HEIGHT // side, WIDTH // side
+    coarse = torch.rand(1, 3, FRAMES, *cells, generator=torch.Generator().manual_seed(0))
+    clip = interpolate(coarse, scale_factor=(1, side, side), mode="nearest")
     with torch.no_grad():
         whole, tiled = (vae.encode(clip).latent_dist.mean for vae in vaes)
-        assert whole.shape[-2:] == LATENT and torch.allclose(tiled, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+        assert whole.shape[-2:] == cells and torch.allclose(tiled, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
         back, tiled_back = (vae.decode(whole).sample for vae in vaes)
         assert torch.allclose(tiled_back, back, rtol=0, atol=1e-6 * back.abs().max().item())
     most = [max(vae.encoder.areas) for vae in vaes]
-    assert most[1] <= 256 * 384 < HEIGHT * WIDTH
-    assert most[0] == HEIGHT * WIDTH or vaes[0].use_tiling  # HunyuanVideo always has tiles
+    whole_area = HEIGHT * WIDTH // (side // 8) ** 2  # as the encoder sees it
+    assert most[1] <= min(256 * 384, whole_area - 1)
+    assert most[0] == whole_area or vaes[0].use_tiling  # HunyuanVideo always has tiles
 
 
 def test_a_clip_of_one_tile_is_encoded_alike(checkpoint):

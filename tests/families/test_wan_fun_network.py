@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from reeltune.core.types import Posterior
 from reeltune.diffusion.loss import settle
 from reeltune.families import text
-from reeltune.families.wan_fun import family as wan
+from reeltune.families.wan_fun import conditions as wan
 from reeltune.families.wan_fun import layout
 from reeltune.families.wan_fun.net import Rope, sinusoid
 from reeltune.memory.blocks import recompute

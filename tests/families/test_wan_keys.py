@@ -11,8 +11,20 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 from reeltune.core.errors import UserError
 from reeltune.families import weights
 from reeltune.families.wan_fun import keys, sizes
+from reeltune.families.wan_fun.family import variant
 from reeltune.families.wan_fun.net import WanFunTransformer
-from tests.families.tiny_wan import CHANNELS, VARIANTS, filled, network
+from tests.families.tiny_wan import VARIANTS, filled, network
+
+NAMED = {  # variant: the released repositories whose key lists are of it
+    "t2v": ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"),
+    "inp": ("Wan2.1-I2V-14B-480P",),
+    "2.2_a14b_inp": ("Wan2.2-Fun-A14B-InP",),
+    "2.2_a14b_control": ("Wan2.2-Fun-A14B-Control",),
+    "2.2_a14b_control_camera": ("Wan2.2-Fun-A14B-Control-Camera",),
+    "2.2_5b_ti2v": ("Wan2.2-TI2V-5B",),
+    "2.2_5b_inp": ("Wan2.2-Fun-5B-InP",),
+    "2.2_5b_control": ("Wan2.2-Fun-5B-Control",),
+}
 
 
 def shapes(state):
@@ -65,24 +77,42 @@ def released(goldens):
         names = json.loads(gzip.decompress(path.read_bytes()))
         return {name: torch.empty(shape, device="meta") for name, shape in names.items()}
 
-    return {
-        path.name.removesuffix(".json.gz"): outlines(path) for path in (goldens / "released_keys").glob("*.json.gz")
-    }
+    return {path.name.removesuffix(".json.gz"): outlines(path) for path in goldens.glob("**/released_keys/*.json.gz")}
 
 
-@pytest.mark.golden("released_keys/Wan2.1-Fun*")
+@pytest.mark.golden("**/released_keys/Wan2.*")
 def test_transformers_at_full_size(released):
-    for file in [name for name in released if name.startswith("Wan2.1-Fun")]:
+    for file in [name for name in released if name.startswith("Wan2.") and "VAE" not in name]:
         given = released[file]
         ours = keys.from_released(given)
         with torch.device("meta"):
             net = WanFunTransformer(**sizes.transformer(ours, {}, file))  # no config.json: 128 channels a head
         assert weights.differences(net.state_dict(), ours) == []
         assert shapes(keys.to_released(net.state_dict())) == shapes(given)
-        assert net.config.in_channels in {CHANNELS + extra for extra, *_ in VARIANTS.values()}
+        channels = net.config.out_channels
+        extras = {0, channels + 4, 2 * channels + 4} | {extra for extra, *_ in VARIANTS.values()}
+        assert net.config.in_channels in {channels + extra for extra in extras}
 
 
-@pytest.mark.golden("released_keys/Wan*VAE.json.gz")
+@pytest.mark.golden("**/released_keys/Wan2.*")
+def test_released_networks_are_told_apart(released):
+    with_experts = [name for name in released if "A14B" in name]
+    found = {}
+    for file in [name for name in released if name.startswith("Wan2.") and "VAE" not in name]:
+        network = sizes.transformer(keys.from_released(released[file]), {}, file)
+        if file == "Wan2.2-Fun-5B-Control-Camera":  # nothing of its files is known to be so
+            with pytest.raises(UserError, match="52 conditioning channels, control_adapter"):
+                variant(network, file)
+            continue
+        found[file] = variant(network, file, experts=file in with_experts).name.removeprefix("wan_fun/")
+        if file in with_experts and network["in_channels"] > network["out_channels"]:
+            with pytest.raises(UserError, match="one network of two"):
+                variant(network, file)
+    told = {name: kind for kind, names in NAMED.items() for name in names if name in found}
+    assert told == {name: kind for name, kind in found.items() if "2.1-Fun" not in name}
+
+
+@pytest.mark.golden("**/released_keys/Wan*VAE.json.gz")
 def test_vae_at_full_size(released):
     for given in [outlines for name, outlines in released.items() if name.startswith("Wan") and name.endswith("VAE")]:
         ours = keys.vae_from_released(given)

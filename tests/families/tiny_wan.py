@@ -1,4 +1,4 @@
-"""Tiny random Wan2.1-Fun checkpoints in the released layout, of any variant and size, and a batch for them."""
+"""Tiny random checkpoints of Wan in the released layout, of any variant and size, and a batch for them."""
 
 import math
 from pathlib import Path
@@ -9,17 +9,29 @@ from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from reeltune.core.types import Batch, Draw
-from reeltune.families.wan_fun.layout import write_released
+from reeltune.families.wan_fun import sizes as sizes_of
+from reeltune.families.wan_fun.layout import EXPERTS, save_transformer, write_released
 from reeltune.families.wan_fun.net import WanFunTransformer
 
 CHANNELS = 16
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
+OF_48 = 48  # latent channels of Wan2.2's small models
 VARIANTS = {  # conditioning channels, picture features, ref_conv, camera channels
     "control_v1.0": (2 * CHANNELS, True, 0, 0),
     "control_v1.1": (2 * CHANNELS, True, CHANNELS, 0),
     "control_camera": (CHANNELS, True, 0, 24),
     "inp": (CHANNELS + 4, True, 0, 0),
     "control_t2v": (CHANNELS, False, 0, 0),
+}
+NEXT_VARIANTS = {  # of Wan2.1 and Wan2.2
+    "t2v": (0, False, 0, 0),
+    "2.2_a14b_t2v": (0, False, 0, 0),
+    "2.2_a14b_inp": (CHANNELS + 4, False, 0, 0),
+    "2.2_a14b_control": (2 * CHANNELS + 4, False, CHANNELS, 0),
+    "2.2_a14b_control_camera": (CHANNELS + 4, False, 0, 24),
+    "2.2_5b_ti2v": (0, False, 0, 0),
+    "2.2_5b_inp": (OF_48 + 4, False, 0, 0),
+    "2.2_5b_control": (2 * OF_48 + 4, False, OF_48, 0),
 }
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
 
@@ -37,10 +49,11 @@ def filled(net: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def network(variant: str, *, width=48, heads=2, layers=2, text=24, image=32, **more) -> WanFunTransformer:
-    extra, has_image, ref, camera = VARIANTS[variant]
+    extra, has_image, ref, camera = (VARIANTS | NEXT_VARIANTS)[variant]
+    channels = OF_48 if "_5b_" in variant else CHANNELS
     return WanFunTransformer(
-        in_channels=CHANNELS + extra,
-        out_channels=CHANNELS,
+        in_channels=channels + extra,
+        out_channels=channels,
         num_attention_heads=heads,
         attention_head_dim=width // heads,
         ffn_dim=2 * width,
@@ -71,17 +84,34 @@ def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24
     clip = CLIPVisionConfig(
         hidden_size=image, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16, patch_size=14
     )
-    has_image = VARIANTS[variant][1]
+    has_image = (VARIANTS | NEXT_VARIANTS)[variant][1]
+    of_48 = {
+        **sizes_of.LATENTS_2_2,
+        **{"z_dim": OF_48, "decoder_base_dim": 4, "is_residual": True},
+        **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+    }
     with TemporaryDirectory() as tokenizer:
         write_released(
             folder,
             filled(network(variant, text=text, image=image, **sizes), seed),
-            filled(AutoencoderKLWan(base_dim=4), seed + 1),
+            filled(AutoencoderKLWan(base_dim=4, **(of_48 if "_5b_" in variant else {})), seed + 1),
             filled(UMT5EncoderModel(t5), seed + 2),
             filled(CLIPVisionModel(clip), seed + 3) if has_image else None,
             tokenizer_in(Path(tokenizer)),
         )
+    if "a14b" in variant:
+        _part(folder, variant, seed, text, image, **sizes)
     return folder
+
+
+def _part(folder: Path, variant: str, seed: int, text: int, image: int, **sizes) -> None:
+    """Two networks in place of the one."""
+    low, high = (folder / EXPERTS[name] for name in ("low", "high"))
+    low.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / name).rename(low / name)
+    net = filled(network(variant, text=text, image=image, **sizes), seed + 4)
+    save_transformer(high, net.state_dict(), sizes_of.released_config(net.config))
 
 
 def batch(mode, count=2, ref_frames=(0, 3), keep=None) -> Batch:
@@ -102,5 +132,5 @@ def batch(mode, count=2, ref_frames=(0, 3), keep=None) -> Batch:
         keep or {},
         control_BFCHW=pixels() if mode.startswith("control") and "camera" not in mode else None,
         camera_BFCHW=pixels(6).float() / 255 if "camera" in mode else None,
-        mask_BFHW=mask if mode in ("inpaint", "i2v") else None,
+        mask_BFHW=mask if mode in ("inpaint", "i2v", "ti2v") else None,
     ).to("cpu")

@@ -69,6 +69,7 @@ def reeltune_words(command: str) -> list[str] | None:
 def place(tmp_path, monkeypatch):
     """A folder in which the paths that the documents name are there."""
     tiny_checkpoint(tmp_path / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
+    tiny_checkpoint(tmp_path / "models" / "Wan2.2-T2V-A14B", "2.2_a14b_t2v")
     data_set(tmp_path / "datasets" / "mine")
     for name in ("recipes", "config"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -85,6 +86,8 @@ def test_commands_run(page, place):
             small.append("--mixed_precision=bf16")
         if "--rank" in command or "_lora" in command:  # tiny layers have no more
             small.append("--rank=2")
+        if "a14b" in command:  # there are two blocks
+            small.append("--blocks_to_swap=2")
         script = re.search(r" scripts/(\S+\.py) (.*)", command)
         argv = reeltune_words(command) if script is None else shlex.split(script[2])
         if argv is None:

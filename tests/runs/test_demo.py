@@ -19,7 +19,7 @@ from reeltune.demo.clips import HELD_OUT_SEED, SIDE, draw_scene, scene, write_da
 from reeltune.demo.main import FAMILIES, clear, run
 from reeltune.demo.tiny import easyanimate, hunyuan_video
 from reeltune.families.hunyuan_video import prompts
-from reeltune.families.wan_fun.family import decode, encode_clip
+from reeltune.families.wan_fun.conditions import decode, encode_clip
 
 
 @pytest.fixture(scope="module")

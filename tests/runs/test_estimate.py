@@ -37,8 +37,9 @@ def estimate(run, shape: Shape) -> StepEstimate:
 
 @pytest.fixture(scope="module")
 def model(any_checkpoint, tmp_path_factory):
+    """(folder, what a recipe must say)"""
     (folder := tmp_path_factory.mktemp("model")).mkdir(exist_ok=True)
-    return any_checkpoint.lay_out(folder)
+    return any_checkpoint.lay_out(folder), any_checkpoint.asked
 
 
 class Allocated:
@@ -98,7 +99,8 @@ def compare(run, shape: Shape, monkeypatch) -> None:
 @pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
 def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
-    compare(recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48), monkeypatch)
+    folder, asked = model
+    compare(recipe(folder, tmp_path, tmp_path / "out", **settings, **asked), Shape(9, 32, 64), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_adapters_take_what_the_allocator_gives(tmp_path, settings, monkeypatch)
     (folder := tmp_path / "model").mkdir()
     model = tiny_checkpoint(folder, variant="control_v1.1", width=96, heads=4)
     settings = {"rank": 8, "mixed_precision": "bf16", **settings}
-    compare(recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 48), monkeypatch)
+    compare(recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 64), monkeypatch)
 
 
 def test_what_recipes_have_in_common_is_computed_once(tmp_path):

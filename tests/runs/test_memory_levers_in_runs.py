@@ -49,7 +49,7 @@ def start(any_checkpoint: Pair, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "model").mkdir()
     model = any_checkpoint.lay_out(folder / "model")
-    made = recipe(model, data, folder / "out", train_mode=any_checkpoint.mode, fix_sample_size=(32, 48))
+    made = recipe(model, data, folder / "out", **any_checkpoint.asked, fix_sample_size=(32, 64))
     family, mode, objective = choose_family(made)
     batch = gather(made, family, mode, show_progress=False).reader[0, 0, 0, 1]
     setup = Setup(family, mode, family.load(model), objective, options=encode_options(made))

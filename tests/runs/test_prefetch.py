@@ -117,7 +117,7 @@ def run(pair: Pair, data, folder, name, **changes):
     if not model.exists():
         model.mkdir()
         (folder / "laid_out").write_text(str(pair.lay_out(model)))
-    made = recipe((folder / "laid_out").read_text(), data, folder / name, train_mode=pair.mode, **changes)
+    made = recipe((folder / "laid_out").read_text(), data, folder / name, **pair.asked, **changes)
     module.train(made)
     return folder / name
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from reeltune.data.camera import CameraError, rays, read_poses, resample
-from reeltune.families.wan_fun.family import pack_frames
+from reeltune.families.wan_fun.conditions import pack_frames
 
 ROW = "0 0.5 0.9 0.5 0.5 0 0 1 0 0 {x} 0 1 0 0 0 0 1 0"
 LENS = "0 {} 0 0 1 0 0 0 0 1 0 0 0 0 1 0"

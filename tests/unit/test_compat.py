@@ -201,8 +201,9 @@ def test_every_command_of_the_other_guides_field_by_field(guide, seeds):
 @pytest.mark.parametrize("script", compat.SCRIPTS)
 def test_without_a_mode_each_script_has_its_own(script):
     argv = [word for word in WORDS if not word.startswith(("--train_mode", "--add_full"))]
-    control = {"wan2.1_fun/train_control": "control_ref", "train_control": "control"}
-    mode = control.get(script.removesuffix(".py").removesuffix("_lora"), "normal")
+    own = {"wan2.1_fun/train_control": "control_ref", "train_control": "control"}
+    own |= {"wan2.2_fun/train_control": "control_ref", "wan2.2_fun/train": "inpaint"}
+    mode = own.get(script.removesuffix(".py").removesuffix("_lora"), "normal")
     assert compat.recipe_of(script, argv) == compat.recipe_of(script, [*argv, f"--train_mode={mode}"])
 
 
@@ -282,3 +283,46 @@ def test_accelerate_launches_script_and_module(tmp_path):
         ran = subprocess.run([*launch, *target, "--lerning_rate=1"], capture_output=True, text=True, cwd=tmp_path)
         assert ran.returncode != 0
         assert "lerning_rate is no setting; the nearest is learning_rate" in ran.stderr
+
+
+# ---- models of two networks
+
+NEXT = "wan2.2_fun/train_control.py"
+
+
+def with_model(folder: Path, *more: str) -> list[str]:
+    kept = [word for word in WORDS if not word.startswith("--pretrained_model_name_or_path")]
+    return [*kept, f"--pretrained_model_name_or_path={folder}", "--add_inpaint_info", *more]
+
+
+@pytest.mark.parametrize(("asked", "expert"), [("high", "high"), ("low", "low"), (None, "low")])
+def test_boundary_type_is_the_expert(asked, expert, tmp_path, caplog):
+    (tmp_path / "low_noise_model").mkdir()
+    recipe = compat.recipe_of(NEXT, with_model(tmp_path, *([f"--boundary_type={asked}"] if asked else [])))
+    assert recipe.model.expert == expert
+    assert ("--boundary_type was not given: low" in caplog.text) == (asked is None)
+    assert "--add_inpaint_info changes nothing here" in caplog.text
+    assert "--uniform_sampling was not given" not in caplog.text
+
+
+def test_what_the_original_does_in_silence_is_said(tmp_path, caplog):
+    (tmp_path / "high_noise_model").mkdir()
+    without = [word for word in with_model(tmp_path, "--boundary_type=high") if word != "--uniform_sampling"]
+    assert compat.recipe_of(NEXT, without).model.expert == "high"
+    assert "without which the original ignores boundary_type" in caplog.text
+
+
+def test_boundary_type_of_one_network_and_of_all_levels(tmp_path, caplog):
+    assert compat.recipe_of(NEXT, with_model(tmp_path, "--boundary_type=full")).model.expert is None
+    assert not [line for line in caplog.messages if "boundary_type" in line]
+    assert compat.recipe_of(NEXT, with_model(tmp_path, "--boundary_type=low")).model.expert is None
+    assert "the original leaves some of them out" in caplog.text
+    (tmp_path / "low_noise_model").mkdir()
+    for value, words in (
+        ("full", "trains low_noise_model at all noise levels"),
+        ("none", "expected low, high or full"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compat.recipe_of(NEXT, with_model(tmp_path, f"--boundary_type={value}"))
+    with pytest.raises(UserError, match="boundary_type"):
+        compat.recipe_of(WAN, [*WORDS, "--boundary_type=low"])

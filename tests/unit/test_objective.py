@@ -204,3 +204,55 @@ def test_level_is_a_function_of_the_generator_alone():
     assert objective.draw(generator(5), (0, 1)) == objective.draw(generator(5), (1, 4))
     assert torch.equal(before, torch.random.get_rng_state())
     assert math.isclose(objective.quantile(0.5), 5 * 0.5 / (1 + 4 * 0.5), rel_tol=1e-6)
+
+
+# ---- the levels of two networks
+
+
+PARTS = [  # shift, boundary, the index where the reference parts them (measured on it), and where sampling does
+    (5.0, 0.9, 357, 358),  # the nearest timestep is 900.06: trained by the low expert there, sampled by the high one
+    (12.0, 0.875, 632, 632),  # 874.8
+]
+
+
+@pytest.mark.parametrize(("shift", "boundary", "theirs", "ours"), PARTS)
+def test_two_networks_have_all_levels_between_them_as_sampling_gives_them(shift, boundary, theirs, ours):
+    whole = Flow(shift=shift)
+    high, low = whole.parted(boundary)
+    assert (*high.indices, *low.indices) == tuple(range(1000)) and low.first == ours
+    timesteps = whole.timestep(whole.levels)
+    assert int((timesteps - 1000 * boundary).abs().argmin()) == theirs
+    assert all(
+        (timesteps[list(part.indices)] >= 1000 * boundary).unique().tolist() == [part is high] for part in (high, low)
+    )
+
+
+@pytest.mark.parametrize("uniform_sampling", [True, False])
+def test_levels_of_one_network_are_all_drawn_evenly_and_no_others(uniform_sampling):
+    high, low = Flow(steps=40, uniform_sampling=uniform_sampling).parted(0.9)
+    for part in (high, low):
+        random, own = generator(), [part.levels[index].item() for index in part.indices]
+        drawn = Counter(part.draw(random, (i % 4, 4)) for i in range(200 * len(own)))
+        assert set(drawn) == set(own)
+        assert max(abs(count - 200) for count in drawn.values()) < 5 * 200**0.5
+    strata = [{low.draw(generator(seed), (i, 2)) for seed in range(200)} for i in range(2)]
+    assert (min(strata[0]) >= max(strata[1])) == uniform_sampling
+
+
+def test_a_density_of_the_whole_schedule_is_kept_within_a_range():
+    """What it draws there: of each level as often, in proportion, as without the range."""
+    whole = Flow(steps=20, weighting_scheme="logit_normal", logit_mean=0.5)
+    low, random = whole.parted(0.9)[1], generator()
+    all_of = Counter(whole.draw(random, (0, 1)) for _ in range(20_000))
+    part = Counter(low.draw(random, (0, 1)) for _ in range(10_000))
+    within = {level: count for level, count in all_of.items() if level < 0.9}
+    assert part.keys() == within.keys()
+    for level, count in part.items():
+        expected = 10_000 * within[level] / sum(within.values())
+        assert abs(count - expected) < 6 * (expected + 1) ** 0.5
+
+
+def test_quantiles_of_a_range_are_its_own():
+    low = Flow().parted(0.9)[1]
+    assert low.quantile(0.0) == low.levels[358].item() and low.quantile(0.999999) == low.levels[999].item()
+    assert low.quantile(0.5) == low.levels[358 + 321].item()

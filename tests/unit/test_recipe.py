@@ -13,7 +13,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.config.rules import RANGES
 from reeltune.core.errors import UserError
 
-MODES = ("normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera")
+MODES = ("normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -310,8 +310,9 @@ def test_shipped_recipes_build_and_name_themselves(file):
     assert f"reeltune train recipes/{file.name}" in said
     assert recipe.model.train_mode is not None and 0 < recipe.data.held_out_share < 0.5
     assert recipe.model.add_full_ref_image_in_self_attention == (
-        file.name.startswith("wan2.1_fun_v1.1") and "camera" not in file.name
+        file.name.startswith(("wan2.1_fun_v1.1", "wan2.2_fun")) and "control" in file.name and "camera" not in file.name
     )
+    assert recipe.model.expert == ("high" if "a14b" in file.name else None)
     clipped = None if recipe.memory.step_in_backward else 0.05  # with it, clipping would be a second backward pass
     assert (recipe.training.gradient_checkpointing, recipe.optimization.max_grad_norm) == (True, clipped)
 
@@ -325,7 +326,11 @@ def test_every_variant_has_a_recipe():
     easyanimate |= {"easyanimate_v5.1_7b_control", "easyanimate_v5_12b_control"}
     cogvideox = {f"cogvideox_fun_{variant}_inp" for variant in ("2b", "5b", "v1.1_2b", "v1.1_5b", "v1.5_5b")}
     cogvideox |= {f"cogvideox_{size}_t2v" for size in ("2b", "5b")}
-    every = control | others | inp | hunyuan | easyanimate | cogvideox
+    wan = {f"wan2.1_{kind}" for kind in ("1.3b_t2v", "14b_t2v", "14b_i2v")}
+    wan |= {f"wan2.2_{kind}" for kind in ("a14b_t2v", "a14b_i2v", "5b_ti2v")}
+    wan |= {f"wan2.2_fun_{kind}" for kind in ("a14b_inp", "a14b_control", "a14b_control_camera")}
+    wan |= {"wan2.2_fun_5b_inp", "wan2.2_fun_5b_control"}
+    every = control | others | inp | hunyuan | easyanimate | cogvideox | wan
     assert {file.stem for file in RECIPES} >= every
     adapters = {file.stem.partition("_lora")[0] for file in RECIPES if "_lora" in file.stem}
     assert adapters == {file.stem for file in RECIPES if not file.stem.endswith("gb") and "_lora" not in file.stem}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-TrainMode = Literal["normal", "inpaint", "i2v", "control", "control_ref", "control_ref_camera"]
+TrainMode = Literal["normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera"]
 ControlKind = Literal["canny", "depth", "pose", "camera"]  # those of control/kinds.py
 
 
@@ -23,6 +23,10 @@ class Model:
     """Other transformer weights to start from (a .safetensors file or a checkpoint-N folder)."""
     train_mode: TrainMode | None = None
     """What the model is conditioned on beside text. Left out: what the checkpoint was made for."""
+    expert: Literal["high", "low", "both"] | None = None
+    """Which of the two networks of a Wan2.2-A14B model learns, at its own noise levels: high or low."""
+    other_expert_path: str | None = None
+    """Weights of the other one, for previews and samples (a file or checkpoint-N folder). Left out: the model's own."""
     control_ref_image: Literal["first_frame", "random"] = "first_frame"
     """Which frame is the reference picture: the first (Wan2.1-Fun V1.0 and camera), or one at random (V1.1)."""
     add_full_ref_image_in_self_attention: bool = False

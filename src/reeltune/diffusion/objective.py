@@ -7,7 +7,7 @@ One object trains and samples, so the two cannot drift apart. The identity every
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -63,6 +63,8 @@ class Flow(Objective):
 
     shift: float = 5.0
     steps: int = 1000
+    first: int = 0  # of the indices that are drawn
+    end: int | None = None  # one past the last of them; None: to the schedule's end
     uniform_sampling: bool = False  # uniform over the stratum, instead of by density over the whole schedule
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
     logit_mean: float = 0.0
@@ -75,12 +77,34 @@ class Flow(Objective):
         t = torch.arange(self.steps, 0, -1, dtype=torch.float32) / self.steps
         return self.shift * t / (1 + (self.shift - 1) * t)
 
+    @cached_property
+    def indices(self) -> range:
+        """The indices that are drawn."""
+        return range(self.steps)[self.first : self.end]
+
+    def parted(self, boundary: float) -> tuple[Flow, Flow]:
+        """Of the levels from `boundary` on, and of those below it: together all, and none in both.
+
+        Compared as timesteps, as samplers do that pass from one network to the other there.
+        """
+        place = int((self.timestep(self.levels) >= boundary * self.steps).sum())
+        return replace(self, end=place), replace(self, first=place)
+
+    def quantile(self, u: float) -> float:
+        return self.levels[self.indices[min(max(math.floor(u * len(self.indices)), 0), len(self.indices) - 1)]].item()
+
     def draw(self, generator: torch.Generator, stratum: tuple[int, int]) -> float:
-        """A level from schedule indices [i/n, (i+1)/n) with uniform_sampling, else from all by the density."""
+        """A level from indices [i/n, (i+1)/n) of the range with uniform_sampling, else from all of it by the density.
+
+        A density is of the whole schedule; what it draws outside the range is drawn again.
+        """
         if self.uniform_sampling:
             i, n = stratum
             return self.quantile((i + torch.rand((), generator=generator).item()) / n)
-        return self.quantile(self._density(generator))
+        while True:
+            index = min(max(math.floor(self._density(generator) * self.steps), 0), self.steps - 1)
+            if index in self.indices:
+                return self.levels[index].item()
 
     def _density(self, generator: torch.Generator) -> float:
         if self.weighting_scheme == "logit_normal":

@@ -22,9 +22,10 @@ from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
+from reeltune.families.spec import Family
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import check_split
+from reeltune.run.model import check_split, other_expert_bytes
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
@@ -146,7 +147,8 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         largest_step=largest,
         peaks=peaks,
         kept_bytes=kept_bytes(planned, draws, largest),
-        host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes),
+        host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes)
+        | waiting_expert(recipe, family),
         disk_bytes=disk_bytes(recipe, largest, steps, data, len(inputs.train), sizes),
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
@@ -331,6 +333,12 @@ def host_bytes(
             * (frozen if recipe.training.low_vram else max(step.weight_bytes["network"], frozen)),
         }
     )
+
+
+def waiting_expert(recipe: Recipe, family: Family) -> dict[str, int]:
+    """The network that only makes previews, of a model of two; in the process that writes them."""
+    size = other_expert_bytes(recipe, family)
+    return {"the other expert, for previews": size} if size else {}
 
 
 def disk_bytes(

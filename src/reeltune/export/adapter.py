@@ -132,8 +132,8 @@ def _base(model: str | None, metadata: Mapping[str, str]) -> Base | None:
     said = metadata.get("base_model", "")
     if not said or not Path(said).is_dir():
         return None
-    transformer = json.loads(metadata.get("transformer_path", "null"))
-    return Base(said, transformer_path=transformer)
+    transformer, expert = (json.loads(metadata.get(name, "null")) for name in ("transformer_path", "expert"))
+    return Base(said, transformer_path=transformer, expert=expert)
 
 
 def _only(found: Found) -> Network:

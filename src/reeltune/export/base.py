@@ -11,17 +11,29 @@ from reeltune import families
 from reeltune.checkpoint.folder import their_weights
 from reeltune.export.streamed import Stored
 from reeltune.families import configs, weights
+from reeltune.families.spec import check_expert
 
 
 class Base(Mapping[str, Tensor]):
     """Of a model's folder, or other weights for it; `outline` has them on the meta device.
 
+    expert: whose weights, of a model of two networks; left out, it has names and shapes alone, which are those of both.
     Raises UserError for a folder that holds no model that is known.
     """
 
-    def __init__(self, model: str | Path, *, config_path: str | None = None, transformer_path: str | None = None):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        config_path: str | None = None,
+        transformer_path: str | None = None,
+        expert: str | None = None,
+    ):
         self.family = families.find(model, config_path=config_path)
-        own = their_weights(Path(model))
+        self._whose = transformer_path or expert or not self.family.experts
+        if expert is not None:
+            self.family = check_expert(self.family, expert)
+        own = self.family.weights or their_weights(Path(model))
         self._stored = Stored(own if transformer_path is None else weights.saved_transformer(transformer_path))
         names = {id(tensor): name for name, tensor in self._stored.outline.items()}
         self.config = configs.read_config(own)
@@ -30,6 +42,8 @@ class Base(Mapping[str, Tensor]):
         self._names = {released: names[id(tensor)] for released, tensor in self.outline.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        if not self._whose:
+            check_expert(self.family, None)
         return self._stored[self._names[name]]
 
     def __iter__(self) -> Iterator[str]:

@@ -25,7 +25,7 @@ from reeltune.core.reading import few
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
 from reeltune.families import configs, weights
-from reeltune.families.spec import Family, check_mode
+from reeltune.families.spec import Family, check_expert, check_mode
 from reeltune.memory.host import room_bytes
 
 PORTION = 2**18  # numbers
@@ -182,7 +182,8 @@ def recipe_of(checkpoint: Path, model: str | None) -> Recipe:
 
 
 def _family(recipe: Recipe) -> Family:
-    return families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    found = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    return found if recipe.model.expert is None else check_expert(found, recipe.model.expert)
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:

@@ -150,7 +150,12 @@ def _inputs(source: Path, texts: Sequence[str], ema: bool, model: str | None) ->
     if ema and not of_run:
         problems.append(f"ema is of a run's adapter, and {source} keeps the whole network; leave it out")
     refuse("export", problems)
-    base = Base(where, config_path=recipe.model.config_path, transformer_path=other if of_run else str(source))
+    base = Base(
+        where,
+        config_path=recipe.model.config_path,
+        transformer_path=other if of_run else str(source),
+        expert=recipe.model.expert,
+    )
     own = [of_checkpoint(source, base.outline, ema=ema)] if of_run else []
     return recipe, base, [*own, *read_all(texts, base.outline)]
 

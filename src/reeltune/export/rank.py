@@ -91,7 +91,10 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
     full = held_out.losses(net)
     model = recipe.model
     base = Base(
-        model.pretrained_model_name_or_path, config_path=model.config_path, transformer_path=model.transformer_path
+        model.pretrained_model_name_or_path,
+        config_path=model.config_path,
+        transformer_path=model.transformer_path,
+        expert=model.expert,
     )
     extracted = take_apart(net, trained.names, base, max(ranks))
     before = held_out.losses(net)

@@ -162,6 +162,15 @@ class Family:
     tokens. Raises UserError for a network that so many cannot share. None: there is no such way."""
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
+    boundary: float | None = None
+    """Of two networks, the experts "high" and "low": the noise level from which on the first answers, else the second;
+    None: one network answers at all levels."""
+    experts: dict[str, Family] = field(default_factory=dict, repr=False, compare=False)
+    """Each of them that is there, as a family of its own: its network, and an objective of its own levels."""
+    expert: str | None = None
+    """Which of them this is."""
+    weights: Path | None = None
+    """Where its network's weights are, if not in the checkpoint's folder or its `transformer`."""
 
     def load(
         self,
@@ -259,3 +268,27 @@ def check_mode(family: Family, mode: str | None) -> str:
             f"{' and '.join(family.modes)}; set train_mode to {family.modes[0]}",
         )
     return mode
+
+
+def check_expert(family: Family, expert: str | None) -> Family:
+    """The family of the network to train: one of two experts, or the only network.
+
+    Raises UserError where two leave a choice that is not made, and for a choice that there is not.
+    """
+    if not family.experts:
+        if expert is not None:
+            rule = f"but a checkpoint of {family.name} has one network for all noise levels; leave it out"
+            raise UserError("recipe", f"expert is {expert!r}, {rule}")
+        return family
+    if expert in family.experts:
+        return family.experts[expert]
+    two = (
+        f"a checkpoint of {family.name} has two networks: high answers at noise levels from {family.boundary:g} on, "
+        "low below; each is trained in a run of its own"
+    )
+    if expert is None:
+        raise UserError("recipe", f"expert is left out, and {two}; give expert high or low")
+    if expert in ("high", "low"):
+        there = " and ".join(family.experts)
+        raise UserError("recipe", f"expert is {expert!r}, but the checkpoint holds the weights of {there} alone")
+    raise UserError("recipe", f"expert is {expert!r}, and {two}; give high, and low in a second run")

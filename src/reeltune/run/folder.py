@@ -26,6 +26,7 @@ ORDERING = (
     "video_repeat",
     "held_out_share",
     "control_ref_image",
+    "expert",
     "text_drop_ratio",
     "uniform_sampling",
     "cache_variants",

@@ -18,7 +18,9 @@ from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
-from reeltune.families.spec import Family, Parts, check_mode
+from reeltune.families import weights
+from reeltune.families.spec import Family, Parts, check_expert, check_mode
+from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.run.loading_memory import WORDS, told_when_full
 from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
@@ -32,6 +34,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
     Raises UserError if the checkpoint is unknown, or cannot do the mode, the loss and the sizes asked for.
     """
     family = families.find(recipe.model.pretrained_model_name_or_path, config_path=recipe.model.config_path)
+    family = check_expert(family, recipe.model.expert)
     family = replace(family, geometry=replace(family.geometry, sides=even_side(recipe.parallel.context_parallel)))
     with together("recipe") as attempt:
         attempt(check_split, family, recipe.parallel.context_parallel)
@@ -39,6 +42,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
         objective = attempt(chosen_objective, family, recipe.loss)
         attempt(size_rules, recipe, family)
         attempt(check_reference, family, recipe.model)
+        attempt(check_other_expert, family, recipe.model)
     return family, mode, objective
 
 
@@ -64,6 +68,16 @@ def check_reference(family: Family, model: Model) -> None:
             "recipe",
             f"add_full_ref_image_in_self_attention is true, but {family.name} has no weights for such a reference "
             "picture; leave it out",
+        )
+
+
+def check_other_expert(family: Family, model: Model) -> None:
+    """Raises UserError for weights of an expert that there is not."""
+    if model.other_expert_path is not None and family.expert is None:
+        raise UserError(
+            "recipe",
+            f"other_expert_path is {model.other_expert_path!r}, but a checkpoint of {family.name} has one network for "
+            "all noise levels; leave it out",
         )
 
 
@@ -153,6 +167,41 @@ def load_parts(
             parts.loaders[name] = partial(_read_within, full, name, read)
     parts.device = device
     return parts
+
+
+def other_expert(family: Family) -> Family | None:
+    """The one of two that does not learn; None where there is none, or its weights are not there."""
+    if family.expert is None:
+        return None
+    return next((one for name, one in family.experts.items() if name != family.expert), None)
+
+
+def other_expert_bytes(recipe: Recipe, family: Family) -> int:
+    """Of the host's memory, from the first preview on."""
+    other, validation = other_expert(family), recipe.validation
+    if other is None or other.weights is None or not (validation.validation_prompts or validation.preview_count):
+        return 0
+    count = sum(tensor.numel() for tensor in weights.peek(other.weights).values())
+    return count * DTYPES[recipe.training.mixed_precision].itemsize
+
+
+def load_other_expert(recipe: Recipe, family: Family, device: torch.device) -> nn.Module:
+    """The network that does not learn, as it computes: its blocks wait in the CPU's memory, and visit the device.
+
+    family: of the one that does, beside which it is. Raises UserError for weights that do not fit.
+    """
+    other = other_expert(family)
+    assert other is not None
+    net = other.load(
+        recipe.model.pretrained_model_name_or_path,
+        dtype=DTYPES[recipe.training.mixed_precision],
+        encoders=False,
+        transformer_path=recipe.model.other_expert_path,
+    ).net.requires_grad_(False)
+    if device.type != "cpu":
+        blocks = blocks_of(net, family.blocks)
+        move(net, device, besides=swap(blocks, len(blocks), device))
+    return net
 
 
 def outlines(recipe: Recipe, family: Family, transformer: Path | None = None) -> Parts:

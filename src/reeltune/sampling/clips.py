@@ -14,6 +14,7 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.distributed.engine import Engine
 from reeltune.run.model import choose_family, encode_options
 from reeltune.run.sizes import size_rules
+from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import Request, notice_cut, requests_of
 from reeltune.sampling.sample import Setup, make_clip
 from reeltune.sampling.sheet import write_sheet
@@ -40,7 +41,8 @@ def sample_clips(
     trained = load_trained(recipe, family, engine.device, adapters)
     if strengths and not trained.adapters:
         raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint that keeps one")
-    setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe))
+    other = OtherExpert.of(recipe, family, engine.device)
+    setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe), other)
     columns = strengths or (1.0,)
     first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
     numbers = [range(first + len(columns) * row, first + len(columns) * (row + 1)) for row in range(len(requests))]

@@ -13,7 +13,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.control.from_clip import Drawn, draw_controls
 from reeltune.control.kinds import kind_named
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.types import Batch, Draw, Kind, Record, Sample, Shape
+from reeltune.core.types import Batch, Draw, Kind, MaskLaw, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.keypoints import is_keypoints
@@ -111,7 +111,8 @@ def prompt_requests(
     begun = bool(paths) and guide in ("ref", "mask")
     drop = {name: float(name != "control" and not begun) for name in family.drop}
     plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
-    reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs)
+    everything = MaskLaw({"all": 1.0}, {"all": 1.0})  # is to be made of a clip that follows another
+    reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs, mask_law=everything)
     make = read_one if guide == "control" else from_picture
     notice_cut(family, [(f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts)])
     requests = []

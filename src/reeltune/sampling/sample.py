@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
 from reeltune.families.spec import Family, Parts
+from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import Request
 
 CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each
@@ -36,6 +37,7 @@ class Setup:
     objective: Objective
     autocast: Callable[[], AbstractContextManager] = nullcontext
     options: dict[str, Any] = field(default_factory=dict)
+    other: OtherExpert | None = None  # that makes clips together with the network
 
     def encode(self, batch: Batch) -> Encoded:
         """Sample by sample, because networks give other last bits in other batches; or as it came from the cache."""
@@ -85,6 +87,15 @@ class Setup:
         with self.autocast():
             return self.family.denoise(net, x_BCThw, timestep_B, cond)
 
+    def denoise_together(
+        self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond, *, write: bool = True
+    ) -> Tensor:
+        """By the expert whose noise level it is. Without `write` nobody looks at the clip: only `net`, which may be
+        spread over processes, is asked."""
+        if self.other is None or not self.other.answers(timestep_B):
+            return self.denoise(net, x_BCThw, timestep_B, cond)
+        return self.denoise(self.other.net, x_BCThw, timestep_B, cond) if write else torch.zeros_like(x_BCThw)
+
 
 @contextmanager
 def at_rest(net: nn.Module) -> Iterator[None]:
@@ -122,7 +133,7 @@ def make_clip(
         encoded = setup.encode(batch)
         x0, cond = settle(encoded, [request.seed], setup.parts.null)
         x0 = denoise.sample(
-            setup.denoise,
+            partial(setup.denoise_together, write=write),
             net,
             setup.objective,
             cond,
@@ -154,6 +165,7 @@ def make_clip(
         "control": request.control,
         **(request.drawn.told if request.drawn else {}),
         "entry": request.entry,
+        **({} if setup.other is None else setup.other.told),
         **(shown or {}),
     }
     with whole_file(path.with_suffix(".json")) as file:

@@ -26,6 +26,7 @@ from reeltune.run.folder import changes_since, describe, refuse_other_model, ref
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import drawn_controls
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
@@ -72,7 +73,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
-    facts = {"family": family.name, "mode": mode}
+    facts = {"family": family.name, "mode": mode, **({"expert": family.expert} if family.expert else {})}
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += changes_since(resumed_from, recipe)
@@ -104,7 +105,15 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if cache is not None:
         parts.null |= cache.null(engine.device)
         inputs = cache.feed(inputs)
-    setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=encode_options(recipe))
+    setup = Setup(
+        family,
+        mode,
+        parts,
+        objective,
+        autocast=engine.autocast,
+        options=encode_options(recipe),
+        other=OtherExpert.of(recipe, family, engine.device),
+    )
     validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes

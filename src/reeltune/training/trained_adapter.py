@@ -88,6 +88,7 @@ def put_adapters(
         "family": family.name,
         "base_model": recipe.model.pretrained_model_name_or_path,
         "transformer_path": recipe.model.transformer_path,
+        **({"expert": recipe.model.expert} if recipe.model.expert is not None else {}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(wanted).items()},
     }
     if wanted.adapter_path is not None and not resumed:

@@ -1,198 +1,59 @@
-"""Wan2.1-Fun: control, camera control and inpainting video models (https://huggingface.co/alibaba-pai).
-
-Conditions by name, as `encode` gives them and `denoise` takes them:
-    text      float B 512 D, zeros after the caption's last token
-    image     float B 257 D, CLIP tokens of the reference picture
-    control   Posterior B C T h w, the control clip
-    ref       Posterior B C 1 h w, the reference picture as first latent frame of its own channels
-    full_ref  Posterior B C 1 h w, the same picture as tokens of its own (V1.1)
-    camera    float B 24 T H W, packed rays
-    inpaint   Posterior B 4+C T h w: the mask (1 = keep; known exactly, so its variance is 0), then the kept clip
-"""
+"""Wan2.1, Wan2.2 and their Fun models: text, pictures, control, camera control and inpainting to video
+(https://huggingface.co/Wan-AI, https://huggingface.co/alibaba-pai)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reeltune.core.errors import UserError
-from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
+from reeltune.core.reading import brief
+from reeltune.core.types import Geometry, MaskLaw, SizeLaw
 from reeltune.diffusion.objective import Flow
-from reeltune.families import context, schedule, text, tokenizers
-from reeltune.families.inpaint import join_mask, kept_unless_all_masked
-from reeltune.families.spec import Family, Loading, Parts, TokenLimit, needed
+from reeltune.families import configs, context, schedule, tokenizers
+from reeltune.families.spec import Family, Loading, Parts, TokenLimit
+from reeltune.families.tensor_files import notice
 from reeltune.families.wan_fun import keys, layout, sizes
+from reeltune.families.wan_fun.conditions import (
+    MASK_CHANNELS,
+    decode,
+    denoise,
+    describe,
+    encode_clips,
+    finish,
+    kept,
+)
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
-MASK_CHANNELS = 4  # one per pixel frame of a latent frame
-IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # https://github.com/openai/CLIP/blob/main/clip/clip.py
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-# Where diffusers shards Wan's tokens, but for the timestep, of which all of a clip have the same here.
-SPLIT = {name: how for name, how in WanTransformer3DModel._cp_plan.items() if name}
-
-
-# ---- read
+# Where diffusers shards Wan's tokens, but for their times, which go through a place of their own.
+PLAN = WanTransformer3DModel._cp_plan
+SPLIT = {name: how for name, how in PLAN.items() if name}
+SPLIT["token_times"] = {0: replace(PLAN["rope"][0], expected_dims=2)}  # where they are B L
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
     files: layout.Files = family.options["files"]
     net, config = layout.load_transformer(files.transformer, how)
     parts = Parts(net, config=config)
-    parts.extras["image_dim"] = net.config["image_dim"]
-    parts.loaders["vae"] = partial(layout.load_vae, files.vae, how.frozen_dtype, how.fake)
-    parts.loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype, how.fake)
+    parts.extras["network"] = dict(net.config)
+    loaders, channels = parts.loaders, net.config["out_channels"]
+    loaders["vae"] = partial(layout.load_vae, files.vae, channels, how.frozen_dtype, how.fake)
+    loaders["text"] = partial(layout.load_text, files.text, how.frozen_dtype, how.fake)
     if files.image is not None:
-        parts.loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype, how.fake)
+        loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype, how.fake)
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(files.tokenizer)
     return parts
-
-
-# ---- encode
-
-
-def encode_clips(parts: Parts, batch: Batch, mode: str, options: dict[str, Any]) -> Encoded:
-    """What the frozen networks make of a batch, in float32.
-
-    options: add_full_ref_image_in_self_attention.
-    """
-    pixels = batch.pixels_BFCHW
-    cond: dict[str, Tensor | Posterior] = {}
-    with parts.borrow("vae") as vae:
-        latents = partial(encode_clip, vae)
-        x0 = latents(pixels)
-        if mode in ("control", "control_ref"):
-            cond["control"] = latents(needed(batch.control_BFCHW))
-        if mode in ("control_ref", "control_ref_camera"):
-            cond["ref"] = latents(frames_at(pixels, batch.ref_frame_B)[:, None])
-            if options.get("add_full_ref_image_in_self_attention"):
-                cond["full_ref"] = cond["ref"]
-        if mode in ("inpaint", "i2v"):
-            mask_BFHW = needed(batch.mask_BFHW)
-            given = latents(pixels * ~mask_BFHW[:, :, None])  # masked pixels are mid-grey, 0
-            cond["inpaint"] = join_mask(pack_mask(mask_BFHW, given.mean.shape[-2:]), given)
-    if mode == "control_ref_camera":
-        cond["camera"] = pack_frames(needed(batch.camera_BFCHW))
-    if mode != "control":
-        seen_B = torch.zeros_like(batch.ref_frame_B) if "inpaint" in cond else batch.ref_frame_B
-        cond["image"] = image_features(parts, cut_to_8_bit(frames_at(pixels, seen_B)))
-    elif parts.extras["image_dim"] is not None:  # as the models are used without a picture
-        cond["ref"] = torch.zeros_like(x0.mean[:, :, :1])
-        cond["image"] = x0.mean.new_zeros(len(pixels), IMAGE_TOKENS, parts.extras["image_dim"])
-    return Encoded(x0, cond)
-
-
-def kept(batch: Batch, mode: str) -> dict[str, Tensor]:
-    """The reference picture's channels are kept only where it is the first frame, its tokens only where it is not
-    (measured on the reference, 2026-11); inpainting is dropped only where everything is to be generated.
-    """
-    keep, first_B = dict(batch.keep), batch.ref_frame_B == 0
-    if mode in ("control_ref", "control_ref_camera"):
-        for name, where_B in (("ref", first_B), ("full_ref", ~first_B)):
-            keep[name] = keep.get(name, torch.ones_like(where_B)) & where_B
-    if mode in ("inpaint", "i2v"):
-        keep["inpaint"] = kept_unless_all_masked(keep, needed(batch.mask_BFHW))
-    return keep
-
-
-def describe(parts: Parts, captions: list[str], picture_BCHW: Tensor | None = None) -> Described:
-    return Described({"text": encode_text(parts, captions)})
-
-
-def encode_text(parts: Parts, captions: list[str]) -> Tensor:
-    """float32 B 512 D."""
-    with torch.no_grad(), parts.borrow("text") as encoder:
-        return text.embed(parts.extras["tokenizer"], encoder, captions, TEXT_LENGTH)
-
-
-def image_features(parts: Parts, image_u8_BCHW: Tensor) -> Tensor:
-    """float32 B 257 D: CLIP's tokens before its last block."""
-    with torch.no_grad(), parts.borrow("image") as tower:
-        seen = clip_pixels(image_u8_BCHW, tower.config.image_size).to(next(tower.parameters()).dtype)
-        return tower(pixel_values=seen, output_hidden_states=True).hidden_states[-2].float()
-
-
-def cut_to_8_bit(pixels_BCHW: Tensor) -> Tensor:
-    """uint8 of [-1, 1] pixels, cut and not rounded, as released models saw it (measured on the reference, 2026-11)."""
-    return ((pixels_BCHW * 0.5 + 0.5) * 255).to(torch.uint8)
-
-
-def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
-    """A picture as CLIP sees it: stretched to a square (bicubic, no antialias), standardised."""
-    pixels = image_u8_BCHW.float().div(255).sub(0.5).div(0.5)
-    square = F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
-    mean, std = (square.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (square * 0.5 + 0.5 - mean) / std
-
-
-def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
-    """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
-    mean, std = _statistics(vae, pixels_BFCHW.device)
-    return Posterior((latents.mean.float() - mean) / std, latents.logvar.float())
-
-
-def _statistics(vae: Any, device: torch.device) -> list[Tensor]:
-    values = (vae.config.latents_mean, vae.config.latents_std)
-    return [torch.tensor(per_channel, device=device)[:, None, None, None] for per_channel in values]
-
-
-def frames_at(pixels_BFCHW: Tensor, frame_B: Tensor) -> Tensor:
-    """pixels_BCHW of one frame of each clip."""
-    return pixels_BFCHW[torch.arange(len(frame_B), device=frame_B.device), frame_B]
-
-
-def pack_frames(x_BFCHW: Tensor) -> Tensor:
-    """B 4C T H W, one latent frame's pixel frames side by side: the first frame four times, then groups of four.
-
-    Channel 4 c + place in the group (measured on the reference, 2026-11).
-    """
-    order = [0, 0, 0, *range(x_BFCHW.shape[1])]
-    return x_BFCHW[:, order].unflatten(1, (-1, 4)).permute(0, 3, 2, 1, 4, 5).flatten(1, 2)
-
-
-def pack_mask(mask_BFHW: Tensor, cells: Sequence[int]) -> Tensor:
-    """float B 4 T h w, 1 = keep, of a mask where True is to be generated; bilinear to latent cells."""
-    packed = pack_frames(~mask_BFHW[:, :, None]).float()
-    return F.interpolate(packed, (packed.shape[2], *cells), mode="trilinear", align_corners=False)
-
-
-# ---- denoise and decode
-
-
-def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """The network's answer; conditioning channels in the released order: control, reference or mask and clip."""
-    channels = [x_BCThw, *(cond[name] for name in ("control", "inpaint") if name in cond)]
-    if "ref" in cond:
-        channels.append(F.pad(cond["ref"], (0, 0, 0, 0, 0, x_BCThw.shape[2] - 1)))
-    full_ref = cond["full_ref"][:, :, 0] if "full_ref" in cond else None
-    joined = torch.cat([part.to(x_BCThw) for part in channels], dim=1)
-    return net(joined, timestep_B, cond["text"], cond.get("image"), full_ref, cond.get("camera"))
-
-
-@torch.no_grad()
-def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
-    """pixels_BFCHW float32 in [-1, 1]."""
-    with parts.borrow("vae") as vae:
-        mean, std = _statistics(vae, x0_BCThw.device)
-        z = (x0_BCThw.float() * std + mean).to(vae.dtype)
-        return vae.decode(z).sample.float().transpose(1, 2)
 
 
 # ---- the family and its variants
 
 DROP = {"control": 0.1, "ref": 0.1, "image": 0.1}  # measured on the reference, 2026-11
 FIRST_FRAME_GIVEN = MaskLaw(clip={"after_first": 1.0}, picture={"all": 1.0})  # as Wan2.1 is trained image to video
+PLAIN_SIZES = SizeLaw(first_weight=0.75, nearest_rung=None)  # of the scripts of Wan's own models, not of Fun's
 BASE = Family(
     name="wan_fun/control_v1.0",
     source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-Control",
@@ -232,7 +93,8 @@ CAMERA = replace(
 INP = replace(
     BASE,
     name="wan_fun/inp",
-    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-InP",
+    source="https://huggingface.co/alibaba-pai/Wan2.1-Fun-14B-InP and, of the same tensors, "
+    "https://huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P",
     modes=("inpaint", "i2v"),
     needs={"inpaint": ("mask",), "i2v": ("mask", "ref")},
     drop={"image": 0.1, "inpaint": 0.9},  # inpaint: of samples where everything is to be generated
@@ -247,37 +109,120 @@ CONTROL_T2V = replace(
     needs={"control": ("control",)},
     drop={"control": 0.1},
 )
+T2V = replace(
+    BASE,
+    name="wan_fun/t2v",
+    source="https://huggingface.co/Wan-AI/Wan2.1-T2V-14B",
+    modes=("normal",),
+    needs={"normal": ()},
+    drop={},
+    size_law=PLAIN_SIZES,
+)
+A14B_T2V = replace(
+    T2V,
+    name="wan_fun/2.2_a14b_t2v",
+    source="https://huggingface.co/Wan-AI/Wan2.2-T2V-A14B",
+    objective=Flow(shift=12.0, steps=1000),  # this and the boundary: wan/configs of https://github.com/Wan-Video/Wan2.2
+    boundary=0.875,
+)
+A14B_INP = replace(
+    INP,
+    name="wan_fun/2.2_a14b_inp",
+    source="https://huggingface.co/alibaba-pai/Wan2.2-Fun-A14B-InP and, of the same tensors, "
+    "https://huggingface.co/Wan-AI/Wan2.2-I2V-A14B",
+    drop={"inpaint": 0.9},
+    boundary=0.9,
+)
+A14B_CONTROL = replace(
+    BASE,
+    name="wan_fun/2.2_a14b_control",
+    source="https://huggingface.co/alibaba-pai/Wan2.2-Fun-A14B-Control",
+    modes=("control_ref",),
+    needs={"control_ref": ("control", "ref", "mask")},
+    drop={"control": 0.1, "full_ref": 0.1, "inpaint": 0.9},
+    boundary=0.9,
+)
+A14B_CAMERA = replace(
+    A14B_CONTROL,
+    name="wan_fun/2.2_a14b_control_camera",
+    source="https://huggingface.co/alibaba-pai/Wan2.2-Fun-A14B-Control-Camera",
+    modes=("control_ref_camera",),
+    needs={"control_ref_camera": ("camera", "ref", "mask")},
+    drop={"inpaint": 0.9},
+)
+OF_48_CHANNELS = {
+    "geometry": Geometry(time_stride=4, space_stride=16, patch=2, channels=sizes.CHANNELS_2_2),
+    "native_fps": 24.0,  # sample_fps in https://github.com/Wan-Video/Wan2.2/blob/main/wan/configs/wan_ti2v_5B.py
+    "finish": finish,
+    "boundary": None,
+}
+TI2V_5B = replace(
+    T2V,
+    name="wan_fun/2.2_5b_ti2v",
+    source="https://huggingface.co/Wan-AI/Wan2.2-TI2V-5B",
+    modes=("ti2v", "normal"),
+    needs={"ti2v": ("mask",), "normal": ()},
+    drop={"first_frame": 0.5},  # measured on the reference, 2026-11
+    masks={"ti2v": FIRST_FRAME_GIVEN},
+    **OF_48_CHANNELS,
+)
+INP_5B = replace(
+    A14B_INP,
+    name="wan_fun/2.2_5b_inp",
+    source="https://huggingface.co/alibaba-pai/Wan2.2-Fun-5B-InP",
+    **OF_48_CHANNELS,
+)
+CONTROL_5B = replace(
+    A14B_CONTROL,
+    name="wan_fun/2.2_5b_control",
+    source="https://huggingface.co/alibaba-pai/Wan2.2-Fun-5B-Control",
+    **OF_48_CHANNELS,
+)
 
 
-TWO_NETWORKS = ("high_noise_model", "low_noise_model", "transformer_2")  # folders of Wan2.2's larger models
 NOT_YET = {  # a tensor that only this model has
     "condition_embedder.image_embedder.pos_embed": "Wan2.1-FLF2V",
     "img_emb.emb_pos": "Wan2.1-FLF2V",
     "vace_patch_embedding.weight": "Wan2.1-VACE",
     "casual_audio_encoder.weights": "Wan2.2-S2V",
 }
-SUPPORTED = "supported are the models of Wan2.1-Fun"
-CHANNELS_2_2 = 48  # of the latents of Wan2.2's small models
+SUPPORTED = "supported are the models of Wan2.1, Wan2.2 and their Fun models"
 
 
-def variant(network: dict[str, Any], where: str) -> Family:
-    """Which variant a network of these arguments is. Raises UserError naming what was found and what is supported."""
+def variant(network: dict[str, Any], where: str, *, experts: bool = False) -> Family:
+    """Which variant a network of these arguments is, or each of two. Raises UserError naming what was found and what
+    is supported."""
     channels = network["out_channels"]
-    if channels == CHANNELS_2_2:
-        raise UserError(where, f"a Wan2.2 network of {channels} latent channels, not supported yet; {SUPPORTED}")
     extra = network["in_channels"] - channels
     found = (extra, network["image_dim"] is not None, network["ref_channels"] > 0, network["camera_channels"] > 0)
+    inpaint = channels + MASK_CHANNELS
     supported = {
+        (0, False, False, False): T2V,
         (2 * channels, True, False, False): BASE,
         (2 * channels, True, True, False): CONTROL_V1_1,
         (channels, True, False, True): CAMERA,
-        (channels + MASK_CHANNELS, True, False, False): INP,
+        (inpaint, True, False, False): INP,
         (channels, False, False, False): CONTROL_T2V,
     }
+    of_2_2 = {(0, False, False, False): TI2V_5B, (inpaint, False, False, False): INP_5B}
+    of_2_2[(channels + inpaint, False, True, False)] = CONTROL_5B
+    of_experts = {
+        (0, False, False, False): A14B_T2V,
+        (inpaint, False, False, False): A14B_INP,
+        (channels + inpaint, False, True, False): A14B_CONTROL,
+        (inpaint, False, False, True): A14B_CAMERA,
+    }
+    if not experts and channels != sizes.CHANNELS_2_2 and found not in supported and found in of_experts:
+        raise UserError(
+            where,
+            f"is one network of two, of {of_experts[found].name}; which of the two its files do not tell: give the "
+            f"folder in which it is {' or '.join(layout.EXPERTS.values())}",
+        )
+    supported = of_experts if experts else of_2_2 if channels == sizes.CHANNELS_2_2 else supported
     if found not in supported:
         raise UserError(
             where,
-            f"a Wan network with {_words(*found)}; supported are "
+            f"a Wan network with {_words(*found)}{' (one of two)' if experts else ''}; supported are "
             + "; ".join(f"{family.name}: {_words(*key)}" for key, family in supported.items()),
         )
     return supported[found]
@@ -291,16 +236,43 @@ def _words(extra: int, image: bool, ref: bool, camera: bool) -> str:
     return ", ".join(parts)
 
 
+# ---- found in a folder
+
+
 def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     """The variant in a checkpoint folder, from headers and JSON alone; None if its transformer is no Wan.
 
     settings: the guides' model yaml, already read. Raises UserError for a Wan that is not supported, or lacks files.
     """
-    if not settings and any((folder / name).is_dir() for name in TWO_NETWORKS):
-        raise UserError(str(folder), f"a Wan2.2 model of two networks, which is not supported yet; {SUPPORTED}")
-    path = layout.transformer_in(folder, settings)
-    if path is None:
+    if not settings:
+        layout.refuse_bare_experts(folder)
+    places = layout.networks_in(folder, settings)
+    networks = {name: _network(path) for name, path in places.items()}
+    if not networks or None in networks.values():
         return None
+    name, network = next(reversed(networks.items()))
+    path, experts = places[name], bool(name)
+    if any(other != network for other in networks.values()):
+        raise UserError(str(folder), f"its two networks ({' and '.join(places)} noise) are of different sizes")
+    assert network is not None
+    family = variant(network, str(path), experts=experts)
+    assert isinstance(family.objective, Flow)
+    channels = network["out_channels"]
+    files = layout.locate(folder, settings, path, channels=channels, with_image=network["image_dim"] is not None)
+    _, patch, _ = network["patch_size"]
+    family = replace(
+        family,
+        geometry=replace(family.geometry, patch=patch, channels=channels),
+        objective=_schedule(settings.get("scheduler_kwargs") or {}, family.objective),
+        options={"files": files},
+        frozen_files=files.for_encoding(),
+        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
+    )
+    return _with_experts(family, places, _boundary(folder, settings, family)) if experts else family
+
+
+def _network(path: Path) -> dict[str, Any] | None:
+    """Arguments of the network, or None if it is no Wan."""
     outlines, config = layout.peek_transformer(path)
     if not sizes.is_wan(outlines):
         return None
@@ -308,21 +280,49 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         raise UserError(str(path), f"a Wan network of {unlike}, which is not supported yet; {SUPPORTED}")
     network = sizes.transformer(outlines, config, str(path))
     sizes.tell_heads(network, str(path))
-    family = variant(network, str(path))
-    files = layout.locate(folder, settings, path, with_image=network["image_dim"] is not None)
-    _, patch, _ = network["patch_size"]
-    return replace(
-        family,
-        geometry=replace(BASE.geometry, patch=patch, channels=network["out_channels"]),
-        objective=_schedule(settings.get("scheduler_kwargs") or {}),
-        options={"files": files},
-        frozen_files=files.for_encoding(),
-        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
+    return network
+
+
+def _with_experts(family: Family, places: dict[str, Path], boundary: float) -> Family:
+    """With each expert as a family of its own: its network, and the noise levels that sampling gives it."""
+    files: layout.Files = family.options["files"]
+    assert isinstance(family.objective, Flow)
+    ranges = dict(zip(layout.EXPERTS, family.objective.parted(boundary), strict=True))
+    family = replace(family, boundary=boundary, weights=files.transformer, experts={})
+    family.experts.update(
+        {
+            name: replace(
+                family,
+                expert=name,
+                objective=ranges[name],
+                options={"files": replace(files, transformer=path)},
+                weights=path,
+            )
+            for name, path in places.items()
+        }
     )
+    return family
 
 
-def _schedule(said: dict[str, Any]) -> Flow:
+def _boundary(folder: Path, settings: dict[str, Any], family: Family) -> float:
+    """Of config_path, the checkpoint's model_index.json or the variant; says so where the first has another's."""
+    said = (settings.get("transformer_additional_kwargs") or {}).get("boundary")
+    said = configs.read_config(folder, "model_index.json").get("boundary_ratio") if said is None else said
+    if said is None:
+        assert family.boundary is not None
+        return family.boundary
+    if type(said) not in (int, float) or not 0 < said < 1:
+        raise UserError("config_path", f"boundary is {brief(said)}; expected a noise level between 0 and 1")
+    if said != family.boundary:
+        notice(
+            f"{folder}: its experts meet at noise level {said:g}, as config_path or model_index.json says; those of "
+            f"{family.name} were made to meet at {family.boundary:g}"
+        )
+    return float(said)
+
+
+def _schedule(said: dict[str, Any], own: Flow) -> Flow:
     said = schedule.checked(said, "config_path: scheduler_kwargs")
     if said.get("use_dynamic_shifting"):
         raise UserError("config_path", "scheduler_kwargs.use_dynamic_shifting is true; only a fixed shift is supported")
-    return Flow(shift=float(said.get("shift", 5.0)), steps=said.get("num_train_timesteps", 1000))
+    return Flow(shift=float(said.get("shift", own.shift)), steps=said.get("num_train_timesteps", own.steps))

@@ -1,10 +1,12 @@
-"""Released tensor names and those of diffusers and transformers, both ways, for each network of Wan2.1-Fun.
+"""Released tensor names and those of diffusers and transformers, both ways, for each network of Wan2.1, Wan2.2
+and their Fun models.
 
 Pure functions of a table of tensors. Names were read from the released files and from the libraries, 2026-11.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -74,6 +76,20 @@ def _vae_rows():
 
 VAE = tuple(_vae_rows())
 
+
+def _vae_2_2_rows():
+    """Of Wan2.2's VAE, whose levels are blocks with shortcuts: two residual blocks going down, three going up."""
+    yield from (row for row in VAE if not re.match(r"(en|de)coder\.(down|up)", row[0]))
+    for side, way, end in (("encoder", "down", 2), ("decoder", "up", 3)):
+        level, new_level = f"{side}.{way}samples.{{}}", f"{side}.{way}_blocks.{{}}"
+        for old, new in RESIDUAL:
+            yield f"{level}.{way}samples.{{}}.{old}", f"{new_level}.resnets.{{}}.{new}"
+        for part in ("resample.1", "time_conv"):
+            yield f"{level}.{way}samples.{end}.{part}", f"{new_level}.{way}sampler.{part}"
+
+
+VAE_2_2 = tuple(_vae_2_2_rows())
+
 TEXT = (
     ("token_embedding", "shared"),
     *((f"blocks.{{}}.attn.{part}", f"encoder.block.{{}}.layer.0.SelfAttention.{part}") for part in "qkvo"),
@@ -112,12 +128,19 @@ def from_released(state: State, config: dict[str, Any] | None = None) -> State:
     return rename(state, TRANSFORMER)
 
 
+def is_vae_2_2(state: State) -> bool:
+    """By names of either form."""
+    return any(
+        name.startswith(("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets.")) for name in state
+    )
+
+
 def vae_from_released(state: State) -> State:
-    return rename(state, VAE)
+    return rename(state, VAE_2_2 if is_vae_2_2(state) else VAE)
 
 
 def vae_to_released(state: State) -> State:
-    return rename(state, VAE, back=True)
+    return rename(state, VAE_2_2 if is_vae_2_2(state) else VAE, back=True)
 
 
 def text_from_released(state: State) -> State:

@@ -1,8 +1,8 @@
-"""A Wan2.1-Fun checkpoint as files: where each network lies, loading one, writing them.
+"""A Wan checkpoint as files: where each network lies, loading one, writing them.
 
 released    config.json, diffusion_pytorch_model.safetensors, Wan2.1_VAE.pth, models_t5_*.pth, models_clip_*.pth,
-            google/umt5-xxl
-diffusers   transformer, vae, text_encoder, image_encoder, tokenizer
+            google/umt5-xxl; Wan2.2-A14B has high_noise_model and low_noise_model in place of the first two
+diffusers   transformer, vae, text_encoder, image_encoder, tokenizer; Wan2.2-A14B has transformer_2 too
 
 Tensor names may be of either form in either place: they are told apart by the names themselves.
 """
@@ -30,6 +30,7 @@ from reeltune.families.wan_fun.vae import with_quick_norms
 
 State = dict[str, Tensor]
 
+VAE_2_2 = "Wan2.2_VAE.pth"  # of 48 latent channels
 RELEASED = {
     "transformer": "",
     "vae": "Wan2.1_VAE.pth",
@@ -45,12 +46,15 @@ DIFFUSERS = {
     "tokenizer": "tokenizer",
 }
 SUBPATHS = {
-    "transformer": ("transformer_additional_kwargs", "transformer_subpath"),
     "vae": ("vae_kwargs", "vae_subpath"),
     "text": ("text_encoder_kwargs", "text_encoder_subpath"),
     "image": ("image_encoder_kwargs", "image_encoder_subpath"),
     "tokenizer": ("text_encoder_kwargs", "tokenizer_subpath"),
 }  # where the guides' model yaml names them
+
+
+EXPERTS = {"high": "high_noise_model", "low": "low_noise_model"}  # as released
+EXPERTS_IN_DIFFUSERS = {"high": "transformer", "low": "transformer_2"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,58 @@ class Files:
         return files if self.image is None else files | {"image": self.image}
 
 
-def transformer_in(folder: Path, settings: dict[str, Any]) -> Path | None:
-    """The folder or file of the transformer's weights, if there is one. `settings` is the model yaml."""
-    return next(filter(tensor_files.has_weights, _candidates(folder, settings, "transformer")), None)
+def networks_in(folder: Path, settings: dict[str, Any]) -> dict[str, Path]:
+    """The folder or file of the weights: of "" alone, or of the experts "high" and "low"; {}: there are none.
+
+    settings: the model yaml; the places that it names count alone.
+    """
+    said = _said(settings, "transformer_additional_kwargs", "transformer_subpath")
+    named = {
+        name: _said(settings, "transformer_additional_kwargs", f"transformer_{place}_subpath")
+        for name, place in EXPERTS.items()
+    }
+    low = named["low"]  # which names the only network where there is no other
+    if named["high"]:
+        chosen = {name: folder / path for name, path in named.items() if path is not None}
+    elif said or low:
+        chosen = {"": folder / (said or low or "")}
+    elif released := _with_weights({name: folder / place for name, place in EXPERTS.items()}):
+        return released
+    else:
+        both = _with_weights({name: folder / place for name, place in EXPERTS_IN_DIFFUSERS.items()})
+        if len(both) == len(EXPERTS):
+            return both
+        places = (folder / RELEASED["transformer"], folder / DIFFUSERS["transformer"])
+        chosen = {"": next(filter(tensor_files.has_weights, places), folder)}
+    return _with_weights(chosen)
 
 
-def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_image: bool) -> Files:
-    """Raises UserError that names every missing part and where it was looked for."""
+def refuse_bare_experts(folder: Path) -> None:
+    """Raises UserError for the folder of an expert in which no weights are."""
+    places = [folder / name for name in (*EXPERTS.values(), EXPERTS_IN_DIFFUSERS["low"])]
+    refuse(
+        str(folder),
+        [
+            f"{place.name}, of a Wan2.2 model of two networks, {tensor_files.why_no_weights(place)}; download it, or "
+            "remove it to train the other network alone"
+            for place in places
+            if place.is_dir() and not tensor_files.has_weights(place)
+        ],
+    )
+
+
+def _with_weights(places: dict[str, Path]) -> dict[str, Path]:
+    return {name: path for name, path in places.items() if tensor_files.has_weights(path)}
+
+
+def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, channels: int, with_image: bool) -> Files:
+    """channels: of the latents. Raises UserError that names every missing part and where it was looked for."""
     names = ("vae", "text", "tokenizer", *(("image",) if with_image else ()))
-    tried = {name: _candidates(folder, settings, name) for name in names}
+    released = RELEASED | ({"vae": VAE_2_2} if channels == sizes.CHANNELS_2_2 else {})
+    tried = {}
+    for name in names:
+        said = _said(settings, *SUBPATHS[name])
+        tried[name] = [folder / said] if said else [folder / released[name], folder / DIFFUSERS[name]]
     found = {name: next((path for path in paths if path.exists()), None) for name, paths in tried.items()}
     missing = [
         f"no {name} at {' or '.join(str(path.relative_to(folder)) for path in tried[name])}; download it, "
@@ -89,13 +136,13 @@ def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, with_im
     return Files(transformer, **{"image": None, **found})  # type: ignore[arg-type]
 
 
-def _candidates(folder: Path, settings: dict[str, Any], name: str) -> list[Path]:
-    section, key = SUBPATHS[name]
+def _said(settings: dict[str, Any], section: str, key: str) -> Path | None:
+    """The place inside a checkpoint that the model yaml names. Raises UserError for one that is none."""
     said = (settings.get(section) or {}).get(key)
     if not said:
-        return [folder / RELEASED[name], folder / DIFFUSERS[name]]
+        return None
     try:
-        return [folder.joinpath(*map(bare_name, Path(said).parts))]
+        return Path(*map(bare_name, Path(said).parts))
     except (TypeError, ValueError):
         raise UserError(
             "config_path", f"{section}.{key} is {brief(said)}; expected a place inside the checkpoint"
@@ -123,9 +170,16 @@ def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[
     return net, config
 
 
-def load_vae(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> AutoencoderKLWan:
+def load_vae(
+    path: Path, channels: int, dtype: torch.dtype | None, fake: AbstractContextManager | None = None
+) -> AutoencoderKLWan:
+    """channels: of the transformer's latents. Raises UserError for a VAE of others."""
     state = keys.vae_from_released(weights.read(path, fake))
-    net = with_quick_norms(configs.build(AutoencoderKLWan, sizes.vae(state, _own_config(path), str(path)), str(path)))
+    arguments = sizes.vae(state, _own_config(path), str(path))
+    if arguments["z_dim"] != channels:
+        rule = f"has {arguments['z_dim']} latent channels, and the transformer {channels}; it is of another model"
+        raise UserError(str(path), rule)
+    net = with_quick_norms(configs.build(AutoencoderKLWan, arguments, str(path)))
     return _frozen(net, state, path, dtype)
 
 
@@ -188,7 +242,8 @@ def write_released(
     Without `config` the released dialect is written from the network's own sizes.
     """
     save_transformer(folder, net.state_dict(), config or sizes.released_config(net.config))
-    torch.save(keys.vae_to_released(vae.state_dict()), folder / RELEASED["vae"])
+    vae_file = VAE_2_2 if keys.is_vae_2_2(vae.state_dict()) else RELEASED["vae"]
+    torch.save(keys.vae_to_released(vae.state_dict()), folder / vae_file)
     torch.save(keys.text_to_released(text.state_dict()), folder / RELEASED["text"])
     if image is not None:
         tower = getattr(image, "vision_model", image)

@@ -1,4 +1,4 @@
-"""What the Fun models add to diffusers' Wan transformer: reference tokens and camera control.
+"""What the Fun models add to diffusers' Wan transformer: reference tokens and camera control; and times by token.
 
 Also two tables that diffusers keeps in less precision than the models were trained with, or that lose it when the
 network is cast: the timestep's sinusoid and the rotary angles are computed here in float64 at each call.
@@ -39,12 +39,12 @@ class Rope(nn.Module):
         return angles.cos().float(), angles.sin().float()
 
 
-def sinusoid(timestep_B: Tensor, channels: int) -> Tensor:
-    """float32[B, channels]: cosines, then sines (https://arxiv.org/abs/1706.03762, section 3.5, halves swapped)."""
+def sinusoid(timestep: Tensor, channels: int) -> Tensor:
+    """float32[..., channels]: cosines, then sines (https://arxiv.org/abs/1706.03762, section 3.5, halves swapped)."""
     half = channels // 2
-    speeds = THETA ** -(torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half)
-    angles = torch.outer(timestep_B.double(), speeds)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    speeds = THETA ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angles = timestep.double()[..., None] * speeds
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 class ResidualBlock(nn.Module):
@@ -84,6 +84,7 @@ class WanFunTransformer(WanTransformer3DModel):
         self.register_to_config(ref_channels=ref_channels, camera_channels=camera_channels, camera_shrink=camera_shrink)
         width, patch = self.patch_embedding.out_channels, tuple(self.config["patch_size"][1:])
         self.rope = Rope(self.config["attention_head_dim"])
+        self.token_times = nn.Identity()  # a place to shard them at
         if ref_channels:
             self.ref_conv = nn.Conv2d(ref_channels, width, kernel_size=patch, stride=patch)
         if camera_channels:
@@ -92,7 +93,7 @@ class WanFunTransformer(WanTransformer3DModel):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  called by its family alone
         self,
         x_BCThw: Tensor,
-        timestep_B: Tensor,
+        timestep: Tensor,
         text_BLD: Tensor,
         image_BLD: Tensor | None = None,
         ref_BChw: Tensor | None = None,
@@ -100,23 +101,30 @@ class WanFunTransformer(WanTransformer3DModel):
     ) -> Tensor:
         """x holds the noisy latents, then the conditioning channels; the answer B C T h w has the latents' channels.
 
-        timestep in 0..1000, not rounded; text zero-padded to 512 tokens, which are all attended to; image 257 tokens
-        where the network has an image embedding; ref one latent frame, placed before the first as tokens of its own.
+        timestep in 0..1000, not rounded, one for each clip (B) or for each token of it (B L); then the reference's
+        tokens have that of the last (measured on the reference, 2026-11). Text is zero-padded to 512 tokens, which are
+        all attended to; image 257 tokens where the network has an image embedding; ref one latent frame, placed before
+        the first as tokens of its own.
         """
         x = self.patch_embedding(x_BCThw)
         if camera_BCTHW is not None:
             x = x + self.control_adapter(camera_BCTHW)
         T, h, w = x.shape[2:]
+        by_token = timestep.ndim == 2
         if ref_BChw is not None:
             x = torch.cat([self.ref_conv(ref_BChw)[:, :, None], x], dim=2)
+            if by_token:
+                timestep = torch.cat([timestep[:, -1:].expand(-1, h * w), timestep], dim=1)
         rotary = self.rope(tuple(x.shape[2:]), x.device)
         x_BLD = x.flatten(2).transpose(1, 2).contiguous()
 
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):  # the models were trained with this path in float32
             dtype = embedder.time_proj.weight.dtype
-            time_BD = embedder.time_embedder(sinusoid(timestep_B, self.config["freq_dim"]).to(dtype))
-            modulation = embedder.time_proj(F.silu(time_BD)).unflatten(1, (6, -1))
+            if by_token:
+                timestep = self.token_times(timestep)
+            time = embedder.time_embedder(sinusoid(timestep, self.config["freq_dim"]).to(dtype))  # B D, or B L D
+            modulation = embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))
         context_BLD = embedder.text_embedder(text_BLD)
         if image_BLD is not None:
             assert embedder.image_embedder is not None
@@ -125,7 +133,8 @@ class WanFunTransformer(WanTransformer3DModel):
         for block in self.blocks:
             x_BLD = block(x_BLD, context_BLD, modulation, rotary)
 
-        shift, scale = (self.scale_shift_table + time_BD[:, None]).chunk(2, dim=1)
+        time_BLD = time if by_token else time[:, None]
+        shift, scale = (self.scale_shift_table[:, None] + time_BLD[:, :, None]).unbind(2)
         x_BLD = (self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD)
         answer_BLD = self.proj_out(x_BLD)[:, -T * h * w :]  # without the reference's tokens
         return self._unpatch(answer_BLD, (T, h, w))

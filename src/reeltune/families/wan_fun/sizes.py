@@ -19,6 +19,7 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import AGAIN
 from reeltune.families import configs
 from reeltune.families.tensor_files import notice
+from reeltune.families.wan_fun import keys
 from reeltune.families.wan_fun.net import TEXT_LENGTH
 
 State = dict[str, Tensor]
@@ -35,7 +36,11 @@ NAMES = {  # ours: what the dialects call it
 HEADS = ("num_heads", "num_attention_heads")
 HEAD_DIM = 128  # of every released Wan transformer, where config.json does not say
 RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}  # of the 1.3B, 5B and 14B networks
-ADAPTER_SHRINK = 8  # pixels per latent cell of released camera models, where config.json does not say
+CHANNELS_2_2 = 48  # of the latents of Wan2.2's small models
+ADAPTER_SHRINK = {
+    16: 8,
+    CHANNELS_2_2: 16,
+}  # latent channels: pixels per cell, where a camera model's config.json does not say
 
 
 TYPES = {  # of what is read of any dialect
@@ -102,7 +107,7 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
 
     image = state.get("condition_embedder.image_embedder.norm1.weight")
     ref, adapter = state.get("ref_conv.weight"), state.get("control_adapter.conv.weight")
-    shrink = config.get("downscale_factor_control_adapter") or ADAPTER_SHRINK
+    shrink = config.get("downscale_factor_control_adapter") or ADAPTER_SHRINK.get(found["out_channels"], 8)
     axes = {"condition_embedder.image_embedder.norm1.weight": 1, "ref_conv.weight": 4, "control_adapter.conv.weight": 4}
     _need(state, {name: ndim for name, ndim in axes.items() if name in state}, where, "a Wan transformer")
     del found["width"]
@@ -130,9 +135,12 @@ def tell_heads(arguments: dict[str, Any], where: str) -> None:
 def released_config(arguments: dict[str, Any]) -> dict[str, Any]:
     """The released dialect's config.json for a network of these arguments."""
     width = arguments["num_attention_heads"] * arguments["attention_head_dim"]
+    extra = arguments["in_channels"] - arguments["out_channels"]
+    by_token = arguments["out_channels"] == CHANNELS_2_2
+    sees_clip = arguments["image_dim"] is not None or extra > arguments["out_channels"]
     config = {
         "_class_name": "WanModel",
-        "model_type": "t2v" if arguments["image_dim"] is None else "i2v",
+        "model_type": "ti2v" if by_token else "i2v" if sees_clip else "t2v",
         "patch_size": list(arguments["patch_size"]),
         "in_dim": arguments["in_channels"],
         "out_dim": arguments["out_channels"],
@@ -164,16 +172,34 @@ def diffusers_config(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"_class_name": "WanTransformer3DModel", **known, "patch_size": list(arguments["patch_size"])}
 
 
+LATENTS_2_2 = {  # of Wan2.2's VAE (https://github.com/Wan-Video/Wan2.2/blob/main/wan/modules/vae2_2.py)
+    "latents_mean": [
+        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+        *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+        *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    ],
+    "latents_std": [
+        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ],
+}
+
+
 def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of AutoencoderKLWan. Statistics of latents: config.json's, or Wan2.1's, which are diffusers' default.
+    """Arguments of AutoencoderKLWan. Statistics of latents: config.json's, or those of Wan2.1 or Wan2.2.
 
     Raises UserError where there is not one of each per latent channel.
     """
-    _need(state, {"encoder.conv_in.weight": 5, "post_quant_conv.weight": 5}, where, "a Wan2.1 VAE")
+    _need(state, {"encoder.conv_in.weight": 5, "post_quant_conv.weight": 5}, where, "a Wan VAE")
     configs.check_types(config, dict.fromkeys(("latents_mean", "latents_std"), list[float]), where)
     channels = state["post_quant_conv.weight"].shape[0]
-    default = inspect.signature(AutoencoderKLWan.__init__).parameters
-    found = {name: config.get(name, default[name].default) for name in ("latents_mean", "latents_std")}
+    is_2_2 = keys.is_vae_2_2(state)
+    default = inspect.signature(AutoencoderKLWan.__init__).parameters  # those of Wan2.1
+    known = LATENTS_2_2 if is_2_2 else {name: default[name].default for name in LATENTS_2_2}
+    found = {name: config.get(name, known[name]) for name in known}
     refuse(
         where,
         [
@@ -182,7 +208,19 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
             if len(values) != channels
         ],
     )
-    return {"base_dim": state["encoder.conv_in.weight"].shape[0], "z_dim": channels} | found
+    base_dim, pixels = state["encoder.conv_in.weight"].shape[:2]
+    found |= {"base_dim": base_dim, "z_dim": channels}
+    if not is_2_2:
+        return found
+    _need(state, {"decoder.conv_out.weight": 5}, where, "a Wan2.2 VAE")
+    return found | {
+        "decoder_base_dim": state["decoder.conv_out.weight"].shape[1],
+        "is_residual": True,
+        "in_channels": pixels,  # of patches of 2 x 2 pixels
+        "out_channels": pixels,
+        "patch_size": isqrt(pixels // 3),
+        "scale_factor_spatial": 8 * isqrt(pixels // 3),
+    }
 
 
 def text(state: State, where: str) -> UMT5Config:

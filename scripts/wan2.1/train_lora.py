@@ -1,0 +1,8 @@
+"""The original tools' training script by name and flags; reeltune does the work."""
+
+import sys
+
+from reeltune.compat import train
+
+if __name__ == "__main__":  # the processes that measure and decode clips import this file too
+    sys.exit(train("wan2.1/train_lora.py"))
