@@ -234,7 +234,9 @@ def test_noise_levels_that_are_for_flow_alone_are_refused_elsewhere():
     ):
         with_levels(Ddpm(), asked)
     assert with_levels(Ddpm(), Loss(uniform_sampling=True)) == Ddpm(uniform_sampling=True)
-    assert with_levels(Flow(shift=2.0), asked) == Flow(2.0, 1000, True, "logit_normal", 1.0)
+    assert with_levels(Flow(shift=2.0), asked) == Flow(
+        shift=2.0, uniform_sampling=True, weighting_scheme="logit_normal", logit_mean=1.0
+    )
 
 
 def test_a_mode_that_the_checkpoint_cannot_do_is_refused(wan, data, tmp_path):
