@@ -51,6 +51,7 @@ BASES = ("bf16", "fp8", "int8", "nf4")
 SAVINGS = {
     "recompute_half": "half of the blocks recomputed",
     "recompute_all": "all blocks recomputed",
+    "recompute_but_attention": "all blocks recomputed but attention over the clip",
     "offload": "activations offloaded",
     "recompute_and_offload": "all blocks recomputed, their inputs offloaded",
     "in_backward": "step in the backward pass, no clipping",
@@ -61,6 +62,7 @@ NETWORKS = {"1.3b": "Wan2.1-Fun-V1.1-1.3B-Control", "14b_cut": "8 layers of 14B"
 WAYS = {
     "": "",
     "_compiled": ", blocks compiled",
+    "_attention_kept": ", what attention gave kept",
     **{f"_{kernel}": f", {kernel} attention" for kernel in ("flash", "cudnn", "efficient")},
 }
 MEANING = {  # name: (what it is, goal)

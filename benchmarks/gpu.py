@@ -1,8 +1,8 @@
 """Steps of networks of released width on a GPU: seconds, tokens, share of the GPU's arithmetic, memory.
 
 Wan2.1-Fun-V1.1-1.3B-Control whole, and the 14B's width with few of its layers, both with random weights, on one clip of
-81 x 480 x 832, encoded already; gradient checkpointing, bf16. By each of the attention kernels that torch has, and with
-the network's blocks compiled. Without a GPU there is nothing to measure.
+81 x 480 x 832, encoded already; gradient checkpointing, bf16. By each of the attention kernels that torch has, with
+what attention gave kept, and with the network's blocks compiled. Without a GPU there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import swap_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune.config.recipe import Model, Recipe, Training
+from reeltune.core.errors import UserError
 from reeltune.core.types import Encoded, Posterior, Shape
 from reeltune.diffusion.loss import diffusion_loss, settle
 from reeltune.distributed.engine import Engine, peak_flops
@@ -45,14 +44,15 @@ class Size:
 
 
 SIZES = {"1.3b": Size(12, 8960, 30), "14b_cut": Size(40, 13824, 8)}  # of 40 layers
-WAYS: dict[str, tuple[SDPBackend | None, bool]] = {  # attention kernel (None: as torch chooses), blocks compiled
-    "": (None, False),
-    "_compiled": (None, True),
-    "_flash": (SDPBackend.FLASH_ATTENTION, False),
-    "_cudnn": (SDPBackend.CUDNN_ATTENTION, False),
-    "_efficient": (SDPBackend.EFFICIENT_ATTENTION, False),
+RECOMPUTED = Training(gradient_checkpointing=True)
+WAYS: dict[str, tuple[Training, bool]] = {  # of a recipe; blocks compiled
+    "": (RECOMPUTED, False),
+    "_compiled": (RECOMPUTED, True),
+    "_attention_kept": (Training(gradient_checkpointing="attention_kept"), False),
+    "_flash": (replace(RECOMPUTED, attention="flash"), False),
+    "_cudnn": (replace(RECOMPUTED, attention="cudnn"), False),
+    "_efficient": (replace(RECOMPUTED, attention="efficient"), False),
 }
-NO_KERNEL = ("No available kernel", "No viable backend")  # as a GPU and a CPU say it
 CLIP = Shape(81, 480, 832)
 
 
@@ -107,13 +107,13 @@ def encoded(clip: Shape, device: torch.device) -> Encoded:
 class Step:
     """What a training step does once its batch is encoded."""
 
-    def __init__(self, size: Size, clip: Shape, *, compiled: bool):
+    def __init__(self, size: Size, clip: Shape, training: Training, *, compiled: bool):
         self.engine = Engine("bf16")
         parts = Parts(network(size, self.engine.device, torch.bfloat16), device=self.engine.device)
         if compiled:
             for block in blocks_of(parts.net, FAMILY.blocks):
                 block.compile()
-        recipe = Recipe(model=Model(trained_weights="bf16_stochastic"), training=Training(gradient_checkpointing=True))
+        recipe = Recipe(model=Model(trained_weights="bf16_stochastic"), training=training)
         self.learner = learner_of(recipe, FAMILY, parts, self.engine, batch=1, accumulate=1)
         self.encoded, self.seed = encoded(clip, self.engine.device), 0
 
@@ -135,21 +135,18 @@ def seconds_of(step: Step, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measured(size: Size, clip: Shape, kernel: SDPBackend | None, *, compiled: bool) -> Iterator[tuple[str, float]]:
-    """(unit, number), of which there are none if this kernel cannot do it."""
-    step = Step(size, clip, compiled=compiled)
+def measured(size: Size, clip: Shape, training: Training, *, compiled: bool) -> Iterator[tuple[str, float]]:
+    """(unit, number), of which there are none if torch has not the kernel asked for."""
+    step = Step(size, clip, training, compiled=compiled)
     device = step.engine.device
-    chosen: AbstractContextManager = nullcontext() if kernel is None else sdpa_kernel(kernel)
-    with chosen:
-        try:
-            step()
-        except RuntimeError as error:
-            if not any(words in str(error) for words in NO_KERNEL):
-                raise
-            return
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        taken = [seconds_of(step, device) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+    try:
+        step()
+    except UserError as error:
+        print(error)
+        return
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = [seconds_of(step, device) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
     step_s = statistics.median(taken)
     yield "step_s", step_s
     yield "tokens_s", FAMILY.geometry.tokens(clip) / step_s
@@ -173,8 +170,8 @@ def main() -> dict[str, float]:
         return {}
     found = {}
     for name, size in SIZES.items():
-        for way, (kernel, compiled) in WAYS.items():
-            for unit, value in measured(size, CLIP, kernel, compiled=compiled):
+        for way, (training, compiled) in WAYS.items():
+            for unit, value in measured(size, CLIP, training, compiled=compiled):
                 found[f"gpu_{name}{way}_{unit}"] = value
                 print(f"gpu_{name}{way}_{unit} {value:.4g}")
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -96,7 +97,7 @@ def bytes_per_parameter(weights: str, optimizer: str, in_backward: bool) -> floa
 
 @dataclass
 class Way:
-    checkpointing: bool = False
+    checkpointing: bool | Literal["attention_kept"] = False
     memory: Memory = field(default_factory=Memory)
     max_grad_norm: float | None = None
     still: bool = False  # the blocks do not learn
@@ -109,6 +110,7 @@ WAYS = {
     "plain": Way(),
     "recompute_half": Way(True, Memory(gradient_checkpointing_share=0.5)),
     "recompute_all": Way(True),
+    "recompute_but_attention": Way("attention_kept"),
     "offload": Way(memory=Memory(offload_activations=True)),
     "recompute_and_offload": Way(True, Memory(offload_activations=True)),
     "in_backward": Way(memory=Memory(step_in_backward=True)),

@@ -77,7 +77,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     gradients = backward.bytes + forward.bytes  # all that the forward pass kept is gone
     with Allocated() as step:
         learner.step(0, 1e-3)
-    recomputed = checkpointing * sum(type(module).__name__ in family.blocks for module in parts.net.modules())
+    recomputed = bool(checkpointing) * sum(type(module).__name__ in family.blocks for module in parts.net.modules())
     return {
         "weights": size_bytes([*parts.net.parameters(), *parts.net.buffers()]),
         "gradients": gradients,
@@ -96,7 +96,7 @@ def compare(run, shape: Shape, monkeypatch) -> None:
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("bf16", "attention_kept")])
 def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
     folder, asked = model
@@ -191,6 +191,26 @@ def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(tmp_path
         assert gone == swapped.swapped_bytes, phase
     both = swapped.peaks["forward"]["forward"] - plain.peaks["forward"]["forward"]
     assert both == pytest.approx(2 * 4 * plain.block_parameters, rel=0.1)  # a block at work, and the next
+
+
+def test_attention_that_is_kept_is_counted_in_bytes_and_arithmetic(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
+    tokens, width, heads, layers, batch = 3 * 32 * 32 // 4, 192, 4, 6, 2  # more tokens than text and picture have
+    ways = (False, "attention_kept", True)
+    none, kept, full = (lean(tmp_path, Shape(9, 256, 256), gradient_checkpointing=way) for way in ways)
+    given = batch * tokens * width * 2  # in bf16
+    sums = batch * heads * tokens * 4  # logarithms of sums of exponentials, in fp32
+    assert kept.saved_bytes - full.saved_bytes == layers * (given + sums)
+    assert full.saved_bytes < kept.saved_bytes < none.saved_bytes
+    assert none.flops["forward"] == kept.flops["forward"] == full.flops["forward"]
+    assert full.flops["backward"] - kept.flops["backward"] == layers * 4 * batch * tokens**2 * width
+
+
+def test_kernels_of_other_devices_are_counted_as_the_fused_one_here_and_math_as_itself(tmp_path):
+    shape, found = Shape(9, 64, 96), {}
+    for kernel in ("auto", "cudnn", "math"):
+        found[kernel] = lean(tmp_path, shape, attention=kernel).saved_bytes
+    assert found["cudnn"] == found["auto"] < found["math"]
 
 
 def test_offloaded_activations_are_on_the_host_and_come_back(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from reeltune.training.learner import Learner, learner_of
 from tests.families.every_family import Pair
 from tests.runs.same_run import assert_equal
 from tests.runs.small_run import data_set, recipe
+from tests.unit.test_attention import Operators
 
 STEPS = 3
 KINDS = {
@@ -31,6 +32,7 @@ HALF = {"gradient_checkpointing": True, "gradient_checkpointing_share": 0.5}
 WAYS = {  # what is saved with, and the kind of run
     "half_recomputed": ("fp32", HALF),
     "all_recomputed": ("bf16_stochastic", {"gradient_checkpointing": True}),
+    "attention_kept": ("fp32", {"gradient_checkpointing": "attention_kept"}),
     "offloaded": ("fp32", {"offload_activations": True}),
     "stepped_in_backward": ("fp32", {"step_in_backward": True}),
     "all_of_it": ("bf16_stochastic", {**HALF, "offload_activations": True, "step_in_backward": True}),
@@ -107,7 +109,18 @@ def test_the_bits_of_the_plain_run(way, start, plain, monkeypatch):
     assert_same(steps(start, **KINDS[kind], **changes), (told, learner))
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_chosen_kernel_is_that_of_the_recomputation_too(start, plain):
+    with Operators() as usual:
+        steps(start, **KINDS["fp32"])
+    with Operators() as chosen:
+        told, learner = steps(start, **KINDS["fp32"], attention="math")
+    assert chosen.fused < usual.fused or not usual.fused  # of toys, which have no attention
+    assert_same(steps(start, **KINDS["fp32"], attention="math", gradient_checkpointing=True), (told, learner))
+    for ours, theirs in zip(told, plain["fp32"][0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("recomputed", [False, True, "attention_kept"])
 def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypatch):
     family, made, *_ = start
     net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net

@@ -103,8 +103,13 @@ def test_what_goes_wrong_is_raised_with_its_own_batch(where):
 def test_where_batches_are_encoded_ahead():
     cases = {(None, True, False): True, (None, True, True): False, (None, False, False): False}
     cases |= {(True, False, False): True, (False, True, False): False}
-    found = {case: encodes_ahead(case[0], on_gpu=case[1], low_vram=case[2]) for case in cases}
-    assert found == cases
+
+    def ahead(asked, on_gpu, low_vram=False, **more):
+        return encodes_ahead(build({"encode_ahead": asked, "low_vram": low_vram, **more}), on_gpu=on_gpu)
+
+    assert {case: ahead(*case) for case in cases} == cases
+    assert not ahead(None, True, attention="flash")  # which encoders may not have
+    assert ahead(None, True, attention="flash", cache_folder="x", cache_variants=1)
 
 
 def test_not_with_low_vram():

@@ -136,11 +136,30 @@ def test_only_what_the_pattern_names_moves(wan, data, tmp_path):
 
 def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     losses = []
-    for on in (False, True):
+    for on in (False, True, "attention_kept"):
         out = tmp_path / str(on)
         train(recipe(wan, data, out, train_mode="control", gradient_checkpointing=on, max_train_steps=2))
         losses.append([(row["loss"], row["grad_norm"]) for row in steps(out)])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_chosen_attention_kernel_is_told_and_kept_by_a_resume(wan, data, tmp_path, capsys):
+    settings = {"train_mode": "control", "checkpointing_steps": 1, "attention": "math", "gradient_checkpointing": True}
+    plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
+    train(recipe(wan, data, plain, **{**settings, "attention": "auto"}, max_train_steps=2))
+    train(recipe(wan, data, whole, **settings, max_train_steps=2))
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("attention is computed by torch's kernel math, and no other") == 1  # of the second run
+    assert [json.loads((out / "run.json").read_text())["attention"] for out in (plain, whole)] == ["auto", "math"]
+    train(recipe(wan, data, parts, **settings, max_train_steps=1))
+    train(recipe(wan, data, parts, **settings, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert steps(parts)[1]["loss"] == steps(whole)[1]["loss"]
+    ours, theirs = (weights(out, 2) for out in (parts, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for one, other in zip(steps(whole), steps(plain), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    with pytest.raises(UserError, match=r"attention is efficient, a kernel that torch .* does not have on cpu"):
+        train(recipe(wan, data, tmp_path / "no", **{**settings, "attention": "efficient"}))
 
 
 def test_came_trains_in_adamws_place(toy, data, tmp_path):

@@ -55,16 +55,18 @@ def test_a_step_on_a_gpu_is_measured(monkeypatch):
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "WARM_UP", 0)
     size, clip = gpu.Size(heads=2, ffn=64, layers=2, head_width=24), Shape(5, 32, 48)
-    found = dict(gpu.measured(size, clip, None, compiled=False))
+    found = dict(gpu.measured(size, clip, gpu.RECOMPUTED, compiled=False))
     assert found["tokens_s"] * found["step_s"] == pytest.approx(2 * 2 * 3)
-    assert not dict(gpu.measured(size, clip, gpu.SDPBackend.CUDNN_ATTENTION, compiled=False))
+    kept, compiled = gpu.WAYS["_attention_kept"]
+    assert dict(gpu.measured(size, clip, kept, compiled=compiled)).keys() == found.keys()
+    assert not dict(gpu.measured(size, clip, gpu.WAYS["_cudnn"][0], compiled=False))
     assert all(f"gpu_1.3b{way}_{unit}" in MEANING for way in gpu.WAYS for unit in (*found, "mfu"))
 
 
 def test_flops_of_a_block_are_three_times_those_by_hand():
     def flops(layers):
-        with gpu.sdpa_kernel(gpu.SDPBackend.MATH):  # torch counts those of a GPU, and of the CPU this one
-            return gpu.flops(gpu.Step(gpu.Size(2, 64, layers, head_width=24), Shape(5, 32, 48), compiled=False))
+        math = replace(gpu.RECOMPUTED, attention="math")  # torch counts those of a GPU, and of the CPU this one
+        return gpu.flops(gpu.Step(gpu.Size(2, 64, layers, head_width=24), Shape(5, 32, 48), math, compiled=False))
 
     N, D = 2 * 2 * 3, 48  # tokens, width
     others = gpu.TEXT + gpu.IMAGE  # tokens whose keys and values are made, and looked at

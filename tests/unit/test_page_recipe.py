@@ -45,6 +45,7 @@ def test_an_empty_form_is_the_default_recipe():
     "tree",
     [
         {**NEEDED, "save_in_background": "false", "gradient_checkpointing": "true", "max_grad_norm": "null"},
+        {**NEEDED, "gradient_checkpointing": "attention_kept", "attention": "flash"},
         {**NEEDED, "validation_prompts": ["a red kite, by the sea", "two  spaces"], "fix_sample_size": ["64", "96"]},
         {**NEEDED, "report_to": ["none"], "train_mode": "control", "learning_rate": "3e-5", "max_train_steps": 5},
         {**NEEDED, "target_name": ["q", "ffn.0"], "rank": "4", "negative_prompt": "blurred\nand dark"},

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
+from reeltune.config.flags import flags
 from reeltune.config.parse import build, dump, flat, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import RANGES
@@ -60,6 +61,8 @@ def test_overrides_win_and_text_takes_the_type_of_its_field():
         ("learning_rate", None, "a number"),
         ("enable_bucket", "yes", "true or false"),
         ("enable_bucket", 1, "true or false"),
+        ("gradient_checkpointing", "attention", "true or false or attention_kept"),
+        ("gradient_checkpointing", ["attention_kept"], "true or false or attention_kept"),
         ("train_mode", "controll", f"one of {', '.join(MODES)}, or none"),
         ("loss_type", ["flow"], "one of flow, ddpm, sigma, or none"),
         ("train_mode", ["control_ref"], f"one of {', '.join(MODES)}, or none"),
@@ -141,6 +144,11 @@ def test_what_must_be_more_than_zero(name):
         ({"use_prodigy": True, "learning_rate": 1, "trained_weights": "bf16_stochastic"}, "at once; use fp32"),
         ({"use_muon": True, "engine": "zero2"}, "use_muon is true and engine is zero2, which has no such thing"),
         ({"gradient_checkpointing_share": 0.5}, "set gradient_checkpointing to true"),
+        ({"gradient_checkpointing": "attention_kept", "step_in_backward": True}, "set gradient_checkpointing to true"),
+        ({"gradient_checkpointing": "attention_kept", "attention": "math"}, "attention_kept and attention is math"),
+        ({"gradient_checkpointing": "attention_kept", "engine": "zero3"}, "or engine to fsdp"),
+        ({"attention": "flash", "context_parallel": 2}, "context_parallel is 2, where the backward pass"),
+        ({"attention": "math", "encode_ahead": True}, "train from a cache"),
         ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
         ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
         ({"max_grad_norm": "none", "abnormal_norm_clip_start": 10}, "give max_grad_norm"),
@@ -185,7 +193,32 @@ def test_rules_between_fields(tree, names):
     assert names in line
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--gradient_checkpointing"], True),
+        (["--gradient_checkpointing", "--low_vram"], True),
+        (["--gradient_checkpointing", "False"], False),
+        (["--gradient_checkpointing=true"], True),
+        (["--gradient_checkpointing", "attention_kept"], "attention_kept"),
+        (["--gradient_checkpointing=attention_kept", "--low_vram"], "attention_kept"),
+    ],
+)
+def test_a_switch_with_a_third_value_is_a_switch_still(words, value, tmp_path):
+    left, given, wrong = flags(words)
+    assert (left, wrong) == ([], [])
+    recipe = build(given)
+    assert recipe.training.gradient_checkpointing is value or recipe.training.gradient_checkpointing == value
+    assert isinstance(recipe.training.gradient_checkpointing, type(value))
+    (tmp_path / "r.yaml").write_text(dump(recipe))
+    assert build(read(tmp_path / "r.yaml")) == recipe
+    assert settings()["gradient_checkpointing"].operand == "[true|false|attention_kept]"
+    assert flags(["--gradient_checkpointing", "recipe.yaml"])[0] == ["recipe.yaml"]
+
+
 def test_rules_between_fields_allow_what_fits():
+    build({"attention": "flash", "encode_ahead": True, "cache_folder": "x", "cache_variants": 1})
+    build({"attention": "math", "gradient_checkpointing": True, "step_in_backward": True})
     build({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:20,.01:30,0.005"})
     build({"validation_prompts": ["a"], "validation_paths": ["a.mp4"]})
     build({"validation_prompts": ["a"], "validation_control_from": ["a.mp4"], "control_kind": "canny"})
@@ -228,6 +261,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "trainable_modules_low_learning_rate": [],
         "rank_pattern": ["a: b=4", "no=8"],
         "alpha_pattern": ["a: b=4.5", "no=8"],
+        "attention": "auto",
         "use_came": False,
         "use_dora": False,
         "use_8bit_adam": False,
@@ -246,6 +280,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     }
     recipe = build(tree)
     same = {
+        "attention",
         "validation_control_from",
         "validation_data_meta",
         "random_ratio_crop",
@@ -361,4 +396,5 @@ def test_adapters_train_on_what_the_full_recipe_does(file):
 def test_literal_fields_list_their_choices():
     for setting in settings().values():
         kinds = [kind for kind in setting.alternatives if get_origin(kind) is Literal]
-        assert all(set(get_args(kind)) == set(setting.choices) for kind in kinds)
+        switch = {"true", "false"} if setting.stands_alone else set()
+        assert all({*get_args(kind), *switch} == set(setting.choices) for kind in kinds)

@@ -26,7 +26,7 @@ def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
         name, equals, value = token[2:].partition("=")
         setting = known.get(name)
         values = [value] if equals else _taken(setting, left)
-        if setting is not None and not setting.is_switch and not values:
+        if setting is not None and not setting.stands_alone and not values:
             problems.append(f"{name} has no value; write --{name} VALUE")
         elif setting is not None and setting.is_list:
             given[name] = values
@@ -38,8 +38,8 @@ def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
 def _taken(setting: Setting | None, left: list[str]) -> list[str]:
     """Takes from `left` the words that belong to a flag."""
     count = next((i for i, token in enumerate(left) if token.startswith("--")), len(left))
-    if setting is not None and setting.is_switch:
-        count = int(count > 0 and left[0].lower() in TRUTH)
+    if setting is not None and setting.stands_alone:
+        count = int(count > 0 and (left[0].lower() in TRUTH or left[0] in setting.choices))
     elif setting is None or not setting.is_list:
         count = min(count, 1)
     taken, left[:] = left[:count], left[count:]

@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -57,16 +58,24 @@ class Setting:
         return self.hint is bool
 
     @property
+    def stands_alone(self) -> bool:
+        """Whether its flag without a value means true."""
+        return bool in self.alternatives
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        """The words that a Literal field may be; empty for others."""
+        """The words that a Literal field may be, with those of a switch if it is one too; empty for others."""
         inner = [kind for option in self.alternatives for kind in (get_args(option) if self.is_list else (option,))]
-        return tuple(str(word) for kind in inner if get_origin(kind) is Literal for word in get_args(kind))
+        words = [str(word) for kind in inner if get_origin(kind) is Literal for word in get_args(kind)]
+        return (*TRUTH, *words) if words and self.stands_alone else tuple(words)
 
     @property
     def operand(self) -> str:
         """How its value is written after the flag; empty for a switch."""
         letters = {str: "TEXT", int: "N", float: "X", bool: ""}
-        (kind,) = self.alternatives
+        kind, *others = self.alternatives
+        if others:
+            return f"[{'|'.join(self.choices)}]"
         if not self.is_list:
             return "|".join(self.choices) or letters[kind]
         inner = get_args(kind)
@@ -100,7 +109,7 @@ def sentences() -> dict[str, str]:
         for field, below in pairwise(body):
             match field, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
-                    found[name] = sentence
+                    found[name] = " ".join(sentence.split())  # in one line
     return found
 
 
@@ -169,7 +178,10 @@ def converted(setting: Setting, value: Any) -> Any:
         value = TRAIN_MODE_ALIASES[value]
     if setting.may_be_none and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
         return None
-    (kind,) = setting.alternatives
+    *others, kind = setting.alternatives
+    for other in others:
+        with suppress(ValueError):
+            return _one(other, value)
     if not setting.is_list:
         return _one(kind, value)
     items = list(value) if isinstance(value, list | tuple) else [value]
@@ -211,7 +223,8 @@ def expected(setting: Setting) -> str:
 
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
+        words = [str(word) for word in get_args(kind)]
+        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         return f"a list, each {_words(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} whole numbers"

@@ -145,8 +145,11 @@ class Training:
     """Seed of every random choice."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Precision of the trained network's arithmetic."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["attention_kept"] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. With attention_kept, what
+    attention gave is kept, and all else recomputed."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Kernel of the trained network's attention, of those that torch has. auto: as torch chooses for each shape."""
     low_vram: bool = False
     """VAE and encoders wait in the CPU's memory between uses."""
     vae_mini_batch: int = 0
@@ -168,7 +171,8 @@ class Memory:
     vae_tiling: bool = False
     """The VAE encodes and decodes large clips in blended tiles, which changes latents a little at their seams."""
     encode_ahead: bool | None = None
-    """Encode the next batch while the network trains on the last. Left out: on a GPU, unless low_vram."""
+    """Encode the next batch while the network trains on the last. Left out: on a GPU, unless low_vram or attention
+    says otherwise."""
 
 
 @dataclass(frozen=True)

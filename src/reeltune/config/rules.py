@@ -209,6 +209,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"gradient_checkpointing_share is {share} and gradient_checkpointing is false; it is a share of what that "
             "recomputes; set gradient_checkpointing to true",
         )
+    yield from _attention(recipe)
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),
@@ -234,6 +235,25 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
         )
     yield from _previews(recipe.validation)
+
+
+def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go with a kernel that is chosen for the network's blocks."""
+    kernel, together = recipe.training.attention, recipe.parallel.context_parallel
+    if kernel == "auto":
+        return
+    if together > 1:
+        yield (
+            ("attention", "context_parallel"),
+            f"attention is {kernel} and context_parallel is {together}, where the backward pass computes attention "
+            "anew, outside the network's blocks; set attention to auto, or leave context_parallel out",
+        )
+    if recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
+        yield (
+            ("attention", "encode_ahead"),
+            f"attention is {kernel} and encode_ahead is true; a kernel is chosen for the whole process, and encoders "
+            "at work meanwhile may not have it; leave one of the two out, or train from a cache",
+        )
 
 
 def _previews(validation: Validation) -> Iterator[tuple[tuple[str, ...], str]]:

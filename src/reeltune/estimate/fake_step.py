@@ -22,6 +22,7 @@ from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.estimate.result import OptimizerEstimate, StepEstimate
 from reeltune.families.spec import Family, Parts
+from reeltune.memory import attention
 from reeltune.memory.blocks import blocks_of, can_wait, waiting
 from reeltune.memory.size import size_bytes
 from reeltune.sampling.sample import Setup, at_rest
@@ -121,8 +122,7 @@ class FakeLearner:
         self.parts = replace(network, net=fresh(network.net))
         if mesh is not None and family.split is not None:
             family.split(self.parts.net, mesh)
-        on_device = replace(recipe, memory=replace(recipe.memory, offload_activations=False))
-        prepared = without_values(prepare_network(family, self.parts, self.engine, on_device), fake)
+        prepared = without_values(prepare_network(family, self.parts, self.engine, as_here(recipe)), fake)
         self.plain, self.counts = prepared.plain, counts_of(prepared)
         swapped = bool(prepared.swapped)
         self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks, swapped=swapped)
@@ -170,6 +170,14 @@ class FakeLearner:
                 self.step(1)
             tracker.flops["backward"] = tracker.flops.pop("step")
         return kept | {"gradient_bytes": gradient_bytes, "reached": frozenset(reached)}
+
+
+def as_here(recipe: Recipe) -> Recipe:
+    """Offloading is the tracker's to count. Fused kernels of a GPU keep what the CPU's keeps; `math` more."""
+    memory, training = replace(recipe.memory, offload_activations=False), recipe.training
+    if training.attention != "math":
+        training = replace(training, attention=attention.AUTO)
+    return replace(recipe, memory=memory, training=training)
 
 
 def denoise(net: nn.Module, setup: Setup, encoded: Encoded) -> None:

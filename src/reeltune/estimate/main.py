@@ -88,7 +88,7 @@ class Forecast:
     ways: int  # cache_variants
     largest_step: StepEstimate  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
-    kept_bytes: dict[bool, int]  # gradient checkpointing or not -> activations kept for the backward pass
+    kept_bytes: dict[str, int]  # with gradient checkpointing and without -> activations kept for the backward pass
     host_bytes: dict[str, int]
     disk_bytes: dict[str, int]
     step_flops: dict[str, float]  # phase -> of a mean micro-step of one process
@@ -220,14 +220,16 @@ def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Of
     return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
 
 
-def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> dict[bool, int]:
-    """Gradient checkpointing or not -> activations kept for the backward pass."""
+def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> dict[str, int]:
+    """With gradient checkpointing as it is asked for, or else all of it, and without -> activations kept."""
     recipe = planned.recipe
     on = recipe.training.gradient_checkpointing
+    with_it = "with gradient_checkpointing" + (f": {on}" if isinstance(on, str) else "")
     planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
     other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
     step = estimate(planned, other, planned.machines.gpus, draws, preview=False)
-    return {on: largest.saved_bytes, not on: step.saved_bytes}
+    found = (largest, step) if on else (step, largest)
+    return {words: one.saved_bytes for words, one in zip((with_it, "without"), found, strict=True)}
 
 
 def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate) -> dict[int, StepEstimate]:
@@ -292,7 +294,7 @@ def on_each(recipe: Recipe, step: StepEstimate, gpus: int) -> tuple[dict[str, di
     parallel = recipe.parallel
     name = sharding.name_of(parallel.engine, gpus)
     peaks, host = sharding.peaks(step, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
-    if encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram):
+    if encodes_ahead(recipe, on_gpu=True):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
     return peaks, host

@@ -131,10 +131,10 @@ def memory_table(plan: Forecast) -> Table:
         if any(plan.peaks[phase].get(part) for phase in phases)
     ]
     rows.append(("together", *(size(sum(plan.peaks[phase].values())) for phase in phases)))
-    kept = [f"{size(plan.kept_bytes[on])} {'with' if on else 'without'}" for on in (True, False)]
+    kept = ", ".join(f"{size(count)} {words}" for words, count in plan.kept_bytes.items())
     engine = ENGINES[plan.engine].words
     how = "" if plan.engine in ("one", "ddp") else ", sharded by arithmetic"
-    note = f"{engine}{how}. Activations kept for the backward pass: {kept[0]} gradient_checkpointing, {kept[1]}."
+    note = f"{engine}{how}. Activations kept for the backward pass: {kept}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
 

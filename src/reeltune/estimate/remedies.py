@@ -69,7 +69,7 @@ def changes(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks
 
     engine: a name of sharding.ENGINES. blocks, still_blocks: as of StepEstimate. tiles: the VAE has them.
     """
-    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
+    ahead = encodes_ahead(recipe, on_gpu=True)
     network = {"blocks": blocks, "frozen_blocks": still_blocks, "vae_tiles": tiles}
     values = {**flat(recipe), "engine": engine, "gpus": gpus, "encodes_ahead": ahead, **network}
     for lever, settings in levers.offered(values):

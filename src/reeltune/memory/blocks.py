@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from reeltune.core.errors import UserError
+from reeltune.memory import attention
 
 LEAST_BYTES = 2**20  # of an activation that is worth a journey to the CPU's memory
 
@@ -23,12 +24,16 @@ def blocks_of(net: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
     return [module for module in net.modules() if type(module).__name__ in classes]
 
 
-def recompute(blocks: Sequence[nn.Module], share: float = 1.0) -> None:
-    """Gradient checkpointing: that share of the blocks, evenly spread, recompute activations in the backward pass."""
+def recompute(blocks: Sequence[nn.Module], share: float = 1.0, *, keep_attention: bool = False) -> None:
+    """Gradient checkpointing: that share of the blocks, evenly spread, recompute activations in the backward pass.
+
+    keep_attention: all but what attention gave (attention.kept).
+    """
     count = round(share * len(blocks))
     for i in range(count):
         block = blocks[i * len(blocks) // count]
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        contexts = {"context_fn": attention.kept} if keep_attention else {}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 
 
 # ---- what waits in the CPU's memory

@@ -98,6 +98,11 @@ def half_the_batch(values: Values) -> Iterator[Settings]:
         yield {"train_batch_size": batch // 2, "gradient_accumulation_steps": accumulate}
 
 
+def keep_attention(values: Values) -> Iterator[Settings]:
+    if not values["gradient_checkpointing"]:
+        yield {"gradient_checkpointing": "attention_kept"}
+
+
 def encode_between(values: Values) -> Iterator[Settings]:
     if values["encodes_ahead"]:
         yield {"encode_ahead": False}

@@ -24,6 +24,7 @@ from reeltune.memory.lever import (
     encoders_in_bf16,
     half_as_long,
     half_the_batch,
+    keep_attention,
     not_in,
     prodigy,
     tiles,
@@ -151,6 +152,36 @@ LEVERS: tuple[Lever, ...] = (
         "no previews",
         phases=frozenset({"preview"}),
         unless=("validation_prompts",),
+    ),
+    Lever(
+        "gradient_checkpointing",
+        "attention_kept",
+        "activations within blocks, but what attention over the clip gave (0.05 left of Wan2.1 1.3B's at 33,000 "
+        "tokens, 0.02 by `true`; [counted](speed.md))",
+        "1.28 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
+        "{more_flops:+.0%} arithmetic in a step, the same result",
+        phases=TRAINED,
+        excludes=(
+            Exclusion(
+                "step_in_backward",
+                "; what is kept is given back once, and the backward pass may run twice there; set "
+                "gradient_checkpointing to true",
+                refused=(True,),
+            ),
+            Exclusion(
+                "attention",
+                ", which is many operations and none of its own; set gradient_checkpointing to true, or attention to "
+                "another kernel",
+                refused=("math",),
+            ),
+            Exclusion(
+                "engine",
+                ", which gathers weights within the blocks, and otherwise when they are recomputed; set "
+                "gradient_checkpointing to true, or engine to fsdp",
+                refused=("zero3",),
+            ),
+        ),
+        changes=keep_attention,
     ),
     Lever(
         "gradient_checkpointing",

@@ -60,7 +60,7 @@ def written(setting: Setting, value: Any) -> str:
         return ""
     if isinstance(value, list | tuple):
         return ("\n" if setting.name in LONG else " ").join(map(str, value))
-    return str(value).lower() if setting.is_switch and isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def tree_of(form: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
+from reeltune.memory import attention
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
@@ -66,6 +67,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     """Each process loads what it trains and what it trains on, as the checkpoint left it that the run goes on from."""
     refuse_apart(engine, recipe)
     out, training = Path(recipe.output.output_dir), recipe.training
+    attention.refuse_missing(training.attention, engine.device, engine.dtype)
     resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, resumed_from)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
@@ -121,11 +123,12 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, inputs.plan(0))
+    how = {"attention": training.attention}
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
-        describe(out, recipe, {**facts, **learner.network.counts, "processes": engine.world})
+        describe(out, recipe, {**facts, **learner.network.counts, **how, "processes": engine.world})
     return Run(
         recipe=recipe,
         engine=engine,
@@ -150,6 +153,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *slow,
             *changes,
             *learner.network.notices,
+            *attention.notices(training.attention),
             *validation.notices,
         ],
     )
@@ -243,6 +247,5 @@ def _prefetcher(
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, passes=split.passes)
     passes = recipe.training.gradient_accumulation_steps * split.passes
     batches = islice(batches, passes * max(total_steps - progress.step, 0))
-    on_gpu, low_vram = engine.device.type == "cuda", recipe.training.low_vram
-    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=on_gpu, low_vram=low_vram)
+    ahead = encodes_ahead(recipe, on_gpu=engine.device.type == "cuda")
     return Prefetcher(batches, setup.encode, device=engine.device, ahead=ahead)

@@ -60,7 +60,7 @@ def named(doing: str, recipe: Recipe) -> str:
 
 def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     """doing: one of GREW. What this recipe has not done yet and may, the cheapest first."""
-    ahead = encodes_ahead(recipe.memory.encode_ahead, on_gpu=True, low_vram=recipe.training.low_vram)
+    ahead = encodes_ahead(recipe, on_gpu=True)
     values = {**flat(recipe), "encodes_ahead": ahead}
     words = (
         lever.advice or written(settings)

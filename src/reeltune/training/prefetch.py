@@ -8,7 +8,9 @@ from contextlib import nullcontext
 
 import torch
 
+from reeltune.config.recipe import Recipe
 from reeltune.core.types import Batch, Encoded
+from reeltune.memory import attention
 
 Placed = tuple[Batch, int, int]  # a batch, its epoch, and the cursor after it
 
@@ -84,9 +86,11 @@ class Prefetcher:
             return self._encode(placed[0])
 
 
-def encodes_ahead(asked: bool | None, *, on_gpu: bool, low_vram: bool) -> bool:
-    """Whether to encode while the network trains.
-
-    asked: by the recipe; None: on a GPU, unless it is short of memory. On a CPU both would share the cores.
-    """
-    return asked if asked is not None else on_gpu and not low_vram
+def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Whether to encode while the network trains: as the recipe asks; else on a GPU, unless it is short of memory, or
+    encoders would find the network's attention kernel chosen. On a CPU both would share the cores."""
+    if recipe.memory.encode_ahead is not None:
+        return recipe.memory.encode_ahead
+    encoders_run = recipe.cache.cache_folder is None
+    chosen = recipe.training.attention != attention.AUTO
+    return on_gpu and not recipe.training.low_vram and not (encoders_run and chosen)

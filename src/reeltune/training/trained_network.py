@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from reeltune.adapters import saved
 from reeltune.adapters.layers import groups as adapter_groups
 from reeltune.checkpoint.folder import ADAPTER
-from reeltune.config.recipe import Memory, Recipe
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
+from reeltune.memory import attention
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
@@ -120,16 +121,15 @@ def prepare_network(
         read_kept(net, names, adapter, resumed_from)
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
-    swapped = _spare_memory(net, family.blocks, engine, recipe.memory, recipe.training.gradient_checkpointing)
+    swapped = _spare_memory(net, family.blocks, engine, recipe)
     plain = engine.shard(net, family.blocks, swapped=swapped)
     groups = learners(plain)  # again: sharded parameters are others
     return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, adapter)
 
 
-def _spare_memory(
-    net: nn.Module, block_names: tuple[str, ...], engine: Engine, memory: Memory, gradient_checkpointing: bool
-) -> list[nn.Module]:
+def _spare_memory(net: nn.Module, block_names: tuple[str, ...], engine: Engine, recipe: Recipe) -> list[nn.Module]:
     """Returns the blocks that wait in the CPU's memory."""
+    memory, recomputed = recipe.memory, recipe.training.gradient_checkpointing
     refuse(
         "recipe",
         [
@@ -140,9 +140,11 @@ def _spare_memory(
         ],
     )
     blocks = blocks_of(net, block_names)
+    attention.choose(blocks, recipe.training.attention)
     swapped = swap(blocks, memory.blocks_to_swap, engine.device)
-    if gradient_checkpointing:
-        recompute([block for block in blocks if block not in swapped], memory.gradient_checkpointing_share)
+    if recomputed:
+        others = [block for block in blocks if block not in swapped]
+        recompute(others, memory.gradient_checkpointing_share, keep_attention=recomputed == "attention_kept")
     if memory.offload_activations:
         offload_activations(net)
     return swapped

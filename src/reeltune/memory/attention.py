@@ -1,0 +1,101 @@
+"""Blocks' attention: which kernel computes it, and which of its outputs outlive the forward pass when the rest is
+recomputed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from reeltune.core.errors import UserError
+
+aten = torch.ops.aten
+OPERATORS = (  # that attention becomes by each kernel but `math`, which is many
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+AUTO = "auto"  # as torch chooses
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of a GPU and of a CPU
+TRIED = (1, 1, 64, 64)  # B heads L D that every kernel can do, if it can do anything there
+
+
+def kept() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a forward pass and around its recomputation, which then finds what attention gave.
+
+    Attention over fewer keys than queries, such as of a clip to a caption, is recomputed like the rest: its output is
+    as large as that of attention within the clip, and its arithmetic a small part.
+    """
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_: Any, operator: Any, *given: Any, **__: Any) -> CheckpointPolicy:
+    """given: query, key and value first, each B heads L D, if it is attention."""
+    keep = operator in OPERATORS and given[1].shape[-2] >= given[0].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---- kernels
+
+
+def refuse_missing(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError if torch cannot compute attention so on that device, nor its gradients. kernel: AUTO, or of
+    KERNELS."""
+    if kernel == AUTO:
+        return
+    with _only(kernel, f"on {device.type} in {_name(dtype)}"), warnings.catch_warnings(action="ignore"):
+        query = torch.zeros(TRIED, device=device, dtype=dtype, requires_grad=True)
+        scaled_dot_product_attention(query, query, query).sum().backward()
+
+
+def notices(kernel: str) -> list[str]:
+    return [] if kernel == AUTO else [f"the network's attention is computed by torch's kernel {kernel}, and no other"]
+
+
+def choose(blocks: Sequence[nn.Module], kernel: str) -> None:
+    """In these blocks attention is computed so, and again so where they recompute: this comes before `recompute`.
+
+    torch's choice is of the whole process: meanwhile no other thread may compute attention.
+    """
+    if kernel != AUTO:
+        for block in blocks:
+            block.forward = partial(_by_kernel, kernel, block.forward)
+
+
+def _by_kernel(kernel: str, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    with _only(kernel, "for what this network asks of it, such as a mask or the width of its heads"):
+        return forward(*given, **named)
+
+
+@contextmanager
+def _only(kernel: str, where: str) -> Iterator[None]:
+    with sdpa_kernel(KERNELS[kernel]):
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_KERNEL):
+                raise
+            raise UserError(
+                "recipe",
+                f"attention is {kernel}, a kernel that torch {torch.__version__} does not have {where}; use another, "
+                "or auto",
+            ) from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
