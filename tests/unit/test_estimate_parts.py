@@ -15,7 +15,7 @@ from reeltune.estimate import sharding, throughput
 from reeltune.estimate.epoch import forecast_data
 from reeltune.estimate.remedies import MARGIN, Change, judge, search
 from reeltune.estimate.result import StepEstimate
-from tests.unit.metrics_rows import STEP, TIMES
+from tests.unit import metrics_rows
 from tests.unit.test_plan import RULES, Measured, mixed
 
 GB = 10**9
@@ -145,7 +145,10 @@ def test_a_curve_goes_through_what_was_found_and_is_quadratic_between():
 
 
 def run_folder(folder, seconds, processes=2):
-    rows = [STEP | TIMES | {"step": i, "step_s": s, "samples": 4, "tokens": 400} for i, s in enumerate(seconds, 1)]
+    rows = [
+        metrics_rows.STEP | metrics_rows.TIMES | {"step": i, "step_s": s, "samples": 4, "tokens": 400}
+        for i, s in enumerate(seconds, 1)
+    ]
     half = '{"kind": "step", "step_s": 1'  # of a run that still writes
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half)
     (folder / "run.json").write_text(json.dumps({"processes": processes}))
