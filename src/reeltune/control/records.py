@@ -24,7 +24,7 @@ from reeltune.core.reading import NUMBER, TEXT, WHOLE, Kind, read_table, require
 
 FORMAT = 1  # raise it when the same clip and detector give another control: all are then made again
 STATE = f"{FOLDER}/.state"
-REMEDY = "delete it, and reeltune control makes its control again"
+REMEDY = "delete it; reeltune control then names the control that it was of, to be moved away and made again"
 OFFSETS = 2**60
 
 
@@ -91,6 +91,27 @@ class Records:
         if made.key != key or not made.done:
             return False
         return bool(made.reason) or size_of(self.data_dir / made.control) == made.bytes
+
+    def is_as_written(self, made: Made) -> bool:
+        """Reads every byte of that control."""
+        control = self.data_dir / made.control
+        return size_of(control) == made.bytes and hash_of(control) == made.blake2b
+
+    def set_aside(self, control: str) -> str:
+        """A control that is not as it was written, so that it is made again. Returns its new name."""
+        path = self.data_dir / control
+        aside = path.with_name(f"{path.name}.damaged")
+        with writing(path, "it stays where it is"):
+            path.replace(aside)
+        return aside.name
+
+    def may_go(self, control: str, made: Made | None) -> bool:
+        """Whether nothing is lost with what lies there: it is what `reeltune control` has written, or nothing."""
+        if size_of(self.data_dir / control) < 0:
+            return True
+        if made is None or made.reason:
+            return False
+        return not made.bytes or self.is_as_written(made)
 
 
 def _read(path: Path) -> Made:
