@@ -184,11 +184,12 @@ def compared(a: Run, b: Run) -> dict[str, Any]:
         for colour, (_, metrics) in zip(colours, pairs, strict=True)
         if metrics.validations
     ]
-    trained = [
-        (colour, metrics.steps["step"], metrics.steps["loss"], False)
-        for colour, (_, metrics) in zip(colours, pairs, strict=True)
-        if metrics.steps
-    ]
+    with as_user_error(a.folder, f"metrics.jsonl of it or of {b.folder} is not as a run writes it", report.RESTORE):
+        trained = [
+            (colour, metrics.steps["step"], metrics.steps["loss"], False)
+            for colour, (_, metrics) in zip(colours, pairs, strict=True)
+            if metrics.steps
+        ]
     shared, why = shared_clips(a.folder, b.folder)
     return {
         "held_out": without_styles(charts.beside(losses, "held-out loss of both runs by step")) if losses else None,
