@@ -12,6 +12,7 @@ from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
+from reeltune.sampling.other_expert import OtherExpert
 from reeltune.training.loop import steps_of
 from reeltune.training.rate import Rates, rate_notices, rate_of
 
@@ -21,6 +22,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     family, mode, _ = choose_family(recipe)
     # By names and shapes alone, which tell whether the weights are there and fit.
     load_parts(recipe, family, torch.device("cpu"), encoders=False, network=False)
+    OtherExpert.of(recipe, family, torch.device("cpu"))
     inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"
