@@ -123,12 +123,18 @@ def _read(path: Path) -> Made:
 def made_by(control: str | Path) -> Made | None:
     """What is known of a control by its own path; None of a file that `reeltune control` has not made, or that has
     another size now."""
+    place = place_of(control)
+    made = None if place is None else place[0].get(*place[1:])
+    return made if made is not None and made.bytes == size_of(Path(control)) else None
+
+
+def place_of(control: str | Path) -> tuple[Records, str, str] | None:
+    """(records of its data folder, its kind, itself from that folder on) of a path below a folder of controls."""
     path = Path(os.path.abspath(control))
     for above in path.parents:
         if above.name == FOLDER and (above / ".state").is_dir():
             inside = path.relative_to(above)
-            made = Records(above.parent).get(inside.parts[0], f"{FOLDER}/{inside.as_posix()}")
-            return made if made is not None and made.bytes == size_of(path) else None
+            return Records(above.parent), inside.parts[0], f"{FOLDER}/{inside.as_posix()}"
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from reeltune.config.recipe import Recipe
+from reeltune.control.stale import stale_controls
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
@@ -47,7 +48,8 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
     if inputs.unsuited:
         yield f"unused   {_count(len(inputs.unsuited), 'entry', 'entries')} that teach this model nothing"
         yield from (f"         {row}" for row in inputs.unsuited)
-    yield from (f"notice   {notice}" for notice in [*found.notices, *machine_notices(recipe)])
+    stale = stale_controls(inputs.train, inputs.held_out)
+    yield from (f"notice   {notice}" for notice in [*found.notices, *stale, *machine_notices(recipe)])
     yield f"held out {_count(len(inputs.held_out), 'clip')}"
 
 

@@ -13,6 +13,7 @@ import torch
 from reeltune.cache.entries import open_cache
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.recipe import Recipe
+from reeltune.control.stale import stale_controls
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
@@ -121,6 +122,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, inputs.plan(0))
+    stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
@@ -147,6 +149,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *notices,
             *engine.parallelism.notices,
             *inputs.scan.notices,
+            *stale,
             *slow,
             *changes,
             *learner.network.notices,
