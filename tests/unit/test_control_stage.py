@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from reeltune.cli import main
-from reeltune.control import kind, stage
+from reeltune.control import kind, run, stage
 from reeltune.control.canny import open_canny
 from reeltune.control.kind import pictures
 from reeltune.control.records import Records, claims, made_by
@@ -174,6 +174,21 @@ def test_what_another_process_has_claimed_is_left_to_it(data):
                 os._exit(10 * other + free)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert stage.jobs_of(order)[0].control == place
+
+
+def test_what_another_command_has_made_otherwise_meanwhile_is_not_taken_for_ours(data, monkeypatch):
+    """It had other thresholds, and came between the making and the list."""
+
+    def make_all(order, maker, workers, real=stage.make_all):
+        code = real(order, maker, workers)
+        made = maker.records.get("canny", "control/canny/even.mp4")
+        maker.records.put(dataclasses.replace(made, key="of other thresholds"))
+        return code
+
+    monkeypatch.setattr(run, "make_all", make_all)
+    assert control(data) == 0
+    assert "with other settings since" in ledger(data)[0]["reason"]
+    assert len(json.loads((data / "new.json").read_text())) == len(CASES) - 1
 
 
 def test_every_entry_is_accounted_for(data, capsys):

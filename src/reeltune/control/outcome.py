@@ -52,6 +52,9 @@ def _outcome(entry: Entry, kind: Kind, maker: Maker, least: float) -> Outcome:
     made = maker.records.get(kind.name, job.control)
     if made is None or not made.done:  # its process was ended
         return Outcome(entry, job.control, None, "was not finished; run the same command again")
+    if made.key != maker.key(job):
+        told = "another command has made its control with other settings since; run them one after another"
+        return Outcome(entry, job.control, None, told)
     reason = made.reason
     if not reason and made.score < least:
         reason = f"its control has a score of {made.score:.3g}, and {least:g} is the least"
