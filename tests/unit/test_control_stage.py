@@ -339,6 +339,17 @@ def test_verify_and_prune(data, capsys):
     assert len(list((data / "control/.state/canny").iterdir())) == 1
 
 
+def test_verify_sets_nothing_aside_that_is_being_made_again(data, monkeypatch, capsys):
+    def is_as_written(records, made):
+        records.put(dataclasses.replace(made, bytes=0, blake2b=""))  # as a process does before it writes
+        return False
+
+    monkeypatch.setattr(Records, "is_as_written", is_as_written)
+    assert control(data, "verify", out=None) == 2
+    assert "even.mp4 is being made again by another process" in capsys.readouterr().err
+    assert not list((data / "control").rglob("*.damaged"))
+
+
 @pytest.mark.parametrize(
     ("more", "kinds", "out", "words"),
     [

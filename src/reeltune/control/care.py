@@ -34,8 +34,11 @@ def verify(order: Order) -> str:
         elif size_of(control) < 0:
             problems.append(f"{job.control} is missing")
         elif not maker.records.is_as_written(made):
-            maker.records.set_aside(job.control)
-            problems.append(f"{job.control} is not as it was written, and is set aside")
+            if maker.records.get(job.kind.name, job.control) == made:
+                maker.records.set_aside(job.control)
+                problems.append(f"{job.control} is not as it was written, and is set aside")
+            else:
+                problems.append(f"{job.control} is being made again by another process")
         else:
             whole += 1
     if problems:
