@@ -36,8 +36,18 @@ def test_a_list_with_controls_is_checked_and_trained_on(tmp_path, capsys):
     capsys.readouterr()
     assert main(["check", *flags]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"\b4\b", told) and "cannot be used" not in told
+    assert re.search(r"\b4\b", told) and "cannot be used" not in told and "another clip" not in told
     assert main(["train", *flags]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "loss" in row][-1] == 2
     assert (tmp_path / "run/checkpoint-2/transformer").is_dir()
+
+    write_clip(data / "train/0.mp4", scene(9)[::-1], 8)  # of as many frames: nothing else would tell
+    listed = json.loads(made.read_text())
+    listed[1]["control_file_path"] = listed[2]["control_file_path"]
+    made.write_text(json.dumps(listed))
+    flags[flags.index("--output_dir") + 1] = str(tmp_path / "again")
+    assert main(["check", *flags]) == 0
+    assert "2 entries (0, 1): the control was made of another clip" in capsys.readouterr().out
+    assert main(["control", str(data / "metadata.json"), "--kind", "canny", "--out", str(made)]) == 0
+    assert main(["check", *flags]) == 0 and "another clip" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A model of two networks: one learns, at the noise levels that sampling gives it; both make clips."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from reeltune.adapters import saved
 from reeltune.config.parse import build
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
+from reeltune.estimate.check import check
+from reeltune.export.adapter import export_adapter
 from reeltune.export.base import Base
 from reeltune.export.merge import export_merged
 from reeltune.families import weights
@@ -46,8 +49,8 @@ def run(model, data, tmp_path_factory, reports):
     return made, out
 
 
-def setup_of(model, data, tmp_path, expert):
-    made = recipe(model, data, tmp_path / expert, expert=expert, **SMALL)
+def setup_of(model, data, tmp_path, expert, **more):
+    made = recipe(model, data, tmp_path / expert, expert=expert, **SMALL, **more)
     family, mode, objective = choose_family(made)
     other = OtherExpert.of(made, family, torch.device("cpu"))
     return Setup(family, mode, family.load(model), objective, other=other)
@@ -163,6 +166,34 @@ def test_one_network_alone_can_learn(model, data, tmp_path, caplog):
     assert setup.other is None and "holds the weights of expert high alone" in caplog.text
     with pytest.raises(UserError, match="expert is 'low', but the checkpoint holds the weights of high alone"):
         setup_of(only, data, tmp_path, "low")
+    elsewhere = tmp_path / "lent"
+    shutil.copytree(model / "low_noise_model", elsewhere)
+    lent = setup_of(only, data, tmp_path, "high", other_expert_path=str(elsewhere))
+    assert torch.equal(clip_of(lent, tmp_path), clip_of(setup_of(model, data, tmp_path, "high"), tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["transformer_path", "other_expert_path", "resume_from_checkpoint"])
+def test_weights_of_the_wrong_expert_are_refused(setting, run, model, data, tmp_path):
+    """By the recipe of a checkpoint, and by the place in the model's folder."""
+    _, high = run
+    expert = "high" if setting == "other_expert_path" else "low"
+    for path in (high / "checkpoint-2", high / "checkpoint-2/transformer", model / "high_noise_model"):
+        if setting == "resume_from_checkpoint" and path.name != "checkpoint-2":
+            continue
+        made = recipe(model, data, tmp_path / "out", expert=expert, validation_prompts=("a cat",), **SMALL)
+        part = made.output if setting == "resume_from_checkpoint" else made.model
+        asked = replace(part, **{setting: str(path)})
+        made = replace(made, **{"output" if part is made.output else "model": asked})
+        with pytest.raises(UserError, match=f"{setting} is .* of expert high, and low is meant"):
+            sample_clips(made)
+
+
+def test_other_weights_that_do_not_fit_are_told_before_the_first_step(model, data, tmp_path):
+    bigger = tiny_checkpoint(tmp_path / "other", "2.2_a14b_inp") / "low_noise_model"
+    for path, words in ((tmp_path / "nowhere", "is missing"), (bigger, "misshapen: patch_embedding.weight")):
+        made = recipe(model, data, tmp_path / "out", expert="high", other_expert_path=str(path), **SMALL)
+        with pytest.raises(UserError, match=words):
+            list(check(made))
 
 
 def test_the_base_of_an_adapter_is_the_network_beneath_it(model):
@@ -185,6 +216,12 @@ def test_an_adapter_says_whose_it_is_and_is_merged_into_that(model, data, tmp_pa
     high, merged = weights.read(model / "high_noise_model"), weights.read(tmp_path / "merged")
     changed = {name for name in high if not torch.equal(high[name], merged[name])}
     assert changed and all(".weight" in name and name.startswith("blocks.") for name in changed)
+    exported = tmp_path / "for_others.safetensors"
+    list(export_adapter(out / "checkpoint-2", exported, "comfyui"))
+    for adapter in (out / "checkpoint-2", out / "checkpoint-2/adapter/adapter_model.safetensors", exported):
+        made = recipe(model, data, tmp_path / "low", expert="low", validation_prompts=("a cat",), **SMALL)
+        with pytest.raises(UserError, match="of expert high, and low is meant"):
+            sample_clips(made, adapters=[str(adapter)])
 
 
 def test_plan_counts_the_network_that_makes_previews(model, data, tmp_path):

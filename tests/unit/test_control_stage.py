@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from reeltune.cli import main
-from reeltune.control import kind, stage
+from reeltune.control import kind, run, stage
 from reeltune.control.canny import open_canny
 from reeltune.control.kind import pictures
 from reeltune.control.records import Records, claims, made_by
@@ -176,6 +176,21 @@ def test_what_another_process_has_claimed_is_left_to_it(data):
     assert stage.jobs_of(order)[0].control == place
 
 
+def test_what_another_command_has_made_otherwise_meanwhile_is_not_taken_for_ours(data, monkeypatch):
+    """It had other thresholds, and came between the making and the list."""
+
+    def make_all(order, maker, workers, real=stage.make_all):
+        code = real(order, maker, workers)
+        made = maker.records.get("canny", "control/canny/even.mp4")
+        maker.records.put(dataclasses.replace(made, key="of other thresholds"))
+        return code
+
+    monkeypatch.setattr(run, "make_all", make_all)
+    assert control(data) == 0
+    assert "with other settings since" in ledger(data)[0]["reason"]
+    assert len(json.loads((data / "new.json").read_text())) == len(CASES) - 1
+
+
 def test_every_entry_is_accounted_for(data, capsys):
     """Damaged files, a missing one, a black clip, a control in place of a clip, and a row that is none."""
     encode(data / "black.mp4", np.zeros((4, 64, 64, 3), np.uint8))
@@ -212,6 +227,64 @@ def test_files_of_others_are_never_written_over(data):
     (data / "hand.json").write_text('[{"file_path": "even.mp4", "control_file_path": "mine/even.mp4"}]')
     assert control(data, out="hand.json") == 2
     assert "mine/even.mp4" in (data / "hand.json").read_text()
+    (data / "mine.html").write_text("my page")
+    assert control(data, out="mine.json") == 2 and (data / "mine.html").read_text() == "my page"
+
+
+def test_the_list_is_not_written_over_as_a_ledger(data):
+    rows = "file_path,text\neven.mp4,x\n"
+    (data / "new_ledger.csv").write_text(rows)
+    (data / "new.json").unlink()
+    assert control(data, meta="new_ledger.csv") == 2
+    assert (data / "new_ledger.csv").read_text() == rows and not (data / "new.json").exists()
+
+
+def test_a_control_that_somebody_has_changed_is_kept(data, caplog):
+    """Beside the one that is made anew, at the same size too; and when it is no longer asked for."""
+    for name in ("even.mp4", "odd.mp4"):
+        control_of(data, name).write_bytes(b"by hand".ljust(control_of(data, name).stat().st_size))
+    encode(data / "even.mp4", scene(6))
+    assert control(data) == 0
+    kept = control_of(data, "even.mp4").with_name("even.mp4.damaged")
+    assert kept.read_bytes().startswith(b"by hand") and f"kept as {kept.name}, and is made again" in caplog.text
+    assert not ledger(data)[0]["reason"] and measure(control_of(data, "even.mp4"), "video").frames == 6
+    write_list(data / "list.json", ["even.mp4"])
+    assert control(data, "prune", out=None) == 0
+    assert control_of(data, "odd.mp4").read_bytes().startswith(b"by hand") and not control_of(data, "vfr.mp4").exists()
+
+
+def test_a_control_damaged_at_its_size_does_not_break_the_sheet(data):
+    damaged = control_of(data, "even.mp4")
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    assert control(data) == 0 and "even.mp4" in (data / "new.html").read_text()
+
+
+def test_names_of_any_length_and_fields_of_any_text(data):
+    """A control's name may have 255 bytes, as a clip's; half of a surrogate pair is kept as JSON writes it."""
+    longest, too_long = f"{'x' * 251}.mp4", f"{'y' * 248}.mov"
+    for name in (longest, too_long):
+        shutil.copy(data / "even.mp4", data / name)
+    write_list(data / "list.json", [longest, too_long])
+    rows = [{**row, "note": "\ud800"} for row in json.loads((data / "list.json").read_text())]
+    (data / "list.json").write_text(json.dumps(rows))
+    assert control(data) == 0
+    (row,) = json.loads((data / "new.json").read_text())
+    assert (row["file_path"], row["note"]) == (longest, "\ud800") and (data / row["control_file_path"]).is_file()
+    assert "256 bytes, and 255 are allowed" in ledger(data)[1]["reason"]
+
+
+def test_a_clip_named_by_the_folders_real_path_is_known_as_a_control(data, tmp_path):
+    (tmp_path / "link").symlink_to(data)
+    write_list(data / "list.json", [str(data / "control/canny/even.mp4"), str(data / "odd.mp4")])
+    assert control(tmp_path / "link") == 0
+    assert [row["file_path"] for row in json.loads((data / "new.json").read_text())] == [str(data / "odd.mp4")]
+
+
+def test_a_list_that_is_not_there_is_told_by_its_name(data, capsys):
+    assert control(data, meta="gone.json") == 2
+    assert control(data, "--train_data_dir", str(data / "nowhere")) == 2
+    told = capsys.readouterr().err
+    assert "gone.json: 1 problem" in told and "nowhere' is no folder" in told and not (data / "nowhere").exists()
 
 
 def test_a_full_disk_loses_nothing(data, made_once, capfd):
@@ -264,6 +337,17 @@ def test_verify_and_prune(data, capsys):
     assert f"{len(CASES) - 1} controls deleted" in capsys.readouterr().out
     assert sorted(bytes_of(data)) == ["even.mp4", "mine.mp4"]
     assert len(list((data / "control/.state/canny").iterdir())) == 1
+
+
+def test_verify_sets_nothing_aside_that_is_being_made_again(data, monkeypatch, capsys):
+    def is_as_written(records, made):
+        records.put(dataclasses.replace(made, bytes=0, blake2b=""))  # as a process does before it writes
+        return False
+
+    monkeypatch.setattr(Records, "is_as_written", is_as_written)
+    assert control(data, "verify", out=None) == 2
+    assert "even.mp4 is being made again by another process" in capsys.readouterr().err
+    assert not list((data / "control").rglob("*.damaged"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from reeltune.control.judge import MEASURES, Asked, Judge, judge_of
 from reeltune.control.kind import Source
 from reeltune.control.kinds import KINDS
 from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE
+from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import Keypoints, People, write_keypoints
@@ -91,6 +92,11 @@ def test_depth_and_lines_are_compared_with_the_control_as_the_network_saw_it():
     for kind in ("depth", "canny"):
         assert judge(kind, lines).scores(asked(CLIP), CLIP, 4.0) is None  # it asks for nothing
         assert judge(kind, lines).scores(asked(), CLIP, 4.0) is None
+
+
+def test_files_for_a_kind_that_needs_none_are_refused():
+    with pytest.raises(UserError, match="control_detector is 'models/x', and control_kind canny needs no files"):
+        judge_of("canny", "models/x")
 
 
 def test_kinds_that_are_made_are_kinds_that_are_measured():

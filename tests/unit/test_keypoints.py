@@ -108,6 +108,12 @@ def uncounted(arrays):
     arrays["people"][0] = 1
 
 
+def crowded(arrays):
+    arrays["people"][:] = [0, 1001, 0]
+    for name in ("points", "scores", "boxes", "box_scores"):
+        arrays[name] = np.resize(arrays[name], (1001, *arrays[name].shape[1:]))
+
+
 def negative_count(arrays):
     arrays["people"][:] = [-1, 3, 4]
 
@@ -165,6 +171,7 @@ REFUSED = {
     backwards: "its times do not ascend from 0",
     late: "its times do not ascend from 0",
     uncounted: "it has 3 times, and 3 counts of people for 6 of them",
+    crowded: "a frame has 1,001 people, and 1,000 are allowed",
     negative_count: "3 counts of people for 6",
     of_double: "points is float64 with 3 dimensions, not float16 with 3",
     flat: "points is float16 with 2 dimensions, not float16 with 3",

@@ -354,10 +354,37 @@ def test_each_form_of_a_list_keeps_all_else(tmp_path, ending):
         }[ending]
     )
     before = list(rows(path, path.read_bytes()))
-    copy = captions.edit(path, 1, "two", 'three, "quoted"\nand more', tmp_path / "undo.json")
+    change = captions.Change(1, "two", 'three, "quoted"\nand more', "b")
+    copy = captions.edit(path, change, tmp_path / "undo.json")
     after = list(rows(copy, copy.read_bytes()))
     assert after == [before[0], {**before[1], "text": 'three, "quoted"\nand more'}]
     captions.undo_last(copy, tmp_path / "undo.json")
     assert list(rows(copy, copy.read_bytes())) == before
-    with pytest.raises(UserError, match="another caption by now"):
-        captions.edit(path, 1, "wrong", "x", tmp_path / "undo.json")
+    for other in (
+        captions.Change(1, "wrong", "x", "b"),
+        captions.Change(1, "two", "x", "a"),
+        captions.Change(2, "", ""),
+    ):
+        with pytest.raises(UserError, match="another by now, or has another caption"):
+            captions.edit(path, other, tmp_path / "undo.json")
+    assert list(rows(copy, copy.read_bytes())) == before
+
+
+def test_a_list_that_has_grown_since_its_copy_gets_no_caption_at_another_entry(folder):
+    """Both entries without a caption, so that the caption alone does not tell them apart."""
+    rows = [{"file_path": f"{i}.mp4", "text": "", "type": "video"} for i in range(3)]
+    (folder / "metadata.json").write_text(json.dumps(rows[1:]))
+    client = client_of(folder, edit=True)
+    assert save(client, folder, 1, "", "of 2").status_code == 303
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    assert save(client, folder, 0, "", "of 0").status_code == 422
+    assert [row["text"] for row in json.loads((folder / "metadata.edited.json").read_text())] == ["", "of 2"]
+
+
+def test_half_a_surrogate_pair_is_shown_and_kept(folder):
+    rows = [{"file_path": "0.mp4", "text": "ball"}, {"file_path": "1.mp4", "text": "\ud800", "note": "\udcff"}]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    client = client_of(folder, edit=True)
+    assert "\\ud800" in client.get(f"/lists/{id_of(folder)}").text
+    assert save(client, folder, 0, "ball", "a ball").status_code == 303
+    assert json.loads((folder / "metadata.edited.json").read_text()) == [{**rows[0], "text": "a ball"}, rows[1]]

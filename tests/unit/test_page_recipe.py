@@ -108,7 +108,13 @@ def test_a_recipe_is_saved_and_never_over_another(folder):  # noqa: F811
     for name in ("../out.yaml", "/tmp/out.yaml", "a/b.yaml", "..", ".hidden.yaml", "page.html", "x\0.yaml"):
         assert client.post("/recipe/save", data={**filled(tree), "save_as": name}).status_code == 422, name
     assert client.post("/recipe/save", data={**filled({}), "save_as": "bad.yaml"}).status_code == 422
-    assert sorted(path.name for path in folder.glob("*.yaml")) == ["mine.yaml", "toy.yaml"]
+    (folder / "folder.yaml").mkdir()
+    (folder / "other.yaml").write_bytes(b"\xff\xfe")
+    for name in ("folder.yaml", "other.yaml"):
+        assert client.post("/recipe/save", data={**filled(tree), "save_as": name}).status_code == 422, name
+    assert (folder / "other.yaml").read_bytes() == b"\xff\xfe"
+    names = ["folder.yaml", "mine.yaml", "other.yaml", "toy.yaml"]
+    assert sorted(path.name for path in folder.glob("*.yaml")) == names
     assert not list(folder.parent.glob("*.yaml"))
 
 

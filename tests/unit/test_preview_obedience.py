@@ -130,3 +130,13 @@ def test_a_damaged_start_is_named(text, tmp_path):
     (tmp_path / "validation/start_obedience.json").write_text(text)
     with pytest.raises(UserError, match=r"start_obedience\.json"):
         measured(obedience(tmp_path), 5, [1, 2, 3])
+
+
+def test_a_control_that_was_replaced_under_its_name_begins_anew(tmp_path):
+    control = tmp_path / "control.mp4"
+    one = [replace(requests(1)[0], control=str(control))]
+    control.write_bytes(b"first")
+    measured(obedience(tmp_path, requests=one), 0, [51])
+    assert measured(obedience(tmp_path, requests=one), 5, [102])["start_step"] == 0
+    control.write_bytes(b"other")
+    assert measured(obedience(tmp_path, requests=one), 9, [102])["start_step"] == 9

@@ -100,6 +100,17 @@ def test_another_held_out_set_is_not_compared(setup, tmp_path):
         held_out(setup, tmp_path, SHAPES[:2], levels=3).measure(net, 5)
 
 
+def test_a_held_out_clip_that_was_replaced_under_its_name_is_not_compared(setup, tmp_path):
+    net, before = setup.parts.net, replace(held_out(setup, tmp_path), contents=[1, 2, 3])
+    before.measure(net, 0)
+    with pytest.raises(UserError, match="other held-out contents than now"):
+        replace(before, contents=[1, 2, 4]).measure(net, 5)
+    path = tmp_path / "validation/start.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "contents"}))
+    assert before.measure(net, 5)["start_step"] == 0, "as earlier versions have kept it"
+
+
 def test_a_clip_is_measured_alike_whatever_the_others_are(setup, tmp_path):
     held = held_out(setup, tmp_path)
     alone = replace(held, draws=held.draws[1:2], names=held.names[1:2])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reeltune.control.entries import FOLDER
 from reeltune.control.kind import Kind
-from reeltune.control.records import Records, claims, hash_of, size_of
+from reeltune.control.records import Made, Records, claims, size_of
 from reeltune.control.stage import Maker, Order, jobs_of
 from reeltune.core.errors import UserError
 from reeltune.core.files import writing
@@ -23,7 +23,9 @@ def verify(order: Order) -> str:
     for job in jobs:
         made, key = maker.records.get(job.kind.name, job.control), maker.key(job)
         control = order.data_dir / job.control
-        if made is None or not made.done:
+        if key is None:
+            problems.append(f"{job.clip} {maker.unread[job]}")
+        elif made is None or not made.done:
             problems.append(f"{job.control} is missing")
         elif made.key != key:
             problems.append(f"{job.control} was made of another clip, or by another detector")
@@ -31,9 +33,12 @@ def verify(order: Order) -> str:
             left_out += 1
         elif size_of(control) < 0:
             problems.append(f"{job.control} is missing")
-        elif size_of(control) != made.bytes or hash_of(control) != made.blake2b:
-            control.replace(control.with_name(f"{control.name}.damaged"))
-            problems.append(f"{job.control} is not as it was written, and is set aside")
+        elif not maker.records.is_as_written(made):
+            if maker.records.get(job.kind.name, job.control) == made:
+                maker.records.set_aside(job.control)
+                problems.append(f"{job.control} is not as it was written, and is set aside")
+            else:
+                problems.append(f"{job.control} is being made again by another process")
         else:
             whole += 1
     if problems:
@@ -52,7 +57,7 @@ def prune(data_dir: Path, order: Order, kind: Kind) -> str:
         for path, made in list(records.all(kind.name)):
             if made.control in asked:
                 continue
-            for file in _of(data_dir, made.control):
+            for file in _of(records, made):
                 freed_bytes += file.stat().st_size
                 file.unlink()
             path.unlink()
@@ -60,11 +65,12 @@ def prune(data_dir: Path, order: Order, kind: Kind) -> str:
     return f"{kind.name}: {count} controls deleted, {freed_bytes / 1e9:.3g} GB freed"
 
 
-def _of(data_dir: Path, control: str) -> Iterator[Path]:
+def _of(records: Records, made: Made) -> Iterator[Path]:
     """The control, and what `verify` has set aside of it."""
-    path = data_dir / control
-    if (data_dir / FOLDER).resolve() not in path.resolve().parents:
+    path = records.data_dir / made.control
+    if (records.data_dir / FOLDER).resolve() not in path.resolve().parents:
         return  # a record that somebody else wrote
-    for name in (path.name, f"{path.name}.damaged"):
-        if (file := path.with_name(name)).is_file():
-            yield file
+    if path.is_file() and records.may_go(made.control, made):
+        yield path
+    if (aside := path.with_name(f"{path.name}.damaged")).is_file():
+        yield aside

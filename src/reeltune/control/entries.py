@@ -35,16 +35,19 @@ class Entry:
 
 
 def entries_of(meta: Path, data_dir: Path) -> list[Entry]:
-    """Every row. Raises UserError for a list that cannot be read, is empty, or in which no row is sound."""
+    """Every row. Raises UserError for a list that cannot be read, is empty, or in which no row is sound, and where the
+    data's folder is none."""
+    if not data_dir.is_dir():
+        raise UserError("train_data_dir", f"{str(data_dir)!r} is no folder; give that in which the list's paths begin")
     folder, found = Folder(data_dir, allow_outside_paths=False), []
     for number, fields in enumerate(rows(meta, read_list(meta))):
         row = check_row(fields, folder, frozenset())
         reason = "; ".join(problem.reason for problem in row.problems)
         inside = "" if reason else os.path.relpath(row.path, folder.path)
+        if inside.startswith(os.pardir + os.sep):  # by the folder's real path, where that is a link
+            inside = os.path.relpath(row.path, folder.real_path)
         if inside.split(os.sep)[0] == FOLDER:
             reason, inside = f"lies in {FOLDER}/, where controls are: name the clip that it was made from", ""
-        if inside.startswith(os.pardir):  # by the folder's real path, where that is a link
-            inside = os.path.relpath(row.path, folder.real_path)
         found.append(Entry(number, row.named, row.kind, inside, fields if isinstance(fields, dict) else {}, reason))
     if not any(entry.inside for entry in found):
         told = [f"entry {entry.number}: {entry.reason}" for entry in found[:8]]

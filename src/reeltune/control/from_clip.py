@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reeltune.control.kind import Detector, Kind, Settings, digest_of
-from reeltune.control.kinds import kind_named
+from reeltune.control.kind import Detector, Kind, digest_of
+from reeltune.control.kinds import kind_named, open_for_previews
 from reeltune.control.records import FORMAT
 from reeltune.control.source import source_of
 from reeltune.control.writing import ending_of, make_control
@@ -41,7 +41,7 @@ def draw_controls(
     Raises UserError: a detector that is not there, and every clip that cannot be read or is no good for this kind.
     """
     kind = kind_named(name)
-    opened = kind.open(None if detector is None else Path(detector), Settings(device=device))
+    opened = open_for_previews(name, detector, device)
     made, problems = [], []
     for clip in clips:
         try:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from reeltune.control.kind import Detector, Settings, Source
-from reeltune.control.kinds import kind_named
+from reeltune.control.kind import Source
+from reeltune.control.kinds import open_for_previews
 from reeltune.control.obedience import (
     camera_agreement,
     edge_agreement,
@@ -81,7 +80,7 @@ class Judge:
 
 def judge_of(kind: str, detector: str | None, device: str = "cpu") -> Judge:
     """device: where networks run. Raises UserError for a detector that is not there, or another."""
-    opened: Detector = kind_named(kind).open(None if detector is None else Path(detector), Settings(device=device))
+    opened = open_for_previews(kind, detector, device)
     return Judge(kind, opened.digest, MEASURES[kind], opened.detect)
 
 

@@ -73,6 +73,16 @@ ELSEWHERE = {
 }
 
 
+def open_for_previews(name: str, detector: str | None, device: str) -> Detector:
+    """By a recipe's control_kind and control_detector. Raises UserError."""
+    kind = kind_named(name)
+    if detector is not None and not kind.needs:
+        raise UserError(
+            "recipe", f"control_detector is {detector!r}, and control_kind {name} needs no files; leave it out"
+        )
+    return kind.open(None if detector is None else Path(detector), Settings(device=device))
+
+
 def kind_named(name: str) -> Kind:
     """Raises UserError that says which there are."""
     if name in KINDS:

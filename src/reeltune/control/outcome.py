@@ -15,10 +15,13 @@ from reeltune.control.records import Made
 from reeltune.control.stage import Job, Maker
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
-from reeltune.core.reading import read_json
+from reeltune.core.reading import beginning, read_json
 from reeltune.core.shown import cell
 
 KEY = "control_file_path"
+LEDGER = ("entry", "file_path", "kind", "status", "score")  # its first columns
+HEAD = "have a control</h1>"  # of a contact sheet
+HEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ def _outcome(entry: Entry, kind: Kind, maker: Maker, least: float) -> Outcome:
     made = maker.records.get(kind.name, job.control)
     if made is None or not made.done:  # its process was ended
         return Outcome(entry, job.control, None, "was not finished; run the same command again")
+    if made.key != maker.key(job):
+        told = "another command has made its control with other settings since; run them one after another"
+        return Outcome(entry, job.control, None, told)
     reason = made.reason
     if not reason and made.score < least:
         reason = f"its control has a score of {made.score:.3g}, and {least:g} is the least"
@@ -65,7 +71,7 @@ def write_list(out: Path, found: Sequence[Outcome]) -> int:
     ]
     if not rows:
         told = [f"entry {one.entry.number}, {one.entry.named}: {one.reason}" for one in found[:8]]
-        raise UserError(str(out), ["is not written, as no entry got a control", *told])
+        raise UserError(str(out), [f"{out} is not written, as no entry got a control", *told])
     with whole_file(out) as file:
         json.dump(rows, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -77,7 +83,7 @@ def write_ledger(path: Path, kind: Kind, found: Sequence[Outcome]) -> None:
     names = sorted({name for one in found if one.made is not None for name in one.made.facts})
     with whole_file(path) as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["entry", "file_path", "kind", "status", "score", *names, "control_file_path", "reason"])
+        table.writerow([*LEDGER, *names, KEY, "reason"])
         for one in found:
             score = "" if one.score is None else f"{one.score:.6g}"
             facts = one.made.facts if one.made is not None else {}
@@ -92,13 +98,30 @@ def require_new(out: Path, meta: Path, kinds: Sequence[str]) -> None:
     """Raises UserError for a list that would be written over another than an earlier one of this command."""
     if out.suffix.lower() != ".json":
         raise UserError("out", f"{str(out)!r} must end in .json, which the guides' lists are")
-    if out.exists() and (out.is_dir() or out.samefile(meta)):
+    if out.exists() and (out.is_dir() or _is(out, meta)):
         what = "a folder" if out.is_dir() else "the list itself, which stays as it is"
         raise UserError("out", f"{str(out)!r} is {what}; give the new list a name of its own")
     if out.exists() and not _is_ours(read_json(out, "give the new list another name"), kinds):
         raise UserError(
             "out", f"{str(out)!r} is there, and names other controls than reeltune control makes; give another name"
         )
+    for beside, mark in ((ledger_of(out), ",".join(LEDGER)), (page_of(out), HEAD)):
+        if beside.exists() and (_is(beside, meta) or mark.encode() not in beginning(beside, HEAD_BYTES)):
+            raise UserError(
+                "out", f"{str(beside)!r}, which is written beside the new list, is another file; give another name"
+            )
+
+
+def _is(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
+
+
+def ledger_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_ledger.csv")
+
+
+def page_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.html")
 
 
 def _is_ours(rows: Any, kinds: Sequence[str]) -> bool:

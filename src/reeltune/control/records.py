@@ -24,7 +24,7 @@ from reeltune.core.reading import NUMBER, TEXT, WHOLE, Kind, read_table, require
 
 FORMAT = 1  # raise it when the same clip and detector give another control: all are then made again
 STATE = f"{FOLDER}/.state"
-REMEDY = "delete it, and reeltune control makes its control again"
+REMEDY = "delete it; reeltune control then names the control that it was of, to be moved away and made again"
 OFFSETS = 2**60
 
 
@@ -92,6 +92,27 @@ class Records:
             return False
         return bool(made.reason) or size_of(self.data_dir / made.control) == made.bytes
 
+    def is_as_written(self, made: Made) -> bool:
+        """Reads every byte of that control."""
+        control = self.data_dir / made.control
+        return size_of(control) == made.bytes and hash_of(control) == made.blake2b
+
+    def set_aside(self, control: str) -> str:
+        """A control that is not as it was written, so that it is made again. Returns its new name."""
+        path = self.data_dir / control
+        aside = path.with_name(f"{path.name}.damaged")
+        with writing(path, "it stays where it is"):
+            path.replace(aside)
+        return aside.name
+
+    def may_go(self, control: str, made: Made | None) -> bool:
+        """Whether nothing is lost with what lies there: it is what `reeltune control` has written, or nothing."""
+        if size_of(self.data_dir / control) < 0:
+            return True
+        if made is None or made.reason:
+            return False
+        return not made.bytes or self.is_as_written(made)
+
 
 def _read(path: Path) -> Made:
     table = read_table(path, REMEDY)
@@ -102,12 +123,18 @@ def _read(path: Path) -> Made:
 def made_by(control: str | Path) -> Made | None:
     """What is known of a control by its own path; None of a file that `reeltune control` has not made, or that has
     another size now."""
+    place = place_of(control)
+    made = None if place is None else place[0].get(*place[1:])
+    return made if made is not None and made.bytes == size_of(Path(control)) else None
+
+
+def place_of(control: str | Path) -> tuple[Records, str, str] | None:
+    """(records of its data folder, its kind, itself from that folder on) of a path below a folder of controls."""
     path = Path(os.path.abspath(control))
     for above in path.parents:
         if above.name == FOLDER and (above / ".state").is_dir():
             inside = path.relative_to(above)
-            made = Records(above.parent).get(inside.parts[0], f"{FOLDER}/{inside.as_posix()}")
-            return made if made is not None and made.bytes == size_of(path) else None
+            return Records(above.parent), inside.parts[0], f"{FOLDER}/{inside.as_posix()}"
     return None
 
 

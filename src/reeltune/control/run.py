@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from reeltune.control.kinds import kind_named
-from reeltune.control.outcome import outcomes, require_new, write_ledger, write_list
+from reeltune.control.outcome import ledger_of, outcomes, page_of, require_new, write_ledger, write_list
 from reeltune.control.sheet import write_sheet
 from reeltune.control.stage import Maker, Order, make_all
 from reeltune.core.errors import together
@@ -21,16 +21,17 @@ def run(order: Order, outs: Mapping[str, Path], workers: int, least_score: float
         for out in outs.values():
             attempt(require_new, out, order.meta, order.kinds)
         detectors = attempt(order.opened)
-        entries = attempt(lambda: order.entries)
+    entries = order.entries
     maker = Maker(order, detectors)
     code = make_all(order, maker, workers)
     if code:
         raise SystemExit(code)
-    for name, out in outs.items():
-        kind = kind_named(name)
-        found = outcomes(entries, kind, maker, least_score)
-        ledger, page = out.with_name(f"{out.stem}_ledger.csv"), out.with_name(f"{out.stem}.html")
-        write_ledger(ledger, kind, found)
-        write_sheet(page, kind, order.data_dir, found)
-        count = write_list(out, found)
-        yield f"{out}: {count} of {len(found)} entries have a control ({ledger.name}; {page.name} shows them)"
+    with together("control") as attempt:
+        for name, out in outs.items():
+            kind = kind_named(name)
+            found = outcomes(entries, kind, maker, least_score)
+            ledger, page = ledger_of(out), page_of(out)
+            write_ledger(ledger, kind, found)
+            write_sheet(page, kind, order.data_dir, found)
+            if count := attempt(write_list, out, found):
+                yield f"{out}: {count} of {len(found)} entries have a control ({ledger.name}; {page.name} shows them)"

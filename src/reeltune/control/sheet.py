@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from reeltune.control.kind import Kind
 from reeltune.control.outcome import Outcome
 from reeltune.core.files import whole_file
 from reeltune.core.types import Crop, Shape
+from reeltune.data.camera import CameraError
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import read_keypoints
 from reeltune.data.media import measure, read_frames
@@ -22,6 +24,7 @@ from reeltune.reporting.report import environment
 
 MOST = 200  # clips; a page of 200 has about 10 MB
 HEIGHT = 180  # pixels of each picture
+MOST_WIDTH = 16 * HEIGHT  # pixels; a JPEG has 65,500 at most
 JPEG_QUALITY = 80
 BLEND = 0.5  # of the clip; the control is laid over it by its lighter parts
 
@@ -73,21 +76,24 @@ def _card(kind: Kind, data_dir: Path, one: Outcome) -> Card:
 
 
 def _pictures(kind: Kind, data_dir: Path, one: Outcome) -> list[tuple[str, str]]:
-    """Of the frame in the middle; what cannot be read is not shown, as the card tells why."""
+    """Of the frame in the middle; what cannot be read is not shown, as the card or `verify` tells why."""
     if not one.entry.inside:
         return []
-    try:
+    shown: list[tuple[str, str]] = []
+    with suppress(MediaError, CameraError):
         clip_HW3 = _middle(data_dir / one.entry.inside, one)
-    except MediaError:
-        return []
-    shown = [("clip", _url(clip_HW3))]
-    if one.made is None or not one.made.bytes:
-        return shown
-    control = data_dir / one.control
+        shown.append(("clip", _url(clip_HW3)))
+        if one.made is not None and one.made.bytes:
+            shown += _with_control(kind, data_dir / one.control, clip_HW3, one)
+    return shown
+
+
+def _with_control(kind: Kind, control: Path, clip_HW3: np.ndarray, one: Outcome) -> list[tuple[str, str]]:
+    """What is shown beside the clip. Raises MediaError and CameraError."""
     if kind.form == "camera":
         from reeltune.control.camera_picture import path_picture
 
-        return [*shown, ("path from above", _url(path_picture(control, HEIGHT)))]
+        return [("path from above", _url(path_picture(control, HEIGHT)))]
     height, width = clip_HW3.shape[:2]
     size = height, width
     if kind.form == "keypoints":  # drawn at the clip's size, or lines of fixed width would hide the picture
@@ -100,7 +106,7 @@ def _pictures(kind: Kind, data_dir: Path, one: Outcome) -> list[tuple[str, str]]
         if kind.name != "depth"
         else (BLEND * clip_HW3 + (1 - BLEND) * control_HW3)
     )
-    return [*shown, ("control", _url(control_HW3)), ("blend", _url(mixed.astype(np.uint8)))]
+    return [("control", _url(control_HW3)), ("blend", _url(mixed.astype(np.uint8)))]
 
 
 def _middle(path: Path, one: Outcome, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -109,7 +115,7 @@ def _middle(path: Path, one: Outcome, size: tuple[int, int] | None = None) -> np
     if size is None:
         found = measure(path, one.entry.media, "header")
         frames = found.frames
-        size = HEIGHT, max(round(HEIGHT * found.width / found.height), 1)
+        size = HEIGHT, min(max(round(HEIGHT * found.width / found.height), 1), MOST_WIDTH)
     middle = 0 if one.entry.media == "image" else frames // 2
     return read_frames(path, [middle], Crop(*size, 0, 0), Shape(1, *size))[0].transpose(1, 2, 0)
 

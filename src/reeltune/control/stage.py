@@ -6,7 +6,9 @@ leaves those that others have claimed to them until nothing else is left.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,10 +27,12 @@ from reeltune.control.source import source_of
 from reeltune.control.writing import make_control
 from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
+from reeltune.core.reading import MOST_NAME_BYTES
 from reeltune.core.shown import printable
 from reeltune.core.types import Kind as MediaKind
 from reeltune.data.findings import MediaError, content_of, require_file
 
+notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 LOOK_AGAIN_S = 0.2  # while other processes make the rest
 
 
@@ -100,8 +104,16 @@ class Maker:
         key, detector = self.key(job), self.detectors[job.kind.name]
         assert key is not None  # or it would count as done
         path, control = self.data_dir / job.clip, self.data_dir / job.control
-        if self.records.get(job.kind.name, job.control) is None and size_of(control) >= 0:
-            self.unread[job] = f"{job.control} is there and was not made by reeltune control; move it away"
+        before = self.records.get(job.kind.name, job.control)
+        if not self.records.may_go(job.control, before):
+            if before is None or not before.bytes:
+                self.unread[job] = f"{job.control} is there and was not made by reeltune control; move it away"
+                return
+            aside = self.records.set_aside(job.control)
+            told = f"{printable(job.control)} had been changed since it was made: it is kept as {printable(aside)}"
+            notices.warning("%s, and is made again", told)
+        if (length := len(os.fsencode(control.name))) > MOST_NAME_BYTES:
+            self.unread[job] = f"would have a control whose name has {length} bytes, and {MOST_NAME_BYTES} are allowed"
             return
         begun = Made(key, job.kind.name, job.clip, job.control, detector.digest)
         self.records.put(begun)

@@ -23,12 +23,14 @@ REFUSED = (
     errno.EIO,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
 )
 UNTOLD = (
     "file write failed",
     "iostream error",
     "unexpected pos",
 )  # torch's writers, which do not pass the system's words on
+MOST_LETTERS = 50  # of a name, in that of the file beside it: names have 255 bytes at most, and letters up to 4
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
 
@@ -69,7 +71,7 @@ def is_disk_error(error: BaseException) -> bool:
 
 def room(path: Path) -> str:
     """Of its disk, as the end of a parenthesis; nothing where that is not known."""
-    there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
+    there = next((folder for folder in (path, *path.parents) if os.path.exists(folder)), None)
     try:
         return "" if there is None else f"; {shutil.disk_usage(there).free / 1e9:,.1f} GB free"
     except OSError:
@@ -80,10 +82,11 @@ def room(path: Path) -> str:
 def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """A file to write, text in UTF-8. Closed, it is on the disk, and takes the place of `path`, whose folder is made.
 
+    Half of a surrogate pair, which UTF-8 has not, is written as JSON's escape of it.
     A reader sees the old file or the new one, never a part. Raises CannotWriteError; the old one then stays.
     """
-    encoding, newline = (None, None) if mode == "wb" else ("utf-8", "")
-    with whole_path(path) as beside, beside.open(mode, encoding=encoding, newline=newline) as file:
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_path(path) as beside, beside.open(mode, **({} if mode == "wb" else text)) as file:
         yield file
 
 
@@ -92,7 +95,8 @@ def whole_path(path: Path) -> Iterator[Path]:
     """The same, for a library that opens its file itself: where it is to write it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # other machines may have this pid
+        chance = os.urandom(4).hex()  # not the pid, which a process on another machine may have
+        beside = path.with_name(f".{path.name[:MOST_LETTERS]}.{chance}.partial")
         try:
             yield beside
             flush_file(beside)

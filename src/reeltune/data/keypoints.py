@@ -45,6 +45,7 @@ LAYOUTS = {  # name -> points a person
 REACH = 8.0  # how far out a coordinate may lie, in half pictures; a detector's box reaches less than 2 beyond the edge
 MOST_BYTES = 2**28  # of a file, and of what it unpacks to: 300,000 people
 MOST_FACTS_BYTES = 4096
+MOST_PEOPLE = 1000  # of a frame: detectors find 300 at most, and to draw so many takes a second
 _SHAPES = {"facts": 1, "times_s": 1, "people": 1, "points": 3, "scores": 2, "boxes": 2, "box_scores": 1}
 _DTYPES = {"facts": "|u1", "times_s": "<f8", "people": "<i4"}  # the others: half precision
 _HALF = "<f2"
@@ -236,6 +237,8 @@ def _require_sound(made: Keypoints) -> None:
     frames, total = len(made.times_s), len(made.points)
     if not frames or len(made.people) != frames or (made.people < 0).any() or made.people.sum(dtype=np.int64) != total:
         raise ValueError(f"it has {frames} times, and {len(made.people)} counts of people for {total} of them")
+    if made.people.max() > MOST_PEOPLE:
+        raise ValueError(f"a frame has {made.people.max():,} people, and {MOST_PEOPLE:,} are allowed")
     points = LAYOUTS[made.layout]
     shapes = {"points": (total, points, 2), "scores": (total, points), "boxes": (total, 4), "box_scores": (total,)}
     for name, shape in shapes.items():

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from reeltune.config.recipe import Recipe
+from reeltune.control.stale import stale_controls
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.run.data import Inputs, gather
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
+from reeltune.sampling.other_expert import OtherExpert
 from reeltune.training.loop import steps_of
 from reeltune.training.rate import Rates, rate_notices, rate_of
 
@@ -21,6 +23,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     family, mode, _ = choose_family(recipe)
     # By names and shapes alone, which tell whether the weights are there and fit.
     load_parts(recipe, family, torch.device("cpu"), encoders=False, network=False)
+    OtherExpert.of(recipe, family, torch.device("cpu"))
     inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"
@@ -45,7 +48,8 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
     if inputs.unsuited:
         yield f"unused   {_count(len(inputs.unsuited), 'entry', 'entries')} that teach this model nothing"
         yield from (f"         {row}" for row in inputs.unsuited)
-    yield from (f"notice   {notice}" for notice in [*found.notices, *machine_notices(recipe)])
+    stale = stale_controls(inputs.train, inputs.held_out)
+    yield from (f"notice   {notice}" for notice in [*found.notices, *stale, *machine_notices(recipe)])
     yield f"held out {_count(len(inputs.held_out), 'clip')}"
 
 

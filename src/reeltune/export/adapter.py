@@ -6,7 +6,6 @@ What is written is read back and held to the rules of every tool that it is for.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,8 +131,8 @@ def _base(model: str | None, metadata: Mapping[str, str]) -> Base | None:
     said = metadata.get("base_model", "")
     if not said or not Path(said).is_dir():
         return None
-    transformer, expert = (json.loads(metadata.get(name, "null")) for name in ("transformer_path", "expert"))
-    return Base(said, transformer_path=transformer, expert=expert)
+    kept = {name: text for name in ("transformer_path", "expert") if (text := metadata.get(name, "null")) != "null"}
+    return Base(said, **kept)
 
 
 def _only(found: Found) -> Network:

@@ -19,6 +19,7 @@ from reeltune.export import streamed
 from reeltune.export.base import Base
 from reeltune.export.main import in_dtype, read_back, recipe_of, renamed, taken, written
 from reeltune.run.adapters import Given, of_checkpoint, read_all
+from reeltune.run.experts import refuse_adapters
 
 FP32_SLACK = 2**-20  # of the largest weight: 16 roundings of fp32, in whose sums terms of its size may cancel
 
@@ -157,7 +158,9 @@ def _inputs(source: Path, texts: Sequence[str], ema: bool, model: str | None) ->
         expert=recipe.model.expert,
     )
     own = [of_checkpoint(source, base.outline, ema=ema)] if of_run else []
-    return recipe, base, [*own, *read_all(texts, base.outline)]
+    given = [*own, *read_all(texts, base.outline)]
+    refuse_adapters({one.path: one.adapter for one in given}, base.family)
+    return recipe, base, given
 
 
 def _of_a_model(source: Path, texts: Sequence[str], ema: bool, model: str | None) -> Iterator[str]:

@@ -10,12 +10,14 @@ import csv
 import io
 import json
 import threading
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
-from reeltune.core.reading import read_json
+from reeltune.core.reading import as_user_error, read_json
 from reeltune.data.lists import read_list, rows
 
 EDITED = ".edited"
@@ -28,19 +30,36 @@ def edited_path(path: Path) -> Path:
     return path if path.stem.endswith(EDITED) else path.with_name(f"{path.stem}{EDITED}{path.suffix}")
 
 
-def edit(path: Path, entry: int, was: str, text: str, undo: Path) -> Path:
-    """Puts `text` in the place of the entry's caption `was`. Returns the list that has it.
+@dataclass(frozen=True)
+class Change:
+    """Of one entry: from a caption to another."""
 
-    undo: where the change is remembered. Raises UserError if the caption there is another by now.
+    entry: int
+    was: str
+    text: str
+    named: Any = None  # its file_path: lists that were one may have other entries at that place by now
+
+    def make(self, fields: Any) -> bool:
+        """Puts the new caption into the row. False, and nothing is done, if it is another row, or had another one."""
+        if not isinstance(fields, MutableMapping) or fields.get("text", "") != self.was:
+            return False
+        if self.named is not None and fields.get("file_path") != self.named:
+            return False
+        fields["text"] = self.text
+        return True
+
+
+def edit(path: Path, change: Change, undo: Path) -> Path:
+    """Returns the list that has the change.
+
+    undo: where it is remembered. Raises UserError if that entry is another by now, or has another caption.
     """
-    if len(text) > MOST_LETTERS:
-        raise UserError("caption", f"has {len(text):,} letters, and {MOST_LETTERS:,} are allowed; shorten it")
+    if len(change.text) > MOST_LETTERS:
+        raise UserError("caption", f"has {len(change.text):,} letters, and {MOST_LETTERS:,} are allowed; shorten it")
     with _lock:
         copy = _own(edited_path(path))
-        source = copy if copy.exists() else path
-        _write(copy, source, entry, was, text)
-        done = [*_changes(undo), {"entry": entry, "was": was, "text": text}]
-        _remember(undo, done)
+        _write(copy, copy if copy.exists() else path, change)
+        _remember(undo, [*_changes(undo), change])
     return copy
 
 
@@ -52,9 +71,9 @@ def undo_last(path: Path, undo: Path) -> int:
             raise UserError("undo", "no caption was changed here, or all changes are undone")
         last = done.pop()
         copy = _own(edited_path(path))
-        _write(copy, copy, last["entry"], last["text"], last["was"])
+        _write(copy, copy, replace(last, was=last.text, text=last.was))
         _remember(undo, done)
-        return last["entry"]
+        return last.entry
 
 
 def _own(copy: Path) -> Path:
@@ -69,61 +88,60 @@ def changes(undo: Path) -> int:
     return len(_changes(undo))
 
 
-def _changes(undo: Path) -> list[dict[str, Any]]:
-    return read_json(undo, "delete it") if undo.exists() else []
+def _changes(undo: Path) -> list[Change]:
+    if not undo.exists():
+        return []
+    with as_user_error(undo, "does not hold changes of captions", "delete it"):
+        return [Change(**one) for one in read_json(undo, "delete it")]
 
 
-def _remember(undo: Path, done: list[dict[str, Any]]) -> None:
+def _remember(undo: Path, done: list[Change]) -> None:
     with whole_file(undo) as file:
-        file.write(json.dumps(done))
+        file.write(json.dumps([asdict(one) for one in done]))
 
 
-def _write(to: Path, source: Path, entry: int, was: str, text: str) -> None:
+def _write(to: Path, source: Path, change: Change) -> None:
     """`source` with another caption, under the name `to`."""
     writers = {".json": _as_json, ".jsonl": _as_lines, ".csv": _as_csv}
     data = read_list(source)
-    changed = writers[source.suffix.lower()](source, data, entry, was, text)
+    changed = writers[source.suffix.lower()](source, data, change)
     if changed is None:
         raise UserError(
-            str(source), f"entry {entry} has another caption by now, or none; reload the page, and look at it again"
+            str(source),
+            f"entry {change.entry} is another by now, or has another caption; reload the page, and look at it again. "
+            f"Where {to.name} has no longer the entries of its list, rename it, and a new one is begun",
         )
     with whole_file(to) as file:
         file.write(changed)
 
 
-def _changed(fields: Any, was: str, text: str) -> bool:
-    """Whether the row had that caption; it has the new one then."""
-    if not isinstance(fields, dict) or fields.get("text", "") != was:
-        return False
-    fields["text"] = text
-    return True
-
-
-def _as_json(path: Path, data: bytes, entry: int, was: str, text: str) -> str | None:
+def _as_json(path: Path, data: bytes, change: Change) -> str | None:
     entries = list(rows(path, data))
-    if entry >= len(entries) or not _changed(entries[entry], was, text):
+    if change.entry >= len(entries) or not change.make(entries[change.entry]):
         return None
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
-def _as_lines(path: Path, data: bytes, entry: int, was: str, text: str) -> str | None:
+def _as_lines(path: Path, data: bytes, change: Change) -> str | None:
     lines = data.decode("utf-8-sig").split("\n")
     places = [place for place, line in enumerate(lines) if line.strip()]
-    if entry >= len(places):
+    if change.entry >= len(places):
         return None
-    fields = json.loads(lines[places[entry]])
-    if not _changed(fields, was, text):
+    fields = json.loads(lines[places[change.entry]])
+    if not change.make(fields):
         return None
-    lines[places[entry]] = json.dumps(fields, ensure_ascii=False)
+    lines[places[change.entry]] = json.dumps(fields, ensure_ascii=False)
     return "\n".join(lines)
 
 
-def _as_csv(path: Path, data: bytes, entry: int, was: str, text: str) -> str | None:
+def _as_csv(path: Path, data: bytes, change: Change) -> str | None:
     table = [cells for cells in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")) if cells]
-    column = [name.strip() for name in table[0]].index("text")
-    if entry + 1 >= len(table) or column >= len(table[entry + 1]) or table[entry + 1][column] != was:
+    names = [name.strip() for name in table[0]]
+    cells = table[change.entry + 1] if change.entry + 1 < len(table) else []
+    fields = dict(zip(names, cells, strict=False))
+    if len(cells) != len(names) or not change.make(fields):
         return None
-    table[entry + 1][column] = text
+    table[change.entry + 1] = list(fields.values())
     out = io.StringIO(newline="")
     csv.writer(out, lineterminator="\n").writerows(table)
     return out.getvalue()

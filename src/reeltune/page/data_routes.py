@@ -97,7 +97,9 @@ class Pages:
         if form.get("was", "").replace("\r\n", "\n") != was.replace("\r\n", "\n"):
             raise UserError("caption", "it has been changed meanwhile; reload the page, and look at it again")
         if text != was:
-            copy = captions.edit(asked.path, entry, was, text, _undo(self.site, asked))
+            fields = asked.listing.entries[entry]
+            named = fields.get("file_path") if isinstance(fields, dict) else None
+            copy = captions.edit(asked.path, captions.Change(entry, was, text, named), _undo(self.site, asked))
             self.site.look()
             id = self.site.shelf.id_of(copy)
         else:

@@ -85,10 +85,11 @@ class Pages:
             raise UserError("recipe", problems)
         path = self._path(given.get(NAME, ""))
         text = form.as_yaml(tree)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError("save", f"{path.name} is there already, and is another; give another name")
-        with whole_file(path) as file:
-            file.write(text)
+        with self.site.lock:
+            if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+                raise UserError("save", f"{path.name} is there already, and is another; give another name")
+            with whole_file(path) as file:
+                file.write(text)
         self.site.look()
         id = self.site.shelf.id_of(path)
         return self.site.page("recipe_saved.html", here="recipe", id=id, path=path, command=self._shown(path), log=None)

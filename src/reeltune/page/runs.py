@@ -184,11 +184,12 @@ def compared(a: Run, b: Run) -> dict[str, Any]:
         for colour, (_, metrics) in zip(colours, pairs, strict=True)
         if metrics.validations
     ]
-    trained = [
-        (colour, metrics.steps["step"], metrics.steps["loss"], False)
-        for colour, (_, metrics) in zip(colours, pairs, strict=True)
-        if metrics.steps
-    ]
+    with as_user_error(a.folder, f"metrics.jsonl of it or of {b.folder} is not as a run writes it", report.RESTORE):
+        trained = [
+            (colour, metrics.steps["step"], metrics.steps["loss"], False)
+            for colour, (_, metrics) in zip(colours, pairs, strict=True)
+            if metrics.steps
+        ]
     shared, why = shared_clips(a.folder, b.folder)
     return {
         "held_out": without_styles(charts.beside(losses, "held-out loss of both runs by step")) if losses else None,
@@ -212,8 +213,13 @@ def shared_clips(a: Path, b: Path) -> tuple[int, str]:
     tables = [read_table(file, report.RESTORE) for file in files]
     for file, table in zip(files, tables, strict=True):
         require_fields(table, OF_START, file, report.RESTORE)
-    for name, told in (("clips", "other held-out clips"), ("levels", "other noise levels")):
-        if tables[0][name] != tables[1][name]:
+    others = (
+        ("clips", "other held-out clips"),
+        ("levels", "other noise levels"),
+        ("contents", "other files of one name"),
+    )
+    for name, told in others:
+        if all(name in table for table in tables) and tables[0][name] != tables[1][name]:
             return 0, f"they were measured on {told}"
     return len(tables[0]["clips"]), ""
 

@@ -38,6 +38,7 @@ TYPES = {  # that a browser shows; a file of any other ending is handed out as b
     ".webp": "image/webp",
 }
 Form = dict[str, str]
+MOST_FIELDS = 1000  # of a form
 
 
 @dataclass
@@ -85,9 +86,10 @@ class Site:
     def page(self, template: str, **context: Any) -> Response:
         return HTMLResponse(self.rendered(template, **context))
 
-    def rendered(self, template: str, **context: Any) -> str:
+    def rendered(self, template: str, **context: Any) -> bytes:
+        """UTF-8, in which half of a surrogate pair, as names of files and JSON may hold, is written as an escape."""
         template_ = report.environment().get_template(f"page/{template}")
-        return template_.render(site=self, **context)
+        return template_.render(site=self, **context).encode("utf-8", "backslashreplace")
 
     def file(self, path: str | Path) -> Response:
         """404 for a file that is not there, or that lies outside of the folder."""
@@ -99,7 +101,7 @@ class Site:
 
     def made(self, path: Path) -> Response:
         """A file of the store, whose name changes with what is in it."""
-        kind = TYPES[path.suffix.lower()]
+        kind = TYPES.get(path.suffix.lower(), "application/octet-stream")
         return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, max-age=86400, immutable"})
 
 
@@ -117,7 +119,10 @@ def posted(act: Callable[[Request, Form], Response]) -> Callable[[Request], Awai
 
     async def route(request: Request) -> Response:
         body = (await request.body()).decode("utf-8", "replace")
-        form = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=1000))
+        try:
+            form = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=MOST_FIELDS))
+        except ValueError:
+            raise HTTPException(413, f"A form has at most {MOST_FIELDS} fields.") from None
         return await run_in_threadpool(act, request, form)
 
     return route

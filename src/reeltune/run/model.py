@@ -21,6 +21,7 @@ from reeltune.distributed.engine import DTYPES
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts, check_expert, check_mode
 from reeltune.memory.blocks import blocks_of, move, swap
+from reeltune.run.experts import OTHER, check_experts
 from reeltune.run.loading_memory import WORDS, told_when_full
 from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
@@ -42,7 +43,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
         objective = attempt(chosen_objective, family, recipe.loss)
         attempt(size_rules, recipe, family)
         attempt(check_reference, family, recipe.model)
-        attempt(check_other_expert, family, recipe.model)
+        attempt(check_experts, family, recipe.model)
     return family, mode, objective
 
 
@@ -68,16 +69,6 @@ def check_reference(family: Family, model: Model) -> None:
             "recipe",
             f"add_full_ref_image_in_self_attention is true, but {family.name} has no weights for such a reference "
             "picture; leave it out",
-        )
-
-
-def check_other_expert(family: Family, model: Model) -> None:
-    """Raises UserError for weights of an expert that there is not."""
-    if model.other_expert_path is not None and family.expert is None:
-        raise UserError(
-            "recipe",
-            f"other_expert_path is {model.other_expert_path!r}, but a checkpoint of {family.name} has one network for "
-            "all noise levels; leave it out",
         )
 
 
@@ -169,36 +160,42 @@ def load_parts(
     return parts
 
 
-def other_expert(family: Family) -> Family | None:
-    """The one of two that does not learn; None where there is none, or its weights are not there."""
+def other_expert(family: Family, path: str | None) -> Family | None:
+    """The one of two that does not learn, with its weights of `path` or of the model; None where it is in neither."""
     if family.expert is None:
         return None
-    return next((one for name, one in family.experts.items() if name != family.expert), None)
+    name = OTHER[family.expert]
+    if path is None:
+        return family.experts.get(name)
+    return replace(family.experts.get(name, family), expert=name, weights=weights.saved_transformer(path))
 
 
 def other_expert_bytes(recipe: Recipe, family: Family) -> int:
     """Of the host's memory, from the first preview on."""
-    other, validation = other_expert(family), recipe.validation
+    other, validation = other_expert(family, recipe.model.other_expert_path), recipe.validation
     if other is None or other.weights is None or not (validation.validation_prompts or validation.preview_count):
         return 0
     count = sum(tensor.numel() for tensor in weights.peek(other.weights).values())
     return count * DTYPES[recipe.training.mixed_precision].itemsize
 
 
-def load_other_expert(recipe: Recipe, family: Family, device: torch.device) -> nn.Module:
+def load_other_expert(recipe: Recipe, family: Family, device: torch.device, *, network: bool = True) -> nn.Module:
     """The network that does not learn, as it computes: its blocks wait in the CPU's memory, and visit the device.
 
-    family: of the one that does, beside which it is. Raises UserError for weights that do not fit.
+    family: of the one that does, beside which it is. network: as of Family.load. Raises UserError for weights that do
+    not fit.
     """
-    other = other_expert(family)
+    path = recipe.model.other_expert_path
+    other = other_expert(family, path)
     assert other is not None
     net = other.load(
         recipe.model.pretrained_model_name_or_path,
         dtype=DTYPES[recipe.training.mixed_precision],
         encoders=False,
-        transformer_path=recipe.model.other_expert_path,
+        network=network,
+        transformer_path=path,
     ).net.requires_grad_(False)
-    if device.type != "cpu":
+    if network and device.type != "cpu":
         blocks = blocks_of(net, family.blocks)
         move(net, device, besides=swap(blocks, len(blocks), device))
     return net

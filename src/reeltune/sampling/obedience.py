@@ -16,6 +16,7 @@ from reeltune.control.kinds import kind_named
 from reeltune.control.records import made_by
 from reeltune.core.reading import NUMBER, TEXT, Kind
 from reeltune.core.types import Batch
+from reeltune.data.findings import content_of
 from reeltune.sampling.paired import band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request, refuse_other_control
 from reeltune.sampling.sample import Setup
@@ -87,7 +88,8 @@ class Obedience:
             "control_kind": self.judge.kind,
             "detector": self.judge.detector,
             "previews": [
-                f"{one.seed} {one.entry} {Path(one.control or '').name} {one.prompt}" for one in self.requests
+                f"{one.seed} {one.entry} {Path(one.control or '').name} {_contents(one)} {one.prompt}"
+                for one in self.requests
             ],
             "settings": self.settings,
         }
@@ -129,6 +131,13 @@ def _made_as(requests: Sequence[Request]) -> str | None:
     made = [made_by(path) for record in records if (path := record.control_path or record.camera_path)]
     kinds = {one.kind for one in made if one is not None}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def _contents(request: Request) -> list[int]:
+    """Of the files that it is read from: one of the same name may be another."""
+    record = request.record
+    paths = [] if record is None else [record.path, record.control_path, record.camera_path]
+    return [content_of(path) for path in dict.fromkeys([request.control, *paths]) if path and Path(path).is_file()]
 
 
 def _first(scores: dict[str, float]) -> float:

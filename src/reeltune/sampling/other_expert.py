@@ -27,18 +27,25 @@ class OtherExpert:
 
     @classmethod
     def of(cls, recipe: Recipe, family: Family, device: torch.device) -> OtherExpert | None:
-        """family: of the network that learns. None for one that is alone; says so where another is meant to be."""
+        """family: of the network that learns. None for one that is alone; says so where another is meant to be.
+
+        Raises UserError for weights of other_expert_path that are not there, or do not fit.
+        """
         if family.expert is None or family.boundary is None:
             return None
-        other = other_expert(family)
+        said = recipe.model.other_expert_path
+        other = other_expert(family, said)
         if other is None or other.expert is None:
             notice(
                 f"{recipe.model.pretrained_model_name_or_path} holds the weights of expert {family.expert} alone: "
-                "previews are made by it at all noise levels, and show less than both together would"
+                "previews are made by it at all noise levels, and show less than both together would; give the other's "
+                "as other_expert_path"
             )
             return None
         boundary = family.objective.timestep(torch.tensor(family.boundary)).item()
-        path = recipe.model.other_expert_path or str(other.weights)
+        if said is not None:  # now, by names and shapes alone: it is read when a clip is made first
+            load_other_expert(recipe, family, device, network=False)
+        path = said or str(other.weights)
         return cls(other.expert, boundary, partial(load_other_expert, recipe, family, device), path)
 
     @cached_property

@@ -20,6 +20,7 @@ from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
 from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
+from reeltune.run.experts import refuse_adapters, refuse_other_expert
 from reeltune.run.model import load_parts
 
 
@@ -56,6 +57,8 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     and for adapters that cannot be read or are of another network.
     """
     chosen = _checkpoint(recipe)
+    if chosen is not None:
+        refuse_other_expert("resume_from_checkpoint", chosen, family)
     whole = None if chosen is not None and checkpoint.is_adapter(chosen) else chosen
     source = None if whole is None or checkpoint.is_shared(whole) else whole / "transformer"
     parts = load_parts(recipe, family, device, source)
@@ -66,12 +69,14 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
     _swap(parts.net, recipe.memory.blocks_to_swap, family, device)
     base = parameters_of(parts.net, names)
-    if chosen is not None and whole is None:
-        return Trained(parts, names, weights, [of_checkpoint(chosen, base), *read_all(adapters, base)])
     begun_with = recipe.adapter.adapter_path
     if begun_with is not None and not (adapters or chosen):
-        return Trained(parts, names, weights, [read(Path(begun_with), base)])
-    return Trained(parts, names, weights, read_all(adapters, base))
+        given = [read(Path(begun_with), base)]
+    else:
+        given = [of_checkpoint(chosen, base)] if chosen is not None and whole is None else []
+        given += read_all(adapters, base)
+    refuse_adapters({one.path: one.adapter for one in given}, family)
+    return Trained(parts, names, weights, given)
 
 
 def _swap(net: nn.Module, count: int, family: Family, device: torch.device) -> None:

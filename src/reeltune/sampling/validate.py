@@ -7,7 +7,7 @@ been. Both run on the main process alone; the others wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class HeldOut:
     read: Callable[[Draw], Batch]
     held_out_levels: int
     output_dir: Path
+    contents: list[int] = field(default_factory=list)  # of their files: one of the same name may be another clip
 
     @classmethod
     def build(
@@ -52,7 +53,8 @@ class HeldOut:
         """reader: of the held-out records, one at least, dropping nothing."""
         draws = [fixed_draw(record, row, rules) for row, record in enumerate(reader.records)]
         names = [Path(record.path).name for record in reader.records]
-        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir))
+        contents = [record.content for record in reader.records]
+        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir), contents)
 
     @property
     def levels(self) -> list[float]:
@@ -100,12 +102,13 @@ class HeldOut:
     def _start(self, step: int, losses: np.ndarray) -> tuple[int, np.ndarray]:
         """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
         path = self.output_dir / "validation" / "start.json"
-        measured_on = {"clips": self.names, "levels": self.levels}
+        measured_on = {"clips": self.names, "levels": self.levels, "contents": self.contents}
         count = losses.shape[1]
         kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
         if kept is None:
             keep_start(path, {"step": step, **measured_on, "losses": losses.tolist()})
             return step, losses
+        kept.setdefault("contents", self.contents)  # which runs begun before 2026-11-26 have not
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(

@@ -13,6 +13,7 @@ import torch
 from reeltune.cache.entries import open_cache
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.recipe import Recipe
+from reeltune.control.stale import stale_controls
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Progress
 from reeltune.data.loader import stream
@@ -123,12 +124,13 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         learner.load_state(resumed_from)
     total_steps = steps_of(recipe, inputs.plan(0))
-    how = {"attention": training.attention}
+    stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
-        describe(out, recipe, {**facts, **learner.network.counts, **how, "processes": engine.world})
+        facts |= {**learner.network.counts, "attention": training.attention, "processes": engine.world}
+        describe(out, recipe, facts)
     return Run(
         recipe=recipe,
         engine=engine,
@@ -150,6 +152,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *notices,
             *engine.parallelism.notices,
             *inputs.scan.notices,
+            *stale,
             *slow,
             *changes,
             *learner.network.notices,

@@ -22,6 +22,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.core.reading import few
 from reeltune.families.spec import Family
+from reeltune.run.experts import refuse_adapters
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def put_adapters(
     }
     if wanted.adapter_path is not None and not resumed:
         adapter, _ = read_adapter(wanted.adapter_path, base)
+        refuse_adapters({wanted.adapter_path: adapter}, family)
         weights = {names[name]: weight for name, weight in net.named_parameters()}
         notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
     return names, TrainedAdapter(alphas, about, notices)

@@ -1,0 +1,47 @@
+"""Controls that were made of another clip than the one they are listed with: one that was replaced, or exchanged.
+
+(no torch)
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from reeltune.control.records import key_of, made_by, place_of
+from reeltune.core.types import Record
+from reeltune.data.records import Records
+from reeltune.data.scan import notice_of
+
+SENTENCE = (
+    "the control was made of another clip than the one it is listed with, or by another version: run reeltune control "
+    "again, or see that they fit"
+)
+
+
+def stale_controls(*lists: Records) -> list[str]:
+    """A notice of them, if there are any. Controls that `reeltune control` has not made are not looked at."""
+    stale = []
+    for records in lists:
+        has_control = np.diff(records.ends).reshape(-1, 4)[:, 2:].any(axis=1)
+        stale += [record.entry for record in records.take(np.flatnonzero(has_control)) if _is_stale(record)]
+    return [notice_of(len(stale), stale, SENTENCE)] if stale else []
+
+
+def _is_stale(record: Record) -> bool:
+    control = record.control_path or record.camera_path
+    place = None if control is None or not record.path else place_of(control)
+    if control is None or place is None:
+        return False
+    records, kind, name = place
+    try:
+        # A clip that nobody has touched since needs no more than two looks at the folder.
+        untouched = os.stat(record.path).st_ctime_ns < records.path(kind, name).stat().st_mtime_ns
+    except OSError:  # no record of it, or a clip that has gone
+        return False
+    own = os.path.relpath(record.path, records.data_dir)
+    if untouched and name.split("/", 2)[2].startswith(own):
+        return False
+    made = made_by(control)
+    return made is not None and made.key != key_of(made.kind, made.detector, record.content, made.control)
