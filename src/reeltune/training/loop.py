@@ -20,6 +20,7 @@ from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
+from reeltune.families.spec import Family
 from reeltune.memory import attention
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
@@ -84,18 +85,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
         checkpoint.sweep(out)
-    with engine.main_first():  # which scans; the others take its index
-        first = engine.main
-        inputs = gather(
-            recipe,
-            family,
-            mode,
-            group=split.group,
-            groups_run_on=progress.plan_version > 0,
-            show_progress=first,
-            just_scanned=not first,
-        )
-        drawn_controls(recipe, family, mode, device=engine.device.type)  # which are then there for all
+    inputs = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
@@ -108,15 +98,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if cache is not None:
         parts.null |= cache.null(engine.device)
         inputs = cache.feed(inputs)
-    setup = Setup(
-        family,
-        mode,
-        parts,
-        objective,
-        autocast=engine.autocast,
-        options=encode_options(recipe),
-        other=OtherExpert.of(recipe, family, engine.device),
-    )
+    other, options = OtherExpert.of(recipe, family, engine.device), encode_options(recipe)
+    setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=options, other=other)
     validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
@@ -202,6 +185,23 @@ def loop(run: Run) -> int:
             duties.validate()
         run.watchdog.doing("end", progress.step)
     return code
+
+
+def _gather(recipe: Recipe, engine: Engine, family: Family, mode: str, *, group: int, groups_run_on: bool) -> Inputs:
+    """The main process scans and draws controls; the others take its index and what is drawn."""
+    with engine.main_first():
+        first = engine.main
+        inputs = gather(
+            recipe,
+            family,
+            mode,
+            group=group,
+            groups_run_on=groups_run_on,
+            show_progress=first,
+            just_scanned=not first,
+        )
+        drawn_controls(recipe, family, mode, device=engine.device.type)
+    return inputs
 
 
 def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger, recipe: Recipe) -> list[str]:
