@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from reeltune.control.device import require_device
-from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of
+from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
 from reeltune.core.errors import UserError
 from reeltune.core.reading import as_user_error, read_table
 from reeltune.families.configs import MISFIT, from_files
@@ -102,8 +102,7 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
     def near(rgb_HW3: np.ndarray) -> np.ndarray:
         pixels_BCHW = prepare(images=rgb_HW3, input_data_format="channels_last", return_tensors="pt").pixel_values
         found_HW = net(pixels_BCHW.to(device)).predicted_depth[0].float().cpu().numpy()
-        if not np.isfinite(found_HW).all():
-            raise UserError(str(folder), "its network gives what are no numbers; download it again, or try another")
+        require_numbers(folder, found_HW)
         if metric:
             found_HW = 1 / np.maximum(found_HW, NEAREST_M)
         height, width = rgb_HW3.shape[:2]

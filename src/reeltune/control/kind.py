@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reeltune.core.errors import UserError
+
 CHUNK_BYTES = 32 * 2**20  # of frames that are read at once; one frame may be larger
 Form = Literal["pictures", "keypoints", "camera"]
 
@@ -120,3 +122,9 @@ def pictures(detector: Detector, source: Source) -> np.ndarray:
     drawn: list[np.ndarray] = []
     detector.detect(source, drawn.append)
     return np.concatenate(drawn)
+
+
+def require_numbers(where: Path, *arrays: np.ndarray) -> None:
+    """Raises UserError where what a network has made are none. where: the network."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(str(where), "its network gives what are no numbers; download it again, or try another")

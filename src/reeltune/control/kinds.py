@@ -49,7 +49,7 @@ KINDS = {
             "pose",
             "keypoints",
             "people's key points, drawn as DWPose draws them at the size that is trained",
-            "a folder with DWPose's yolox_l.onnx and dw-ll_ucoco_384.onnx, or with RT-DETR and ViTPose in "
+            "a folder with DWPose's two files, yolox_l.onnx and dw-ll_ucoco_384.onnx, or with RT-DETR and ViTPose in "
             "transformers' form, a folder each",
             0.5,
             _pose,
@@ -65,12 +65,11 @@ KINDS = {
     )
 }
 # Kinds that released models know and that are not made here -> why not, and what to do.
-ELSEWHERE = {
-    "hed": "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads "
-    "no other; make these controls with controlnet-aux in an environment of its own",
-    "mlsd": "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads "
-    "no other; make these controls with controlnet-aux in an environment of its own",
-}
+ELSEWHERE = dict.fromkeys(
+    ("hed", "mlsd"),
+    "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads no other; "
+    "make these controls with controlnet-aux in an environment of its own",
+)
 
 
 def open_for_previews(name: str, detector: str | None, device: str) -> Detector:

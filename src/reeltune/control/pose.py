@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source
+from reeltune.control.kinds import KINDS
 from reeltune.control.pose_finder import PoseFinder
 from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE, open_onnx
 from reeltune.control.pose_quality import quality_of
 from reeltune.core.errors import UserError
 from reeltune.data.keypoints import Keypoints
 
-NEEDS = (
-    f"a folder with DWPose's two files, {PEOPLE_FILE} and {POSE_FILE}, or with RT-DETR and ViTPose in transformers' "
-    "form, a folder each"
-)
+NEEDS = KINDS["pose"].needs
 
 
 def open_pose(folder: Path | None, settings: Settings) -> Detector:

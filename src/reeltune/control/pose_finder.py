@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from reeltune.core.errors import UserError
 from reeltune.data.keypoints import People
 
 BOX_SCORE = 0.3  # of a person's box, above which its pose is looked for (dwpose/cv_ox_det.py)
@@ -36,9 +34,3 @@ def padded(box_4: np.ndarray, aspect: float) -> tuple[np.ndarray, np.ndarray]:
 def from_left(boxes_N4: np.ndarray) -> np.ndarray:
     """Their places in order: that of the scores may differ where two are nearly equal."""
     return np.lexsort((boxes_N4[:, 1], boxes_N4[:, 0]))
-
-
-def require_numbers(where: Path, *arrays: np.ndarray) -> None:
-    """Raises UserError where a network gives none."""
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise UserError(str(where), "its network gives what are no numbers; download it again, or try another")

@@ -14,8 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from reeltune.control.kind import digest_of
-from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded, require_numbers
+from reeltune.control.kind import digest_of, require_numbers
+from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, refuse_foreign
 from reeltune.data.keypoints import LAYOUTS, People

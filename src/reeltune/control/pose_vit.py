@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from reeltune.control.device import require_device
-from reeltune.control.kind import digest_of
-from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded, require_numbers
+from reeltune.control.kind import digest_of, require_numbers
+from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded
 from reeltune.core.errors import UserError
 from reeltune.core.reading import read_table
 from reeltune.data.keypoints import LAYOUTS, People

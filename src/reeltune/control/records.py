@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b, file_digest
@@ -128,14 +128,27 @@ def made_by(control: str | Path) -> Made | None:
     return made if made is not None and made.bytes == size_of(Path(control)) else None
 
 
-def place_of(control: str | Path) -> tuple[Records, str, str] | None:
-    """(records of its data folder, its kind, itself from that folder on) of a path below a folder of controls."""
-    path = Path(os.path.abspath(control))
-    for above in path.parents:
-        if above.name == FOLDER and (above / ".state").is_dir():
-            inside = path.relative_to(above)
-            return Records(above.parent), inside.parts[0], f"{FOLDER}/{inside.as_posix()}"
+def data_dir_of(folder: str) -> str | None:
+    """Of an absolute folder, in which controls may lie: the data's folder that they are of."""
+    above = folder
+    while above != os.path.dirname(above):
+        above, name = os.path.split(above)
+        if name == FOLDER and os.path.isdir(os.path.join(above, STATE)):
+            return above
     return None
+
+
+def place_of(control: str | Path, find: Callable[[str], str | None] = data_dir_of) -> tuple[Records, str, str] | None:
+    """(records of its data folder, its kind, itself from that folder on) of a path below a folder of controls.
+
+    find: `data_dir_of`, or one that remembers what it has found, for many.
+    """
+    folder, name = os.path.split(os.path.abspath(control))
+    data_dir = find(folder)
+    if data_dir is None:
+        return None
+    inside = os.path.join(folder, name)[len(os.path.join(data_dir, "")) :]
+    return Records(Path(data_dir)), inside.split(os.sep)[1], inside
 
 
 def size_of(path: Path) -> int:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
-from reeltune.control.records import key_of, made_by, place_of
+from reeltune.control.records import data_dir_of, key_of, made_by, place_of
 from reeltune.core.types import Record
 from reeltune.data.records import Records
 from reeltune.data.scan import notice_of
@@ -22,16 +24,16 @@ SENTENCE = (
 
 def stale_controls(*lists: Records) -> list[str]:
     """A notice of them, if there are any. Controls that `reeltune control` has not made are not looked at."""
-    stale = []
+    stale, find = [], cache(data_dir_of)  # which is one for the thousands of controls in a folder
     for records in lists:
         has_control = np.diff(records.ends).reshape(-1, 4)[:, 2:].any(axis=1)
-        stale += [record.entry for record in records.take(np.flatnonzero(has_control)) if _is_stale(record)]
+        stale += [record.entry for record in records.take(np.flatnonzero(has_control)) if _is_stale(record, find)]
     return [notice_of(len(stale), stale, SENTENCE)] if stale else []
 
 
-def _is_stale(record: Record) -> bool:
+def _is_stale(record: Record, find: Callable[[str], str | None]) -> bool:
     control = record.control_path or record.camera_path
-    place = None if control is None or not record.path else place_of(control)
+    place = None if control is None or not record.path else place_of(control, find)
     if control is None or place is None:
         return False
     records, kind, name = place
@@ -40,8 +42,8 @@ def _is_stale(record: Record) -> bool:
         untouched = os.stat(record.path).st_ctime_ns < records.path(kind, name).stat().st_mtime_ns
     except OSError:  # no record of it, or a clip that has gone
         return False
-    own = os.path.relpath(record.path, records.data_dir)
-    if untouched and name.split("/", 2)[2].startswith(own):
+    own = os.path.join(records.data_dir, name.split("/", 2)[2])  # or with another ending, or one more
+    if untouched and own.startswith(os.path.abspath(record.path)):
         return False
     made = made_by(control)
     return made is not None and made.key != key_of(made.kind, made.detector, record.content, made.control)

@@ -106,8 +106,14 @@ class _Index(NamedTuple):
 
     @property
     def uneven(self) -> bool:
-        ticks = np.diff(self.pts)
-        return len(ticks) > 1 and bool(np.abs(ticks - np.median(ticks)).max() > EVEN_RATE * np.median(ticks) + 2)
+        return is_uneven(self.pts, 2)
+
+
+def is_uneven(shown_F: np.ndarray, slack: float) -> bool:
+    """Of the times at which frames are shown, in any unit. slack: what rounding may add to an interval."""
+    intervals = np.diff(shown_F)
+    middle = np.median(intervals) if len(intervals) > 1 else 0
+    return len(intervals) > 1 and bool(np.abs(intervals - middle).max() > EVEN_RATE * middle + slack)
 
 
 def _read_index(clip: _Clip) -> _Index:

@@ -18,10 +18,10 @@ from reeltune.core.files import whole_path
 from reeltune.core.types import Crop, Kind, Shape
 from reeltune.data import clips
 from reeltune.data.clip_writer import clip_written
-from reeltune.data.clips import EVEN_RATE, TIME_ROUNDING, decode, index_of, measure_clip, on_show
+from reeltune.data.clips import TIME_ROUNDING, decode, index_of, is_uneven, measure_clip, on_show
 from reeltune.data.display import Displayer
 from reeltune.data.findings import DecodeCheck, Measure, MediaError, content_of, require_file
-from reeltune.data.keypoints import Keypoints, is_keypoints, read_keypoints
+from reeltune.data.keypoints import is_keypoints, read_keypoints
 from reeltune.data.pictures import is_picture, measure_picture, read_picture
 from reeltune.data.pose_drawing import draw_frames
 
@@ -91,13 +91,8 @@ def frames_on_show(path: str | Path, frames: Sequence[int], fps: float, rate: fl
     if not is_keypoints(path):
         return clips.frames_on_show(str(path), frames, fps, rate)
     keypoints = read_keypoints(path)
-    return on_show(keypoints.times_s, frames, fps, rate) if _uneven(keypoints) else frames
-
-
-def _uneven(keypoints: Keypoints) -> bool:
-    intervals_s = np.diff(keypoints.times_s)
-    middle_s = np.median(intervals_s) if len(intervals_s) > 1 else 0
-    return bool((np.abs(intervals_s - middle_s) > EVEN_RATE * middle_s + 2 * TIME_ROUNDING).any() and middle_s)
+    uneven = is_uneven(keypoints.times_s, 2 * TIME_ROUNDING)
+    return on_show(keypoints.times_s, frames, fps, rate) if uneven else frames
 
 
 def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shape) -> np.ndarray:

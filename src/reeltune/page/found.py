@@ -18,6 +18,7 @@ from reeltune.config.parse import read, settings
 from reeltune.core.errors import UserError
 from reeltune.core.reading import MOST_YAML_BYTES
 from reeltune.data.lists import ENDINGS
+from reeltune.run import lock
 
 MOST_FOLDERS = 20_000  # looked into
 MOST_DEPTH = 8
@@ -25,7 +26,7 @@ MOST_LISTS = 64  # files of one folder that are looked into: there may be one .j
 HEAD_BYTES = 64 * 1024  # of a file, in which a list names its key
 UNSEEN = frozenset({"__pycache__", "node_modules", "previews", "first_batch", "index", "tensorboard", "shards"})
 METRICS = "metrics.jsonl"
-READ_OF_A_RUN = (METRICS, OF_A_RUN, ".lock", "ledger.json", "recipe.yaml", "validation/start.json")
+READ_OF_A_RUN = (METRICS, OF_A_RUN, lock.NAME, "ledger.json", "recipe.yaml", "validation/start.json")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
         index_dir=store / "index",
         workers=usable_cores(),
     )
-    return Judged(_by_entry(found.records), _reasons(found), {"left_out": _entries(_reasons(found))}, found.notices)
+    reasons = _reasons(found)
+    return Judged(_by_entry(found.records), reasons, {"left_out": _entries(reasons)}, found.notices)
 
 
 def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> Judged:

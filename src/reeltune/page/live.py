@@ -15,13 +15,13 @@ from typing import Generic, TypeVar
 from reeltune.core.errors import UserError
 from reeltune.page.found import METRICS
 from reeltune.reporting.metrics import Metrics, take_row
+from reeltune.run import lock
 
 LOOKS_S = 1.0  # between two looks at a run's files
 SILENCE_S = 15.0  # after which a line is sent that says nothing, by which a browser that has gone is noticed
 LEAST_PAUSE_S = 2.0  # between two drawings of a run
 PAUSE_FACTOR = 10  # drawing takes a tenth of one core's time at most, however many watch
 COMPARED_BYTES = 64  # before the place up to which the file was read, to know it by
-LOCK = ".lock"  # run/lock.py
 T = TypeVar("T")
 
 
@@ -92,11 +92,11 @@ def holder(run: Path) -> int | None:
 
     Told by the system's table of locks (proc_locks(5)), for to try the lock would keep a run from starting.
     """
-    lock = run / LOCK
+    held = run / lock.NAME
     try:
-        about = json.loads(lock.read_text(encoding="utf-8"))
+        about = json.loads(held.read_text(encoding="utf-8"))
         pid, machine = about["process"], about["machine"]
-        inode = lock.stat().st_ino
+        inode = held.stat().st_ino
         locks = Path("/proc/locks").read_text(encoding="ascii")
     except (OSError, ValueError, KeyError, TypeError):  # no lock, not yet written, or another system
         return None

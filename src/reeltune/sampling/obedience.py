@@ -14,14 +14,12 @@ from reeltune.config.recipe import Validation
 from reeltune.control.judge import Asked, Judge, judge_of
 from reeltune.control.kinds import kind_named
 from reeltune.control.records import made_by
-from reeltune.core.reading import NUMBER, TEXT, Kind
+from reeltune.core.reading import NUMBER, TEXT
 from reeltune.core.types import Batch
 from reeltune.data.findings import content_of
 from reeltune.sampling.paired import band95, keep_start, kept_start
 from reeltune.sampling.prompts import Request, refuse_other_control
 from reeltune.sampling.sample import Setup
-
-SCORE = Kind(lambda value: value is None or NUMBER.holds(value), "a number or null")
 
 
 @dataclass
@@ -93,7 +91,7 @@ class Obedience:
             ],
             "settings": self.settings,
         }
-        kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": SCORE.many()}
+        kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": NUMBER.or_none().many()}
         kept = None if step == 0 else kept_start(path, kinds)
         alike = [] if kept is None else [kept.get(name) == value for name, value in measured_on.items()]
         if kept is not None and all(alike) and len(kept["scores"]) == len(scores):
