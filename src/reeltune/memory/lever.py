@@ -18,6 +18,7 @@ ALL = TRAINED | SEEN | {"step"}
 SHARDED = ("zero2", "zero3", "fsdp")  # engines whose processes each keep a share of weights or optimizer state
 VARIANTS = 4  # of a cache: as many as the recipe's rules advise for clips longer than their window
 RANK = 32  # of adapters, if in doubt
+CHOSEN = ("use_prodigy", "use_muon")  # optimizers chosen for how they learn, which need all weights or whole matrices
 SHORT = 9  # frames that are not halved
 
 
@@ -87,8 +88,18 @@ class Lever:
         """The phases in which it spares memory in such a run."""
         return next((phases for name, phases in self.beside.items() if values[name]), self.phases)
 
+    def options(self, values: Values) -> Iterator[Settings]:
+        """Each a way to pull it: what to write, with what it takes the place of turned off."""
+        replaced = {name: False for name in self.replaces if values[name]}
+        for change in [{self.setting: self.value}] if self.changes is None else self.changes(values):
+            yield {**replaced, **change}
 
-# ---- what to write
+
+def several(values: Values) -> bool:
+    return values.get("gpus", 1) > 1 or values["engine"] in SHARDED
+
+
+# ---- what to write; beside an `engine` also, turned off, what that does not go with
 
 
 def half_the_batch(values: Values) -> Iterator[Settings]:
@@ -152,3 +163,17 @@ def half_as_long(values: Values) -> Iterator[Settings]:
 def two_to_a_clip(values: Values) -> Iterator[Settings]:
     if values.get("gpus", 1) > 1:
         yield {"context_parallel": 2}
+
+
+def sharded_by(engine: str) -> Callable[[Values], Iterator[Settings]]:
+    def change(values: Values) -> Iterator[Settings]:
+        if values.get("gpus", 1) > 1:
+            yield {"engine": engine}
+
+    return change
+
+
+def more_devices(values: Values) -> Iterator[Settings]:
+    for count in (2, 4, 8):
+        if count > values.get("gpus", 1):
+            yield {"gpus": count, "engine": "fsdp"}

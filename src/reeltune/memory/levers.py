@@ -3,9 +3,10 @@ docs/memory.md come from this table.  (no torch)"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from reeltune.memory.lever import (
+    CHOSEN,
     RANK,
     SEEN,
     SHARDED,
@@ -25,15 +26,14 @@ from reeltune.memory.lever import (
     half_as_long,
     half_the_batch,
     keep_attention,
+    more_devices,
     not_in,
     prodigy,
+    several,
+    sharded_by,
     tiles,
     two_to_a_clip,
 )
-
-
-def several(values: Values) -> bool:
-    return values.get("gpus", 1) > 1 or values["engine"] in SHARDED
 
 
 def excluded(values: Values) -> Iterator[tuple[Lever, Exclusion]]:
@@ -55,26 +55,11 @@ def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
         idle = lever.pulled(values) or any(values[name] for name in lever.unless)
         fits = all(exclusion.permits(values[exclusion.setting]) for exclusion in lever.excludes)
         if fits and not idle and not (lever.alone and several(values)):
-            replaced = {name: False for name in lever.replaces if values[name]}
-            options = [{lever.setting: lever.value}] if lever.changes is None else lever.changes(values)
-            for settings in options:
-                asked = {**values, **replaced, **settings}
-                if not any(excluded(asked)):
-                    yield lever, {**replaced, **settings}
-
-
-def sharded_by(engine: str) -> Callable[[Values], Iterator[Settings]]:
-    def change(values: Values) -> Iterator[Settings]:
-        if values.get("gpus", 1) > 1:
-            yield {"engine": engine, **given_up(values, engine)}
-
-    return change
-
-
-def more_devices(values: Values) -> Iterator[Settings]:
-    for count in (2, 4, 8):
-        if count > values.get("gpus", 1):
-            yield {"gpus": count, "engine": "fsdp", **given_up(values, "fsdp")}
+            for settings in lever.options(values):
+                if "engine" in settings:
+                    settings |= given_up(values, settings["engine"])
+                if not any(excluded({**values, **settings})):
+                    yield lever, settings
 
 
 def given_up(values: Values, engine: str) -> Settings:
@@ -83,9 +68,6 @@ def given_up(values: Values, engine: str) -> Settings:
     barred = {lever.setting for lever, exclusion in excluded(sharded) if exclusion.setting == "engine"}
     barred |= set(pulled_alone(sharded))
     return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
-
-
-CHOSEN = ("use_prodigy", "use_muon")  # optimizers chosen for how they learn, which need all weights or whole matrices
 
 
 # The cheapest first: what ends in the same bits, then what does not, then more devices. What times and shares are of
