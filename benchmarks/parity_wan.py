@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.golden import LOSS, MSL, SCHEDULE, Golden, Row, batch_of, gradients
 from reeltune import families
-from reeltune.core.types import Encoded, Posterior, Shape
+from reeltune.core.types import Batch, Encoded, Posterior, Shape
 from reeltune.data import camera
 from reeltune.diffusion import loss as losses
 from reeltune.families import text as captions_to
@@ -161,22 +161,9 @@ def train_step(golden: Golden, checkpoints: Checkpoints) -> None:
     mode = MODES.get(golden.metadata["train_mode"], golden.metadata["train_mode"])
     full_ref = golden.metadata["add_full_ref_image_in_self_attention"] == "True"
     count, frames, _, height, width = golden["pixel_u8"].shape
-    batch = batch_of(
-        golden["pixel_u8"],
-        text=[golden.metadata[f"prompt.{i}"] for i in range(count)],
-        ref_frame_B=golden["clip_idx"] if "clip_idx" in golden else torch.zeros(count, dtype=torch.int64),
-        keep=kept(golden, mode, count, full_ref),
-        control_BFCHW=golden.get("control_pixel_u8"),
-        camera_BFCHW=golden.get("control_camera_values"),
-        mask_BFHW=golden["mask"][:, :, 0].bool() if "mask" in golden else None,
-    )
+    batch = batch_in(golden, kept(golden, mode, count, full_ref), golden.get("control_camera_values"))
     encoded = family.encode(parts, batch, mode, options={"add_full_ref_image_in_self_attention": full_ref})
-    tokenizer, length = parts.extras["tokenizer"], golden["input_ids"].shape[1]
-    tokens = tokenizer(batch.text, padding="max_length", max_length=length, return_tensors="pt")
-    golden.exact("input_ids", tokens.input_ids)
-    golden.exact("attention_mask", tokens.attention_mask)
-    for i in range(count):
-        golden.compare(f"prompt_embeds.{i}", encoded.cond["text"][i, : len(golden[f"prompt_embeds.{i}"])])
+    compare_captions(golden, parts, batch, encoded)
     if "clip_image_u8" in golden:
         seen_u8 = wan.cut_to_8_bit(wan.frames_at(batch.pixels_BFCHW, batch.ref_frame_B))
         golden.exact("clip_image_u8", seen_u8.permute(0, 2, 3, 1))
@@ -203,6 +190,30 @@ def train_step(golden: Golden, checkpoints: Checkpoints) -> None:
     if golden.metadata["motion_sub_loss"] == "True" and x0.shape[2] > 2:
         value = value * (1 - MSL) + losses.mean_square(error.diff(dim=2)).mean() * MSL
     gradients(golden, "", parts, family, value)
+
+
+def batch_in(golden: Golden, keep: dict[str, Tensor], camera_BFCHW: Tensor | None = None) -> Batch:
+    """What a train step's file was made of. keep: as `kept`."""
+    count = len(golden["pixel_u8"])
+    return batch_of(
+        golden["pixel_u8"],
+        text=[golden.metadata[f"prompt.{i}"] for i in range(count)],
+        ref_frame_B=golden["clip_idx"] if "clip_idx" in golden else torch.zeros(count, dtype=torch.int64),
+        keep=keep,
+        control_BFCHW=golden.get("control_pixel_u8"),
+        camera_BFCHW=camera_BFCHW,
+        mask_BFHW=golden["mask"][:, :, 0].bool() if "mask" in golden else None,
+    )
+
+
+def compare_captions(golden: Golden, parts: Parts, batch: Batch, encoded: Encoded) -> None:
+    """Their tokens, and what the text encoder made of them."""
+    tokenizer, length = parts.extras["tokenizer"], golden["input_ids"].shape[1]
+    tokens = tokenizer(batch.text, padding="max_length", max_length=length, return_tensors="pt")
+    golden.exact("input_ids", tokens.input_ids)
+    golden.exact("attention_mask", tokens.attention_mask)
+    for i in range(len(batch.text)):
+        golden.compare(f"prompt_embeds.{i}", encoded.cond["text"][i, : len(golden[f"prompt_embeds.{i}"])])
 
 
 def kept(golden: Golden, mode: str, count: int, full_ref: bool) -> dict[str, Tensor]:

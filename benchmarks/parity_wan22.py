@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import parity_wan
-from benchmarks.golden import LOSS, MSL, SCHEDULE, Golden, Row, batch_of, gradients
-from benchmarks.parity_wan import MODES, as_stored, drawn, padded
+from benchmarks.golden import LOSS, MSL, SCHEDULE, Golden, Row, gradients
+from benchmarks.parity_wan import MODES, as_stored, batch_in, compare_captions, drawn, padded
 from reeltune import families
 from reeltune.core.types import Encoded, Posterior, Shape
 from reeltune.diffusion import loss as losses
@@ -118,22 +118,9 @@ def train_step(golden: Golden) -> None:
     full_ref = told["add_full_ref_image_in_self_attention"] == "True"
     count, frames, _, height, width = golden["pixel_u8"].shape
     camera = golden.get("control_camera_values_f16")
-    batch = batch_of(
-        golden["pixel_u8"],
-        text=[told[f"prompt.{i}"] for i in range(count)],
-        ref_frame_B=golden["clip_idx"] if "clip_idx" in golden else torch.zeros(count, dtype=torch.int64),
-        keep=kept(golden, mode, count, full_ref),
-        control_BFCHW=golden.get("control_pixel_u8"),
-        camera_BFCHW=None if camera is None else camera.float(),
-        mask_BFHW=golden["mask"][:, :, 0].bool() if "mask" in golden else None,
-    )
+    batch = batch_in(golden, kept(golden, mode, count, full_ref), None if camera is None else camera.float())
     encoded = family.encode(parts, batch, mode, options={"add_full_ref_image_in_self_attention": full_ref})
-    tokenizer, length = parts.extras["tokenizer"], golden["input_ids"].shape[1]
-    tokens = tokenizer(batch.text, padding="max_length", max_length=length, return_tensors="pt")
-    golden.exact("input_ids", tokens.input_ids)
-    golden.exact("attention_mask", tokens.attention_mask)
-    for i in range(count):
-        golden.compare(f"prompt_embeds.{i}", encoded.cond["text"][i, : len(golden[f"prompt_embeds.{i}"])])
+    compare_captions(golden, parts, batch, encoded)
     golden.compare("latents", drawn(encoded.x0, golden["eps_latents"]))
     cond = settled(golden, encoded, parts)
     compare_conditions(golden, cond, batch)

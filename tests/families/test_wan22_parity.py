@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.golden import Golden, batch_of
-from benchmarks.parity_wan import as_stored, padded
+from benchmarks.golden import Golden
+from benchmarks.parity_wan import as_stored, batch_in, padded
 from benchmarks.parity_wan22 import (  # golden_files: the files are asked of this module
     EXPERTS,
     case_of,
@@ -147,14 +147,7 @@ def step_conditions(golden: Golden, family, parts) -> dict[str, torch.Tensor]:
     """As the step has them, with the known frame where ours has it."""
     full_ref = golden.metadata["add_full_ref_image_in_self_attention"] == "True"
     mode, count = golden.metadata["train_mode"], len(golden["pixel_u8"])
-    batch = batch_of(
-        golden["pixel_u8"],
-        text=[golden.metadata[f"prompt.{i}"] for i in range(count)],
-        ref_frame_B=golden["clip_idx"] if "clip_idx" in golden else torch.zeros(count, dtype=torch.int64),
-        keep=kept(golden, mode, count, full_ref),
-        control_BFCHW=golden.get("control_pixel_u8"),
-        mask_BFHW=golden["mask"][:, :, 0].bool(),
-    )
+    batch = batch_in(golden, kept(golden, mode, count, full_ref))
     encoded = family.encode(parts, batch, mode, options={"add_full_ref_image_in_self_attention": full_ref})
     stored = as_stored(golden, settled(golden, encoded, parts), parts)
     return stored | {"known": encoded.cond["known"]}
