@@ -55,7 +55,6 @@ def write(output_dir: Path) -> Path:
                 ledger=table_of(run / "ledger.json", OF_LEDGER),
                 problem_rows=PROBLEM_ROWS,
                 recipe=recipe,
-                adapter_rank=dict(recipe.get("chosen", ())).get("rank"),
                 notices=metrics.notices,
                 saves=metrics.saves,
                 linked=album.linked,
