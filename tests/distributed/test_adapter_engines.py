@@ -92,6 +92,12 @@ def runs(one_of_a_family, data, tmp_path_factory):
         assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
         recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES]
     train(recipes, 2, made.folder)
+    if made.family == "toy":
+        assert loop.train(made.recipe("alone-whole", processes=1, **OF_TOY["pissa"])) == 0
+        onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
+        train([made.recipe("fsdp-onward", **onward)], 2, made.folder)
+        onward["resume_from_checkpoint"] = made.half_of("fsdp-pissa")
+        assert loop.train(made.recipe("alone-onward", processes=1, **onward)) == 0
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
     return made
@@ -160,6 +166,17 @@ def test_other_kinds_learn_as_in_one_process(kind, engine, runs):
     alone, plain = runs.losses(f"alone-{kind}"), runs.losses("alone")
     assert runs.losses(f"{engine}-{kind}") == pytest.approx(alone, rel=1e-5)
     assert alone[HALF] != plain[HALF]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "alone"])
+def test_what_pissa_began_with_goes_from_one_engine_to_another(engine, runs):
+    if runs.family != "toy":
+        pytest.skip("tried with one family")
+    alone, onward = runs.losses("alone-whole"), runs.losses(f"{engine}-onward")
+    assert [onward[step] for step in range(HALF + 1, STEPS + 1)] == pytest.approx(
+        [alone[step] for step in range(HALF + 1, STEPS + 1)], rel=1e-5
+    )
+    assert_near(runs.adapter(f"{engine}-onward"), runs.adapter("alone-whole"))
 
 
 @of_engines
