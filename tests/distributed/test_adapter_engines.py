@@ -20,7 +20,12 @@ from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
 STEPS, HALF = 6, 3
-DORA = {"use_dora": True, "max_train_steps": HALF}
+OF_TOY = {  # tried with one family
+    "dora": {"use_dora": True},  # magnitudes are of weights in full: so they are gathered where they are measured
+    "pissa": {"lora_init": "pissa"},
+    "coarse": {"base_weights": "int8"},
+}
+OF_WAN = {"coarse-pissa": {"lora_init": "pissa", "base_weights": "int8"}}  # which reads the weights' files again
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
 NEAR = 3e-3  # of the norm of a weight; 3e-4 was seen (measured, 2026-11-26)
@@ -38,6 +43,7 @@ class Runs:
         self.checkpoint, self.mode = pair.lay_out(folder / "checkpoint"), pair.mode
         self.data, self.folder, self.family = data, folder, pair.family
         self.layers = {"target_name": ["text"]} if pair.family == "toy" else {}
+        self.kinds = {"toy": OF_TOY, "wan_fun": OF_WAN}.get(pair.family, {})
 
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
@@ -81,10 +87,17 @@ def runs(one_of_a_family, data, tmp_path_factory):
     for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
         recipes.append(made.recipe(engine))
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
-    if made.family == "toy":
-        assert loop.train(made.recipe("alone-dora", processes=1, **DORA)) == 0
-        recipes += [made.recipe(f"{engine}-dora", **DORA) for engine in ENGINES]
+    for kind, settings in made.kinds.items():
+        changes = {**settings, "max_train_steps": HALF}
+        assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
+        recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES]
     train(recipes, 2, made.folder)
+    if made.family == "toy":
+        assert loop.train(made.recipe("alone-whole", processes=1, **OF_TOY["pissa"])) == 0
+        onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
+        train([made.recipe("fsdp-onward", **onward)], 2, made.folder)
+        onward["resume_from_checkpoint"] = made.half_of("fsdp-pissa")
+        assert loop.train(made.recipe("alone-onward", processes=1, **onward)) == 0
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
     return made
@@ -145,14 +158,25 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
 
 
 @of_engines
-def test_magnitudes_learn_as_in_one_process(engine, runs):
-    """DoRA's, which are of weights in full: so they are gathered where they are measured."""
+@pytest.mark.parametrize("kind", [*OF_TOY, *OF_WAN])
+def test_other_kinds_learn_as_in_one_process(kind, engine, runs):
     made_by(engine)
+    if kind not in runs.kinds:
+        pytest.skip("tried with one family")
+    alone, plain = runs.losses(f"alone-{kind}"), runs.losses("alone")
+    assert runs.losses(f"{engine}-{kind}") == pytest.approx(alone, rel=1e-5)
+    assert alone[HALF] != plain[HALF]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "alone"])
+def test_what_pissa_began_with_goes_from_one_engine_to_another(engine, runs):
     if runs.family != "toy":
         pytest.skip("tried with one family")
-    dora, plain = runs.losses("alone-dora"), runs.losses("alone")
-    assert runs.losses(f"{engine}-dora") == pytest.approx(dora, rel=1e-5)
-    assert dora[HALF] != plain[HALF]
+    alone, onward = runs.losses("alone-whole"), runs.losses(f"{engine}-onward")
+    assert [onward[step] for step in range(HALF + 1, STEPS + 1)] == pytest.approx(
+        [alone[step] for step in range(HALF + 1, STEPS + 1)], rel=1e-5
+    )
+    assert_near(runs.adapter(f"{engine}-onward"), runs.adapter("alone-whole"))
 
 
 @of_engines

@@ -25,6 +25,7 @@ KINDS = {
     "whole": {"train_whole": ["patch_embedding", "head.bias"], "use_ema": True},
     "bf16": {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "train_whole": ["head"]},
     "in_backward": {"step_in_backward": True},
+    "pissa": {"lora_init": "pissa", "use_ema": True, "rank_pattern": ["blocks.1=2"], "alpha_pattern": ["blocks.0=3"]},
 }
 
 

@@ -111,6 +111,8 @@ def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision,
         {"base_weights": "int8"},
         {"base_weights": "nf4"},
         {"blocks_to_swap": 2, "train_whole": ["patch_embedding"]},
+        {"lora_init": "pissa"},
+        {"lora_init": "pissa", "base_weights": "int8", "blocks_to_swap": 2},
     ],
 )
 def test_adapters_take_what_the_allocator_gives(tmp_path, settings, monkeypatch):

@@ -13,9 +13,9 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.estimate.check import check
 from reeltune.export.adapter import export_adapter
-from reeltune.export.base import Base
 from reeltune.export.merge import export_merged
 from reeltune.families import weights
+from reeltune.run.base import Base
 from reeltune.run.model import choose_family, other_expert_bytes
 from reeltune.sampling.clips import sample_clips
 from reeltune.sampling.other_expert import OtherExpert

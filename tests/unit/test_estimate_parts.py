@@ -89,9 +89,11 @@ def estimate(**changes) -> StepEstimate:
         kept_bytes=4 * PSI,
         reached=frozenset(),
         block_parameters=100,
+        block_bytes=200,
         blocks=7,
         still_blocks=0,
         other_parameters=40,
+        buffer_bytes=0,
     )
     return replace(step, **changes)
 
@@ -111,6 +113,17 @@ def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, share
     assert parts.pop("activations") == 700
     assert parts.pop("frozen") == 90
     assert sum(parts.values()) == shared
+
+
+@pytest.mark.parametrize(("engine", "gathered"), [("zero3", 120 * PSI // 100), ("fsdp", 2 * 120 + 4 * 40)])
+def test_weights_in_8_bits_are_sharded_and_gathered_as_they_are(engine, gathered):
+    """10 adapters' numbers of 100 of a block; scales, which are buffers, are whole in each process."""
+    parts = {**STEP, "weights": 400, "gradients": 400, "optimizer": 800, "still": 950}
+    coarse = estimate(peaks={"backward": parts}, trainable=100, state_bytes=800, block_bytes=120, buffer_bytes=50)
+    found = sharding.peaks(coarse, engine, 4)[0]["backward"]
+    assert found["still"] == 50 + 900 // 4
+    assert found["gathered"] == gathered + (0 if engine == "zero3" else (2 + 4) * 10)
+    assert sharding.peaks(coarse, "zero2", 4)[0]["backward"]["still"] == 950
 
 
 def test_shards_shrink_with_devices_and_copies_do_not():

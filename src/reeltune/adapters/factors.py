@@ -33,8 +33,9 @@ class Factors:
         return float(self.S_R[:rank].double().square().sum())
 
 
-def factors(change_OI: Tensor, most_rank: int, name: str) -> Factors:
-    """Of an fp32 change, up to `most_rank`. name: of the weight, which seeds the random directions of a large one."""
+def factors(change_OI: Tensor, most_rank: int, name: str, *, iterations: int = ITERATIONS) -> Factors:
+    """Of an fp32 change, up to `most_rank`. name: of the weight, which seeds the random directions of a large one, to
+    whose nearest ones `iterations` lead."""
     square, least = float(change_OI.double().square().sum()), min(change_OI.shape)
     count = min(most_rank, least)
     if least <= EXACT or count + OVER >= least:
@@ -44,7 +45,7 @@ def factors(change_OI: Tensor, most_rank: int, name: str) -> Factors:
         generator = torch.Generator().manual_seed(seed_of(0, "factors", name))
         random_IR = torch.randn(change_OI.shape[1], count + OVER, generator=generator).to(change_OI.device)
         Q_OR = torch.linalg.qr(change_OI @ random_IR).Q  # Halko et al., algorithm 4.4
-        for _ in range(ITERATIONS):
+        for _ in range(iterations):
             Q_OR = torch.linalg.qr(change_OI @ torch.linalg.qr(change_OI.T @ Q_OR).Q).Q
         U_RR, S_R, Vt_RI = torch.linalg.svd(Q_OR.T @ change_OI, full_matrices=False)
         U_OR, V_IR = Q_OR @ U_RR, Vt_RI.T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.principal import put_gained
 from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
 from reeltune.core.reading import few
@@ -35,11 +36,13 @@ def inject(
     rank_stabilised: bool = False,
     use_dora: bool = False,
     dropout: float = 0.0,
+    start_dtype: torch.dtype | None = None,
 ) -> dict[str, str]:
     """Puts an adapter around each target, in place. Returns the names of all parameters as they are now, ours ->
     released, those of adapters among them ("blocks.0.self_attn.q.lora_A.weight").
 
     names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
+    start_dtype: of what adapters of PiSSA begin with; None: they are none of PiSSA.
     """
     exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(
@@ -59,6 +62,8 @@ def inject(
         for kind in KINDS:
             for parameter in getattr(layer, kind).parameters():
                 parameter.data = parameter.data.to(dtype)
+        if start_dtype is not None:
+            put_gained(layer, SLOT, start_dtype)
     return {name: _released(name, released, names) for name, _ in net.named_parameters()}
 
 
@@ -70,14 +75,14 @@ def adapted(net: nn.Module) -> dict[str, LoraLayer]:
 def _released(name: str, layers: Mapping[str, str], before: Mapping[str, str]) -> str:
     """Of a parameter by its name with adapters around layers: our layer name -> released; before: without adapters."""
     for kind, suffix in KINDS.items():
-        layer, found, _ = name.partition(f".{kind}.{SLOT}")
+        layer, found, ending = name.partition(f".{kind}.{SLOT}")
         if found:
-            return f"{layers[layer]}.{suffix}"
+            return f"{layers[layer]}.{kind}{ending}" if ending == ".start" else f"{layers[layer]}.{suffix}"
     return before[name.replace(".base_layer.", ".")]
 
 
 @torch.no_grad()
-def begin(net: nn.Module, names: Mapping[str, str], *, how: Literal["uniform", "gaussian"], seed: int) -> None:
+def begin(net: nn.Module, names: Mapping[str, str], *, how: str, seed: int) -> None:
     """Draws each A as a pure function of (seed, its released name); B stays zero, so that nothing changes yet.
 
     uniform: as torch.nn.Linear begins, within 1 / sqrt(inputs) of 0. gaussian: with deviation 1 / rank, as PEFT's.

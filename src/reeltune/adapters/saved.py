@@ -3,12 +3,14 @@
 adapter_model.safetensors   diffusion_model.LAYER.lora_A.weight and .lora_B.weight, .alpha (the change is alpha / rank *
                             B @ A), .dora_scale; and whole.NAME, a weight that learns in full, as it is
 adapter_config.json         what it was trained on and how; the alpha of each layer
+start.safetensors           of PiSSA alone: LAYER.lora_A.start, which is not in the pair above (principal.py)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.layers import KINDS, is_adapter
+from reeltune.adapters.principal import START_A, START_B, change_of, is_start
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import few, read_table
 from reeltune.families.tensor_files import tensors_of
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILE, CONFIG, START = "adapter_model.safetensors", "adapter_config.json", "start.safetensors"
 PREFIX, WHOLE, ALPHA = "diffusion_model.", "whole.", ".alpha"
 COPY = "restore it from a copy"
 
@@ -36,6 +39,8 @@ def write(folder: Path, weights: Mapping[str, Tensor], alphas: Mapping[str, floa
     (folder / CONFIG).write_text(json.dumps({**about, "alphas": dict(alphas)}, indent=2) + "\n", encoding="utf-8")
     if not any(weight.is_meta for weight in weights.values()):
         save_file(tensors_in_file(weights, alphas), folder / FILE, metadata(about))
+        if starts := {name: weight.contiguous() for name, weight in weights.items() if name.endswith(START_A)}:
+            save_file(starts, folder / START, {"format": "pt"})
 
 
 def save(folder: Path, adapter: Adapter, about: Mapping[str, Any]) -> None:
@@ -50,10 +55,28 @@ def save(folder: Path, adapter: Adapter, about: Mapping[str, Any]) -> None:
 
 def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
     """By their names in the file."""
-    tensors = {
-        (PREFIX if is_adapter(name) else WHOLE) + name: weight.detach().contiguous() for name, weight in weights.items()
+    A, B, _ = KINDS.values()
+    named = {(PREFIX if is_adapter(name) else WHOLE) + name: weight for name, weight in weights.items()}
+    tensors = {name: weight.detach().contiguous() for name, weight in named.items() if not is_start(name)}
+    alpha_of = dict(alphas)
+    for layer, pair in _widened(weights, alphas).items():
+        tensors |= {f"{PREFIX}{layer}.{A}": pair.A_RI, f"{PREFIX}{layer}.{B}": pair.B_OR}
+        alpha_of[layer] = pair.alpha
+    return tensors | {f"{PREFIX}{layer}{ALPHA}": torch.tensor(alpha) for layer, alpha in alpha_of.items()}
+
+
+def _widened(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, LowRank]:
+    """Of PiSSA's layers the pair that is the change. weights: by released name."""
+    A, B, _ = KINDS.values()
+    return {
+        layer: change_of(
+            weights[f"{layer}.{START_A}"].detach(),
+            weights[f"{layer}.{START_B}"].detach(),
+            LowRank(weights[f"{layer}.{A}"].detach(), weights[f"{layer}.{B}"].detach(), float(alpha)),
+        )
+        for layer, alpha in alphas.items()
+        if f"{layer}.{START_A}" in weights
     }
-    return tensors | {f"{PREFIX}{layer}{ALPHA}": torch.tensor(alpha) for layer, alpha in alphas.items()}
 
 
 def metadata(about: Mapping[str, Any]) -> dict[str, str]:
@@ -76,22 +99,38 @@ def read(folder: Path) -> dict[str, Tensor]:
     """Released name -> tensor, as it was trained."""
     stored = tensors_of(folder / FILE, "cpu")
     kept = {name: tensor for name, tensor in stored.items() if not name.endswith(ALPHA)}
-    return {name.removeprefix(PREFIX if name.startswith(PREFIX) else WHOLE): tensor for name, tensor in kept.items()}
+    weights = {name.removeprefix(PREFIX if name.startswith(PREFIX) else WHOLE): one for name, one in kept.items()}
+    if str(config_of(folder).get("lora_init", "")).startswith("pissa"):
+        weights |= _apart(weights, tensors_of(folder / START, "cpu"), str(folder))
+    return weights
+
+
+def _apart(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Of PiSSA's layers what learns and what it began with, from the pairs in the file."""
+    A, B, _ = KINDS.values()
+    parts = {}
+    for name, start_RI in starts.items():
+        layer, rank = name.removesuffix(f".{START_A}"), len(start_RI)
+        wide_A, wide_B = (weights.get(f"{layer}.{kind}") for kind in (A, B))
+        if wide_A is None or wide_B is None or len(wide_A) != 2 * rank or wide_B.shape[1:] != (2 * rank,):
+            raise UserError(where, f"{START} has {name}, and {FILE} no pair of twice its rank; {COPY}")
+        parts |= {name: start_RI, f"{layer}.{START_B}": wide_B[:, :rank].to(start_RI.dtype)}
+        parts |= {f"{layer}.{A}": wide_A[:rank], f"{layer}.{B}": wide_B[:, rank:]}
+    return parts
 
 
 def adapter_of(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
     """weights: by released name, as `read` gives them. config: as `config_of` does."""
     A, B, magnitude = KINDS.values()
     layers = {
-        layer: LowRank(
-            weights[f"{layer}.{A}"],
-            weights[f"{layer}.{B}"],
-            float(alpha),
-            magnitude_O=None if f"{layer}.{magnitude}" not in weights else weights[f"{layer}.{magnitude}"].reshape(-1),
-        )
+        layer: LowRank(weights[f"{layer}.{A}"], weights[f"{layer}.{B}"], float(alpha))
         for layer, alpha in config["alphas"].items()
     }
-    whole = {name: weight for name, weight in weights.items() if not is_adapter(name)}
+    layers |= _widened(weights, config["alphas"])
+    for layer, pair in layers.items():
+        if f"{layer}.{magnitude}" in weights:
+            layers[layer] = replace(pair, magnitude_O=weights[f"{layer}.{magnitude}"].reshape(-1))
+    whole = {name: weight for name, weight in weights.items() if not (is_adapter(name) or is_start(name))}
     return Adapter(layers, whole, about={key: value for key, value in config.items() if key != "alphas"})
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import NOT_OFFERED, broken_rules
+from reeltune.config.rules import broken_rules
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import brief, read_yaml
 
@@ -143,10 +143,7 @@ def build(
             values[name] = converted(known[name], value)
         except ValueError:
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            words, why = NOT_OFFERED.get(name, (None, ""))
-            is_known = words is not None and isinstance(value, str) and words.fullmatch(value)
-            rule = f", {why}" if is_known else f"; expected {expected(known[name])}"
-            problems.append(f"{name} is {brief(shown)}{rule}")
+            problems.append(f"{name} is {brief(shown)}; expected {expected(known[name])}")
     if len(unknown) > UNKNOWN_NAMED:
         problems.append(f"{len(unknown) - UNKNOWN_NAMED:,} more names are no settings; is this file a recipe?")
     wrong = {line.partition(" ")[0] for line in problems}

@@ -62,8 +62,10 @@ class Adapter:
     """Learn the magnitude of each output beside its direction (DoRA, https://arxiv.org/abs/2402.09353)."""
     lora_dropout: float = 0.0
     """Share of an adapter's inputs that are dropped in training (0 to 1)."""
-    lora_init: Literal["uniform", "gaussian"] = "uniform"
-    """How A begins: uniform as torch's linear layers do, or gaussian with deviation 1 / rank. B begins at 0."""
+    lora_init: str = "uniform"
+    """How A begins, where B begins at 0: uniform as torch's linear layers do, or gaussian with deviation 1 / rank. With
+    pissa both begin as the weight's largest singular directions (https://arxiv.org/abs/2404.02948); with pissa_niter_N
+    these are found in N iterations and not in 4."""
     adapter_path: str | None = None
     """An adapter of any tool to begin with (a file, or a checkpoint-N folder)."""
     train_whole: tuple[str, ...] = ()

@@ -64,13 +64,8 @@ DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
 LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
-NOT_OFFERED: dict[str, tuple[re.Pattern[str], str]] = {  # words that another tool knows, and why they are not taken
-    "lora_init": (
-        re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq"),  # those of PEFT 0.21 that write other base weights
-        "which takes what A and B begin with out of the base's weights; here the base keeps its bits, so an adapter "
-        "fits the released model in every tool, and step 0 is the base's own answer; use uniform or gaussian",
-    )
-}
+BEGINNINGS = re.compile(r"uniform|gaussian|pissa(_niter_[1-9]\d{0,2})?")  # of adapters: lora_init
+OTHER_BEGINNINGS = ("olora", "corda", "loftq")  # those of PEFT 0.21 that write other base weights
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
 
 
@@ -130,6 +125,7 @@ def _adapter(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"{name} is {shown(getattr(model, name))} and rank is {recipe.adapter.rank}: adapters learn and the "
                 "network's own weights do not; leave it out, or name weights to learn in full in train_whole",
             )
+    yield from _beginning(recipe.adapter)
     if recipe.adapter.use_dora and recipe.adapter.base_weights is not None:
         yield (
             ("use_dora", "base_weights"),
@@ -143,6 +139,31 @@ def _adapter(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield (name,), f"{name} has {entry!r}; write layer=number, as ffn.0=16"
             elif float(number) <= 0:
                 yield (name,), f"{name} has {entry!r}; the number must be more than 0"
+
+
+def _beginning(adapter: Adapter) -> Iterator[tuple[tuple[str, ...], str]]:
+    how = adapter.lora_init
+    if not BEGINNINGS.fullmatch(how):
+        rule = (
+            "it takes what A and B begin with out of the base's weights; use pissa, which leaves the base its bits"
+            if how in OTHER_BEGINNINGS
+            else "expected one of uniform, gaussian, pissa, pissa_niter_N"
+        )
+        yield ("lora_init",), f"lora_init is {how!r}; {rule}"
+    if not how.startswith("pissa"):
+        return
+    if adapter.adapter_path is not None:
+        yield (
+            ("lora_init", "adapter_path"),
+            f"lora_init is {how} and adapter_path is {adapter.adapter_path}; each says what A and B begin with; leave "
+            "one of the two out (what a run with pissa wrote has twice its rank)",
+        )
+    if adapter.base_weights is not None and adapter.lora_dropout:
+        yield (
+            ("lora_init", "base_weights", "lora_dropout"),
+            f"lora_init is {how}, base_weights is {adapter.base_weights} and lora_dropout is {adapter.lora_dropout}: "
+            "what adapters begin with is part of such a base, and would be dropped; leave one of the three out",
+        )
 
 
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -83,7 +83,7 @@ class Engine:
                 f"context_parallel is {self.context}, of which the number of processes, {self.world}, is no multiple; "
                 + START,
             )
-        # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else is. Without
+        # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else meanwhile. Without
         # shares too: processes that were told of different engines must come as far as to compare that.
         new_group: Callable[..., Any] = torch.distributed.new_group  # its type has what it gives to outsiders too
         self.cpu_group: ProcessGroup | None = new_group(timeout=patience, backend="gloo") if self.world > 1 else None
@@ -188,6 +188,13 @@ class Engine:
     def first(self, thing: Any) -> Any:
         """That of rank 0, on every rank."""
         return self.gather(thing)[0]
+
+    def give_from(self, rank: int, tensor: Tensor) -> None:
+        """Puts the bits of that process's tensor into all others', wherever they lie."""
+        if self.world > 1:
+            there = tensor.detach().cpu().contiguous()
+            torch.distributed.broadcast(there.view(-1).view(torch.uint8), rank, group=self.cpu_group)
+            tensor.copy_(there)
 
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""

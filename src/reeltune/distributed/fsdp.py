@@ -9,7 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from reeltune.core.errors import refuse
+from reeltune.core.errors import UserError, refuse
+
+# Before 2.12 parameters of integers could not be sharded (https://github.com/pytorch/pytorch/pull/177948).
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 def shard(
@@ -25,8 +28,8 @@ def shard(
     """Shards every block of these class names, then the rest of `net`, in place; parameters become DTensors.
 
     keep_gathered: blocks stay gathered from the forward to the backward pass (torch's reshard_after_forward=False).
-    Blocks are gathered in `dtype`, to which the network autocasts anyway; the rest, and all gradients, in fp32.
-    Raises UserError for a class name that the network has not.
+    Blocks are gathered in `dtype`, to which the network autocasts anyway, but for weights in 8 or 4 bits, which come as
+    they are; the rest, and all gradients, in fp32. Raises UserError for a class name that the network has not.
     """
     known = sorted({type(module).__name__ for module in net.modules()})
     nearest = [name for name in known if name.endswith("Block")] or known
@@ -38,6 +41,12 @@ def shard(
             if name not in known
         ],
     )
+    if OLD and not all(weight.is_floating_point() for weight in net.parameters()):
+        raise UserError(
+            "recipe",
+            f"base_weights and engine fsdp need torch 2.12 or later, which shards integers, and this is "
+            f"{torch.__version__}; use engine zero2, zero3 or ddp, or leave base_weights out",
+        )
     mesh = init_device_mesh(device.type, (world,))
     offload_policy = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
     reshard = not keep_gathered

@@ -123,7 +123,7 @@ class FakeLearner:
         if mesh is not None and family.split is not None:
             family.split(self.parts.net, mesh)
         prepared = without_values(prepare_network(family, self.parts, self.engine, as_here(recipe)), fake)
-        self.plain, self.counts = prepared.plain, counts_of(prepared)
+        self.plain, self.counts = prepared.plain, counts_of(prepared, self.engine.dtype.itemsize)
         swapped = bool(prepared.swapped)
         self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks, swapped=swapped)
         self.times = repeated_blocks.times_of(self.stands)
@@ -206,16 +206,22 @@ def without_values(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetw
     return with_groups(network, lambda weights: [there.get(id(weight), weight) for weight in weights])
 
 
-def counts_of(network: TrainedNetwork) -> dict[str, Any]:
-    """Fields of StepEstimate that say what the network is."""
+def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
+    """Fields of StepEstimate that say what the network is. number_bytes: as there."""
     blocks = blocks_of(network.plain, network.family.blocks)
     parameters = sum(weight.numel() for weight in network.plain.parameters())
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
+    largest = blocks[sizes.index(max(sizes))]
     return {
         "parameters": parameters,
         "trainable": sum(weight.numel() for weight in network.learning),
         "block_parameters": max(sizes),
+        "block_bytes": sum(
+            weight.numel() * (number_bytes if weight.is_floating_point() else weight.itemsize)
+            for weight in largest.parameters()
+        ),
         "other_parameters": parameters - sum(sizes),
+        "buffer_bytes": size_bytes(list(network.plain.buffers())),
         "blocks": len(blocks),
         "still_blocks": sum(map(can_wait, blocks)),
         "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),

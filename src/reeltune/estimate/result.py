@@ -66,8 +66,13 @@ class StepEstimate:
     blocks: int
     still_blocks: int
     """Blocks of which not all learns, and so some can wait on the host."""
+    block_bytes: int
+    """Of that block as it is gathered: in the precision that computes, but for weights in 8 or 4 bits."""
     other_parameters: int
     """Outside of blocks."""
+    buffer_bytes: int
+    """Of what does not learn that which is no parameter, such as scales of weights in 8 or 4 bits: each process has all
+    of it."""
     encoded_bytes: int = 0
     """Of what encoding makes of one sample, in float32."""
 

@@ -54,7 +54,8 @@ def _zero3(step: StepEstimate, phase: str, gpus: int) -> Parts:
     parts = _zero2(step, phase, gpus)
     whole = parts["weights"]
     parts["weights"] = -(-whole // gpus)
-    parts["gathered"] = step.number_bytes * min(LIVE, step.parameters) if phase != "encode" else 0
+    parts["still"] = _still(step, parts, gpus)
+    parts["gathered"] = _gathered(step, min(LIVE, step.parameters)) if phase != "encode" else 0
     return parts
 
 
@@ -64,14 +65,14 @@ def _fsdp(step: StepEstimate, phase: str, gpus: int) -> Parts:
     (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
     share = -(-step.trainable // gpus)
     parts = _computed_in_copies(step, phase)
-    parts["weights"] = FULL * share + parts.pop("still", 0) // gpus
+    parts["weights"], parts["still"] = FULL * share, _still(step, parts, gpus)
     parts["optimizer"] = _state(step, share)
     if phase != "encode":
-        parts["gathered"] = 2 * step.number_bytes * step.block_parameters + FULL * step.other_parameters
+        parts["gathered"] = 2 * step.block_bytes + FULL * step.other_parameters
     if phase in ("backward", "step"):
         parts["gradients"] = FULL * share
     if phase == "backward":
-        parts["gathered"] += (step.number_bytes + FULL) * step.block_parameters
+        parts["gathered"] += (step.number_bytes + FULL) * step.block_parameters * step.trainable // step.parameters
     return parts
 
 
@@ -80,7 +81,7 @@ def _fsdp_gathered(step: StepEstimate, phase: str, gpus: int) -> Parts:
     parts = _fsdp(step, phase, gpus)
     if phase in ("forward", "backward"):
         in_blocks = step.parameters - step.other_parameters
-        parts["gathered"] += step.number_bytes * (in_blocks - 2 * step.block_parameters)
+        parts["gathered"] += _gathered(step, in_blocks - 2 * step.block_parameters)
     return parts
 
 
@@ -92,6 +93,18 @@ def _computed_in_copies(step: StepEstimate, phase: str) -> Parts:
     return parts
 
 
+def _still(step: StepEstimate, parts: Parts, gpus: int) -> int:
+    """A process's share of what does not learn."""
+    whole = parts.get("still", 0)
+    copied = min(step.buffer_bytes, whole)
+    return copied + -(-(whole - copied) // gpus)
+
+
+def _gathered(step: StepEstimate, parameters: int) -> int:
+    """Bytes of so many of the blocks' parameters."""
+    return step.block_bytes * parameters // max(step.block_parameters, 1)
+
+
 def _state(step: StepEstimate, share: int) -> int:
     return step.state_bytes * share // max(step.trainable, 1)
 
@@ -101,7 +114,7 @@ ENGINES = {
     "ddp": Engine("DDP", _ddp, own_copies=False),
     "zero2": Engine("ZeRO-2", _zero2, own_copies=True, offloaded=("masters", "optimizer", "gradients")),
     "zero3": Engine("ZeRO-3", _zero3, own_copies=True, offloaded=("masters", "optimizer", "gradients")),
-    "fsdp": Engine("FSDP", _fsdp, own_copies=True, offloaded=("weights", "optimizer", "gradients")),
+    "fsdp": Engine("FSDP", _fsdp, own_copies=True, offloaded=("weights", "still", "optimizer", "gradients")),
 }
 
 

@@ -23,7 +23,7 @@ from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
-from reeltune.export.base import Base
+from reeltune.run.base import Base
 
 
 def export_adapter(

@@ -26,6 +26,7 @@ from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
 from reeltune.families import configs, weights
 from reeltune.families.spec import Family, check_expert, check_mode
+from reeltune.families.stored import Stored
 from reeltune.memory.host import room_bytes
 
 PORTION = 2**18  # numbers
@@ -171,7 +172,7 @@ def _source(checkpoint: Path, ema: bool) -> Any:
     """The tensors by released name, each read when asked for; `outline` has them on the meta device."""
     if checkpoints.is_shared(checkpoint):
         return Shared(checkpoint).weights(average=ema)
-    return streamed.Stored(checkpoint / "transformer_ema" if ema else _own_folder(checkpoint))
+    return Stored(checkpoint / "transformer_ema" if ema else _own_folder(checkpoint))
 
 
 def recipe_of(checkpoint: Path, model: str | None) -> Recipe:
@@ -201,7 +202,7 @@ def renamed(outline: Mapping[str, Tensor], family: Family | None, config: dict) 
 
 def read_back(source: Mapping[str, Tensor], folder: Path, theirs: Mapping[str, str], dtype: str) -> str:
     """Raises RuntimeError naming the tensors that do not come back equal."""
-    written = streamed.Stored(folder)
+    written = Stored(folder)
     unlike = sorted(theirs.keys() ^ written.keys())
     for name in theirs.keys() & written.keys():
         if not torch.equal(written[name], in_dtype(source[theirs[name]], dtype)):

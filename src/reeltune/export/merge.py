@@ -15,10 +15,10 @@ from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.core.reading import few
-from reeltune.export import streamed
-from reeltune.export.base import Base
 from reeltune.export.main import in_dtype, read_back, recipe_of, renamed, taken, written
+from reeltune.families.stored import Stored
 from reeltune.run.adapters import Given, of_checkpoint, read_all
+from reeltune.run.base import Base
 from reeltune.run.experts import refuse_adapters
 
 FP32_SLACK = 2**-20  # of the largest weight: 16 roundings of fp32, in whose sums terms of its size may cancel
@@ -96,7 +96,7 @@ def prove(folder: Path, theirs: Mapping[str, str], merging: Merged) -> float:
 
     Raises RuntimeError naming weights that are further off than rounding explains.
     """
-    written = streamed.Stored(folder)
+    written = Stored(folder)
     furthest, wrong = 0.0, []
     for name, released in theirs.items():
         if released not in merging.touched:

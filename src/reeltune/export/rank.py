@@ -21,8 +21,8 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import writing
 from reeltune.core.reading import few
 from reeltune.distributed.engine import Engine
-from reeltune.export.base import Base
 from reeltune.export.main import taken
+from reeltune.run.base import Base, base_of
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.paired import band95
@@ -90,13 +90,7 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
     )
     full = held_out.losses(net)
     model = recipe.model
-    base = Base(
-        model.pretrained_model_name_or_path,
-        config_path=model.config_path,
-        transformer_path=model.transformer_path,
-        expert=model.expert,
-    )
-    extracted = take_apart(net, trained.names, base, max(ranks))
+    extracted = take_apart(net, trained.names, base_of(model), max(ranks))
     before = held_out.losses(net)
     yield from _beginning(before, full, extracted)
     rows = []

@@ -1,4 +1,4 @@
-"""Weights in safetensors files, read and written one tensor at a time: memory never holds two of them.
+"""Weights written to safetensors files one tensor at a time: memory never holds two of them.
 
 The format: https://github.com/huggingface/safetensors#format. The library's own writer takes a whole file at once.
 """
@@ -6,11 +6,10 @@ The format: https://github.com/huggingface/safetensors#format. The library's own
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from reeltune.families import tensor_files
@@ -18,27 +17,6 @@ from reeltune.memory.size import size_bytes
 
 STEM = tensor_files.STEMS[0]
 NAMES = {dtype: name for name, dtype in tensor_files.DTYPES.items()}
-
-
-class Stored(Mapping[str, Tensor]):
-    """The tensors of a file or folder by name, each read when asked for; `outline` has them on the meta device.
-
-    Raises UserError for files that are missing or cannot be read.
-    """
-
-    def __init__(self, path: Path):
-        self.outline = tensor_files.tensors_of(path, "meta")
-        self._file = {name: file for file in tensor_files.files_of(path) for name in tensor_files.header_of(file)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file[name], "pt", device="cpu") as tensors:
-            return tensors.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.outline)
-
-    def __len__(self) -> int:
-        return len(self.outline)
 
 
 def write(

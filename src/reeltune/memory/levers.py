@@ -299,7 +299,6 @@ LEVERS: tuple[Lever, ...] = (
         "the network's answers are a little coarser",
         same_bits=False,
         off=None,
-        excludes=(not_in(SHARDED, "use ddp, where each device has all of it, or leave base_weights out"),),
         in_use=bool,
         changes=a_coarser_base,
         label="`base_weights: int8`",

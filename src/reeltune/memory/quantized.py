@@ -34,16 +34,17 @@ class Quantisation:
 class QuantizedLinear(nn.Linear):
     """F.linear(x, the weights as they were rounded, bias), which learns nothing but, if asked, its bias.
 
-    `weight` has the bits as integers, whatever the kind: what casts a module's floats leaves it alone. Its scales are
-    a buffer that no state dict has. The weights in full are there only while they are multiplied with.
+    `weight` has the bits as integers, whatever the kind, and so has the buffer of their scales, which no state dict
+    has: what casts a module's floats leaves both alone. The weights in full are there only while they are multiplied
+    with.
     """
 
-    scale: Tensor
+    scale_bits: Tensor | None
 
     def __init__(self, plain: nn.Linear, kind: str):
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.kind, self.bias = kind, plain.bias
-        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("scale_bits", None, persistent=False)
         self.weight = nn.Parameter(self.pack(self.weight.detach(), "meta"), requires_grad=False)
 
     def pack(self, weight_OI: Tensor, device: torch.device | str) -> Tensor:
@@ -55,8 +56,14 @@ class QuantizedLinear(nn.Linear):
             packed, scale = _room(weight_OI, self.kind)
         else:
             packed, scale = _nf4(weight_OI) if self.kind == "nf4" else _eight_bits(weight_OI, self.kind)
-        self.scale = scale.to(device)
+        self.scale_bits = scale.view(torch.int32).to(device)
         return packed.to(device)
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32: of each output, or in nf4 of each block of weights."""
+        assert self.scale_bits is not None
+        return self.scale_bits.view(torch.float32)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weights as they were rounded, OI."""

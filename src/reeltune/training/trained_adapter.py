@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from reeltune.adapters import saved
 from reeltune.adapters.apply import parameters_of
 from reeltune.adapters.dialects import read_adapter
-from reeltune.adapters.layers import begin, begin_from, inject
-from reeltune.adapters.targets import in_full, targets
+from reeltune.adapters.layers import SLOT, adapted, begin, begin_from, inject
+from reeltune.adapters.principal import find_starts, is_start, iterations, round_the_rest, starts_of
+from reeltune.adapters.targets import Target, in_full, targets
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.core.reading import few
+from reeltune.distributed.engine import DTYPES, Engine
 from reeltune.families.spec import Family
+from reeltune.run.base import base_of
 from reeltune.run.experts import refuse_adapters
 
 
@@ -68,6 +72,8 @@ def put_adapters(
         alphas=wanted.alpha_pattern,
         whole=wanted.train_whole,
     )
+    if _is_principal(wanted.lora_init):
+        _refuse_wide(net, around)
     names = inject(
         net,
         around,
@@ -76,9 +82,10 @@ def put_adapters(
         rank_stabilised=wanted.use_rslora,
         use_dora=wanted.use_dora,
         dropout=wanted.lora_dropout,
+        start_dtype=DTYPES[recipe.training.mixed_precision] if _is_principal(wanted.lora_init) else None,
     )
     notices: list[str] = []
-    if not resumed:
+    if not (resumed or _is_principal(wanted.lora_init)):
         begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
         if in_full(names[name], wanted.train_whole):
@@ -114,8 +121,50 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
         if before.get(layer) != adapter.alphas.get(layer)
     ]
     refuse(f"resume from {resumed_from}: the adapters are others; restore the recipe's settings", few(changed))
-    learning = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    kept = {name: weight for name, weight in net.named_parameters() if weight.requires_grad or is_start(names[name])}
     if checkpoint.is_shared(resumed_from):
-        Shared(resumed_from).fill_network(net, {name: names[name] for name in learning})
+        Shared(resumed_from).fill_network(net, {name: names[name] for name in kept})
     else:
-        saved.fill({names[name]: weight for name, weight in learning.items()}, saved.read(folder), str(folder))
+        saved.fill({names[name]: weight for name, weight in kept.items()}, saved.read(folder), str(folder))
+
+
+def take_principal_parts(
+    net: nn.Module, names: dict[str, str], recipe: Recipe, engine: Engine, *, resumed: bool
+) -> None:
+    """Of PiSSA: what adapters begin with, found by all processes together unless a checkpoint had it, and what is left
+    of a base in fewer bits, which is read once more for it. Without values in `net` nothing is done."""
+    how = recipe.adapter.lora_init
+    if not _is_principal(how):
+        return
+    layers = {names[f"{name}.base_layer.weight"].removesuffix(".weight"): layer for name, layer in adapted(net).items()}
+    if any(isinstance(layer.get_base_layer().weight, FakeTensor) for layer in layers.values()):
+        return
+    read = base_of(recipe.model) if recipe.adapter.base_weights else None
+
+    def weight(name: str) -> Tensor:
+        own = layers[name].get_base_layer().weight if read is None else read[f"{name}.weight"]
+        return cast("Tensor", own).to(engine.device)
+
+    if not resumed:
+        find_starts(layers, SLOT, weight, list(layers)[engine.rank :: engine.world], iterations(how))
+        for i, layer in enumerate(layers.values()):
+            for start in starts_of(layer, SLOT):
+                engine.give_from(i % engine.world, start)
+    round_the_rest(layers, SLOT, weight)
+
+
+def _is_principal(how: str) -> bool:
+    return how.startswith("pissa")
+
+
+def _refuse_wide(net: nn.Module, around: list[Target]) -> None:
+    """Raises UserError where twice the rank, in which it is written, is over what a layer has."""
+    layers = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
+    sizes = {name: min(one.in_features, one.out_features) for name, one in layers.items()}
+    wide = [
+        f"rank is {target.rank} for {target.released} and lora_init is pissa, whose adapters are written in twice the "
+        f"rank, and the layer's is {sizes[target.name]} at most; lower it there"
+        for target in around
+        if 2 * target.rank > sizes[target.name]
+    ]
+    refuse("recipe", few(wide))

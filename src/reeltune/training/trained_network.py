@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reeltune.adapters import saved
 from reeltune.adapters.layers import groups as adapter_groups
+from reeltune.adapters.principal import is_start
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
@@ -22,7 +23,7 @@ from reeltune.memory import attention
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
 from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
-from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept
+from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept, take_principal_parts
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class TrainedNetwork:
 
     @cached_property
     def kept(self) -> dict[str, str]:
-        """Of the names those whose weights a checkpoint keeps: all, or with an adapter what learns."""
+        """Of the names those whose weights a checkpoint keeps: all, or with an adapter what learns, and what that began
+        with where it counts."""
         if self.adapter is None:
             return self.names
-        return {name: self.names[name] for name, weight in self.plain.named_parameters() if weight.requires_grad}
+        return {
+            name: self.names[name]
+            for name, weight in self.plain.named_parameters()
+            if weight.requires_grad or is_start(self.names[name])
+        }
 
     @property
     def folder(self) -> str:
@@ -119,6 +125,7 @@ def prepare_network(
     shapes = {name: list(weight.shape) for name, weight in net.named_parameters()}
     if resumed_from is not None:
         read_kept(net, names, adapter, resumed_from)
+    take_principal_parts(net, names, recipe, engine, resumed=resumed_from is not None)
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
     swapped = _spare_memory(net, family.blocks, engine, recipe)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from reeltune import families
 from reeltune.checkpoint.folder import their_weights
-from reeltune.export.streamed import Stored
+from reeltune.config.recipe import Model
 from reeltune.families import configs, weights
 from reeltune.families.spec import check_expert
+from reeltune.families.stored import Stored
 
 
 class Base(Mapping[str, Tensor]):
@@ -51,3 +52,13 @@ class Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def base_of(model: Model) -> Base:
+    """That of a recipe. Raises UserError as Base."""
+    return Base(
+        model.pretrained_model_name_or_path,
+        config_path=model.config_path,
+        transformer_path=model.transformer_path,
+        expert=model.expert,
+    )
