@@ -22,7 +22,6 @@ from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
-from reeltune.families.spec import Family
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split, other_expert_bytes
@@ -45,6 +44,7 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
 }
 BESIDE = {"forward", "backward", "step"}  # phases in which the next batch may be encoded
 MOST_TFLOPS = 100_000  # of one device; more is a slip of units
+LOADING = "networks while they load"
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
 
@@ -127,9 +127,8 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     draws = first_draws(planned, recipe, gpus)
     sizes = at_sizes(planned, data, draws, largest)
     step_flops = mean_flops(data, sizes)
-    clip_flops = throughput.Curve(
-        [*sizes], [recipe.parallel.context_parallel * sum(passes(step).values()) for step in sizes.values()]
-    )
+    share = recipe.parallel.context_parallel
+    clip_flops = throughput.curve(sizes, [share * sum(step.passes.values()) for step in sizes.values()])
     return Forecast(
         model=family.name,
         mode=mode,
@@ -147,8 +146,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         largest_step=largest,
         peaks=peaks,
         kept_bytes=kept_bytes(planned, draws, largest),
-        host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes)
-        | waiting_expert(recipe, family),
+        host_bytes=host_bytes(recipe, largest, draws, estimator, gpus, offloaded_bytes),
         disk_bytes=disk_bytes(recipe, largest, steps, data, len(inputs.train), sizes),
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
@@ -246,15 +244,10 @@ def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: S
     return sizes
 
 
-def passes(step: StepEstimate) -> dict[str, int]:
-    """Phase -> FLOPs, of those that each micro-step has."""
-    return {phase: step.flops.get(phase, 0) for phase in ("encode", "forward", "backward")}
-
-
 def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
     """Phase -> FLOPs of a mean micro-step of one process."""
-    flops = [passes(step) for step in sizes.values()]
-    curves = {phase: throughput.Curve([*sizes], [one[phase] for one in flops]) for phase in flops[0]}
+    flops = [step.passes for step in sizes.values()]
+    curves = {phase: throughput.curve(sizes, [one[phase] for one in flops]) for phase in flops[0]}
     return {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
@@ -311,47 +304,38 @@ def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
 
 
 def host_bytes(
-    recipe: Recipe, step: StepEstimate, draws: list[Draw], needs: tuple[str, ...], gpus: int, kept_back_bytes: int
+    recipe: Recipe, step: StepEstimate, draws: list[Draw], estimator: Estimator, gpus: int, kept_back_bytes: int
 ) -> dict[str, int]:
     """Of the machine's own memory, in the largest step, for all processes of one machine."""
-    frames, height, width = draws[0].shape
+    (frames, height, width), needs = draws[0].shape, estimator.family.needs[estimator.mode]
     per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays are fp32
     batch = len(draws) * frames * height * width * per_pixel
     workers = recipe.data.dataloader_num_workers
     frozen = sum(size for name, size in step.weight_bytes.items() if name != "network")
-    waiting = {
-        "what offload keeps there": kept_back_bytes,
-        "activations that wait there": step.offloaded_bytes,
-        "weights of swapped blocks": step.swapped_bytes,
+    loading = max(step.weight_bytes["network"], frozen)
+    networks = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
+    found = {
+        "what offload keeps there": gpus * kept_back_bytes,
+        "activations that wait there": gpus * step.offloaded_bytes,
+        "weights of swapped blocks": gpus * step.swapped_bytes,
+        "copies of what is saved, while it is written": recipe.output.save_in_background * saved_bytes(recipe, step),
+        "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
+        networks[0]: gpus * networks[1],
+        "the other expert, for previews": other_expert_bytes(recipe, estimator.family),  # in the process that writes
     }
-    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, step)}
-    copies = copies if recipe.output.save_in_background else {}
-    return (
-        {what: gpus * size for what, size in waiting.items() if size}
-        | copies
-        | {
-            "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
-            "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
-            * (frozen if recipe.training.low_vram else max(step.weight_bytes["network"], frozen)),
-        }
-    )
-
-
-def waiting_expert(recipe: Recipe, family: Family) -> dict[str, int]:
-    """The network that only makes previews, of a model of two; in the process that writes them."""
-    size = other_expert_bytes(recipe, family)
-    return {"the other expert, for previews": size} if size else {}
+    return {what: size for what, size in found.items() if size}
 
 
 def disk_bytes(
     recipe: Recipe, step: StepEstimate, steps: int, data: DataForecast, clips: int, sizes: dict[int, StepEstimate]
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
-    average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    one = saved_bytes(recipe, step) + (step.kept_bytes + average if average else 0)
+    one = saved_bytes(recipe, step)
+    if recipe.optimization.use_ema:  # which is written as weights too
+        one += step.kept_bytes + average_bytes(recipe, step)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
-    encoded = throughput.Curve([*sizes], [step.encoded_bytes for step in sizes.values()])
+    encoded = throughput.curve(sizes, [step.encoded_bytes for step in sizes.values()])
     mean = sum(encoded(bucket.tokens) * bucket.samples for bucket in data.buckets) / data.samples
     ways = max(recipe.cache.cache_variants, 1)
     return {
@@ -363,12 +347,15 @@ def disk_bytes(
 
 def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
     """Weights, optimizer state and moving average, each once."""
-    average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    return step.kept_bytes + step.state_bytes + average
+    return step.kept_bytes + step.state_bytes + average_bytes(recipe, step)
+
+
+def average_bytes(recipe: Recipe, step: StepEstimate) -> int:
+    return 4 * step.trainable if recipe.optimization.use_ema else 0  # in fp32
 
 
 def expected_throughput(
-    machines: Machines, batch_flops: throughput.Curve, batch_size: int
+    machines: Machines, batch_flops: Callable[[float], float], batch_size: int
 ) -> throughput.Throughput | None:
     if machines.throughput_tflops is not None:
         return throughput.given(machines.throughput_tflops * 1e12)
