@@ -153,7 +153,7 @@ def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
 
 
 def test_a_curve_goes_through_what_was_found_and_is_quadratic_between():
-    curve = throughput.Curve([100, 50, 10], [3 * n + 2 * n * n for n in (100, 50, 10)])
+    curve = throughput.curve([100, 50, 10], [3 * n + 2 * n * n for n in (100, 50, 10)])
     assert [curve(n) for n in (10, 30, 100)] == pytest.approx([3 * n + 2 * n * n for n in (10, 30, 100)])
 
 
@@ -170,7 +170,7 @@ def run_folder(folder, seconds, processes=2):
 
 def test_throughput_of_an_earlier_run_and_its_error(tmp_path):
     """400 tokens in 4 samples are two micro-steps of two; 6 FLOPs a token, over two processes."""
-    batch_flops = throughput.Curve([100], [1200])
+    batch_flops = throughput.curve([100], [1200])
     even = throughput.measured(run_folder(tmp_path, [9, 9, 2, 2, 2, 2]), batch_flops, 2)
     assert (even.low, even.high) == pytest.approx((600, 600))
     uneven = throughput.measured(run_folder(tmp_path, [9, 9, 1, 3, 1, 3]), batch_flops, 2)

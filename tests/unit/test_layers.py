@@ -107,6 +107,14 @@ def test_no_question_about_a_familys_name(file):
 
 
 @ids
+def test_files_and_functions_are_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 100, node.name
+
+
+@ids
 def test_nothing_is_caught_unnamed(file):
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.ExceptHandler):

@@ -54,6 +54,9 @@ PRIVATE = {
         "torch.ops.aten:_scaled_dot_product_flash_attention_for_cpu", *OPERATOR
     ),
     "_scaled_dot_product_flash_attention": Use("torch.ops.aten:_scaled_dot_product_flash_attention", *OPERATOR),
+    "_scaled_dot_product_flash_attention_backward": Use(
+        "torch.ops.aten:_scaled_dot_product_flash_attention_backward", *OPERATOR
+    ),
     "_scaled_dot_product_cudnn_attention": Use("torch.ops.aten:_scaled_dot_product_cudnn_attention", *OPERATOR),
     "_scaled_dot_product_efficient_attention": Use("torch.ops.aten:_scaled_dot_product_efficient_attention", *OPERATOR),
     "_scaled_dot_product_flash_attention_for_cpu_backward": Use(

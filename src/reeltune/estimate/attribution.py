@@ -15,25 +15,25 @@ from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
 from reeltune.memory import blocks
 from reeltune.training.learner import Learner
 
-Times = Callable[[Tensor], int]
+Times = Callable[[Tensor], int]  # weight -> for how many it stands; what belongs to it is there as often
 
 
 def own_network(tracker: Tracker, learner: Learner, times: Times) -> None:
     """Its weights, and their moving average."""
     learning = {id(parameter) for parameter in learner.learning}
     for tensor in weights_of(learner.plain):
-        tracker.own([tensor], "weights" if id(tensor) in learning else "still", times)
+        tracker.own([tensor], "weights" if id(tensor) in learning else "still", times(tensor))
     for block in learner.network.swapped:
         tracker.own(blocks.waiting(block), ELSEWHERE)
     if learner.average is not None:
         for name, average in learner.average.weights.items():
-            tracker.own([average], "average", _as(times, learner.average.trained[name]))
+            tracker.own([average], "average", times(learner.average.trained[name]))
 
 
 def own_state(tracker: Tracker, learner: Learner, times: Times) -> None:
     states = learner.optimizer.state_dict()
     for i, state in states.get("optimizer", states)["state"].items():
-        tracker.own(tensors_in(state), "optimizer", _as(times, learner.learning[i]))
+        tracker.own(tensors_in(state), "optimizer", times(learner.learning[i]))
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times:
 
     def arrived(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        tracker.own([parameter.grad], "gradients", _as(times, parameter))
+        tracker.own([parameter.grad], "gradients", times(parameter))
 
     hooks = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
     yield
@@ -55,13 +55,7 @@ def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, times: 
     for parameter in parameters:
         with fake:
             parameter.grad = torch.empty_like(parameter)
-        tracker.own([parameter.grad], "gradients", _as(times, parameter))
-
-
-def _as(times: Times, weight: Tensor) -> Times:
-    """What belongs to a weight is there as often as the weight."""
-    count = times(weight)
-    return lambda _: count
+        tracker.own([parameter.grad], "gradients", times(parameter))
 
 
 def offload_activations(net: nn.Module, tracker: Tracker) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.types import Draw, Encoded
-from reeltune.diffusion.loss import Loss, settle
+from reeltune.diffusion.loss import settle
 from reeltune.distributed.engine import Engine
 from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
-from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
-from reeltune.estimate.result import OptimizerEstimate, StepEstimate
+from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, Work
+from reeltune.estimate.result import StepEstimate
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import attention
 from reeltune.memory.blocks import blocks_of, can_wait, waiting
@@ -47,23 +48,18 @@ def passes(
     fake: FakeTensorMode,
     *,
     preview: bool,
-    whole: bool,
 ) -> StepEstimate:
     """Forward and backward pass of an encoded batch, with the optimizer's step if that is inside it; and with
-    `preview` a denoising pass.
-
-    Frozen networks and the batch itself are not counted. network, whole: as of FakeLearner.
-    """
+    `preview` a denoising pass. Frozen networks and the batch itself are not counted."""
     with first_of(recipe.parallel.context_parallel) as mesh:
-        learner = FakeLearner(recipe, setup.family, network, fake, mesh=mesh, whole=whole)
-        tracker, engine = learner.tracker, learner.engine
-        batch = [*encoding.encoded.tensors().values(), *encoding.null.values()]
-        tracker.own(batch, ELSEWHERE)  # Encoding.batch_bytes has them
+        learner = FakeLearner(recipe, setup.family, network, fake, mesh)
+        tracker = learner.tracker
+        tracker.own([*encoding.encoded.tensors().values(), *encoding.null.values()], ELSEWHERE)
         setup = replace(
             setup,
             parts=replace(learner.parts, null=encoding.null),
             objective=copy(setup.objective),  # which makes its tables anew
-            autocast=engine.autocast,
+            autocast=learner.engine.autocast,
         )
         with tracker, repeated_blocks.counted(learner.stands, tracker):
             kept = learner.forward_backward(setup, encoding.encoded, draws)
@@ -74,65 +70,52 @@ def passes(
     return StepEstimate(
         peaks=tracker.peaks,
         flops=dict(tracker.flops),
-        resident=learner.resident,
+        resident=learner.resident | {"optimizer": tracker.live["optimizer"]},
         state_bytes=tracker.live["optimizer"],
-        number_bytes=engine.dtype.itemsize,
+        number_bytes=learner.engine.dtype.itemsize,
         **kept,
         **learner.counts,
     )
 
 
 def optimizer_step(
-    recipe: Recipe, family: Family, network: Parts, reached: frozenset[str], fake: FakeTensorMode, *, whole: bool
-) -> OptimizerEstimate:
-    """Of a later step than the first, which makes the state. reached: names of what a backward pass gives gradients.
-
-    network, whole: as of FakeLearner.
-    """
-    learner = FakeLearner(recipe, family, network, fake, whole=whole)
-    weights = dict(learner.plain.named_parameters())
-    parameters = [weight for name, weight in weights.items() if name in reached]
+    recipe: Recipe, family: Family, network: Parts, reached: frozenset[str], fake: FakeTensorMode
+) -> Work:
+    """Of a later step than the first, which makes the state. reached: names of what a backward pass gives gradients."""
+    learner = FakeLearner(recipe, family, network, fake)
+    parameters = [weight for name, weight in learner.plain.named_parameters() if name in reached]
     with learner.tracker as tracker:
         attribution.give_gradients(parameters, tracker, learner.times, fake)
         learner.step(0)
         attribution.give_gradients(parameters, tracker, learner.times, fake)
         with tracker.phase("step"):
             learner.step(1)
-    return OptimizerEstimate(tracker.peaks["step"], tracker.live["optimizer"], learner.resident["average"])
+    return tracker.work("step")
 
 
 class FakeLearner:
     """What learns, and the count of all that it does. Raises UserError as a run does that prepares it.
 
-    network: of which a copy is used. whole: with each of equal blocks, which takes long and comes to the same
-    (repeated_blocks.py).
+    network: of which a copy is used, with few of its equal blocks (repeated_blocks.py). mesh: as of `first_of`.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        family: Family,
-        network: Parts,
-        fake: FakeTensorMode,
-        *,
-        mesh: DeviceMesh | None = None,
-        whole: bool,
+        self, recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode, mesh: DeviceMesh | None = None
     ):
-        self.recipe, self.fake, self.engine = recipe, fake, engine_of(recipe)
+        self.recipe, self.engine, self.tracker = recipe, engine_of(recipe), Tracker(fake)
         self.parts = replace(network, net=fresh(network.net))
         if mesh is not None and family.split is not None:
             family.split(self.parts.net, mesh)
-        prepared = without_values(prepare_network(family, self.parts, self.engine, as_here(recipe)), fake)
+        prepared = prepare_network(family, self.parts, self.engine, as_here(recipe))
         self.plain, self.counts = prepared.plain, counts_of(prepared, self.engine.dtype.itemsize)
-        swapped = bool(prepared.swapped)
-        self.stands = [] if whole else repeated_blocks.shorten(self.plain, family.blocks, swapped=swapped)
+        self.stands = repeated_blocks.shorten(self.plain, family.blocks, swapped=bool(prepared.swapped))
+        prepared = as_counted(prepared, fake)
         self.times = repeated_blocks.times_of(self.stands)
-        self.tracker = Tracker(fake)
         if recipe.memory.offload_activations:
             attribution.offload_activations(self.plain, self.tracker)
         training = recipe.training
         self.learner = with_optimizer(
-            shortened(prepared),
+            prepared,
             recipe,
             self.engine,
             batch=training.train_batch_size,
@@ -148,10 +131,7 @@ class FakeLearner:
     def forward_backward(self, setup: Setup, encoded: Encoded, draws: Sequence[Draw]) -> dict[str, Any]:
         """Fields of StepEstimate: what the forward pass keeps, and the gradients."""
         tracker, learner, recipe = self.tracker, self.learner, self.recipe
-
-        def loss_of() -> Loss:
-            return training_loss(setup, learner.net, encoded, draws, recipe.loss)
-
+        loss_of = partial(training_loss, setup, learner.net, encoded, draws, recipe.loss)
         inside = recipe.memory.step_in_backward
         if inside:  # its state is made weight by weight, and is there in later steps
             learner.backward(loss_of().value, last=True)
@@ -194,33 +174,19 @@ def fresh(net: nn.Module) -> nn.Module:
     return deepcopy(net, memo | {id(buffer): buffer.detach() for buffer in net.buffers()})
 
 
-def without_values(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
-    """With fake tensors in the place of weights that were made beside those loaded: adapters."""
-    there: dict[int, nn.Parameter] = {}
-    for module in network.plain.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if not isinstance(weight, FakeTensor):
-                with fake:
-                    there[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
-                setattr(module, name, there[id(weight)])
-    return with_groups(network, lambda weights: [there.get(id(weight), weight) for weight in weights])
-
-
 def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
     """Fields of StepEstimate that say what the network is. number_bytes: as there."""
-    blocks = blocks_of(network.plain, network.family.blocks)
-    parameters = sum(weight.numel() for weight in network.plain.parameters())
+    counts, blocks = network.counts, blocks_of(network.plain, network.family.blocks)
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
     largest = blocks[sizes.index(max(sizes))]
     return {
-        "parameters": parameters,
-        "trainable": sum(weight.numel() for weight in network.learning),
+        **counts,
         "block_parameters": max(sizes),
         "block_bytes": sum(
             weight.numel() * (number_bytes if weight.is_floating_point() else weight.itemsize)
             for weight in largest.parameters()
         ),
-        "other_parameters": parameters - sum(sizes),
+        "other_parameters": counts["parameters"] - sum(sizes),
         "buffer_bytes": size_bytes(list(network.plain.buffers())),
         "blocks": len(blocks),
         "still_blocks": sum(map(can_wait, blocks)),
@@ -230,12 +196,22 @@ def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
     }
 
 
-def shortened(network: TrainedNetwork) -> TrainedNetwork:
-    """Without the weights of blocks that were taken out of it."""
-    left = {id(weight) for weight in network.plain.parameters()}
-    return with_groups(network, lambda weights: [weight for weight in weights if id(weight) in left])
-
-
-def with_groups(network: TrainedNetwork, chosen: Callable[[list[nn.Parameter]], list[nn.Parameter]]) -> TrainedNetwork:
-    groups = [{**group, "params": chosen(group["params"])} for group in network.groups]
+def as_counted(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
+    """Without the weights of blocks that were taken out of it, and with fake tensors in the place of those that were
+    made beside what is loaded: adapters."""
+    there: dict[int, nn.Parameter] = {}
+    for module in network.plain.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) not in there:
+                there[id(weight)] = weight if isinstance(weight, FakeTensor) else without_values(weight, fake)
+            setattr(module, name, there[id(weight)])
+    groups = [
+        {**group, "params": [there[id(weight)] for weight in group["params"] if id(weight) in there]}
+        for group in network.groups
+    ]
     return replace(network, groups=[group for group in groups if group["params"]])
+
+
+def without_values(weight: nn.Parameter, fake: FakeTensorMode) -> nn.Parameter:
+    with fake:
+        return nn.Parameter(torch.empty_like(weight), weight.requires_grad)

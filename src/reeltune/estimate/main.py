@@ -22,7 +22,6 @@ from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
-from reeltune.families.spec import Family
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split, other_expert_bytes
@@ -45,6 +44,7 @@ DEVICES = {  # GB, from NVIDIA's data sheet of each
 }
 BESIDE = {"forward", "backward", "step"}  # phases in which the next batch may be encoded
 MOST_TFLOPS = 100_000  # of one device; more is a slip of units
+LOADING = "networks while they load"
 PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoader, prefetch_factor)
 
 
@@ -100,7 +100,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Planned:
-    """What stays as it is while changes of the recipe are tried."""
+    """A run on machines, and what stays as it is while changes of the two are tried."""
 
     recipe: Recipe
     machines: Machines
@@ -108,14 +108,18 @@ class Planned:
     estimator: Estimator
     progress: Callable[[str], None]  # is told what is estimated now
 
+    @property
+    def engine(self) -> str:
+        """A name of ENGINES."""
+        return sharding.name_of(self.recipe.parallel.engine, self.machines.gpus)
+
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
     """progress: as of Planned. Raises UserError for what training would refuse, and for machines that there are not."""
     check(recipe, machines)
     estimator = Estimator(recipe)
-    family, mode, gpus = estimator.family, estimator.mode, machines.gpus
-    groups = gpus // recipe.parallel.context_parallel  # of devices, that take samples of their own
-    inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * groups)
+    family, mode, together = estimator.family, estimator.mode, recipe.parallel.context_parallel
+    inputs = gather(recipe, family, mode, group=recipe.training.train_batch_size * machines.gpus // together)
     planned = Planned(recipe, machines, inputs, estimator, progress)
     plan = inputs.plan(0)
     accumulate = recipe.training.gradient_accumulation_steps
@@ -123,18 +127,16 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     steps = steps_of(recipe, plan)
 
     verdict, largest = attempt(planned, ())
-    peaks, offloaded_bytes = on_each(recipe, largest, gpus)
-    draws = first_draws(planned, recipe, gpus)
+    peaks, offloaded_bytes = on_each(planned, largest)
+    draws = first_draws(planned)
     sizes = at_sizes(planned, data, draws, largest)
     step_flops = mean_flops(data, sizes)
-    clip_flops = throughput.Curve(
-        [*sizes], [recipe.parallel.context_parallel * sum(passes(step).values()) for step in sizes.values()]
-    )
+    clip_flops = throughput.curve(sizes, [together * sum(step.passes.values()) for step in sizes.values()])
     return Forecast(
         model=family.name,
         mode=mode,
         machines=machines,
-        engine=sharding.name_of(recipe.parallel.engine, gpus),
+        engine=planned.engine,
         inputs=inputs,
         left_out=left_out(inputs, plan),
         data=data,
@@ -147,11 +149,10 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         largest_step=largest,
         peaks=peaks,
         kept_bytes=kept_bytes(planned, draws, largest),
-        host_bytes=host_bytes(recipe, largest, draws, family.needs[mode], gpus, offloaded_bytes)
-        | waiting_expert(recipe, family),
-        disk_bytes=disk_bytes(recipe, largest, steps, data, len(inputs.train), sizes),
+        host_bytes=host_bytes(planned, largest, draws, offloaded_bytes),
+        disk_bytes=disk_bytes(planned, largest, steps, data, sizes),
         step_flops=step_flops,
-        run_flops=sum(step_flops.values()) * steps * accumulate * gpus,
+        run_flops=sum(step_flops.values()) * steps * accumulate * machines.gpus,
         throughput=expected_throughput(machines, clip_flops, len(draws)),
         verdict=verdict,
         offers=offers(planned, verdict, largest),
@@ -164,31 +165,32 @@ def repeated(plan: Plan, micro_steps: int) -> float:
     return plan.repeats(epochs) / (plan.micro_steps_before(epochs) * plan.group)
 
 
-def first_draws(planned: Planned, recipe: Recipe, gpus: int) -> list[Draw]:
+def first_draws(planned: Planned) -> list[Draw]:
     """Of the first rank in the first micro-step, which is the largest."""
+    recipe = planned.recipe
     batch, seed = recipe.training.train_batch_size, recipe.training.seed
-    group = batch * gpus // recipe.parallel.context_parallel
+    group = batch * planned.machines.gpus // recipe.parallel.context_parallel
     rules = size_rules(recipe, planned.estimator.family)
     return Plan(planned.inputs.train, rules, group=group, seed=seed, largest_first=True).share(0, 0, batch)
 
 
-def estimate(planned: Planned, recipe: Recipe, gpus: int, draws: list[Draw], *, preview: bool) -> StepEstimate:
-    """Of one device, in the precision in which the engine of so many computes."""
-    engine = ENGINES[sharding.name_of(recipe.parallel.engine, gpus)]
-    if engine.own_copies and recipe.training.mixed_precision != "no":
+def estimate(planned: Planned, draws: list[Draw], *, preview: bool = False) -> StepEstimate:
+    """Of one device, in the precision in which the engine computes."""
+    recipe = planned.recipe
+    if ENGINES[planned.engine].own_copies and recipe.training.mixed_precision != "no":
         recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
     captions = [planned.inputs.train[draw.record].text for draw in draws]
     return planned.estimator.step(recipe, draws, captions, preview=preview)
 
 
-def changed(planned: Planned, changes: Sequence[Change]) -> tuple[Recipe, int]:
-    """(recipe, devices) with these changes. Raises UserError if they do not go with the rest."""
+def changed(planned: Planned, changes: Sequence[Change]) -> Planned:
+    """With these changes. Raises UserError if they do not go with the rest."""
     settings = {name: value for change in changes for name, value in change.settings.items()}
-    gpus = settings.pop("gpus", planned.machines.gpus)
+    machines = replace(planned.machines, gpus=settings.pop("gpus", planned.machines.gpus))
     recipe = build({**flat(planned.recipe), **settings})
-    check(recipe, replace(planned.machines, gpus=gpus))
+    check(recipe, machines)
     check_split(planned.estimator.family, recipe.parallel.context_parallel)
-    return recipe, gpus
+    return replace(planned, recipe=recipe, machines=machines)
 
 
 def goes(planned: Planned, changes: Sequence[Change]) -> bool:
@@ -203,19 +205,18 @@ def goes(planned: Planned, changes: Sequence[Change]) -> bool:
 def attempt(planned: Planned, changes: Sequence[Change]) -> tuple[Verdict, StepEstimate]:
     """The largest step with these changes, and whether it fits."""
     planned.progress(" and ".join(change.words for change in changes) or "the largest step")
-    recipe, gpus = changed(planned, changes)
-    step = estimate(
-        planned, recipe, gpus, first_draws(planned, recipe, gpus), preview=with_preview(recipe, planned.inputs)
-    )
-    return judge(on_each(recipe, step, gpus)[0], planned.machines.size_bytes), step
+    run = changed(planned, changes)
+    shown = run.recipe.validation
+    preview = bool(shown.validation_prompts or (shown.preview_count and len(run.inputs.held_out)))
+    step = estimate(run, first_draws(run), preview=preview)
+    return judge(on_each(run, step)[0], run.machines.size_bytes), step
 
 
 def offers(planned: Planned, verdict: Verdict, largest: StepEstimate) -> list[Offer]:
     """Of what could make it fit, the cheapest."""
-    recipe, gpus = planned.recipe, planned.machines.gpus
-    engine, tiles = sharding.name_of(recipe.parallel.engine, gpus), planned.estimator.family.vae_tiles
-    blocks, still_blocks = largest.blocks, largest.still_blocks
-    possible = changes(recipe, engine, gpus, blocks=blocks, still_blocks=still_blocks, tiles=tiles)
+    network = {"blocks": largest.blocks, "still_blocks": largest.still_blocks}
+    tiles = planned.estimator.family.vae_tiles
+    possible = changes(planned.recipe, planned.engine, planned.machines.gpus, **network, tiles=tiles)
     candidates = [one for one in possible if goes(planned, (one,))]
     return search(candidates, partial(goes, planned), partial(attempt, planned), (verdict, largest))
 
@@ -227,7 +228,7 @@ def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> di
     with_it = "with gradient_checkpointing" + (f": {on}" if isinstance(on, str) else "")
     planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
     other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
-    step = estimate(planned, other, planned.machines.gpus, draws, preview=False)
+    step = estimate(replace(planned, recipe=other), draws)
     found = (largest, step) if on else (step, largest)
     return {words: one.saved_bytes for words, one in zip((with_it, "without"), found, strict=True)}
 
@@ -242,19 +243,14 @@ def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: S
             shape = bucket.shape
             planned.progress(f"a step of {shape.frames} x {shape.height} x {shape.width}")
             same = [replace(draw, shape=shape, frames=tuple(range(shape.frames)), ref_frame=0) for draw in draws]
-            sizes[bucket.tokens] = estimate(planned, planned.recipe, planned.machines.gpus, same, preview=False)
+            sizes[bucket.tokens] = estimate(planned, same)
     return sizes
-
-
-def passes(step: StepEstimate) -> dict[str, int]:
-    """Phase -> FLOPs, of those that each micro-step has."""
-    return {phase: step.flops.get(phase, 0) for phase in ("encode", "forward", "backward")}
 
 
 def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
     """Phase -> FLOPs of a mean micro-step of one process."""
-    flops = [passes(step) for step in sizes.values()]
-    curves = {phase: throughput.Curve([*sizes], [one[phase] for one in flops]) for phase in flops[0]}
+    flops = [step.passes for step in sizes.values()]
+    curves = {phase: throughput.curve(sizes, [one[phase] for one in flops]) for phase in flops[0]}
     return {
         phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
         for phase, curve in curves.items()
@@ -289,20 +285,16 @@ def check(recipe: Recipe, machines: Machines) -> None:
     refuse("plan", problems)
 
 
-def on_each(recipe: Recipe, step: StepEstimate, gpus: int) -> tuple[dict[str, dict[str, int]], int]:
-    """As sharding.peaks, of the recipe's engine; and where the next batch is encoded beside training, that too."""
-    parallel = recipe.parallel
-    name = sharding.name_of(parallel.engine, gpus)
-    peaks, host = sharding.peaks(step, name, gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
-    if encodes_ahead(recipe, on_gpu=True):
+def on_each(planned: Planned, step: StepEstimate) -> tuple[dict[str, dict[str, int]], int]:
+    """As sharding.peaks, of the run's engine; and where the next batch is encoded beside training, that too."""
+    parallel = planned.recipe.parallel
+    peaks, host = sharding.peaks(
+        step, planned.engine, planned.machines.gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered
+    )
+    if encodes_ahead(planned.recipe, on_gpu=True):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
     return peaks, host
-
-
-def with_preview(recipe: Recipe, inputs: Inputs) -> bool:
-    shown = recipe.validation
-    return bool(shown.validation_prompts or (shown.preview_count and len(inputs.held_out)))
 
 
 def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
@@ -310,48 +302,39 @@ def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
     return rows + [(inputs.train[record].path, reason) for record, reason in plan.left_out]
 
 
-def host_bytes(
-    recipe: Recipe, step: StepEstimate, draws: list[Draw], needs: tuple[str, ...], gpus: int, kept_back_bytes: int
-) -> dict[str, int]:
+def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_back_bytes: int) -> dict[str, int]:
     """Of the machine's own memory, in the largest step, for all processes of one machine."""
-    frames, height, width = draws[0].shape
+    recipe, family, gpus = planned.recipe, planned.estimator.family, planned.machines.gpus
+    (frames, height, width), needs = draws[0].shape, family.needs[planned.estimator.mode]
     per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays are fp32
     batch = len(draws) * frames * height * width * per_pixel
     workers = recipe.data.dataloader_num_workers
     frozen = sum(size for name, size in step.weight_bytes.items() if name != "network")
-    waiting = {
-        "what offload keeps there": kept_back_bytes,
-        "activations that wait there": step.offloaded_bytes,
-        "weights of swapped blocks": step.swapped_bytes,
+    loading = max(step.weight_bytes["network"], frozen)
+    networks = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
+    found = {
+        "what offload keeps there": gpus * kept_back_bytes,
+        "activations that wait there": gpus * step.offloaded_bytes,
+        "weights of swapped blocks": gpus * step.swapped_bytes,
+        "copies of what is saved, while it is written": recipe.output.save_in_background * saved_bytes(recipe, step),
+        "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
+        networks[0]: gpus * networks[1],
+        "the other expert, for previews": other_expert_bytes(recipe, family),  # in the process that writes
     }
-    copies = {"copies of what is saved, while it is written": saved_bytes(recipe, step)}
-    copies = copies if recipe.output.save_in_background else {}
-    return (
-        {what: gpus * size for what, size in waiting.items() if size}
-        | copies
-        | {
-            "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
-            "frozen networks between uses" if recipe.training.low_vram else "networks while they load": gpus
-            * (frozen if recipe.training.low_vram else max(step.weight_bytes["network"], frozen)),
-        }
-    )
-
-
-def waiting_expert(recipe: Recipe, family: Family) -> dict[str, int]:
-    """The network that only makes previews, of a model of two; in the process that writes them."""
-    size = other_expert_bytes(recipe, family)
-    return {"the other expert, for previews": size} if size else {}
+    return {what: size for what, size in found.items() if size}
 
 
 def disk_bytes(
-    recipe: Recipe, step: StepEstimate, steps: int, data: DataForecast, clips: int, sizes: dict[int, StepEstimate]
+    planned: Planned, step: StepEstimate, steps: int, data: DataForecast, sizes: dict[int, StepEstimate]
 ) -> dict[str, int]:
     """One checkpoint, all that are kept, and a cache of everything that is trained on."""
-    average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    one = saved_bytes(recipe, step) + (step.kept_bytes + average if average else 0)
+    recipe, clips = planned.recipe, len(planned.inputs.train)
+    one = saved_bytes(recipe, step)
+    if recipe.optimization.use_ema:  # which is written as weights too
+        one += step.kept_bytes + average_bytes(recipe, step)
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
-    encoded = throughput.Curve([*sizes], [step.encoded_bytes for step in sizes.values()])
+    encoded = throughput.curve(sizes, [step.encoded_bytes for step in sizes.values()])
     mean = sum(encoded(bucket.tokens) * bucket.samples for bucket in data.buckets) / data.samples
     ways = max(recipe.cache.cache_variants, 1)
     return {
@@ -363,12 +346,15 @@ def disk_bytes(
 
 def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
     """Weights, optimizer state and moving average, each once."""
-    average = 4 * step.trainable if recipe.optimization.use_ema else 0
-    return step.kept_bytes + step.state_bytes + average
+    return step.kept_bytes + step.state_bytes + average_bytes(recipe, step)
+
+
+def average_bytes(recipe: Recipe, step: StepEstimate) -> int:
+    return 4 * step.trainable if recipe.optimization.use_ema else 0  # in fp32
 
 
 def expected_throughput(
-    machines: Machines, batch_flops: throughput.Curve, batch_size: int
+    machines: Machines, batch_flops: Callable[[float], float], batch_size: int
 ) -> throughput.Throughput | None:
     if machines.throughput_tflops is not None:
         return throughput.given(machines.throughput_tflops * 1e12)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 ROUND_BYTES = 512  # CUDA's allocator gives whole blocks of it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 ELSEWHERE = "elsewhere"  # the part of what is not on the device
@@ -24,21 +23,22 @@ WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is 
 FACTORIES = ("::empty", "::zeros", "::full", "::rand", "::randn", "::randint")
 VALUED = 2**20  # numbers; tensors made of nothing of more than that are noise or room, and nobody looks at them
 aten = torch.ops.aten
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
-FLOPS = {  # torch's own table leaves the CPU's kernel out
+FLOPS = {  # torch's own table leaves the CPU's kernel out, which begins with the same arguments as the GPU's
     **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What ran in a phase."""
+
+    peak: dict[str, int]  # part -> bytes at the fullest moment
+    flops: int
+    left: Counter[str]  # part -> bytes afterwards
 
 
 class Tracker(TorchDispatchMode):
@@ -48,10 +48,10 @@ class Tracker(TorchDispatchMode):
     Works alike on real tensors and on those of FakeTensorMode. What was there before is told to `own`; what a kernel
     allocates and frees within itself is not seen.
 
-    fake: where large tensors made of nothing, such as noise, have no values either.
+    fake: in which large tensors made of nothing, such as noise, have no values either.
     """
 
-    def __init__(self, fake: FakeTensorMode | None = None):
+    def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake = fake
         self.live: Counter[str] = Counter()
@@ -75,16 +75,16 @@ class Tracker(TorchDispatchMode):
         finally:
             self._phase = before
 
-    def own(self, tensors: Iterable[Tensor], part: str, times: Callable[[Tensor], int] = lambda _: 1) -> None:
-        """These are `part` from now on, whoever made them. ELSEWHERE: they are not on the device.
+    def work(self, phase: str) -> Work:
+        """What has run in it, and what is there now."""
+        return Work(self.peaks[phase], self.flops[phase], self.live.copy())
 
-        times: tensor -> how many such there would be.
-        """
+    def own(self, tensors: Iterable[Tensor], part: str, times: int = 1) -> None:
+        """These are `part` from now on, whoever made them, and stand for so many such. ELSEWHERE: they are not on the
+        device."""
         for tensor in tensors:
             block = self._block(tensor)
-            self._add(block.part, -block.size_bytes)
-            block.part, block.times = part, max(block.times, times(tensor))
-            self._add(part, block.size_bytes)
+            self._count(block, part, max(block.times, times))
         self._look()
 
     def stand_for(self, times: int, *, unseen: bool = False) -> None:
@@ -95,9 +95,7 @@ class Tracker(TorchDispatchMode):
         """Of what ran last for more, what is still there, of that part or of all, is there so often."""
         for block in self._made:
             if id(block.reference()) in self._known and part in (None, block.part):
-                self._add(block.part, -block.size_bytes)
-                block.times = times
-                self._add(block.part, block.size_bytes)
+                self._count(block, block.part, times)
         self._made.clear()
         self._look()
 
@@ -130,7 +128,7 @@ class Tracker(TorchDispatchMode):
 
     def _made_of_nothing(self, func, args, kwargs) -> Tensor | None:
         """A large tensor without values, if that is what is asked for."""
-        if self.fake is None or isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
+        if isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
             return None
         with self.fake:
             out = func(*args, **kwargs)
@@ -152,6 +150,11 @@ class Tracker(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         block = self._known.pop(key)
         self._add(block.part, -block.size_bytes)
+
+    def _count(self, block: _Block, part: str, times: int) -> None:
+        self._add(block.part, -block.size_bytes)
+        block.part, block.times = part, times
+        self._add(part, block.size_bytes)
 
     def _add(self, part: str, size_bytes: int) -> None:
         self.live[part] += size_bytes

@@ -20,6 +20,7 @@ from reeltune.estimate.sharding import ENGINES
 from reeltune.reporting import charts, report
 from reeltune.run.precision import slow_bf16
 
+TONES = {"good": "green", "open": "yellow", "bad": "red"}  # class of a page -> colour of a terminal
 LISTED = 12  # rows of a table of clips or sizes; what is more is counted
 
 
@@ -35,14 +36,8 @@ class Table:
 
 
 def tables(plan: Forecast) -> list[Table]:
-    return [
-        data_table(plan),
-        size_table(plan),
-        *left_out_tables(plan),
-        memory_table(plan),
-        other_memory(plan),
-        time_table(plan),
-    ]
+    made = (data_table, size_table, left_out_table, memory_table, other_memory, time_table)
+    return [table for table in (make(plan) for make in made) if table.rows]
 
 
 def verdict_lines(plan: Forecast) -> tuple[str, str]:
@@ -59,6 +54,11 @@ def verdict_lines(plan: Forecast) -> tuple[str, str]:
     if verdict.fits:
         return "It may fit.", f"{needs}: {size(verdict.spare_bytes)} to spare, less than the count's {MARGIN:.0%}."
     return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much."
+
+
+def tone(plan: Forecast) -> str:
+    """A key of TONES."""
+    return "good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad"
 
 
 def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
@@ -115,12 +115,10 @@ def size_table(plan: Forecast) -> Table:
     )
 
 
-def left_out_tables(plan: Forecast) -> list[Table]:
-    if not plan.left_out:
-        return []
+def left_out_table(plan: Forecast) -> Table:
     more = len(plan.left_out) - LISTED
     note = f"and {more:,} more; reeltune check lists all" if more > 0 else ""
-    return [Table("Left out", ("entry", "why"), plan.left_out[:LISTED], 2, note)]
+    return Table("Left out", ("entry", "why"), plan.left_out[:LISTED], 2, note)
 
 
 def memory_table(plan: Forecast) -> Table:
@@ -188,8 +186,7 @@ def show(plan: Forecast, console: Console) -> None:
         if table.note:
             console.print(table.note, style="dim", highlight=False)
     answer, reason = verdict_lines(plan)
-    tone = "green" if plan.verdict.safe else "yellow" if plan.verdict.fits else "red"
-    console.print(f"\n[bold {tone}]{answer}[/] {reason}", highlight=False)
+    console.print(f"\n[bold {TONES[tone(plan)]}]{answer}[/] {reason}", highlight=False)
     if plan.offers:
         heads = ("what would make it fit, cheapest first", "then takes", "at the price of")
         console.print(_drawn(Table("", heads, offer_rows(plan), 3)))
@@ -229,7 +226,7 @@ def write_page(plan: Forecast, path: Path) -> Path:
             mode=plan.mode,
             machines=plan.machines,
             engine=ENGINES[plan.engine].words,
-            tone="good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad",
+            tone=tone(plan),
             answer=answer,
             reason=reason,
             offers=offer_rows(plan),

@@ -82,7 +82,7 @@ def numbers(before: StepEstimate, after: StepEstimate, settings: dict[str, Any])
     offloaded, swapped = 2 * after.offloaded_bytes, 2 * after.swapped_bytes  # there and back; in both passes
     return {
         **settings,
-        "more_flops": step_flops(after) / max(step_flops(before), 1) - 1,
+        "more_flops": sum(after.passes.values()) / max(sum(before.passes.values()), 1) - 1,
         "visits_gib": visits / 2**30,
         "visits_s": visits / PCIE_BYTES_PER_S,
         "offloaded_gb": offloaded / 1e9,
@@ -90,10 +90,6 @@ def numbers(before: StepEstimate, after: StepEstimate, settings: dict[str, Any])
         "swapped_gb": swapped / 1e9,
         "swapped_s": swapped / PCIE_BYTES_PER_S,
     }
-
-
-def step_flops(step: StepEstimate) -> int:
-    return sum(step.flops.get(phase, 0) for phase in ("encode", "forward", "backward"))
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,7 @@ class StepEstimate:
     encoded_bytes: int = 0
     """Of what encoding makes of one sample, in float32."""
 
-
-@dataclass(frozen=True)
-class OptimizerEstimate:
-    """What the optimizer takes, of a step whose passes are known."""
-
-    peak: dict[str, int]
-    """part -> bytes at the fullest moment."""
-    state_bytes: int
-    average_bytes: int
+    @property
+    def passes(self) -> dict[str, int]:
+        """phase -> FLOPs, of those that each micro-step has."""
+        return {phase: self.flops.get(phase, 0) for phase in ("encode", "forward", "backward")}

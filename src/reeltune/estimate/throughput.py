@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.polynomial import Polynomial
 
 from reeltune.core.errors import UserError
 from reeltune.core.reading import read_table
@@ -20,19 +21,13 @@ WARM_UP = 2  # steps of a measured run left out: its first ones choose kernels a
 CONFIDENCE = 1.96  # standard errors to a side of a 95 % band
 
 
-class Curve:
+def curve(tokens: Iterable[int], values: Sequence[float]) -> Polynomial:
     """A quantity of a micro-step by its tokens: the polynomial through what was found at up to three sizes.
 
     Exact where it was found; between, as exact as the quantity is a sum of what grows with the tokens and, in
     attention, with their square.
     """
-
-    def __init__(self, tokens: Sequence[int], values: Sequence[float]):
-        self.scale = max(tokens)
-        self.factors = np.polyfit(np.divide(tokens, self.scale), np.array(values, dtype=np.float64), len(tokens) - 1)
-
-    def __call__(self, tokens: float) -> float:
-        return float(np.polyval(self.factors, tokens / self.scale))
+    return Polynomial.fit([*tokens], np.array(values, dtype=np.float64), len(values) - 1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ def of_peak(peak_flops: float, device: str) -> Throughput:
     return Throughput(low, high, f"{REACHED[0]:.0%} to {REACHED[1]:.0%} of {device}'s peak; not measured")
 
 
-def measured(run: Path, batch_flops: Curve, batch_size: int) -> Throughput:
+def measured(run: Path, batch_flops: Callable[[float], float], batch_size: int) -> Throughput:
     """Of the steps that a run has left in metrics.jsonl, their encoding and waiting included.
 
     batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of one. Raises UserError if it has too few.

@@ -64,7 +64,7 @@ def told(recipe: Recipe, machines: Machines, store: Path) -> Told:
         check=lines,
         answer=answer,
         reason=reason,
-        tone="good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad",
+        tone=plan_page.tone(plan),
         offers=plan_page.offer_rows(plan),
         memory=without_styles(plan_page.memory_chart(plan)),
         tables=[plan_page.time_table(plan), plan_page.other_memory(plan), plan_page.data_table(plan)],
