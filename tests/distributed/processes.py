@@ -110,6 +110,7 @@ def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> 
 FORKS = multiprocessing.get_context("forkserver")  # a session has one, for all tests: who tells it last is heard
 FORKS.set_forkserver_preload(
     [
+        "tests.distributed.libraries",
         *("reeltune.training.loop", "reeltune.cache.fill", "reeltune.sampling.sample", "reeltune.export.main"),
         *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
         *(["deepspeed"] if find_spec("deepspeed") else []),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 THETA = 10_000.0  # of rotary angles and of the timestep's sinusoid (https://github.com/Wan-Video/Wan2.1, model.py)
-TEXT_LENGTH = 512  # diffusers' attention finds the image tokens by counting 512 text tokens from the end
 
 
 class Rope(nn.Module):
