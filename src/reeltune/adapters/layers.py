@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reeltune.adapters.adapter import Adapter
 from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
+from reeltune.core.imports import lean_imports
 from reeltune.core.reading import few
 from reeltune.core.rng import seed_of
 
@@ -42,7 +43,8 @@ def inject(
 
     names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with lean_imports():
+        from peft import LoraConfig, inject_adapter_in_model
 
     exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(

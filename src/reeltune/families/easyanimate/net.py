@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import EasyAnimateTransformer3DModel
-from diffusers.models.transformers.transformer_easyanimate import (
-    EasyAnimateAttnProcessor2_0,
-    EasyAnimateRotaryPosEmbed,
-)
-
+from reeltune.core.imports import lean_imports
 from reeltune.families.rope import open_grid
+
+with lean_imports():
+    from diffusers import EasyAnimateTransformer3DModel
+    from diffusers.models.transformers.transformer_easyanimate import (
+        EasyAnimateAttnProcessor2_0,
+        EasyAnimateRotaryPosEmbed,
+    )
 
 
 class JointProjection(EasyAnimateAttnProcessor2_0):

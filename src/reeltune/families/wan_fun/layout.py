@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.imports import lean_imports
 from reeltune.core.reading import bare_name, brief
 from reeltune.families import configs, tensor_files, weights
 from reeltune.families.spec import Loading
@@ -178,9 +179,10 @@ def load_vae(
     path: Path, channels: int, dtype: torch.dtype | None, fake: AbstractContextManager | None = None
 ) -> AutoencoderKLWan:
     """channels: of the transformer's latents. Raises UserError for a VAE of others."""
-    from diffusers import AutoencoderKLWan
+    with lean_imports():
+        from diffusers import AutoencoderKLWan
 
-    from reeltune.families.wan_fun.vae import with_quick_norms
+        from reeltune.families.wan_fun.vae import with_quick_norms
 
     state = keys.vae_from_released(weights.read(path, fake))
     arguments = sizes.vae(state, _own_config(path), str(path))
