@@ -22,7 +22,7 @@ from reeltune.demo.checkpoint import WEIGHTS, shipped, text_encoder, tokenizer, 
 from reeltune.demo.clips import scene
 from reeltune.families.text import embed
 from reeltune.families.wan_fun.conditions import denoise, encode_clip
-from reeltune.families.wan_fun.net import TEXT_LENGTH
+from reeltune.families.wan_fun.sizes import TEXT_LENGTH
 from reeltune.families.wan_fun.vae import with_quick_norms
 
 CONTROL_KEPT, REFERENCE_KEPT, CAPTION_KEPT = 0.65, 0.5, 0.9  # shares of samples

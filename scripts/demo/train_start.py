@@ -29,7 +29,7 @@ from reeltune.families.spec import Parts
 from reeltune.families.text import embed
 from reeltune.families.wan_fun.conditions import decode, encode_clip
 from reeltune.families.wan_fun.conditions import denoise as answer_of
-from reeltune.families.wan_fun.net import TEXT_LENGTH
+from reeltune.families.wan_fun.sizes import TEXT_LENGTH
 from reeltune.families.wan_fun.vae import with_quick_norms
 
 FIRST_SEED = 2_000_000  # scenes of the data set have smaller seeds

@@ -22,6 +22,7 @@ from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.core.imports import lean_imports
 from reeltune.core.interrupt import second_leaves
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
@@ -185,22 +186,22 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def _train(recipe: Recipe) -> int:
-    from reeltune.training.loop import train
-
+    with lean_imports():
+        from reeltune.training.loop import train
     return train(recipe)
 
 
 def _check(recipe: Recipe) -> int:
-    from reeltune.estimate.check import check
-
+    with lean_imports():
+        from reeltune.estimate.check import check
     for line in check(recipe):
         print(line)
     return 0
 
 
 def _cache(recipe: Recipe) -> int:
-    from reeltune.cache.fill import fill
-
+    with lean_imports():
+        from reeltune.cache.fill import fill
     return fill(recipe)
 
 
@@ -259,8 +260,8 @@ def _sample(argv: Sequence[str]) -> int:
         return 0
     options, recipe = found
 
-    from reeltune.sampling.clips import sample_clips
-
+    with lean_imports():
+        from reeltune.sampling.clips import sample_clips
     with _named_by_its_file(argv):
         for path in sample_clips(recipe, **vars(options)):
             print(path)
@@ -281,9 +282,9 @@ def _plan(argv: Sequence[str]) -> int:
         return 0
     options, recipe = found
 
-    from reeltune.estimate.main import Machines
-    from reeltune.estimate.page import tell
-
+    with lean_imports():
+        from reeltune.estimate.main import Machines
+        from reeltune.estimate.page import tell
     with _named_by_its_file(argv):
         tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
     return 0

@@ -30,9 +30,15 @@ from reeltune.training import loop
 SILENCE_SECONDS = 300.0  # of a busy machine; the whole of a run may take as long as it needs
 FOUND_SECONDS = 120.0  # silence after which a rank that is gone, late or lost must have been missed by the others
 LOOK_SECONDS = 0.5  # between two looks at what is written
+NAP_SECONDS = 0.01  # between two looks at whether it has ended: a processor has other things to do meanwhile
 
 
-def wait(done: Callable[[], object], pulse: Callable[[], object], silence_seconds: float = SILENCE_SECONDS) -> bool:
+def wait(
+    done: Callable[[], object],
+    pulse: Callable[[], object],
+    silence_seconds: float = SILENCE_SECONDS,
+    nap_seconds: float = 0.0005,
+) -> bool:
     """Until `done` is true; False if `pulse` was the same for `silence_seconds` before that."""
     last, heard, looked = pulse(), time.monotonic(), time.monotonic()
     while not done():
@@ -43,7 +49,7 @@ def wait(done: Callable[[], object], pulse: Callable[[], object], silence_second
                 last, heard = current, now
         if now - heard > silence_seconds:
             return False
-        time.sleep(0.0005)
+        time.sleep(nap_seconds)
     return True
 
 
@@ -88,7 +94,11 @@ def start(command: list[str], **more) -> Launched:
 def end(launched: Launched, silence_seconds: float = SILENCE_SECONDS) -> tuple[int, str]:
     """(exit code, what it printed). All of it is ended if it prints nothing for `silence_seconds`."""
     process, printed = launched.process, launched.printed
-    done = wait(lambda: process.poll() is not None, lambda: os.fstat(printed.fileno()).st_size, silence_seconds)
+
+    def size_bytes() -> int:
+        return os.fstat(printed.fileno()).st_size
+
+    done = wait(lambda: process.poll() is not None, size_bytes, silence_seconds, NAP_SECONDS)
     if not done:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -110,6 +120,7 @@ def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> 
 FORKS = multiprocessing.get_context("forkserver")  # a session has one, for all tests: who tells it last is heard
 FORKS.set_forkserver_preload(
     [
+        "tests.distributed.libraries",
         *("reeltune.training.loop", "reeltune.cache.fill", "reeltune.sampling.sample", "reeltune.export.main"),
         *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
         *(["deepspeed"] if find_spec("deepspeed") else []),
@@ -132,20 +143,20 @@ class Run:
         for rank in ranks or range(len(self.forks)):
             self.forks[rank].kill()
 
-    def _wait(self, done: Callable[[], object], silence_seconds: float) -> bool:
+    def _wait(self, done: Callable[[], object], silence_seconds: float, nap_seconds: float) -> bool:
         folders = {path.parent for path in self.told}.union(self.folders)
-        return wait(done, lambda: changes(*folders), silence_seconds)
+        return wait(done, lambda: changes(*folders), silence_seconds, nap_seconds)
 
     def until(self, true: Callable[[], object], silence_seconds: float = SILENCE_SECONDS) -> None:
         """AssertionError, and an end to all, if rank 0 ends before, or if none writes for `silence_seconds`."""
-        self._wait(lambda: true() or not self.forks[0].is_alive(), silence_seconds)
+        self._wait(lambda: true() or not self.forks[0].is_alive(), silence_seconds, 0.0005)
         if not true():
             self.kill()
             raise AssertionError(self.print())
 
     def end(self, silence_seconds: float = SILENCE_SECONDS) -> list[int]:
         """Exit codes; all are ended if none writes a line or a file for `silence_seconds`."""
-        self._wait(lambda: not any(fork.is_alive() for fork in self.forks), silence_seconds)
+        self._wait(lambda: not any(fork.is_alive() for fork in self.forks), silence_seconds, NAP_SECONDS)
         late = [rank for rank, fork in enumerate(self.forks) if fork.is_alive()]
         self.kill()
         for fork in self.forks:

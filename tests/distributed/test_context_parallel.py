@@ -16,7 +16,7 @@ from reeltune.core.errors import UserError
 from reeltune.families import weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.wan_fun import family as wan
-from reeltune.families.wan_fun.net import TEXT_LENGTH
+from reeltune.families.wan_fun.sizes import TEXT_LENGTH
 from reeltune.run.model import choose_family, even_side
 from reeltune.training import loop as module
 from tests.distributed.processes import FORKS, free_port, train

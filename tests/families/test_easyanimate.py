@@ -14,7 +14,7 @@ from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
 from reeltune.families import configs, inpaint, latents, weights
 from reeltune.families.easyanimate import family as easyanimate
-from reeltune.families.easyanimate.net import from_released, to_released
+from reeltune.families.easyanimate.keys import from_released, to_released
 from tests.families.every_family import derive, others
 
 CAPTIONS = ["a red fox runs", "two children fly a blue kite"]

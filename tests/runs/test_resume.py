@@ -18,7 +18,7 @@ from reeltune.core.rng import dice
 from reeltune.core.types import Progress
 from reeltune.run.lock import locked
 from reeltune.training.loop import train
-from tests.distributed.processes import FORKS, changes, wait
+from tests.distributed.processes import FORKS, NAP_SECONDS, changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
 from tests.runs.small_run import measured, recipe
@@ -65,11 +65,11 @@ def child(settings, *where):
     raise SystemExit(run(settings, *where))
 
 
-def run_and_kill(when, settings, *where):
+def run_and_kill(when, settings, *where, nap_seconds=0.0005):
     """Runs in a process of its own, until `when(output folder)` is true; then SIGKILL."""
     process = FORKS.Process(target=child, args=(settings, *where))
     process.start()
-    assert wait(lambda: not process.is_alive() or when(where[-1]), lambda: changes(where[-1]))
+    assert wait(lambda: not process.is_alive() or when(where[-1]), lambda: changes(where[-1]), nap_seconds=nap_seconds)
     killed = process.is_alive()
     if killed:
         os.killpg(process.pid, signal.SIGKILL)
@@ -115,7 +115,8 @@ def test_killed_at_a_random_moment(mode, data, checkpoints, unbroken, tmp_path):
             return True
         return False
 
-    run_and_kill(moment, settings_of(mode, dataloader_num_workers=WORKERS[mode]), *where)
+    nap_seconds = 0.0005 if "toy" in mode else NAP_SECONDS
+    run_and_kill(moment, settings_of(mode, dataloader_num_workers=WORKERS[mode]), *where, nap_seconds=nap_seconds)
     assert run(settings_of(mode, resume_from_checkpoint="latest"), *where) == 0
     assert_same_end(tmp_path / "run", unbroken(mode))
 

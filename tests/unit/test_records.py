@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from reeltune.core.types import Record
-from reeltune.data.records import Records
+from reeltune.data.records import STRINGS, Records
 
 
 def record(n: int) -> Record:
@@ -25,6 +25,10 @@ def test_records_are_a_sequence():
     assert len(records.take([])) == 0
     assert records.kind_video.tolist() == [row.kind == "video" for row in rows]
     assert records.entry.tolist() == list(range(9))
+    for name in STRINGS:
+        assert records.column(name) == [getattr(row, name) or "" for row in rows]
+        assert records[3:7].column(name) == records.column(name)[3:7]
+        assert records.take([]).column(name) == []
     assert pickle.loads(pickle.dumps(records)) == records  # noqa: S301 - our own bytes
     assert records != Records.of(rows[:8])
     with pytest.raises(IndexError):

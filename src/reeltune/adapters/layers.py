@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reeltune.adapters.adapter import Adapter
 from reeltune.adapters.principal import put_gained
 from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
+from reeltune.core.imports import lean_imports
 from reeltune.core.reading import few
 from reeltune.core.rng import seed_of
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 SLOT = "default"  # PEFT's name of an adapter in a layer
 KINDS = {  # PEFT's module in a layer -> what follows a released layer's name
@@ -44,6 +46,9 @@ def inject(
     names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
     start_dtype: of what adapters of PiSSA begin with; None: they are none of PiSSA.
     """
+    with lean_imports():
+        from peft import LoraConfig, inject_adapter_in_model
+
     exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(
         r=targets[0].rank,
@@ -69,6 +74,8 @@ def inject(
 
 def adapted(net: nn.Module) -> dict[str, LoraLayer]:
     """Our name -> PEFT's layer there."""
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 

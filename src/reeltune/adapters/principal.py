@@ -16,16 +16,18 @@ Letters: I inputs, O outputs of a layer, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reeltune.adapters.adapter import LowRank
 from reeltune.adapters.factors import ITERATIONS, factors
 from reeltune.memory.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 START_A, START_B = "lora_A.start", "lora_B.start"  # behind a released layer's name: A0 and B0, which do not learn
 

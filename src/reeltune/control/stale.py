@@ -9,8 +9,6 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
-
 from reeltune.control.records import data_dir_of, key_of, made_by, place_of
 from reeltune.core.types import Record
 from reeltune.data.records import Records
@@ -25,9 +23,11 @@ SENTENCE = (
 def stale_controls(*lists: Records) -> list[str]:
     """A notice of them, if there are any. Controls that `reeltune control` has not made are not looked at."""
     stale, find = [], cache(data_dir_of)  # which is one for the thousands of controls in a folder
+    made_here = cache(lambda folder: find(os.path.abspath(folder)) is not None)
     for records in lists:
-        has_control = np.diff(records.ends).reshape(-1, 4)[:, 2:].any(axis=1)
-        stale += [record.entry for record in records.take(np.flatnonzero(has_control)) if _is_stale(record, find)]
+        controls = zip(records.column("control_path"), records.column("camera_path"), strict=True)
+        rows = [row for row, found in enumerate(controls) if made_here(os.path.dirname(found[0] or found[1]))]
+        stale += [record.entry for record in records.take(rows) if _is_stale(record, find)]
     return [notice_of(len(stale), stale, SENTENCE)] if stale else []
 
 

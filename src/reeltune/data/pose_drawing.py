@@ -11,7 +11,6 @@ import colorsys
 import math
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
 from reeltune.core.types import Crop, Shape
@@ -129,6 +128,8 @@ def _pixel(point_2: np.ndarray) -> tuple[int, int]:
 
 def _fill_limb(picture_HW3: np.ndarray, start_2: np.ndarray, end_2: np.ndarray, colour: Sequence[int]) -> None:
     """A filled ellipse about the middle; half axes and angle are whole numbers, as released."""
+    import cv2
+
     across, down = start_2 - end_2
     half_length, angle = int(math.hypot(across, down) / 2), int(math.degrees(math.atan2(down, across)))
     middle = _pixel((start_2 + end_2) / 2)
@@ -137,10 +138,14 @@ def _fill_limb(picture_HW3: np.ndarray, start_2: np.ndarray, end_2: np.ndarray, 
 
 
 def _disc(picture_HW3: np.ndarray, point_2: np.ndarray, radius: int, colour: Sequence[int]) -> None:
+    import cv2
+
     cv2.circle(picture_HW3, _pixel(point_2), radius, colour, thickness=-1)
 
 
 def _draw_hand(picture_HW3: np.ndarray, points_P2: np.ndarray, seen_P: np.ndarray) -> None:
+    import cv2
+
     for (start, end), colour in zip(FINGERS, FINGER_COLOURS, strict=True):
         if seen_P[start] and seen_P[end]:
             ends = _pixel(points_P2[start]), _pixel(points_P2[end])

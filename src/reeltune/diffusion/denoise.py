@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from reeltune.diffusion.loss import Cond, Denoise, blank, gaussian
 from reeltune.diffusion.objective import Ddpm, Flow, Objective, Sigma
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
 
 def sampler(objective: Objective) -> SchedulerMixin:
     """The plain deterministic sampler of the objective's own schedule: Euler, or DDIM with trailing steps."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
     if isinstance(objective, Flow):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=objective.steps, shift=objective.shift)
     assert isinstance(objective, Ddpm | Sigma)

@@ -1,6 +1,6 @@
 """One folder for each model family, and which of them a checkpoint is of.
 
-The checkpoint's own files say what it is. A family is imported only when it is looked for.
+The checkpoint's own files say what it is. A family's libraries are imported once its files are found to be its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.imports import lean_imports
 from reeltune.core.reading import brief, read_yaml
 from reeltune.families.diagnosis import no_folder, unknown
 from reeltune.families.spec import Family
@@ -42,7 +43,8 @@ def find(path: str | Path, *, config_path: str | Path | None = None) -> Family:
         raise UserError("pretrained_model_name_or_path", no_folder(folder))
     settings = _settings(config_path)
     for module in MODULES.values():
-        family = import_module(module).find(folder, settings)
+        with lean_imports():
+            family = import_module(module).find(folder, settings)
         if family is not None:
             return family
     raise UserError("pretrained_model_name_or_path", unknown(folder, list(MODULES)))

@@ -18,9 +18,8 @@ def cut_captions(family: Family, captions: Iterable[tuple[str, str]]) -> list[st
 
     captions: (name, text), such as ("entry 4", "a cat"). Raises UserError if a tokenizer cannot be read.
     """
-    everything = list(captions)
     lines = []
-    for limit, most, found in _longer(family, everything):
+    for limit, most, found in _longer(family, captions):
         over = [f"{name} ({tokens} over)" for name, tokens in found]
         if over:
             count = "1 caption is" if len(over) == 1 else f"{len(over):,} captions are"
@@ -31,15 +30,18 @@ def cut_captions(family: Family, captions: Iterable[tuple[str, str]]) -> list[st
 
 def names_of_cut(family: Family, captions: Iterable[tuple[str, str]]) -> set[str]:
     """The names of those that an encoder of the family cuts. Raises as cut_captions."""
-    return {name for _, _, found in _longer(family, list(captions)) for name, _ in found}
+    return {name for _, _, found in _longer(family, captions) for name, _ in found}
 
 
-def _longer(family: Family, captions: list[tuple[str, str]]) -> Iterator[tuple[TokenLimit, int, list[tuple[str, int]]]]:
+def _longer(
+    family: Family, captions: Iterable[tuple[str, str]]
+) -> Iterator[tuple[TokenLimit, int, list[tuple[str, int]]]]:
     """(encoder's limit, tokens that it reads, (name, tokens over) of each longer caption)."""
+    everything = list(captions) if family.token_limits else []
     for limit in family.token_limits:
         tokenizer = load_tokenizer(limit.tokenizer)
         most = min(limit.tokens, tokenizer.model_max_length) if limit.or_its_own else limit.tokens
-        yield limit, most, list(_over(limit, tokenizer, most, captions))
+        yield limit, most, list(_over(limit, tokenizer, most, everything))
 
 
 def _over(limit: TokenLimit, tokenizer: Any, most: int, captions: list[tuple[str, str]]) -> Iterator[tuple[str, int]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, ParallelConfig
-from diffusers.hooks.context_parallel import apply_context_parallel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -22,6 +20,9 @@ def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
 
     Raises UserError if the heads cannot be shared evenly.
     """
+    from diffusers import ContextParallelConfig, ParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+
     network: Any = net  # diffusers', with its config
     count, heads = mesh["ulysses"].size(), network.config.num_attention_heads
     if heads % count:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
 from markupsafe import Markup
 
 from reeltune.config.parse import settings
@@ -18,6 +18,9 @@ from reeltune.core.files import whole_file
 from reeltune.core.reading import WHOLE, Kind, as_user_error, read_table, read_yaml, require_fields
 from reeltune.reporting import charts, obedience
 from reeltune.reporting.metrics import Metrics, read_metrics
+
+if TYPE_CHECKING:
+    import jinja2
 
 EMBED_BYTES = 32 * 2**20  # pictures and clips beyond this are linked to instead
 PROBLEM_ROWS = 100  # entries listed in the page; ledger.csv has all
@@ -258,6 +261,8 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
 @cache
 def environment() -> jinja2.Environment:
     """Of this package's pages."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reeltune", "."),
         autoescape=True,

@@ -123,7 +123,7 @@ def gather(
 
 
 def named_captions(records: Records) -> Iterator[tuple[str, str]]:
-    return ((f"entry {record.entry}", record.text) for record in records)
+    return ((f"entry {entry}", text) for entry, text in zip(records.entry, records.column("text"), strict=True))
 
 
 def ledger_of(recipe: Recipe, inputs: Inputs) -> Ledger:

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
 from reeltune.diffusion.objective import Ddpm
 from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
-from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected, decode_in_pairs
 from reeltune.families.spec import Family, Loading, Parts, TokenLimit, needed
 from reeltune.families.text import embed_padded
 
@@ -33,6 +30,11 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import T5EncoderModel
+
+    from reeltune.families.cogvideox_fun.net import CogVideoXFun, corrected
+
     place = folder / "transformer"
     net = weights.load_component(
         CogVideoXFun,
@@ -102,6 +104,8 @@ def denoise(net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: dict[str,
 @torch.no_grad()
 def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32 in [-1, 1]."""
+    from reeltune.families.cogvideox_fun.net import decode_in_pairs
+
     with parts.borrow("vae") as vae:
         z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
         return decode_in_pairs(vae, z).float().transpose(1, 2)
@@ -117,6 +121,8 @@ def same(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
 def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
     """config is written back as it was read; for diffusers without what its class does not know."""
     if diffusers:
+        from diffusers import CogVideoXTransformer3DModel
+
         own = {name: value for name, value in config.items() if name.startswith("_")}
         config = own | configs.arguments_of(CogVideoXTransformer3DModel, config)
     weights.write_component(folder, state, config)
@@ -177,6 +183,9 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     config = configs.read_config(folder / "transformer")
     if config.get("_class_name") != CLASS:
         return None
+
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
     configs.check(CogVideoXTransformer3DModel, config, str(folder / "transformer/config.json"))
     family = variant(config, str(folder / "transformer"))
     paths = weights.components(folder, COMPONENTS)

@@ -13,14 +13,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
-from diffusers.models.upsampling import CogVideoXUpsample3D
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reeltune.core.imports import lean_imports
 from reeltune.families.rope import open_grid
+
+with lean_imports():
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
+    from diffusers.models.upsampling import CogVideoXUpsample3D
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 CHUNK = 2  # latent frames that the decoder takes at a time, after the first
 

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Described, Encoded, Geometry, MaskLaw, Posterior, SizeLaw
 from reeltune.diffusion.objective import Flow
 from reeltune.families import configs, inpaint, latents, schedule, tokenizers, weights
 from reeltune.families.easyanimate import prompts
-from reeltune.families.easyanimate.net import corrected, from_released, to_released
+from reeltune.families.easyanimate.keys import from_released, to_released
 from reeltune.families.easyanimate.prompts import encode_text
 from reeltune.families.spec import Family, Loading, Parts, needed
 
@@ -42,6 +40,10 @@ CAMERA_CHANNELS = 6
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
+    from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
+
+    from reeltune.families.easyanimate.net import corrected
+
     config = configs.read_config(folder / "transformer")
     net = weights.load_component(
         EasyAnimateTransformer3DModel,
@@ -57,6 +59,8 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     parts.loaders["vae"] = partial(weights.load_frozen, AutoencoderKLMagvit, folder / "vae", how.frozen_dtype, how.fake)
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(folder / "tokenizer")
     if "text_t5" in family.caption:
+        from transformers import BertModel, T5EncoderModel
+
         for name, cls in (("", BertModel), ("_2", T5EncoderModel)):
             parts.loaders[f"text{name}"] = partial(
                 weights.load_encoder, cls, folder / f"text_encoder{name}", how.frozen_dtype, how.fake
@@ -69,6 +73,8 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
 
 
 def _load_qwen(folder: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None) -> nn.Module:
+    from transformers import Qwen2VLForConditionalGeneration
+
     qwen = weights.load_encoder(Qwen2VLForConditionalGeneration, folder, dtype, fake).model
     qwen.visual = None  # only captions are read
     return qwen
@@ -138,6 +144,8 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
 def save(folder: Path, state: dict[str, Tensor], config: dict[str, Any], *, diffusers: bool = False) -> None:
     """config is written back as it was read, but for what the other layout's class does not know or asks for."""
     if diffusers:
+        from diffusers import EasyAnimateTransformer3DModel
+
         own = {name: value for name, value in config.items() if name.startswith("_")}
         weights.write_component(folder, state, own | configs.arguments_of(EasyAnimateTransformer3DModel, config))
     else:
@@ -251,6 +259,9 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     refuse_older(str(folder), config, (settings.get("vae_kwargs") or {}) | vae)
     if config.get("_class_name") != CLASS:
         return None
+
+    from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
+
     configs.check(EasyAnimateTransformer3DModel, config, str(folder / "transformer/config.json"), TEXT_DIMS)
     configs.check(AutoencoderKLMagvit, vae, str(folder / "vae/config.json"))
     family = variant(config, str(folder / "transformer"))

@@ -15,21 +15,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextModel,
-    LlamaModel,
-    LlavaForConditionalGeneration,
-)
 
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Described, Encoded, Geometry, Posterior, SizeLaw
@@ -40,15 +32,11 @@ from reeltune.families.hunyuan_video.prompts import encode_text, encode_text_and
 from reeltune.families.latents import decode_clip, encode_clip
 from reeltune.families.spec import Family, Loading, Parts
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLHunyuanVideo
+
 CLASS = "HunyuanVideoTransformer3DModel"
 GUIDANCE = 6.0 * 1000  # what networks with a guidance embedding are always told (measured on the reference, 2026-11)
-SPLIT = {  # what is sharded over the processes of a clip: tokens of clip and text, and their rotary angles
-    "": {"encoder_attention_mask": ContextParallelInput(split_dim=1, expected_dims=2)},
-    "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
-    "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-    "context_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-}
 INTERLEAVE = {"token_replace": 4, "latent_concat": 2}  # every n-th state of the picture, as the released pipeline takes
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
@@ -57,6 +45,9 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
+    from diffusers import HunyuanVideoTransformer3DModel
+    from transformers import CLIPTextModel, LlamaModel, LlavaForConditionalGeneration
+
     with_picture = family.caption_sees_picture
     net = weights.load_component(
         HunyuanVideoTransformer3DModel,
@@ -78,6 +69,8 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
     for name in ("tokenizer", "tokenizer_2"):  # by its files: the class that checkpoints name reads Llama 3's wrong
         parts.extras[name] = tokenizers.load_tokenizer(folder / name)
     if with_picture:
+        from transformers import CLIPImageProcessorPil
+
         parts.extras["image_processor"] = tokenizers.load_image_processor(
             CLIPImageProcessorPil, folder / "image_processor"
         )
@@ -85,6 +78,8 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
 
 
 def _load_vae(folder: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None) -> nn.Module:
+    from diffusers import AutoencoderKLHunyuanVideo
+
     vae = weights.load_frozen(AutoencoderKLHunyuanVideo, folder, dtype, fake)
     vae.enable_tiling()  # released models saw latents of blended tiles (measured on the reference, 2026-11)
     return vae
@@ -165,6 +160,20 @@ def denoise(
     )[0]
 
 
+def sharded() -> dict[str, Any]:
+    """What is sharded over the processes of a clip: tokens of clip and text, and their rotary angles."""
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    tokens = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
+    return {
+        "": {"encoder_attention_mask": ContextParallelInput(split_dim=1, expected_dims=2)},
+        "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
+        "x_embedder": {0: tokens},
+        "context_embedder": {0: tokens},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+
 def split(net: nn.Module, mesh: DeviceMesh) -> None:
     """diffusers has no plan for this network, but its attention takes part: it gathers masks that are sharded."""
     group = mesh["ulysses"].get_group()
@@ -187,7 +196,7 @@ def split(net: nn.Module, mesh: DeviceMesh) -> None:
         count = inputs[0].shape[1]
         return *others, min(max(first - group.rank() * count, 0), count)
 
-    context.split(net, mesh, SPLIT)
+    context.split(net, mesh, sharded())
     net.register_forward_pre_hook(with_even_text, with_kwargs=True)
     network: Any = net
     network.context_embedder.register_forward_pre_hook(with_whole_mask)
@@ -293,6 +302,9 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     config = configs.read_config(folder / "transformer")
     if config.get("_class_name") != CLASS:
         return None
+
+    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+
     configs.check(HunyuanVideoTransformer3DModel, config, str(folder / "transformer/config.json"))
     family = variant(config, str(folder / "transformer"))
     paths = weights.components(folder, (*COMPONENTS, *(("image_processor",) if "i2v" in family.modes else ())))

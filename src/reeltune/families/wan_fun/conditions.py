@@ -26,8 +26,7 @@ from reeltune.core.types import Batch, Described, Encoded, Posterior
 from reeltune.families import text
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
 from reeltune.families.spec import Parts, needed
-from reeltune.families.wan_fun.net import TEXT_LENGTH
-from reeltune.families.wan_fun.sizes import CHANNELS_2_2
+from reeltune.families.wan_fun.sizes import CHANNELS_2_2, TEXT_LENGTH
 
 MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 IMAGE_TOKENS = 257  # CLIP's class token and 16 x 16 patches

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import WanTransformer3DModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from reeltune.core.errors import UserError
 from reeltune.core.reading import brief
@@ -27,12 +28,6 @@ from reeltune.families.wan_fun.conditions import (
     finish,
     kept,
 )
-from reeltune.families.wan_fun.net import TEXT_LENGTH
-
-# Where diffusers shards Wan's tokens, but for their times, which go through a place of their own.
-PLAN = WanTransformer3DModel._cp_plan
-SPLIT = {name: how for name, how in PLAN.items() if name}
-SPLIT["token_times"] = {0: replace(PLAN["rope"][0], expected_dims=2)}  # where they are B L
 
 
 def read(folder: Path, family: Family, how: Loading) -> Parts:
@@ -47,6 +42,15 @@ def read(folder: Path, family: Family, how: Loading) -> Parts:
         loaders["image"] = partial(layout.load_image, files.image, how.frozen_dtype, how.fake)
     parts.extras["tokenizer"] = tokenizers.load_tokenizer(files.tokenizer)
     return parts
+
+
+def split(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Where diffusers shards Wan's tokens, but for their times, which go through a place of their own."""
+    from diffusers import WanTransformer3DModel
+
+    plan = WanTransformer3DModel._cp_plan
+    times = {0: replace(plan["rope"][0], expected_dims=2)}  # where they are B L
+    context.split(net, mesh, {name: how for name, how in plan.items() if name} | {"token_times": times})
 
 
 # ---- the family and its variants
@@ -70,7 +74,7 @@ BASE = Family(
     describe=describe,
     keep=kept,
     denoise=denoise,
-    split=partial(context.split, plan=SPLIT),
+    split=split,
     decode=decode,
     to_released=keys.to_released,
     from_released=keys.from_released,
@@ -266,7 +270,7 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
         objective=_schedule(settings.get("scheduler_kwargs") or {}, family.objective),
         options={"files": files},
         frozen_files=files.for_encoding(),
-        token_limits=(TokenLimit("the text encoder", files.tokenizer, TEXT_LENGTH),),
+        token_limits=(TokenLimit("the text encoder", files.tokenizer, sizes.TEXT_LENGTH),),
     )
     return _with_experts(family, places, _boundary(folder, settings, family)) if experts else family
 

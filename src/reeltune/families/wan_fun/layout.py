@@ -13,20 +13,23 @@ import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.imports import lean_imports
 from reeltune.core.reading import bare_name, brief
 from reeltune.families import configs, tensor_files, weights
 from reeltune.families.spec import Loading
 from reeltune.families.wan_fun import keys, sizes
-from reeltune.families.wan_fun.net import WanFunTransformer
-from reeltune.families.wan_fun.vae import with_quick_norms
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+    from transformers import CLIPVisionModel, UMT5EncoderModel
+
+    from reeltune.families.wan_fun.net import WanFunTransformer
 
 State = dict[str, Tensor]
 
@@ -159,6 +162,8 @@ def peek_transformer(path: Path) -> tuple[State, dict[str, Any]]:
 
 def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[str, Any]]:
     """(network, its config.json as read)"""
+    from reeltune.families.wan_fun.net import WanFunTransformer
+
     outlines, config = peek_transformer(path)
     net = configs.build(WanFunTransformer, sizes.transformer(outlines, config, str(path)), str(path))
     source = path if how.transformer_path is None else weights.saved_transformer(how.transformer_path)
@@ -174,6 +179,11 @@ def load_vae(
     path: Path, channels: int, dtype: torch.dtype | None, fake: AbstractContextManager | None = None
 ) -> AutoencoderKLWan:
     """channels: of the transformer's latents. Raises UserError for a VAE of others."""
+    with lean_imports():
+        from diffusers import AutoencoderKLWan
+
+        from reeltune.families.wan_fun.vae import with_quick_norms
+
     state = keys.vae_from_released(weights.read(path, fake))
     arguments = sizes.vae(state, _own_config(path), str(path))
     if arguments["z_dim"] != channels:
@@ -184,6 +194,8 @@ def load_vae(
 
 
 def load_text(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> UMT5EncoderModel:
+    from transformers import UMT5EncoderModel
+
     state = keys.text_from_released(weights.read(path, fake))
     net = configs.build(UMT5EncoderModel, {"config": sizes.text(state, str(path))}, str(path))
     _frozen(net, state, path, dtype)
@@ -192,6 +204,8 @@ def load_text(path: Path, dtype: torch.dtype | None, fake: AbstractContextManage
 
 
 def load_image(path: Path, dtype: torch.dtype | None, fake: AbstractContextManager | None = None) -> CLIPVisionModel:
+    from transformers import CLIPVisionModel
+
     named = {name.removeprefix("vision_model."): tensor for name, tensor in weights.read(path, fake).items()}
     state = keys.image_from_released(named)
     net = configs.build(CLIPVisionModel, {"config": sizes.image(state, _own_config(path), str(path))}, str(path))

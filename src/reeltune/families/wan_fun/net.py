@@ -7,12 +7,15 @@ network is cast: the timestep's sinusoid and the rotary angles are computed here
 from __future__ import annotations
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reeltune.core.imports import lean_imports
+
+with lean_imports():
+    from diffusers import WanTransformer3DModel
+
 THETA = 10_000.0  # of rotary angles and of the timestep's sinusoid (https://github.com/Wan-Video/Wan2.1, model.py)
-TEXT_LENGTH = 512  # diffusers' attention finds the image tokens by counting 512 text tokens from the end
 
 
 class Rope(nn.Module):

@@ -9,20 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from math import isqrt, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKLWan
 from torch import Tensor
-from transformers import CLIPVisionConfig, UMT5Config
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import AGAIN
 from reeltune.families import configs
 from reeltune.families.tensor_files import notice
 from reeltune.families.wan_fun import keys
-from reeltune.families.wan_fun.net import TEXT_LENGTH
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, UMT5Config
 
 State = dict[str, Tensor]
+
+TEXT_LENGTH = 512  # diffusers' attention finds the image tokens by counting 512 text tokens from the end
 
 NAMES = {  # ours: what the dialects call it
     "in_channels": ("in_dim", "in_channels"),
@@ -197,6 +199,9 @@ def vae(state: State, config: dict[str, Any], where: str) -> dict[str, Any]:
     configs.check_types(config, dict.fromkeys(("latents_mean", "latents_std"), list[float]), where)
     channels = state["post_quant_conv.weight"].shape[0]
     is_2_2 = keys.is_vae_2_2(state)
+
+    from diffusers import AutoencoderKLWan
+
     default = inspect.signature(AutoencoderKLWan.__init__).parameters  # those of Wan2.1
     known = LATENTS_2_2 if is_2_2 else {name: default[name].default for name in LATENTS_2_2}
     found = {name: config.get(name, known[name]) for name in known}
@@ -230,6 +235,9 @@ def text(state: State, where: str) -> UMT5Config:
     _need(state, needed, where, "a UMT5 encoder")
     vocabulary, width = state["shared.weight"].shape
     buckets, heads = state[bias].shape
+
+    from transformers import UMT5Config
+
     return UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -253,6 +261,9 @@ def image(state: State, config: dict[str, Any], where: str) -> CLIPVisionConfig:
     configs.check_types(config, {"num_attention_heads": int, "hidden_act": str}, where)
     width, _, _, patch = state[patches].shape
     places = state[positions].shape[0]
+
+    from transformers import CLIPVisionConfig
+
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],

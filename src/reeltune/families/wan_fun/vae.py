@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
+
+from reeltune.core.imports import lean_imports
+
+with lean_imports():
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
 
 class ChannelNorm(nn.Module):
