@@ -4,6 +4,7 @@ released_maps.npz holds what controlnet-aux 0.0.10 made of `released_nets.pictur
 networks at 64 x 128, and the names and shapes of its networks' state dicts.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reeltune.cli import main
 from reeltune.control import mlsd, released_net
 from reeltune.control.hed import edges_of, open_hed
 from reeltune.control.hed_net import Hed
+from reeltune.control.judge import Asked, judge_of
 from reeltune.control.kind import Settings, Source, pictures
 from reeltune.control.kinds import kind_named
 from reeltune.control.mlsd import STRONG, WEAK, lines_of, open_mlsd
 from reeltune.control.mlsd_net import Mlsd
 from reeltune.control.released_net import open_net, shown, shown_size
+from reeltune.control.source import source_of
 from reeltune.core.errors import UserError
+from reeltune.core.types import Crop, Draw, Shape
 from tests.unit.released_nets import picture, save
+from tests.unit.test_media import encode
 
 RECORDED = np.load(Path(__file__).with_name("released_maps.npz"))
 NETS = {"hed": (Hed, "ControlNetHED.pth"), "mlsd": (Mlsd, "mlsd_large_512_fp32.pth")}
@@ -153,3 +159,37 @@ def test_numbers_that_are_none_are_refused(folder, tmp_path, small):
     torch.save(state, tmp_path / "ControlNetHED.pth")
     with pytest.raises(UserError, match="no numbers"):
         pictures(open_hed(tmp_path, Settings()), Source.of(picture()[None], 8))
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_by_the_command_and_measured_again(kind, folder, small, tmp_path):
+    """Controls have their clips' frames, times and size; a clip obeys the control that was made of it."""
+    clip = np.stack([np.roll(picture(80, 112), 9 * f, axis=1) for f in range(3)])
+    encode(tmp_path / "uneven.mp4", clip, pts=[0, 3, 4], ticks=25)
+    encode(tmp_path / "odd.mp4", clip[:, :79, :111], pix_fmt="yuv444p")
+    rows = [{"file_path": name, "text": name, "type": "video"} for name in ("uneven.mp4", "odd.mp4")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    out = tmp_path / "new.json"
+    words = ["--kind", kind, "--detector", str(folder / NETS[kind][1]), "--least_score", "0", "--out", str(out)]
+    assert main(["control", str(tmp_path / "list.json"), *words]) == 0
+    for row in json.loads(out.read_text()):
+        source, control = (source_of(tmp_path / row[key], "video") for key in ("file_path", "control_file_path"))
+        assert (control.height, control.width) == (source.height, source.width)
+        np.testing.assert_allclose(control.times_s, source.times_s, atol=1e-6)
+    written = np.stack(list(source_of(tmp_path / "control" / kind / "uneven.mp4", "video").frames()))
+    read = np.stack(list(source_of(tmp_path / "uneven.mp4", "video").frames()))
+    draw = Draw(0, Shape(3, 80, 112), Crop(80, 112, 0, 0), (0, 1, 2), 0, 0)
+    by = judge_of(kind, str(folder))
+    own, other = (by.scores(Asked(draw, None, written), clip, 8.0)["f1"] for clip in (read, read[::-1]))
+    assert own > 0.99 and other < own - 0.01
+
+
+def test_weights_of_both_are_refused_by_name(folder, tmp_path, capsys):
+    """And where several kinds lack theirs, each names its own."""
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "list.json").write_text(json.dumps([{"file_path": "a.png", "text": "a", "type": "image"}]))
+    gone, other = tmp_path / "gone", folder / NETS["hed"][1]
+    words = ["--kind", "hed", "mlsd", "--detector", f"hed={gone}", f"mlsd={other}"]
+    assert main(["control", str(tmp_path / "list.json"), *words, "--out", str(tmp_path / "{kind}.json")]) == 2
+    told = capsys.readouterr().err
+    assert f"{gone}: " in told and f"{other}: " in told and not list(tmp_path.glob("hed.json"))
