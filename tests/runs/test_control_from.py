@@ -11,6 +11,8 @@ from PIL import Image
 
 from reeltune.cli import main
 from reeltune.config.recipe import Data, Model, Output, Recipe, Sizes, Training, Validation
+from reeltune.control import canny
+from reeltune.control.canny import open_canny
 from reeltune.control.from_clip import draw_controls
 from reeltune.control.kind import Settings, pictures
 from reeltune.control.kinds import kind_named
@@ -22,7 +24,8 @@ from reeltune.data.media import measure, read_frames, write_clip
 from reeltune.families.toy.family import FAMILY
 from reeltune.run.sizes import size_rules
 from reeltune.sampling.clips import sample_clips
-from reeltune.sampling.prompts import requests_of
+from reeltune.sampling.prompts import Request, drawn_controls, requests_of
+from reeltune.training.loop import train
 from tests.unit import tiny_onnx
 
 
@@ -64,16 +67,25 @@ def recipe(tmp_path, data, name="a.mp4", **validation) -> Recipe:
     )
 
 
+def request_of(given: Recipe) -> Request:
+    drawn, _ = drawn_controls(given, FAMILY, "control")
+    return requests_of(given, FAMILY, "control", size_rules(given, FAMILY), drawn)[0]
+
+
 def drawn_from(data, name) -> dict:
     return {"validation_control_from": (str(data / name),), "control_kind": "canny"}
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_drawn_control_is_the_file_that_reeltune_control_makes(name, data, tmp_path):
-    (drawn,) = draw_controls("canny", None, [str(data / name)], tmp_path / "drawn")
+    (drawn,) = draw_controls(
+        "canny", kind_named("canny").open(None, Settings()), [str(data / name)], tmp_path / "drawn"
+    )
     assert drawn.path.read_bytes() == (data / CONTROLS[name]).read_bytes()
     written = drawn.path.stat().st_mtime_ns
-    (again,) = draw_controls("canny", None, [str(data / name)], tmp_path / "drawn")
+    (again,) = draw_controls(
+        "canny", kind_named("canny").open(None, Settings()), [str(data / name)], tmp_path / "drawn"
+    )
     assert again == drawn and drawn.path.stat().st_mtime_ns == written
 
 
@@ -81,7 +93,7 @@ def test_a_drawn_control_is_the_file_that_reeltune_control_makes(name, data, tmp
 def test_a_prompts_batch_is_that_of_the_control_file(name, data, tmp_path):
     given = recipe(tmp_path, data, validation_paths=(str(data / CONTROLS[name]),))
     raw = recipe(tmp_path, data, **drawn_from(data, name))
-    batches = [requests_of(one, FAMILY, "control", size_rules(one, FAMILY))[0].batch() for one in (given, raw)]
+    batches = [request_of(one).batch() for one in (given, raw)]
     for field in ("control_BFCHW", "pixels_BFCHW"):
         assert torch.equal(*(getattr(batch, field) for batch in batches))
     assert batches[0].draws == batches[1].draws and batches[1].control_BFCHW.any()
@@ -89,7 +101,9 @@ def test_a_prompts_batch_is_that_of_the_control_file(name, data, tmp_path):
 
 def test_what_is_drawn_is_the_detectors_but_for_mp4s_loss(data, tmp_path):
     """And read at the size sampled as the detector's own frames would be."""
-    (drawn,) = draw_controls("canny", None, [str(data / "a.mp4")], tmp_path / "drawn")
+    (drawn,) = draw_controls(
+        "canny", kind_named("canny").open(None, Settings()), [str(data / "a.mp4")], tmp_path / "drawn"
+    )
     detector = kind_named("canny").open(None, Settings())
     exact = pictures(detector, source_of(data / "a.mp4", "video"))
     seen = measure(drawn.path, "video")
@@ -107,6 +121,18 @@ def test_sample_takes_a_raw_clip(data, tmp_path):
     assert told["control_detector"] == kind_named("canny").open(None, Settings()).digest
     assert told["control"].startswith(str(tmp_path / "run/drawn/a-"))
     assert "control_from" not in json.loads(given.with_suffix(".json").read_text())
+
+
+def test_a_run_opens_its_detector_once(data, tmp_path, monkeypatch):
+    """Which draws the controls of prompts and measures previews."""
+    opened = []
+    monkeypatch.setattr(canny, "open_canny", lambda settings: opened.append(settings) or open_canny(settings))
+    asked = recipe(tmp_path, data, **drawn_from(data, "a.mp4"))
+    listed = Data(train_data_dir=str(data), train_data_meta=str(data / "metadata_control.json"))
+    asked = replace(asked, data=listed, training=replace(asked.training, max_train_steps=1))
+    assert train(asked) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(opened) == 1 and [row["step"] for row in rows if row["kind"] == "obedience"] == [0, 1]
 
 
 def test_clips_that_no_control_can_be_drawn_from_are_all_named(data, tmp_path):
@@ -142,7 +168,7 @@ def test_key_points_of_a_raw_clip(data, tmp_path, caplog):
         control_detector=str(nets),
     )
     given = recipe(tmp_path, data, validation_paths=(str(named),))
-    requests = [requests_of(one, FAMILY, "control", size_rules(one, FAMILY))[0] for one in (given, raw)]
+    requests = [request_of(one) for one in (given, raw)]
     assert "its control of kind pose scores" in caplog.text
     assert Path(requests[1].control).read_bytes() == named.read_bytes()
     controls = [request.batch().control_BFCHW for request in requests]

@@ -1,20 +1,24 @@
 """A detector's finds on a clip, against the control as files have it."""
 
+from dataclasses import replace
 from typing import get_args
 
+import cv2
 import numpy as np
 import pytest
 
 from reeltune.config.recipe import ControlKind
-from reeltune.control.judge import MEASURES, Asked, Judge, judge_of
-from reeltune.control.kind import Source
+from reeltune.control.judge import DRAWN, MEASURES, Asked, Judge, judge_by, judge_of, unlike
+from reeltune.control.kind import Detector, Source
 from reeltune.control.kinds import KINDS
 from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE
 from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import Keypoints, People, write_keypoints
+from reeltune.data.pose_drawing import draw_people
 from tests.unit import room, tiny_onnx
+from tests.unit.people import walk
 
 SHAPE, CROP = Shape(3, 64, 96), Crop(64, 128, 0, 16)  # of 8 frames of 128 x 256: every second, halved, sides cut off
 FRAMES = (1, 3, 5)
@@ -58,8 +62,49 @@ def test_poses_are_compared_where_the_clip_shows_them(tmp_path):
     for wrong in (walking()[list(FRAMES)] / 2, walking()[[0, 2, 4]] / 2 - [16, 0]):
         scores = judge("pose", of_people(wrong, 64, 96)).scores(asked(control_path=str(path)), CLIP, 4.0)
         assert scores["oks"] < 0.95
-    assert judge("pose", of_people(there, 64, 96)).scores(asked(control_path="drawn.mp4"), CLIP, 4.0) is None
+    assert judge("pose", of_people(there, 64, 96)).scores(asked(control_path="drawn.mp4"), CLIP, 4.0) is None  # beside
     assert judge("pose").scores(asked(control_path=str(path)), CLIP, 4.0) == {"oks": 0, "pck": 0}  # nobody is found
+
+
+def test_a_drawn_pose_is_compared_by_its_drawing():
+    """Drawn at twice the size, so that its lines have half the width of those that are found."""
+    there = walk(3, 256, 320)
+    large = [draw_people(there.frame(f, 512, 640), 512, 640) for f in range(3)]
+    given = np.stack([cv2.resize(one, (320, 256), interpolation=cv2.INTER_AREA) for one in large])
+    draw = Draw(0, Shape(3, 256, 320), Crop(256, 320, 0, 0), (0, 1, 2), 0, 0)
+    by = judge_by("pose", Detector("digest", lambda source, put: put(there)), ["a.mp4", "b.png"])
+    assert by.measure == DRAWN["pose"]
+    same = by.scores(Asked(draw, None, given), given, 4.0)
+    assert list(same) == ["f1", "precision", "recall"] and same["f1"] > 0.97
+    assert by.scores(Asked(draw, None, np.roll(given, 10, axis=2)), given, 4.0)["f1"] < 0.4
+    nobody = replace(by, detect=lambda source, put: None)
+    assert nobody.scores(Asked(draw, None, given), given, 4.0) == {"f1": 0, "precision": 0, "recall": 0}
+    assert by.scores(Asked(draw, None, np.zeros_like(given)), given, 4.0) is None  # it asks for nothing
+    assert by.scores(Asked(draw, None, None), given, 4.0) is None
+
+
+def test_a_measure_fits_all_controls_or_it_is_said():
+    def measure(*controls):
+        return judge_by("pose", Detector("digest", lambda source, put: None), controls).measure, unlike(
+            "pose", controls
+        )
+
+    assert measure("a.npz", "b.npz") == measure() == measure(None) == (MEASURES["pose"], "")
+    assert measure("a.mp4", "b.png") == (DRAWN["pose"], "")
+    mixed, told = measure("a.mp4", "b.npz", "c.npz")
+    assert mixed == MEASURES["pose"] and "1 of 3 previews have a drawing as control" in told
+    assert unlike("canny", ["a.mp4", "b.npz"]) == ""
+
+
+def test_soft_edges_are_edges_from_half_on():
+    soft = CLIP.copy()
+    soft[:, 20:24], soft[:, 40:44] = 200, 120  # the second is rather none
+    found = CLIP.copy()
+    found[:, 21:23] = 130
+    assert judge("hed", found).scores(asked(soft), CLIP, 4.0) == {"f1": 1, "precision": 1, "recall": 1}
+    found[:, 21:23] = 126
+    assert judge("hed", found).scores(asked(soft), CLIP, 4.0)["f1"] == 0
+    assert judge("hed", found).scores(asked(CLIP + np.uint8(127)), CLIP, 4.0) is None
 
 
 def rows(shifts) -> np.ndarray:
@@ -89,7 +134,7 @@ def test_depth_and_lines_are_compared_with_the_control_as_the_network_saw_it():
         "precision": 1,
         "recall": 1,
     }
-    for kind in ("depth", "canny"):
+    for kind in ("depth", "canny", "mlsd", "hed"):
         assert judge(kind, lines).scores(asked(CLIP), CLIP, 4.0) is None  # it asks for nothing
         assert judge(kind, lines).scores(asked(), CLIP, 4.0) is None
 
@@ -97,6 +142,12 @@ def test_depth_and_lines_are_compared_with_the_control_as_the_network_saw_it():
 def test_files_for_a_kind_that_needs_none_are_refused():
     with pytest.raises(UserError, match="control_detector is 'models/x', and control_kind canny needs no files"):
         judge_of("canny", "models/x")
+
+
+def test_a_kind_that_needs_files_says_which():
+    for kind in ("depth", "pose", "hed", "mlsd"):
+        with pytest.raises(UserError, match=f"control_kind is {kind} and control_detector is left out; it needs"):
+            judge_of(kind, None)
 
 
 def test_kinds_that_are_made_are_kinds_that_are_measured():

@@ -9,12 +9,14 @@ from reeltune.control.obedience import (
     PCK_REACH,
     Edges,
     camera_agreement,
+    drawing_agreement,
     edge_agreement,
     lines_of,
     pose_agreement,
     rank_correlation,
     reach_px,
 )
+from reeltune.data.pose_drawing import COLOURS
 
 
 def column(at: int, frames: int = 2, height: int = 30, width: int = 40) -> np.ndarray:
@@ -71,6 +73,34 @@ def test_lines_are_half_as_bright_as_the_brightest():
     clip[0, 1], clip[0, 2] = 46, 44
     assert lines_of(clip)[0].any(1).tolist() == [True, True, False, False]
     assert not lines_of(np.zeros((1, 4, 4, 3), np.uint8)).any()
+
+
+def test_drawings_are_compared_colour_by_colour():
+    """Of two bars, red and blue: swapped, each lies where the other should."""
+    drawing = np.zeros((2, 60, 80, 3), np.uint8)
+    drawing[:, 10:20, 10:70], drawing[:, 40:50, 10:70] = (255, 0, 0), (0, 0, 153)
+    assert drawing_agreement(drawing, drawing) == Edges(1, 1, 1)
+    assert drawing_agreement(drawing, drawing[:, ::-1]).f1 == 0
+    assert edge_agreement(lines_of(drawing), lines_of(drawing[:, ::-1])).f1 == 1
+    one = drawing.copy()
+    one[:, 40:50] = 0
+    assert drawing_agreement(drawing, one) == Edges(1, 0.5, 2 / 3)
+    faint = np.where(drawing == 0, np.uint8(60), drawing)  # grey ground, as a codec leaves some
+    assert drawing_agreement(drawing, faint).f1 > 0.99
+    assert drawing_agreement(np.zeros_like(drawing), drawing) is None
+    assert drawing_agreement(drawing, np.zeros_like(drawing)) == Edges(0, 0, 0)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_colour_of_a_pose_keeps_its_class(colour):
+    """At a limb's brightness, and with the hue that an mp4 may turn by a few degrees."""
+    full, less = (np.full((1, 8, 8, 3), [round(share * part) for part in colour], np.uint8) for share in (1, 0.6))
+    beside = full.astype(int)
+    beside[..., np.argsort(colour)[1]] += 20 * (1 if sorted(colour)[1] < 128 else -1)
+    full[0, 0, 0] = less[0, 0, 0] = 255
+    for other in (less, np.clip(beside, 0, 255).astype(np.uint8)):
+        assert drawing_agreement(full, other).f1 > 0.95
+    assert drawing_agreement(full, np.roll(full, 1, axis=-1)).f1 < 0.1  # 120 degrees on
 
 
 def test_depth_is_compared_by_ranks():

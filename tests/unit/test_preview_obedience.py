@@ -10,6 +10,7 @@ import torch
 from reeltune.control.judge import Judge, Measure
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Shape
+from reeltune.data.findings import content_of
 from reeltune.sampling.obedience import Obedience
 from reeltune.sampling.paired import band95
 from reeltune.sampling.prompts import Request
@@ -130,6 +131,25 @@ def test_a_damaged_start_is_named(text, tmp_path):
     (tmp_path / "validation/start_obedience.json").write_text(text)
     with pytest.raises(UserError, match=r"start_obedience\.json"):
         measured(obedience(tmp_path), 5, [1, 2, 3])
+
+
+def test_a_start_of_which_nothing_is_known_is_none(tmp_path):
+    """As of a run that was begun when such controls were not measured."""
+    assert measured(obedience(tmp_path), 0, [1, 1, 1], controls=[0, 0, 0]) is None
+    row = measured(obedience(tmp_path), 6, [102, 102, 102])
+    assert (row["start_step"], row["n"]) == (6, 3)
+
+
+def test_files_are_read_again_where_they_changed(tmp_path, monkeypatch):
+    control, read = tmp_path / "control.mp4", []
+    monkeypatch.setattr("reeltune.sampling.obedience.content_of", lambda path: read.append(path) or content_of(path))
+    judged = obedience(tmp_path, requests=[replace(requests(1)[0], control=str(control))])
+    control.write_bytes(b"first")
+    for step in (0, 2, 4):
+        assert measured(judged, step, [51])["start_step"] == 0
+    assert read == [str(control)]
+    control.write_bytes(b"other one")
+    assert measured(judged, 6, [51])["start_step"] == 6 and len(read) == 2
 
 
 def test_a_control_that_was_replaced_under_its_name_begins_anew(tmp_path):

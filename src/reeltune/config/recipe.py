@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TrainMode = Literal["normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera"]
-ControlKind = Literal["canny", "depth", "pose", "camera"]  # those of control/kinds.py
+ControlKind = Literal["canny", "depth", "pose", "hed", "mlsd", "camera"]  # those of control/kinds.py
 
 
 @dataclass(frozen=True)

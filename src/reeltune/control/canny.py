@@ -15,6 +15,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from reeltune.control.grey import put_grey
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of
 from reeltune.core.errors import UserError
 
@@ -45,16 +46,17 @@ def open_canny(settings: Settings) -> Detector:
         low, high = thresholds or thresholds_of(source)
         shares, steady = [], []
         before_HW = None
-        for chunk_FHW3 in source.chunks():
-            drawn_FHW3 = np.empty_like(chunk_FHW3)
-            for place, rgb_HW3 in enumerate(chunk_FHW3):
-                lines_HW = lines_of(rgb_HW3, low, high, before_HW)
-                shares.append(cv2.countNonZero(lines_HW) / lines_HW.size)
-                if before_HW is not None and shares[-1]:
-                    steady.append(_on(lines_HW, before_HW))
-                before_HW = lines_HW
-                cv2.cvtColor(lines_HW, cv2.COLOR_GRAY2RGB, dst=drawn_FHW3[place])
-            put(drawn_FHW3)
+
+        def draw(rgb_HW3: np.ndarray) -> np.ndarray:
+            nonlocal before_HW
+            lines_HW = lines_of(rgb_HW3, low, high, before_HW)
+            shares.append(cv2.countNonZero(lines_HW) / lines_HW.size)
+            if before_HW is not None and shares[-1]:
+                steady.append(_on(lines_HW, before_HW))
+            before_HW = lines_HW
+            return lines_HW
+
+        put_grey(source, put, draw)
         return _quality(np.array(shares), steady, (low, high))
 
     return Detector(digest_of("canny", [VERSION, thresholds]), detect)

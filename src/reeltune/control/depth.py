@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from reeltune.control.device import require_device
+from reeltune.control.grey import put_grey
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
 from reeltune.core.errors import UserError
 from reeltune.core.reading import as_user_error, read_table
@@ -42,17 +43,17 @@ def open_depth(folder: Path | None, settings: Settings) -> Detector:
     def detect(source: Source, put: Put) -> Quality:
         black, white = _scale(source, near)
         relief, steps, before_HW = [], [], None
-        for chunk_FHW3 in source.chunks():
-            drawn_FHW3 = np.empty_like(chunk_FHW3)
-            for place, rgb_HW3 in enumerate(chunk_FHW3):
-                shade_HW = np.clip((near(rgb_HW3) - black) / ((white - black) or 1.0), 0, 1)
-                relief.append(float(shade_HW.std()))
-                if before_HW is not None:
-                    steps.append(float(np.abs(shade_HW - before_HW).mean()))
-                before_HW = shade_HW
-                grey_HW = (shade_HW * 255 + 0.5).astype(np.uint8)
-                cv2.cvtColor(grey_HW, cv2.COLOR_GRAY2RGB, dst=drawn_FHW3[place])
-            put(drawn_FHW3)
+
+        def draw(rgb_HW3: np.ndarray) -> np.ndarray:
+            nonlocal before_HW
+            shade_HW = np.clip((near(rgb_HW3) - black) / ((white - black) or 1.0), 0, 1)
+            relief.append(float(shade_HW.std()))
+            if before_HW is not None:
+                steps.append(float(np.abs(shade_HW - before_HW).mean()))
+            before_HW = shade_HW
+            return (shade_HW * 255 + 0.5).astype(np.uint8)
+
+        put_grey(source, put, draw)
         facts = {
             "relief": float(np.mean(relief)),
             "steady_share": 1 - float(np.mean(steps)) if steps else 1.0,

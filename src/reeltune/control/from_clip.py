@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reeltune.control.kind import Detector, Kind, digest_of
-from reeltune.control.kinds import kind_named, open_for_previews
+from reeltune.control.kinds import kind_named
 from reeltune.control.records import FORMAT
 from reeltune.control.source import source_of
 from reeltune.control.writing import ending_of, make_control
@@ -33,15 +33,12 @@ class Drawn:
         return {"control_from": self.clip, "control_kind": self.kind, "control_detector": self.detector}
 
 
-def draw_controls(
-    name: str, detector: str | None, clips: Sequence[str], folder: Path, *, device: str = "cpu"
-) -> list[Drawn]:
+def draw_controls(name: str, opened: Detector, clips: Sequence[str], folder: Path) -> list[Drawn]:
     """folder/STEM-KEY.mp4, or as the kind's files end, of each clip or picture; what is there is not made again.
 
-    Raises UserError: a detector that is not there, and every clip that cannot be read or is no good for this kind.
+    Raises UserError that names every clip that cannot be read or is no good for this kind.
     """
     kind = kind_named(name)
-    opened = open_for_previews(name, detector, device)
     made, problems = [], []
     for clip in clips:
         try:

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reeltune.control.kind import Source
+from reeltune.control.hed import EDGE
+from reeltune.control.kind import Detector, Source
 from reeltune.control.kinds import open_for_previews
 from reeltune.control.obedience import (
+    Edges,
     camera_agreement,
+    drawing_agreement,
     edge_agreement,
     lines_of,
     pose_agreement,
@@ -22,6 +25,7 @@ from reeltune.data.camera import read_poses, resample
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import Keypoints, is_keypoints, read_keypoints
 from reeltune.data.media import frames_on_show
+from reeltune.data.pose_drawing import draw_people
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,49 @@ class Judge:
 
 def judge_of(kind: str, detector: str | None, device: str = "cpu") -> Judge:
     """device: where networks run. Raises UserError for a detector that is not there, or another."""
-    opened = open_for_previews(kind, detector, device)
-    return Judge(kind, opened.digest, MEASURES[kind], opened.detect)
+    return judge_by(kind, open_for_previews(kind, detector, device))
+
+
+def judge_by(kind: str, opened: Detector, controls: Sequence[str | None] = ()) -> Judge:
+    """By a detector of that kind. controls: files that clips are given, as far as there are any; where none of them
+    has what the kind's measure needs, it is measured by the drawing."""
+    by_drawing = kind in DRAWN and bool(controls) and all(map(_is_drawing, controls))
+    return Judge(kind, opened.digest, (DRAWN if by_drawing else MEASURES)[kind], opened.detect)
+
+
+def unlike(kind: str, controls: Sequence[str | None]) -> str:
+    """What to tell where some controls are drawings and others are not, so that one measure does not fit all; empty
+    where it does."""
+    drawings = sum(map(_is_drawing, controls)) if kind in DRAWN else 0
+    if drawings in (0, len(controls)):
+        return ""
+    return (
+        f"obedience: {drawings} of {len(controls)} previews have a drawing as control and not key points (.npz); they "
+        "are not measured beside the others"
+    )
+
+
+def _is_drawing(control: str | None) -> bool:
+    return control is not None and not is_keypoints(control)
 
 
 def _lines(asked: Asked, found: list[Any]) -> Scores | None:
     if asked.control_FHWC is None or not found:
         return None
-    agreed = edge_agreement(lines_of(asked.control_FHWC), lines_of(np.concatenate(found)))
+    return _edges(edge_agreement(lines_of(asked.control_FHWC), lines_of(np.concatenate(found))))
+
+
+def _soft_edges(asked: Asked, found: list[Any]) -> Scores | None:
+    """Where either is rather an edge than none."""
+    if asked.control_FHWC is None or not found:
+        return None
+    given_FHW, found_FHW = (
+        _brightness(drawn_FHWC) >= EDGE for drawn_FHWC in (asked.control_FHWC, np.concatenate(found))
+    )
+    return _edges(edge_agreement(given_FHW, found_FHW))
+
+
+def _edges(agreed: Edges | None) -> Scores | None:
     return None if agreed is None else {"f1": agreed.f1, "precision": agreed.precision, "recall": agreed.recall}
 
 
@@ -103,7 +142,7 @@ def _brightness(grey_FHWC: np.ndarray) -> np.ndarray:
 
 
 def _poses(asked: Asked, found: list[Any]) -> Scores | None:
-    """Only key points tell what was asked for; a drawing of them does not. Nothing found is nobody found."""
+    """Of key points, which alone tell whose they are. Nothing found is nobody found."""
     path = None if asked.record is None else asked.record.control_path
     if path is None or not is_keypoints(path):
         return None
@@ -112,6 +151,18 @@ def _poses(asked: Asked, found: list[Any]) -> Scores | None:
     there = [_people(one, range(shape.frames), shape.height, shape.width) for one in found]
     agreed = pose_agreement(given, there[0] if there else [np.zeros((0, 0, 3))] * shape.frames)
     return None if agreed is None else {"oks": agreed.oks, "pck": agreed.pck}
+
+
+def _drawn_poses(asked: Asked, found: list[Any]) -> Scores | None:
+    """Of a drawing, with that of what is found. Nothing found is nobody found."""
+    if asked.control_FHWC is None:
+        return None
+    _, height, width = asked.draw.shape
+    there_FHWC = np.zeros_like(asked.control_FHWC)
+    for keypoints in found:
+        for frame, out_HWC in enumerate(there_FHWC):
+            out_HWC[:] = draw_people(keypoints.frame(frame, height, width), height, width)
+    return _edges(drawing_agreement(asked.control_FHWC, there_FHWC))
 
 
 def _people(
@@ -137,7 +188,11 @@ def _paths(asked: Asked, found: list[Any]) -> Scores | None:
 
 MEASURES = {
     "canny": Measure("edges on the control's lines (F1)", "", True, _lines),
+    "hed": Measure("soft edges on the control's edges (F1)", "", True, _soft_edges),
+    "mlsd": Measure("straight lines on the control's lines (F1)", "", True, _lines),
     "depth": Measure("rank correlation with the control's depth", "", True, _depths),
     "pose": Measure("key points where the control has them (OKS)", "", True, _poses),
     "camera": Measure("angle between views asked for and found", "°", False, _paths),
 }
+# By kind, where a control is a clip or picture of what the kind keeps in another form.
+DRAWN = {"pose": Measure("drawn poses on the control's, colour by colour (F1)", "", True, _drawn_poses)}

@@ -21,6 +21,18 @@ def _depth(detector: Path | None, settings: Settings) -> Detector:
     return open_depth(detector, settings)
 
 
+def _hed(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.hed import open_hed
+
+    return open_hed(detector, settings)
+
+
+def _mlsd(detector: Path | None, settings: Settings) -> Detector:
+    from reeltune.control.mlsd import open_mlsd
+
+    return open_mlsd(detector, settings)
+
+
 def _pose(detector: Path | None, settings: Settings) -> Detector:
     from reeltune.control.pose import open_pose
 
@@ -54,6 +66,15 @@ KINDS = {
             0.5,
             _pose,
         ),
+        Kind("hed", "pictures", "soft edges, white on black, by HED", "the file ControlNetHED.pth", 0.02, _hed),
+        Kind(
+            "mlsd",
+            "pictures",
+            "straight lines, white on black, by M-LSD",
+            "the file mlsd_large_512_fp32.pth",
+            0.1,
+            _mlsd,
+        ),
         Kind(
             "camera",
             "camera",
@@ -64,12 +85,6 @@ KINDS = {
         ),
     )
 }
-# Kinds that released models know and that are not made here -> why not, and what to do.
-ELSEWHERE = dict.fromkeys(
-    ("hed", "mlsd"),
-    "its released weights are a pickle, which may run any program when it is read, and controlnet-aux reads no other; "
-    "make these controls with controlnet-aux in an environment of its own",
-)
 
 
 def open_for_previews(name: str, detector: str | None, device: str) -> Detector:
@@ -79,6 +94,10 @@ def open_for_previews(name: str, detector: str | None, device: str) -> Detector:
         raise UserError(
             "recipe", f"control_detector is {detector!r}, and control_kind {name} needs no files; leave it out"
         )
+    if detector is None and kind.needs:
+        raise UserError(
+            "recipe", f"control_kind is {name} and control_detector is left out; it needs {kind.needs}; give it"
+        )
     return kind.open(None if detector is None else Path(detector), Settings(device=device))
 
 
@@ -86,8 +105,6 @@ def kind_named(name: str) -> Kind:
     """Raises UserError that says which there are."""
     if name in KINDS:
         return KINDS[name]
-    if name in ELSEWHERE:
-        raise UserError("kind", f"{name} cannot be made here: {ELSEWHERE[name]}, and name them as control_file_path")
     near = difflib.get_close_matches(name, KINDS, 1)
     hint = f": is {near[0]} meant?" if near else ""
     raise UserError("kind", f"{name!r} is no kind of control{hint}; there are {', '.join(KINDS)}")

@@ -5,7 +5,7 @@ Pure functions of arrays. Letters: F frames, H W pixels, N people, K key points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -38,18 +38,25 @@ def edge_agreement(given_FHW: np.ndarray, found_FHW: np.ndarray, reach: float | 
     diagonal; here each pixel looks for its nearest one, by an exact distance transform, and need not share it with
     none, so that lines of different widths may agree. reach: pixels, in place of that share.
     """
-    reach = reach_px(*given_FHW.shape[1:]) if reach is None else reach
-    asked, found = int(given_FHW.sum()), int(found_FHW.sum())
-    if not asked:
-        return None
-    if not found:
-        return Edges(0.0, 0.0, 0.0)
-    hits, covered = 0, 0
-    for given_HW, found_HW in zip(given_FHW, found_FHW, strict=True):
+    return _agreement(
+        zip(given_FHW, found_FHW, strict=True), reach_px(*given_FHW.shape[1:]) if reach is None else reach
+    )
+
+
+def _agreement(pairs: Iterable[tuple[np.ndarray, np.ndarray]], reach: float) -> Edges | None:
+    """Of bool maps asked for and found."""
+    asked, found, hits, covered = 0, 0, 0, 0
+    for given_HW, found_HW in pairs:
+        asked += int(given_HW.sum())
+        found += int(found_HW.sum())
         hits += int((_distance(given_HW)[found_HW] <= reach).sum())
         covered += int((_distance(found_HW)[given_HW] <= reach).sum())
+    if not asked:
+        return None
+    if not hits:
+        return Edges(0.0, 0.0, 0.0)
     precision, recall = hits / found, covered / asked
-    return Edges(precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0)
+    return Edges(precision, recall, 2 * precision * recall / (precision + recall))
 
 
 def lines_of(clip_FHWC: np.ndarray) -> np.ndarray:
@@ -64,6 +71,36 @@ def _distance(edges_HW: np.ndarray) -> np.ndarray:
     if not edges_HW.any():
         return np.full(edges_HW.shape, np.inf, np.float32)
     return cv2.distanceTransform((~edges_HW).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+
+# ---- drawings of poses
+
+LIT = 0.3  # of the brightest pixel: half of a limb's brightness, which is 0.6 of a joint's
+HUES = 6  # classes of 60 degrees, about 0, 60 and so on: their ends lie between the drawing's hues, which are 20 apart
+GREY, FAINT = HUES, HUES + 1  # classes of what has no hue, as points of a face, and of what is not lit
+LEAST_SATURATION = 128  # of 255, of a hue
+
+
+def drawing_agreement(given_FHWC: np.ndarray, found_FHWC: np.ndarray) -> Edges | None:
+    """Of two drawings of poses, uint8 in RGB, as `edge_agreement`, each pixel held against those of its own colour
+    alone: an arm does not lie well upon a leg, nor a left one upon a right one. None where nothing is asked for."""
+    pairs = (
+        (given_HW == colour, found_HW == colour)
+        for given_HW, found_HW in zip(_coloured(given_FHWC), _coloured(found_FHWC), strict=True)
+        for colour in range(FAINT)
+    )
+    return _agreement(pairs, reach_px(*given_FHWC.shape[1:3]))
+
+
+def _coloured(drawing_FHWC: np.ndarray) -> Iterable[np.ndarray]:
+    """uint8 H W of each frame: the class of each pixel's colour."""
+    least = max(LIT * int(drawing_FHWC.max()), 1)
+    for rgb_HWC in drawing_FHWC:
+        hue_HW, saturation_HW, value_HW = cv2.split(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2HSV))  # hue: 0 to 179
+        class_HW = (hue_HW.astype(np.int16) + 90 // HUES) // (180 // HUES) % HUES
+        class_HW[saturation_HW < LEAST_SATURATION] = GREY
+        class_HW[value_HW < least] = FAINT
+        yield class_HW
 
 
 # ---- depth

@@ -25,7 +25,7 @@ from reeltune.control.kinds import kind_named
 from reeltune.control.records import Claims, Made, Records, claims, hash_of, key_of, size_of
 from reeltune.control.source import source_of
 from reeltune.control.writing import make_control
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.reading import MOST_NAME_BYTES
 from reeltune.core.shown import printable
@@ -51,8 +51,15 @@ class Order:
         return entries_of(self.meta, self.data_dir)
 
     def opened(self) -> dict[str, Detector]:
-        """Raises UserError."""
-        return {name: kind_named(name).open(self.detectors.get(name), self.settings) for name in self.kinds}
+        """Raises UserError with the problems of all kinds, each beside the file that it is of."""
+        found, problems = {}, []
+        for name in self.kinds:
+            try:
+                found[name] = kind_named(name).open(self.detectors.get(name), self.settings)
+            except UserError as error:
+                problems += [f"{error.where}: {problem}" for problem in error.problems]
+        refuse("control", problems)
+        return found
 
 
 class Job(NamedTuple):

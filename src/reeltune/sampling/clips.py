@@ -15,7 +15,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.run.model import choose_family, encode_options
 from reeltune.run.sizes import size_rules
 from reeltune.sampling.other_expert import OtherExpert
-from reeltune.sampling.prompts import Request, notice_cut, requests_of
+from reeltune.sampling.prompts import Request, drawn_controls, notice_cut, requests_of
 from reeltune.sampling.sample import Setup, make_clip
 from reeltune.sampling.sheet import write_sheet
 from reeltune.sampling.trained import Trained, load_trained
@@ -34,7 +34,8 @@ def sample_clips(
     validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
     _refuse(validation, strengths, seeds)
     family, mode, objective = choose_family(recipe)
-    requests = requests_of(recipe, family, mode, size_rules(recipe, family))
+    drawn, _ = drawn_controls(recipe, family, mode)
+    requests = requests_of(recipe, family, mode, size_rules(recipe, family), drawn)
     requests = [replace(one, seed=own) for one in requests for own in seeds or (one.seed,)]
     notice_cut(family, [("negative_prompt", validation.negative_prompt)])
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)

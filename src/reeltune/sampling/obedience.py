@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from reeltune.config.recipe import Validation
-from reeltune.control.judge import Asked, Judge, judge_of
-from reeltune.control.kinds import kind_named
+from reeltune.control.judge import Asked, Judge, judge_by, unlike
+from reeltune.control.kind import Detector
+from reeltune.control.kinds import kind_named, open_for_previews
 from reeltune.control.records import made_by
 from reeltune.core.reading import NUMBER, TEXT
 from reeltune.core.types import Batch
@@ -94,17 +97,22 @@ class Obedience:
         kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": NUMBER.or_none().many()}
         kept = None if step == 0 else kept_start(path, kinds)
         alike = [] if kept is None else [kept.get(name) == value for name, value in measured_on.items()]
-        if kept is not None and all(alike) and len(kept["scores"]) == len(scores):
+        known = [] if kept is None else [score is not None for score in kept["scores"]]
+        if kept is not None and all(alike) and any(known) and len(known) == len(scores):
             return kept["step"], kept["scores"]
         keep_start(path, {"step": step, **measured_on, "scores": scores})
         return step, scores
 
 
 def obedience_of(
-    recipe: Validation, setup: Setup, requests: Sequence[Request], output_dir: Path
+    recipe: Validation,
+    setup: Setup,
+    requests: Sequence[Request],
+    output_dir: Path,
+    opened: Detector | None = None,
 ) -> tuple[Obedience | None, list[str]]:
     """(of these previews, by the recipe's control_kind or what `reeltune control` made their controls as, None where
-    neither tells; what to say).
+    neither tells; what to say). opened: the detector, where it has drawn the controls already.
 
     Raises UserError for a kind that the mode takes no control of, and for a detector that is not there, or another.
     """
@@ -120,7 +128,10 @@ def obedience_of(
     if not requests:
         return None, []
     settings = {name: getattr(recipe, name) for name in ("preview_steps", "guidance_scale", "negative_prompt")}
-    return Obedience(judge_of(kind, detector, setup.parts.device.type), requests, settings, output_dir), []
+    opened = opened or open_for_previews(kind, detector, setup.parts.device.type)
+    controls = [None if one.record is None else one.record.control_path for one in requests]
+    notices = [told] if (told := unlike(kind, controls)) else []
+    return Obedience(judge_by(kind, opened, controls), requests, settings, output_dir), notices
 
 
 def _made_as(requests: Sequence[Request]) -> str | None:
@@ -135,7 +146,14 @@ def _contents(request: Request) -> list[int]:
     """Of the files that it is read from: one of the same name may be another."""
     record = request.record
     paths = [] if record is None else [record.path, record.control_path, record.camera_path]
-    return [content_of(path) for path in dict.fromkeys([request.control, *paths]) if path and Path(path).is_file()]
+    there = [path for path in dict.fromkeys([request.control, *paths]) if path and Path(path).is_file()]
+    return [_content(path, status.st_size, status.st_mtime_ns) for path in there for status in [os.stat(path)]]
+
+
+@lru_cache(maxsize=1024)
+def _content(path: str, size: int, mtime_ns: int) -> int:
+    """Read again where the file has changed since."""
+    return content_of(path)
 
 
 def _first(scores: dict[str, float]) -> float:

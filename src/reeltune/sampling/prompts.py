@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from reeltune.config.recipe import Recipe
 from reeltune.control.from_clip import Drawn, draw_controls
-from reeltune.control.kinds import kind_named
+from reeltune.control.kind import Detector
+from reeltune.control.kinds import kind_named, open_for_previews
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Draw, Kind, MaskLaw, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
@@ -49,26 +51,36 @@ class Request:
     drawn: Drawn | None = None  # where its control was drawn from a raw clip
 
 
-def requests_of(recipe: Recipe, family: Family, mode: str, rules: SizeRules, *, device: str = "cpu") -> list[Request]:
-    """Of validation_prompts, each with its file of validation_paths, or one drawn from that of
-    validation_control_from. Raises UserError."""
+def requests_of(
+    recipe: Recipe, family: Family, mode: str, rules: SizeRules, drawn: Sequence[Drawn] = ()
+) -> list[Request]:
+    """Of validation_prompts, each with its file of validation_paths, or its control of those that were `drawn`. Raises
+    UserError."""
     validation, seed = recipe.validation, recipe.training.seed
-    drawn = drawn_controls(recipe, family, mode, device=device)
     paths = [str(one.path) for one in drawn] or validation.validation_paths
     requests = prompt_requests(family, mode, validation.validation_prompts, paths, rules, seed=seed)
     return [replace(one, drawn=its) for one, its in zip(requests, drawn, strict=True)] if drawn else requests
 
 
-def drawn_controls(recipe: Recipe, family: Family, mode: str, *, device: str = "cpu") -> list[Drawn]:
-    """output_dir/drawn has them afterwards. Raises UserError."""
+class DrawnControls(NamedTuple):
+    drawn: Sequence[Drawn]
+    detector: Detector | None  # that drew them; None where none are asked for
+
+
+NOTHING_DRAWN = DrawnControls((), None)
+
+
+def drawn_controls(recipe: Recipe, family: Family, mode: str, *, device: str = "cpu") -> DrawnControls:
+    """Those that validation_control_from asks for; output_dir/drawn has them afterwards. Raises UserError."""
     validation = recipe.validation
     if not validation.validation_control_from:
-        return []
+        return NOTHING_DRAWN
     kind = validation.control_kind
     assert kind is not None  # a rule of the recipe
     refuse_other_control(kind, family, mode)
     clips, folder = validation.validation_control_from, Path(recipe.output.output_dir) / "drawn"
-    return draw_controls(kind, validation.control_detector, clips, folder, device=device)
+    detector = open_for_previews(kind, validation.control_detector, device)
+    return DrawnControls(draw_controls(kind, detector, clips, folder), detector)
 
 
 def refuse_other_control(kind: str, family: Family, mode: str) -> None:

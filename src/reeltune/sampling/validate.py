@@ -26,7 +26,15 @@ from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.sampling.obedience import Obedience, obedience_of
 from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
-from reeltune.sampling.prompts import Request, notice_cut, played, read_one, requests_of
+from reeltune.sampling.prompts import (
+    NOTHING_DRAWN,
+    DrawnControls,
+    Request,
+    notice_cut,
+    played,
+    read_one,
+    requests_of,
+)
 from reeltune.sampling.sample import Setup, at_rest, make_clip, write_pixels
 
 
@@ -195,21 +203,24 @@ class Validation:
     notices: Sequence[str] = ()
 
     @classmethod
-    def build(cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules) -> Validation:
-        """reader: of the held-out records, perhaps none. Raises UserError for unusable validation_paths."""
+    def build(
+        cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules, controls: DrawnControls = NOTHING_DRAWN
+    ) -> Validation:
+        """reader: of the held-out records, perhaps none. controls: of prompts, where they were drawn. Raises UserError
+        for unusable validation_paths."""
         validation, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
         held_out = None
         if len(reader.records):
             levels = validation.held_out_levels
             held_out = HeldOut.build(setup, reader, rules, held_out_levels=levels, output_dir=output_dir)
         if validation.validation_prompts:
-            requests = requests_of(recipe, setup.family, setup.mode, rules, device=setup.parts.device.type)
+            requests = requests_of(recipe, setup.family, setup.mode, rules, controls.drawn)
         else:
             requests = held_out_requests(reader, rules, count=validation.preview_count, seed=seed)
         notice_cut(setup.family, [("negative_prompt", validation.negative_prompt)])
         guidance = validation.guidance_scale, validation.negative_prompt
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
-        previews.obedience, notices = obedience_of(validation, setup, requests, output_dir)
+        previews.obedience, notices = obedience_of(validation, setup, requests, output_dir, controls.detector)
         return cls(held_out, previews, output_dir, notices)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:

@@ -30,7 +30,7 @@ from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.other_expert import OtherExpert
-from reeltune.sampling.prompts import drawn_controls
+from reeltune.sampling.prompts import DrawnControls, drawn_controls
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.dropout import seeded_dropout
@@ -85,7 +85,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
         checkpoint.sweep(out)
-    inputs = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
+    inputs, drawn = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
@@ -100,7 +100,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         inputs = cache.feed(inputs)
     other, options = OtherExpert.of(recipe, family, engine.device), encode_options(recipe)
     setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=options, other=other)
-    validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules)
+    validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules, drawn)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
     learner = learner_of(recipe, family, parts, engine, batch=split.batch, accumulate=passes, resumed_from=resumed_from)
@@ -187,7 +187,9 @@ def loop(run: Run) -> int:
     return code
 
 
-def _gather(recipe: Recipe, engine: Engine, family: Family, mode: str, *, group: int, groups_run_on: bool) -> Inputs:
+def _gather(
+    recipe: Recipe, engine: Engine, family: Family, mode: str, *, group: int, groups_run_on: bool
+) -> tuple[Inputs, DrawnControls]:
     """The main process scans and draws controls; the others take its index and what is drawn."""
     with engine.main_first():
         first = engine.main
@@ -200,8 +202,8 @@ def _gather(recipe: Recipe, engine: Engine, family: Family, mode: str, *, group:
             show_progress=first,
             just_scanned=not first,
         )
-        drawn_controls(recipe, family, mode, device=engine.device.type)
-    return inputs
+        drawn = drawn_controls(recipe, family, mode, device=engine.device.type)
+    return inputs, drawn
 
 
 def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger, recipe: Recipe) -> list[str]:
