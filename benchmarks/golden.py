@@ -22,7 +22,8 @@ from reeltune.families.spec import Family, Parts
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings
 MSL = 0.25  # motion_sub_loss_ratio of the golden steps
-PLACE: ContextVar[torch.device] = ContextVar("place", default=torch.device("cpu"))  # where ours are computed
+CPU = torch.device("cpu")
+PLACE: ContextVar[torch.device] = ContextVar("place", default=CPU)  # where ours are computed
 
 
 @contextmanager

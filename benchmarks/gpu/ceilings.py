@@ -55,9 +55,7 @@ def _product(side: int, device: torch.device) -> Row:
 def _copies(size_bytes: int, device: torch.device) -> Iterator[tuple[str, Callable[[], object], int]]:
     """(name, work, bytes read and written on the device)"""
     there = torch.randint(0, 255, (size_bytes,), dtype=torch.uint8, device=device)
-    other = torch.empty_like(there)
-    yield "copy on the device, read and written", lambda: other.copy_(there), 2 * size_bytes
-    del other
+    yield "copy on the device, read and written", partial(torch.empty_like(there).copy_, there), 2 * size_bytes
     on_gpu = device.type == "cuda"
     locked = torch.empty(size_bytes // 4, dtype=torch.uint8, pin_memory=on_gpu)
     plain, part = torch.ones(size_bytes // 4, dtype=torch.uint8), there[: size_bytes // 4]

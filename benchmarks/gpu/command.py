@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.report import Report, Row, say
+from benchmarks.gpu.report import Part, Report, Row, say
 from benchmarks.gpu.sizes import FULL, TINY, Scale
 
 PARTS = {  # part -> share of the budget; in this order, and what one leaves is the next one's
@@ -94,55 +93,55 @@ def run(
             state["forecast"] = forecast = Forecast(scale, folder / "checkpoints", folder, ways)
             held.callback(forecast.close)
 
-    def ceilings(part) -> None:
+    def ceilings(part: Part) -> None:
         from benchmarks.gpu.ceilings import measure
 
         measure(part, scale, device)
 
-    def steps(part) -> None:
+    def steps(part: Part) -> None:
         from benchmarks.gpu.steps import against_product, measure
 
         measure(part, scale, device, checkpoints, ways)
         against_product(part, report.parts.get("ceilings", {}).get("rows", []))
 
-    def plan(part) -> None:
+    def plan(part: Part) -> None:
         from benchmarks.gpu.forecast import compare
 
         compare(part, state["forecast"], report.parts["steps"]["rows"], device)
 
-    def exact(part) -> None:
+    def exact(part: Part) -> None:
         from benchmarks.gpu.exact import measure
 
         measure(part, folder / "exact")
 
-    def parity(part) -> None:
+    def parity(part: Part) -> None:
         from benchmarks.gpu.goldens import measure
 
         measure(part, device)
 
-    def encoding(part) -> None:
+    def encoding(part: Part) -> None:
         from benchmarks.gpu.encoding import measure
 
         measure(part, scale, device, checkpoints[first], scale.networks[first])
 
-    def saving(part) -> None:
+    def saving(part: Part) -> None:
         from benchmarks.gpu.saving import measure
 
         measure(part, scale, device, checkpoints[first], scale.networks[first])
 
-    def processes(part) -> None:
+    def processes(part: Part) -> None:
         from benchmarks.gpu.processes import measure
 
         measure(part, device)
 
     with report.part("prepare", 0.0):
         prepare()
-    works: dict[str, Callable] = {work.__name__: work for work in (ceilings, steps, plan, exact, parity)}
+    works: dict[str, Callable[[Part], None]] = {work.__name__: work for work in (ceilings, steps, plan, exact, parity)}
     works |= {work.__name__: work for work in (encoding, saving, processes)}
     for name, share in PARTS.items():
         if name in only:
             with report.part(name, share) as part:
-                partial(works[name], part)()
+                works[name](part)
 
 
 def conclude(report: Report, scale: Scale) -> None:
