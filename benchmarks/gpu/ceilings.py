@@ -74,13 +74,13 @@ def _attention(kernel: str, scale: Scale, device: torch.device) -> Row:
     """Forward and backward pass of one layer of the first network over the clip's tokens."""
     network, tokens = next(iter(scale.networks.values())), CONTROL_V1_1.geometry.tokens(scale.clip)
     shape = 1, network.heads, tokens, network.head_width
-    qkv = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     products = 4 * tokens**2 * network.width  # FLOPs of two products
     try:
         with sdpa_kernel(KERNELS[kernel]):
-            out = scaled_dot_product_attention(*qkv)
-            forward_s = median_s(lambda: scaled_dot_product_attention(*qkv), device, warm_up=1, rounds=3)
-            backward_s = median_s(lambda: _backward(out, qkv), device, warm_up=1, rounds=3)
+            out = scaled_dot_product_attention(q, k, v)
+            forward_s = median_s(lambda: scaled_dot_product_attention(q, k, v), device, warm_up=1, rounds=3)
+            backward_s = median_s(lambda: _backward(out, [q, k, v]), device, warm_up=1, rounds=3)
     except RuntimeError as error:
         return {"not_there": str(error).splitlines()[0]}
     forward, backward = products / forward_s / 1e12, 2.5 * products / backward_s / 1e12

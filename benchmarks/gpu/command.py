@@ -30,11 +30,12 @@ PARTS = {  # part -> share of the budget; in this order, and what one leaves is 
     "saving": 0.05,
     "processes": 0.05,
 }
+ABOUT = "All that one card can prove, in one command. Without a GPU it rehearses on the CPU, and says so."
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=ABOUT)
     parser.add_argument("--out", type=Path, default=Path(), help="the folder of gpu.json [this one]")
     parser.add_argument("--budget", type=float, default=480, metavar="S", help="seconds for all of it [480]")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU at tiny sizes, as where there is no GPU")

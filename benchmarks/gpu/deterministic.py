@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from torch.utils import deterministic
 
 from reeltune.cli import main
 
@@ -17,7 +18,7 @@ def choose() -> None:
     """Before the first matrix product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and it takes time
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore  # nothing reads it, and it takes time
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from torch.utils import swap_tensors
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from benchmarks.gpu.sizes import CHANNELS, Encoders, Network, Scale
-from reeltune.demo.checkpoint import tokenizer
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
 from reeltune.families.wan_fun.vae import with_quick_norms
 from reeltune.memory.quantized import QuantizedLinear
 from tests.families.full_size import hollow
+from tests.families.tiny_wan import tokenizer_in
 
 BLOCK = 2**20  # random integers that are repeated
 
@@ -118,7 +118,7 @@ def checkpoint(folder: Path, network: Network, encoders: Encoders) -> Path:
     }
     for stem, (state, dtype) in parts.items():
         hollow(folder / f"{stem}.safetensors", {name: [*tensor.shape] for name, tensor in state.items()}, dtype)
-    tokenizer().save_pretrained(folder / layout.RELEASED["tokenizer"])
+    tokenizer_in(folder / layout.RELEASED["tokenizer"])
     return folder
 
 
