@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c "
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test quick oldest bench lint parity docs
+.PHONY: setup demo test quick oldest bench wheels lint parity docs
 
 setup: .venv/ready
 
@@ -41,6 +41,12 @@ oldest: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# For scripts/on_a_gpu.sh: what a machine with torch, transformers and accelerate lacks, for Python 3.12 on Linux
+wheels: setup
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --dest wheels --requirement benchmarks/gpu/wheels.txt
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity --write docs/parity.md

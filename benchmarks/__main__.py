@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME ...] [--write FILE]`: measures, prints what was reached beside its goal.
 
-Exits with 1 if a goal is missed.
+Exits with 1 if a goal is missed. `python -m benchmarks gpu` is a command of its own: benchmarks/gpu/command.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ MODULES = (
     "memory",
     "base_weights",
     "adapter_save",
-    "gpu",
 )  # each has main() -> {name: number}
 OPTIMIZERS = {"adamw": "AdamW", "8bit": "8-bit AdamW", "came": "CAME", "adafactor": "Adafactor"}
 BASES = ("bf16", "fp8", "int8", "nf4")
@@ -57,13 +56,6 @@ SAVINGS = {
     "in_backward": "step in the backward pass, no clipping",
     "in_backward_clipped": "step in the backward pass, clipped",
     "swap": "blocks that do not learn swapped",
-}
-NETWORKS = {"1.3b": "Wan2.1-Fun-V1.1-1.3B-Control", "14b_cut": "8 layers of 14B"}
-WAYS = {
-    "": "",
-    "_compiled": ", blocks compiled",
-    "_attention_kept": ", what attention gave kept",
-    **{f"_{kernel}": f", {kernel} attention" for kernel in ("flash", "cudnn", "efficient")},
 }
 MEANING = {  # name: (what it is, goal)
     "read_256_ratio": ("clips read to 256 px, over bare decode and resize", Goal(least=0.85)),
@@ -155,17 +147,6 @@ MEANING = {  # name: (what it is, goal)
             "export_peak_{}": "peak memory of that, in largest tensors",
         }.items()
     },
-    **{
-        f"gpu_{network}{way}_{unit}": (f"{told}{how}: {what}", None)
-        for network, told in NETWORKS.items()
-        for way, how in WAYS.items()
-        for unit, what in {
-            "step_s": "seconds of a step of one clip of 81 x 480 x 832, encoded already",
-            "tokens_s": "tokens per second",
-            "mfu": "share of the GPU's dense bf16 arithmetic, attention counted, recomputation not",
-            "peak_gb": "gigabytes at most",
-        }.items()
-    },
     **{f"idle_{n}": (f"share of {n} ranks' time spent waiting (simulated)", Goal(most=0.01)) for n in idle.RANKS},
     **{f"idle_apart_{n}": (f"the same, each of {n} drawing its own size", None) for n in idle.RANKS},
     **{
@@ -195,8 +176,12 @@ def table(found: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        return importlib.import_module("benchmarks.gpu.command").main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all if left out")
+    names = f"of {', '.join(MODULES)}; all if left out. gpu, which takes words of its own, stands alone"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     parser.add_argument("--write", type=Path, help="put the tables in this page; others there stay")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.names) - set(MODULES))
@@ -216,14 +201,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(page: Path, tables: dict[str, str]) -> None:
-    """Puts the tables in their sections of the page, and leaves the sections of other benchmarks as they are."""
-    _, *there = re.split(r"^## ", page.read_text(encoding="utf-8") if page.exists() else "", flags=re.MULTILINE)
-    sections = {text.split(maxsplit=1)[0]: text.partition("\n")[2].strip() for text in there}
+    """Puts the tables in their sections of the page, and leaves all else there as it is, other sections first."""
+    told = page.read_text(encoding="utf-8") if page.exists() else HEAD.format(page)
+    head, *there = re.split(r"^## ", told, flags=re.MULTILINE)
+    head += "".join(f"## {text}" for text in there if text.partition("\n")[0] not in MODULES)
+    sections = {title: text.strip() for title, _, text in (section.partition("\n") for section in there)}
     when = f"{date.today()}, {machine()}; load average of the last 15 minutes {os.getloadavg()[2]:.1f}."
     sections |= {name: f"{when}\n\n{told}" for name, told in tables.items()}
     known = [f"## {name}\n\n{sections[name]}\n" for name in MODULES if name in sections]
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join([HEAD.format(page), *known]), encoding="utf-8")
+    page.write_text("\n".join([head.strip() + "\n", *known]), encoding="utf-8")
 
 
 HEAD = """\

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,19 @@ from reeltune.families.spec import Family, Parts
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
 SCHEDULE = 1e-6  # absolute: a few float32 roundings
 MSL = 0.25  # motion_sub_loss_ratio of the golden steps
+CPU = torch.device("cpu")
+PLACE: ContextVar[torch.device] = ContextVar("place", default=CPU)  # where ours are computed
+
+
+@contextmanager
+def computed_on(device: torch.device) -> Iterator[None]:
+    """Within, golden files and checkpoints are read to that device, and what is made of nothing is made there."""
+    token = PLACE.set(device)
+    try:
+        with device:
+            yield
+    finally:
+        PLACE.reset(token)
 
 
 class Row(NamedTuple):
@@ -39,7 +55,7 @@ class Golden:
 
     def __init__(self, path: Path):
         with safe_open(path, "pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.tensors = {name: file.get_tensor(name).to(PLACE.get()) for name in file.keys()}  # noqa: SIM118
             self.metadata = file.metadata() or {}
         self.path, self.rows = path, []
 
@@ -63,8 +79,9 @@ class Golden:
         theirs = self[name]
         if ours.shape != theirs.shape:
             raise AssertionError(f"{self.path.name} {name}: ours is {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
-        difference = (ours.detach().double() - theirs.double()).abs().max().item()
-        relative = difference / max(theirs.double().abs().max().item(), 1e-30)
+        ours, theirs = (tensor.detach().double().cpu() for tensor in (ours, theirs))
+        difference = (ours - theirs).abs().max().item()
+        relative = difference / max(theirs.abs().max().item(), 1e-30)
         self.rows.append(Row(f"{self.path.parent.name}/{self.path.name}", name, difference, relative, bound, kind))
 
     def exact(self, name: str, ours: Tensor) -> None:
@@ -74,14 +91,25 @@ class Golden:
 # ---- what a case's README tells
 
 
-@cache
 def loaded(case: Path) -> tuple[Family, Parts]:
     """The checkpoint that a case's README names, in float32."""
+    return _loaded(case, PLACE.get())
+
+
+@cache
+def _loaded(case: Path, device: torch.device) -> tuple[Family, Parts]:
     named = re.search(r"from (?:the checkpoint folder )?(\S+?)[ ,]", (case / "README.md").read_text())
     assert named is not None
     path = (case / named.group(1)).resolve()
     family = families.find(path)
-    return family, family.load(path, frozen_dtype=torch.float32)
+    return family, on_device(family.load(path, frozen_dtype=torch.float32, device=device))
+
+
+def on_device(parts: Parts) -> Parts:
+    """With the frozen networks there too, which a run moves when it first needs them."""
+    for network in parts.frozen.values():
+        network.to(parts.device)
+    return parts
 
 
 def settings_of(path: Path) -> dict[str, str]:
@@ -105,7 +133,7 @@ def captions_in(case: Path) -> tuple[list[str], int]:
 
 def batch_of(pixels_u8: Tensor, **more: Any) -> Batch:
     empty = {"draws": [], "text": [], "ref_frame_B": torch.zeros(len(pixels_u8), dtype=torch.int64), "keep": {}}
-    return Batch(**{"pixels_BFCHW": pixels_u8, **empty, **more}).to("cpu")
+    return Batch(**{"pixels_BFCHW": pixels_u8, **empty, **more}).to(PLACE.get())
 
 
 def to_u8(pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.golden import LOSS, MSL, SCHEDULE, Golden, Row, batch_of, gradients
+from benchmarks.golden import LOSS, MSL, PLACE, SCHEDULE, Golden, Row, batch_of, gradients, on_device
 from reeltune import families
 from reeltune.core.types import Batch, Encoded, Posterior, Shape
 from reeltune.data import camera
@@ -24,17 +24,20 @@ MODES = {"control_camera_ref": "control_ref_camera"}  # the reference's name: ou
 
 
 class Checkpoints:
-    """The tiny checkpoints beside the golden files, loaded in float32."""
+    """The tiny checkpoints beside the golden files, loaded in float32 where numbers are computed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = next(iter(sorted(folder.glob("*.yaml"))), None)
 
-    @cache  # noqa: B019
     def load(self, name: str) -> tuple[Family, Parts]:
+        return self._load(name, PLACE.get())
+
+    @cache  # noqa: B019
+    def _load(self, name: str, device: torch.device) -> tuple[Family, Parts]:
         path = self.folder / "checkpoints" / name
         family = families.find(path, config_path=self.settings)
-        return family, family.load(path, frozen_dtype=torch.float32)
+        return family, on_device(family.load(path, frozen_dtype=torch.float32, device=device))
 
     def any(self, with_image: bool = False) -> tuple[Family, Parts]:
         """One checkpoint; the frozen networks are the same in all."""

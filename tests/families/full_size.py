@@ -54,7 +54,7 @@ def hollow(file: Path, shapes: Shapes, dtype: str) -> None:
         begin, end = end, end + BYTES[dtype] * torch.Size(shape).numel()
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as written:
         written.write(len(text).to_bytes(8, "little") + text)
         written.truncate(8 + len(text) + end)

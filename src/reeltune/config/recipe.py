@@ -157,7 +157,7 @@ class Training:
     vae_mini_batch: int = 0
     """Accepted and ignored: clips are encoded one at a time, so that none depends on its neighbours."""
     allow_tf32: bool = False
-    """Use TF32 for fp32 matrix products on NVIDIA GPUs."""
+    """Use TF32 for fp32 matrix products and convolutions on NVIDIA GPUs."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Engine:
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        choose_tf32(allow_tf32)
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
         handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)]
@@ -91,7 +91,9 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        """A GPU with its number: accelerate names the only one without, which torch.cuda.set_device refuses."""
+        device = self.accelerator.device
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
     @property
     def rank(self) -> int:
@@ -228,6 +230,11 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def choose_tf32(allowed: bool) -> None:
+    """For products of fp32 matrices, and for convolutions, which torch computes in TF32 unless it is told not to."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def place_in_launch() -> tuple[int, int, torch.device]:
     """(process, processes, device) by what launchers set, without joining the others: they need not run together.
 
@@ -306,7 +313,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 # Dense (no sparsity) bf16 tensor-core figures of NVIDIA's data sheet for each; the more specific name first.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,

@@ -36,7 +36,7 @@ class Duties:
     def __init__(self, run: Run):
         self.run, self.log, self.engine, self.out = run, run.log, run.engine, run.out
         self.saving = Saving(run)
-        self.unseen: Step | None = None
+        self.unseen: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
         self.shape: Shape | None = None  # that memory was last asked for
         self.validated_step = -1
 
@@ -110,13 +110,18 @@ class Duties:
         write_first_batch(batch, self.out / "first_batch", reference=reference)
 
     def check_finite(self, step: Step | None) -> None:
-        """Looks at the loss of the micro-step before, which the device has done by now, and keeps this one's.
+        """Looks at the loss of the micro-step before, which has come to the host by now, and sends this one's there.
 
         Raises UserError, in all processes, for a loss that is not finite in any of them; what it was made of is
         written beside the checkpoints.
         """
-        seen, self.unseen = self.unseen, step
-        if seen is None or torch.isfinite(seen.mean).item():
+        sent, self.unseen = self.unseen, None if step is None else (step, *_sent(step.mean))
+        if sent is None:
+            return
+        seen, mean, is_there = sent
+        if is_there is not None:
+            is_there.synchronize()  # to look at the device's own would wait for all that it was told since
+        if torch.isfinite(mean).item():
             return
         self.saving.settle()
         self.engine.wait()
@@ -167,6 +172,15 @@ class Duties:
             for notice in checked.notices:
                 self.log.notice(notice)
         self.engine.wait()
+
+
+def _sent(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """On its way to the host, and the event after which it is there."""
+    if not value.is_cuda:
+        return value, None
+    copy, is_there = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+    return copy, is_there
 
 
 def is_due(steps: int | None, step: int) -> bool:

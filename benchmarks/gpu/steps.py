@@ -1,0 +1,121 @@
+"""Seconds, tokens, share of the card's arithmetic and memory of a step: by compilation, attention and recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import step
+from benchmarks.gpu.ceilings import PRODUCT
+from benchmarks.gpu.report import Part, Row
+from benchmarks.gpu.sizes import Scale
+from benchmarks.gpu.timing import give_back, median_s, seconds_of
+from reeltune.config.parse import settings
+from reeltune.core.errors import UserError
+from reeltune.distributed.engine import peak_flops
+from reeltune.families.wan_fun.family import CONTROL_V1_1
+
+
+@dataclass(frozen=True)
+class Way:
+    """A network, and what its recipe says beside `step.recipe_of`."""
+
+    network: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        told = ", ".join(f"{name} {str(value).lower()}" for name, value in self.changes.items())
+        return f"{self.network}: {told or 'as it is'}"
+
+
+KEPT = {"gradient_checkpointing": "attention_kept"}
+COMPILED = {"compile": "blocks"}
+ADAPTER = {"rank": 32, "base_weights": "int8"}
+WAYS = (  # what tells most first: a card has no time for all of them
+    Way("1.3b"),
+    Way("1.3b", KEPT),
+    Way("1.3b", KEPT | COMPILED),
+    Way("14b_cut", KEPT),
+    Way("14b_cut", KEPT | COMPILED),
+    Way("1.3b", KEPT | {"attention": "cudnn"}),
+    Way("1.3b", KEPT | {"attention": "flash"}),
+    Way("14b_cut", KEPT | ADAPTER),
+    Way("14b_cut", KEPT | {"attention": "cudnn"}),
+    Way("1.3b", COMPILED),
+    Way("14b_cut", ADAPTER | {"blocks_to_swap": 4}),
+    Way("14b_cut"),
+    Way("1.3b", KEPT | COMPILED | {"attention": "cudnn"}),
+    Way("1.3b", {"attention": "efficient"}),
+    Way("14b_cut", KEPT | COMPILED | {"attention": "cudnn"}),
+    Way("14b_cut", KEPT | COMPILED | ADAPTER),
+)
+
+
+def measure(
+    part: Part, scale: Scale, device: torch.device, checkpoints: dict[str, Path], count: int | None = None
+) -> None:
+    """checkpoints: of each network, as networks.checkpoint lays them out. count: of WAYS, from the first on."""
+    flops = {name: step.flops(network, scale.clip, scale.encoders) for name, network in scale.networks.items()}
+    longest_s = 0.0
+    for way in WAYS[:count]:
+        missing = [name for name in way.changes if name not in settings()]
+        if missing:
+            part.not_run(way.name, f"this version has no setting {missing[0]}")
+        elif part.left_s() < longest_s:
+            part.not_run(way.name, "no time is left")
+        else:
+            with part.attempt(way.name):
+                longest_s = max(longest_s, _measure(part, way, scale, device, checkpoints, flops[way.network]))
+        give_back(device)
+
+
+def _measure(
+    part: Part, way: Way, scale: Scale, device: torch.device, checkpoints: dict[str, Path], flops: int
+) -> float:
+    """Returns the seconds that it took."""
+    about: Row = {"network": way.network, "changes": way.changes}
+
+    def row() -> None:
+        try:
+            part.row(way.name, **about, **_numbers(way, scale, device, checkpoints, flops))
+        except torch.OutOfMemoryError as error:
+            part.row(way.name, **about, does_not_fit=str(error).splitlines()[0])
+        except UserError as error:  # torch has no such kernel here
+            part.row(way.name, **about, not_there=str(error))
+
+    return seconds_of(row, device)
+
+
+def _numbers(way: Way, scale: Scale, device: torch.device, checkpoints: dict[str, Path], flops: int) -> Row:
+    recipe = step.recipe_of(checkpoints[way.network], **way.changes)
+    steps = step.Step(recipe, scale.networks[way.network], scale)
+    on_gpu = device.type == "cuda"
+    first_s = seconds_of(steps, device)  # kernels are chosen, perhaps compiled, and the optimizer makes its state
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    step_s = median_s(steps, device, warm_up=scale.warm_up, rounds=scale.rounds)
+    loss = steps()
+    if not torch.isfinite(loss):
+        raise ArithmeticError(f"the loss is {loss.item()}")
+    sheet = peak_flops(device, torch.bfloat16)
+    return {
+        "step_s": step_s,
+        "tokens_s": CONTROL_V1_1.geometry.tokens(scale.clip) / step_s,
+        "tflops": flops / step_s / 1e12,
+        "mfu": "unknown" if sheet is None else flops / step_s / sheet,
+        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else "unknown",
+        "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if on_gpu else "unknown",
+        "first_step_s": first_s,
+    }
+
+
+def against_product(part: Part, ceilings: list[Row]) -> None:
+    """Each row's arithmetic over what a matrix product reaches on this card."""
+    reached = next((row["tflops"] for row in ceilings if row["row"] == PRODUCT and "tflops" in row), None)
+    for row in part.rows:
+        if reached is not None and "tflops" in row:
+            row["of_product"] = row["tflops"] / reached

@@ -1,0 +1,166 @@
+"""`python -m benchmarks gpu`, rehearsed on the CPU at tiny sizes: the code that a GPU runs, but for the device."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import parity_wan
+from benchmarks.golden import Row
+from benchmarks.gpu import command, exact, forecast, goldens, networks, page, processes, step, steps
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import FULL, TINY, Network
+from reeltune.demo.checkpoint import write_checkpoint
+from reeltune.demo.clips import write_data_set
+from tests.families.full_size import released
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
+
+
+def rehearsed(folder, *words):
+    code = command.main(["--out", str(folder), *words])
+    assert not (folder / "gpu.json").exists()
+    return code, json.loads((folder / "gpu_rehearsal.json").read_text())
+
+
+def rows(found, part):
+    return {row["row"]: row for row in found["parts"][part]["rows"]}
+
+
+def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
+    code, found = rehearsed(tmp_path, "--ways", "2", "--only", "ceilings", "steps", "encoding", "saving")
+    assert code == 0 and not found["failures"]
+    assert found["about"]["figures"] == TINY.note and "gpu" not in found["about"]
+    told = capsys.readouterr().out
+    assert told.startswith(f"figures: {TINY.note}") and told.strip().endswith(TINY.note)
+    measured = rows(found, "steps")
+    assert list(measured) == [way.name for way in steps.WAYS[:2]]
+    for row in measured.values():
+        assert row["tokens_s"] * row["step_s"] == pytest.approx(2 * 2 * 3)
+        assert row["mfu"] == row["peak_gb"] == "unknown"
+    network = TINY.networks["1.3b"]
+    done = measured[steps.WAYS[0].name]
+    assert done["tflops"] * done["step_s"] * 1e12 == pytest.approx(step.flops(network, TINY.clip, TINY.encoders))
+    assert {"VAE, one clip", "step with encode_ahead"} <= rows(found, "encoding").keys()
+    copied = rows(found, "saving")["whole network, second copy"]["gb"] * 1e9
+    sizes = {name: w.numel() for name, w in networks.transformer(network, TINY.encoders).named_parameters()}
+    learned = sum(size for name, size in sizes.items() if not name.startswith("ref_conv"))  # which this mode leaves out
+    assert copied == 2 * sum(sizes.values()) + (4 + 4) * learned + 4 * (len(sizes) - 2)  # and counts of steps
+
+
+@pytest.mark.slow
+def test_plan_is_held_against_it(tmp_path):
+    code, found = rehearsed(tmp_path, "--ways", "2", "--only", "steps", "plan")
+    assert code == 0
+    foretold = rows(found, "plan")
+    assert list(foretold) == [way.name for way in steps.WAYS[:2]]
+    assert all(row["plan_gb"] > 0 and row["memory_ratio"] == "unknown" for row in foretold.values())
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
+    report = Report(tmp_path / "gpu.json", {}, budget_s=10)
+    with report.part("one", 0.5) as part:
+        with part.attempt("broken"):
+            raise ValueError("no such thing")
+        part.row("whole", x=1.0)
+    with report.part("two", 0.5):
+        raise OSError("gone")
+    with report.part("three", 0.0) as part:
+        part.row("whole", x=2.0)
+        on_disk = json.loads((tmp_path / "gpu.json").read_text())  # after each row
+    assert [row["row"] for row in on_disk["parts"]["three"]["rows"]] == ["whole"]
+    assert report.failures == ["two", "one: broken"]
+    assert "no such thing" in report.parts["one"]["rows"][0]["error"]
+    assert "OSError: gone" in on_disk["parts"]["two"]["error"]
+    assert "| broken |  | ValueError: no such thing |" in page.table(report.parts["one"]["rows"], ("x", "failed"))
+
+
+def test_a_part_has_what_earlier_ones_left(tmp_path):
+    now = [0.0]
+    report = Report(tmp_path / "gpu.json", {}, budget_s=100, clock=lambda: now[0])
+    with report.part("one", 0.5) as part:
+        assert part.left_s() == 50
+        now[0] = 20
+    with report.part("two", 0.25) as part:
+        assert part.left_s() == 55
+
+
+def test_ways_for_which_no_time_is_left_are_named(tmp_path):
+    report = Report(tmp_path / "gpu.json", {}, budget_s=0)
+    with report.part("steps", 1.0) as part:
+        steps.measure(part, TINY, CPU, {}, 4)
+    assert [row["row"] for row in part.found["not_run"]] == [way.name for way in steps.WAYS[:4]]
+    assert not part.rows
+
+
+def test_memory_is_flagged_beyond_five_percent():
+    told = {"peak_gb": 1.0, "flops": 100}
+    flags = [forecast._memory(told, {"peak_gb": real})["within_5_percent"] for real in (0.94, 0.96, 1.05, 1.06)]
+    assert flags == ["NO", "yes", "yes", "NO"]
+    found = forecast._time(told, {"step_s": 2.0}, 200.0, 1.5)
+    assert found["hfu"] == 0.25 and found["plan_holds"] == "yes"
+    assert forecast._time(told, {"step_s": 5.0}, 200.0, 1.5)["plan_holds"] == "NO"
+
+
+@pytest.mark.golden("released_keys/Wan2.1-Fun-V1.1-14B-Control.json.gz", "released_keys/Wan2.1_VAE.json.gz")
+def test_the_networks_are_of_released_sizes(goldens):
+    whole = networks.transformer(replace(FULL.networks["14b_cut"], layers=40), FULL.encoders)
+    made = {
+        "Wan2.1-Fun-V1.1-14B-Control": whole,
+        "Wan2.1_VAE": networks.vae(FULL.encoders),
+        "umt5-xxl-enc": networks.text(FULL.encoders),
+    }
+    for name, net in made.items():
+        count = sum(math.prod(shape) for shape in released(goldens, name).values())
+        assert sum(weight.numel() for weight in net.parameters()) == count, name
+
+
+def test_flops_of_a_block_are_three_times_those_by_hand():
+    def flops(layers):
+        return step.flops(Network(2, 64, layers, head_width=24), TINY.clip, TINY.encoders)
+
+    N, D = 2 * 2 * 3, 48  # tokens, width
+    others = 512 + 257  # tokens of caption and picture, whose keys and values are made, and looked at
+    products = 6 * N * D**2 + 2 * others * D**2 + 2 * N * (N + others) * D + 2 * N * D * 64
+    assert flops(3) - flops(2) == 3 * 2 * products
+
+
+@pytest.mark.golden("wan_fun/golden/scheduler.safetensors", "wan_fun/golden/transformer/*.safetensors")
+def test_parity_is_told_by_its_worst_row(goldens):
+    from benchmarks.gpu.goldens import rows_of, worst_of
+
+    found = rows_of(parity_wan, goldens / "wan_fun/golden/transformer/control_v1.1.safetensors", CPU)
+    worst = worst_of([*found, Row("f", "far", 1e-4, 1e-9, 5e-5, "absolute")])
+    assert worst.tensor == "far" and not worst.ok
+    assert worst_of(found).ok
+    assert worst_of([Row("f", "apart", 1e-9, 0.0, 0.0, "absolute"), *found]).tensor == "apart"  # is to be exact
+
+
+def test_settings_of_tf32_are_put_back():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with goldens.exact_products():
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", exact.PROGRAMS)
+def test_a_killed_run_ends_in_the_bits_of_others(program, tmp_path):
+    meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
+    runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", program)
+    found = runs.compared(timeout_s=600)
+    assert found["killed_after_step"] < exact.STEPS
+    assert found["repeat_equal"] == found["resume_equal"] == "yes"
+    lines = (runs.place / "second" / "metrics.jsonl").read_text()
+    (runs.place / "second" / "metrics.jsonl").write_text(lines.replace('"loss": 0', '"loss": 1', 1))
+    assert runs._told("first", "second") == "NO, from step 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_one_process_trains_as_without_a_wrapper(wrapper):
+    found = processes.run([*processes.TORCHRUN, "-m", processes.MODULE, wrapper], CPU, timeout_s=600)
+    assert found["backend"] == "gloo"

@@ -1,0 +1,80 @@
+"""What an engine says of its device, and what it tells torch of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reeltune.distributed.engine import Engine, choose_tf32, peak_flops
+from reeltune.training import duties
+
+
+@pytest.mark.parametrize(
+    ("told", "device"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")], ids=["one", "of several", "cpu"]
+)
+def test_a_gpu_has_its_number(told, device, monkeypatch):
+    """accelerate gives the only GPU none; torch.cuda.set_device, which the writer of checkpoints calls, wants one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    engine = Engine.__new__(Engine)
+    engine.accelerator = SimpleNamespace(device=torch.device(told))
+    assert engine.device == torch.device(device)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_of_products_and_convolutions_alike(allowed, tf32):
+    torch.backends.cudnn.allow_tf32 = not allowed
+    choose_tf32(allowed)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_a_cards_peak_is_its_data_sheets(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    peak = peak_flops(torch.device("cuda", 0), torch.bfloat16)
+    assert peak == (None if tflops is None else tflops * 1e12)
+
+
+def test_a_loss_is_looked_at_when_it_has_come_to_the_host(monkeypatch):
+    """Not on the device, where that would wait for the step under way."""
+    done = []
+
+    class Event:
+        def record(self):
+            done.append("sent")
+
+        def synchronize(self):
+            done.append("there")
+
+    class OnDevice:
+        is_cuda = True
+
+        def to(self, place, *, non_blocking):
+            assert (place, non_blocking) == ("cpu", True)
+            return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    kept = duties.Duties.__new__(duties.Duties)
+    kept.unseen = None
+    kept.check_finite(SimpleNamespace(mean=OnDevice()))
+    assert done == ["sent"]
+    kept.check_finite(None)
+    assert done == ["sent", "there"] and kept.unseen is None
