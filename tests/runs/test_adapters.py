@@ -161,6 +161,7 @@ def test_an_adapter_that_does_not_fit_is_refused(kind, changes, said, toy, data,
         ({"rank": 0, "target_name": []}, "keeps adapters, and rank is 0; restore rank"),
         ({"network_alpha": 8}, "blocks.0.text had alpha 4.0 and has 8.0"),
         ({"target_name": ["blocks.0.text"]}, "blocks.1.text had alpha 4.0 and has none"),
+        ({"lora_init": "pissa"}, "lora_init was uniform and is pissa"),
     ],
 )
 def test_a_resume_with_other_adapters_is_refused(changes, said, toy, data, whole, tmp_path):
