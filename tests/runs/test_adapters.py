@@ -25,7 +25,13 @@ KINDS = {
     "whole": {"train_whole": ["patch_embedding", "head.bias"], "use_ema": True},
     "bf16": {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "train_whole": ["head"]},
     "in_backward": {"step_in_backward": True},
-    "pissa": {"lora_init": "pissa", "use_ema": True, "rank_pattern": ["blocks.1=2"], "alpha_pattern": ["blocks.0=3"]},
+    "pissa": {
+        "lora_init": "pissa",
+        "use_ema": True,
+        "rank_pattern": ["blocks.1=2"],
+        "alpha_pattern": ["blocks.0=3"],
+        "train_whole": ["head.bias"],
+    },
 }
 
 
@@ -81,7 +87,7 @@ def test_the_rate_that_prodigy_finds_is_in_the_metrics(toy, data, whole, tmp_pat
     assert "d" not in read_metrics(whole("plain") / "metrics.jsonl").steps
 
 
-@pytest.mark.parametrize("kind", ["plain", "whole"])
+@pytest.mark.parametrize("kind", ["plain", "whole", "pissa"])
 def test_the_base_is_left_as_it_was(kind, toy, data, monkeypatch, tmp_path):
     """In memory after training: what does not learn has the bits that the checkpoint gave it."""
     ends = {}
@@ -155,6 +161,7 @@ def test_an_adapter_that_does_not_fit_is_refused(kind, changes, said, toy, data,
         ({"rank": 0, "target_name": []}, "keeps adapters, and rank is 0; restore rank"),
         ({"network_alpha": 8}, "blocks.0.text had alpha 4.0 and has 8.0"),
         ({"target_name": ["blocks.0.text"]}, "blocks.1.text had alpha 4.0 and has none"),
+        ({"lora_init": "pissa"}, "lora_init was uniform and is pissa"),
     ],
 )
 def test_a_resume_with_other_adapters_is_refused(changes, said, toy, data, whole, tmp_path):

@@ -157,6 +157,13 @@ def test_adapters_over_a_coarse_base_learn_alike_with_its_blocks_swapped(start):
     assert_equal({name: after[name] for name in before}, before)
 
 
+def test_what_pissa_began_with_waits_with_its_block(start):
+    family, made, *_ = start
+    net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net
+    settings = {"rank": 1, "lora_init": "pissa"}
+    assert_same(steps(start, **settings, blocks_to_swap=len(blocks_of(net, family.blocks))), steps(start, **settings))
+
+
 class Several(Engine):
     """As if there were two processes."""
 

@@ -186,6 +186,20 @@ def test_a_file_has_the_change_and_gives_back_the_bits(dtype, tmp_path):
         assert change_OI.norm() > 0.1
 
 
+def test_a_file_with_magnitudes_has_the_layers_weight(tmp_path):
+    net = Net()
+    names = principal_in(net, use_dora=True)
+    learnt(net)
+    weights = {names[n]: w.detach() for n, w in net.named_parameters() if w.requires_grad or is_start(names[n])}
+    alphas = {target.released: target.alpha for target in chosen(Net(), rank=RANK, alpha=ALPHA)}
+    saved.write(tmp_path, weights, alphas, {"lora_init": "pissa"})
+    pair, layer = saved.load(tmp_path).layers["blocks.0.to_q"], by_name(net)["blocks.0.q"]
+    base = layer.get_base_layer()
+    effective_OI = (layer(torch.eye(8)) - base.bias).T
+    assert pair.magnitude_O is not None and (effective_OI - base.weight).abs().max() > 0.1
+    torch.testing.assert_close(pair.changed(base.weight.detach()), effective_OI.detach(), rtol=0, atol=1e-5)
+
+
 def test_a_folder_without_its_start_is_refused(tmp_path):
     net = Net()
     names = principal_in(net)

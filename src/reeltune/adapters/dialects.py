@@ -355,6 +355,8 @@ class _Reader:
         """Against the alpha that was given, and the base."""
         if self.given_alpha is not None and (self.own_alphas or self.stored.settings):
             self.problems.append("says its alpha itself; --alpha is for files that do not")
+        elif self.given_alpha is not None and "reeltune.trained" in self.stored.metadata:
+            self.problems.append("was written by reeltune, with the scale in B; --alpha is for files of other tools")
         if self.base is None:
             return
         shapes = {f"{name}.weight": (pair.B_OR.shape[0], pair.A_RI.shape[1]) for name, pair in layers.items()}

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from reeltune.adapters.adapter import LowRank
 from reeltune.adapters.factors import ITERATIONS, factors
-from reeltune.memory.quantized import QuantizedLinear
+from reeltune.memory.quantized import CHUNK, QuantizedLinear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -86,6 +86,16 @@ def is_start(released: str) -> bool:
     return released.endswith((START_A, START_B))
 
 
+def without(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """weight - B A in fp32. In fp64 till then, some rows at a time: rounded once, it is the same on every machine."""
+    rest_OI = torch.empty_like(weight_OI, dtype=torch.float32)
+    rows = max(1, CHUNK // weight_OI.shape[1])
+    for start in range(0, len(weight_OI), rows):
+        some = slice(start, start + rows)
+        rest_OI[some] = weight_OI[some].double() - B_OR[some].to(weight_OI.device) @ A_RI.to(weight_OI.device)
+    return rest_OI
+
+
 # ---- where they begin
 
 
@@ -115,6 +125,6 @@ def round_the_rest(layers: Mapping[str, LoraLayer], slot: str, weight: Callable[
     for name, layer in layers.items():
         base = layer.get_base_layer()
         if isinstance(base, QuantizedLinear):
-            A_RI, B_OR = (start.detach().float() for start in starts_of(layer, slot))
-            rest_OI = weight(name).to(A_RI) - layer.scaling[slot] * (B_OR @ A_RI)
+            start_A, start_B = (start.detach().double() for start in starts_of(layer, slot))
+            rest_OI = without(weight(name), start_A, layer.scaling[slot] * start_B)
             base.weight.data = base.pack(rest_OI.cpu(), base.weight.device)

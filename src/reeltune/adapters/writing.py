@@ -89,6 +89,7 @@ ARCHITECTURES = {  # the values that UIs show of modelspec.architecture, and who
     "cogvideox_fun": ("cogvideox/lora", "https://github.com/zai-org/CogVideo"),
     "easyanimate": ("easyanimate-v5/lora", "https://github.com/aigc-apps/EasyAnimate"),
 }
+OURS = "reeltune.trained"  # the key by which a file that was written here is known
 MODULES = {"wan_fun": "networks.lora_wan", "hunyuan_video": "networks.lora"}  # of musubi-tuner, which reads them
 
 
@@ -206,7 +207,7 @@ def metadata(adapter: Adapter, network: Network, tensors: Tensors, facts: Mappin
         "modelspec.trigger_phrase": facts.get("trigger", ""),
         "reeltune.recipe_sha256": facts.get("recipe_sha256", ""),
         "reeltune.targets": ", ".join(targets(adapter)),
-        "reeltune.trained": json.dumps(adapter.about, sort_keys=True, default=str),
+        OURS: json.dumps(adapter.about, sort_keys=True, default=str),
     }
     return {key: value for key, value in about.items() if value}
 

@@ -83,7 +83,7 @@ def tell(
     if whole := sorted({*adapter.whole, *adapter.changes}):
         yield f"whole weights: {', '.join(few(whole, 5))}"
     yield from _scale(adapter, found)
-    for key in ("reeltune.trained", "ss_base_model_version", "ss_sd_model_name", "modelspec.trigger_phrase"):
+    for key in (writing.OURS, "ss_base_model_version", "ss_sd_model_name", "modelspec.trigger_phrase"):
         if key in found.metadata:
             yield f"{key}: {found.metadata[key][:200]}"
     for network in found.networks:
@@ -218,6 +218,8 @@ def _scale(adapter: Adapter, found: Found) -> Iterator[str]:
         yield "DoRA: magnitudes beside the pairs; of the tools below none applies it as it was trained"
     if found.alpha_from:
         yield f"alpha: from {found.alpha_from}"
+    elif writing.OURS in found.metadata:
+        yield "alpha: none in it, and none is missing: reeltune wrote it, with the scale in B"
     elif adapter.layers:
         said = found.metadata.get("ss_network_alpha")
         hint = f"; its metadata says ss_network_alpha {said}, which no tool reads" if said else ""

@@ -114,12 +114,15 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
             Shared(resumed_from).fill_network(net, names)
         return
     folder = resumed_from / ADAPTER
-    before = saved.config_of(folder)["alphas"]
+    table = saved.config_of(folder)
+    before, how = table["alphas"], str(table.get("lora_init"))
     changed = [
         f"{layer} had alpha {before.get(layer, 'none')} and has {adapter.alphas.get(layer, 'none')}"
         for layer in {**before, **adapter.alphas}
         if before.get(layer) != adapter.alphas.get(layer)
     ]
+    if _is_principal(how) != _is_principal(adapter.about["lora_init"]):
+        changed.append(f"lora_init was {how} and is {adapter.about['lora_init']}")
     refuse(f"resume from {resumed_from}: the adapters are others; restore the recipe's settings", few(changed))
     kept = {name: weight for name, weight in net.named_parameters() if weight.requires_grad or is_start(names[name])}
     if checkpoint.is_shared(resumed_from):
