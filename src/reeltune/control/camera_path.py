@@ -22,7 +22,7 @@ from reeltune.core.errors import UserError
 from reeltune.data.camera import POSE_ASPECT, rays
 from reeltune.data.findings import MediaError
 
-VERSION = 1  # raise it when the same clip gets another path
+VERSION = 2  # raise it when the same clip gets another path
 LOOKED_AT = 60  # frames, evenly over the clip
 LONG_SIDE_PX = 640  # of a frame that is looked at, at most; errors are in its pixels
 OVERLAP = 5  # frames before it that each is matched with, and further ones (COLMAP's quadratic overlap)
@@ -32,6 +32,9 @@ LEAST_SHARE = 0.8  # of the frames looked at that the path must hold
 LEAST_POINTS = 50  # of the scene; with fewer a path is chance
 NEAR_M = 1.25  # distance of the nearest scenery
 NEAR_SHARES = 0.05, 0.1  # of a frame's points that are nearer than its near plane; of frames whose plane is nearer
+# Of frames and points, after which all of the path is adjusted anew, and how often at a time. COLMAP's 1.1 and 5 take
+# 92 seconds of a core for a clip of 49 frames, these 40; the path is the same to 0.2 degrees (measured, 2026-11-26).
+GROWTH, ADJUSTMENTS = 1.4, 2
 SEED = 0
 LEAST_FRAMES = 3
 
@@ -74,9 +77,7 @@ def open_camera(settings: Settings) -> Detector:
         return quality
 
     version = str(pycolmap.__version__)
-    return Detector(
-        digest_of("camera", [VERSION, version, LOOKED_AT, LONG_SIDE_PX, OVERLAP, MOST_FEATURES, SEED]), detect
-    )
+    return Detector(digest_of("camera", [VERSION, version]), detect)
 
 
 def _quality(found: Path3D, looked_at: int) -> Quality:
@@ -127,7 +128,14 @@ def reconstruct(pycolmap: Any, folder: Path, looked_at: int) -> Path3D | None:
     verification = pycolmap.TwoViewGeometryOptions()
     verification.ransac.random_seed = SEED
     pycolmap.match_sequential(database, matching, pairing, verification, pycolmap.Device.cpu)
-    options = pycolmap.IncrementalPipelineOptions(num_threads=1, random_seed=SEED, extract_colors=False)
+    options = pycolmap.IncrementalPipelineOptions(
+        num_threads=1,
+        random_seed=SEED,
+        extract_colors=False,
+        ba_global_frames_ratio=GROWTH,
+        ba_global_points_ratio=GROWTH,
+        ba_global_max_refinements=ADJUSTMENTS,
+    )
     models = pycolmap.incremental_mapping(database, frames, folder, options)
     found = max(models.values(), key=lambda model: model.num_reg_images(), default=None)
     return None if found is None or found.num_reg_images() < LEAST_FRAMES else _path_of(found)
