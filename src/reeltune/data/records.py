@@ -79,7 +79,7 @@ class Records(Sequence[Record]):
         return Records(**numbers, strings=strings, ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def column(self, name: str) -> list[str]:
-        """One of STRINGS of every row, "" where there is none: a twentieth of the time that whole rows take (measured,
+        """One of STRINGS of every row, "" where there is none: a tenth of the time that whole rows take (measured,
         2026-11-26)."""
         place = STRINGS.index(name)
         held = self.strings.tobytes()
