@@ -321,6 +321,16 @@ def test_the_grid_has_what_is_there(tmp_path):
     assert grid.rows[0].settings == [("seed", "3")]
 
 
+def test_under_each_clip_stands_how_far_it_follows_its_control(tmp_path):
+    (one, _) = two_runs(tmp_path)
+    scores = [{"score": 0.25, "score_start": 0.1, "truth": 0.9}, {"score": None, "score_start": None, "truth": None}]
+    row = {"kind": "obedience", "step": 10, "start_step": 0, "n": 1, "measure": "edges", "unit": "", "rises": True,
+           "score": 0.25, "score_start": 0.1, "difference": 0.15, "band95": None, "truth": 0.9,
+           "previews": scores}  # fmt: skip
+    append(one.folder / "metrics.jsonl", lines(row))
+    assert runs.obeyed(one) == {("10", 0): "edges: 0.25", ("truth", 0): "edges: 0.90"}
+
+
 def test_a_run_is_found_once_it_is_there_and_shown_as_it_grows(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = tmp_path / "served"

@@ -42,7 +42,7 @@ def routes(site: Site) -> list[Route]:
 
     def clips(request: Request) -> Response:
         run = run_of(request)
-        return site.page("run_clips.html", run=run, grid=runs.grid(run))
+        return site.page("run_clips.html", run=run, grid=runs.grid(run), obeyed=runs.obeyed(run))
 
     async def events(request: Request) -> Response:
         run = run_of(request)

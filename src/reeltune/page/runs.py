@@ -157,6 +157,17 @@ def grid(run: Run) -> Grid:
     return Grid(steps, given, rows)
 
 
+def obeyed(run: Run) -> dict[tuple[str, int], str]:
+    """(column, number) of a clip -> how far it follows its control, where that was measured."""
+    told = {}
+    for row in run.tail.read().obedience:
+        for number, scores in enumerate(row["previews"]):
+            for column, name in ((str(row["step"]), "score"), ("truth", "truth")):
+                if scores[name] is not None:
+                    told[column, number] = f"{row['measure']}: {obedience.shown(row, scores[name])}"
+    return told
+
+
 def first_batch(run: Run) -> list[dict[str, Any]]:
     """Per sample: its files by name, and its text."""
     samples: dict[str, dict[str, Any]] = {}
