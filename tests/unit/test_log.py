@@ -129,7 +129,8 @@ def test_a_killed_and_resumed_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
                     "difference": 1 / step - 1,
                     "band95": [0, 0],
                 }
-                book.validation({**held_out, "per_band": [{"level": 0.5, "loss": 1 / step, "loss_start": 1}], "n": 3})
+                bands = [{"level": 0.5, "loss": 1 / step, "loss_start": 1}]
+                book.validation({**held_out, "per_band": bands, "per_clip": [1 / step] * 3, "n": 3})
                 obeys = {"score": 0.5, "score_start": 0.1, "measure": "edges [F1]", "unit": "", "truth": 0.9}
                 book.obedience({**held_out, **obeys, "previews": [], "n": 1})
                 book.flush()

@@ -13,8 +13,12 @@ pytest.importorskip("starlette", reason="the page needs reeltune[page]")
 from PIL import Image
 from starlette.testclient import TestClient
 
+from reeltune.control.records import Made
+from reeltune.control.records import Records as ControlRecords
 from reeltune.core.errors import UserError
-from reeltune.data.media import write_clip
+from reeltune.core.types import Crop, Shape
+from reeltune.data.keypoints import Keypoints, People, write_keypoints
+from reeltune.data.media import read_frames, write_clip
 from reeltune.page import captions, seen
 from reeltune.page.app import make_app
 from reeltune.page.found import Shelf
@@ -89,6 +93,65 @@ def once_measured(client, address):
     while "measuring …" in (answer := client.get(address)).text and time.monotonic() < deadline:
         time.sleep(0.05)
     return answer
+
+
+# ---- controls
+
+
+def waving(path, frames=FRAMES, size=(64, 96)):
+    """Key points of one person whose wrist moves, beside a clip of that size."""
+    points_NP2, scores_NP = np.full((1, 17, 2), [48.0, 32.0]), np.ones((1, 17))
+    people = []
+    for i in range(frames):
+        points_NP2 = points_NP2.copy()
+        points_NP2[0, 9] = (8 + 6 * i, 8)
+        people.append(People(points_NP2, scores_NP, np.array([[0.0, 0, 96, 64]]), np.ones(1)))
+    height, width = size
+    made = Keypoints.of(people, np.arange(frames) / 8, layout="coco", height=height, width=width, detector="d")
+    write_keypoints(path, made)
+
+
+def test_key_points_are_drawn_as_the_reader_draws_them(folder):
+    rows = json.loads((folder / "metadata.json").read_text())
+    rows[2]["control_file_path"], rows[3]["control_file_path"] = "pose.npz", "broken.npz"
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    waving(folder / "pose.npz")
+    (folder / "broken.npz").write_bytes(b"PK")
+    with client_of(folder) as client:
+        address = f"/lists/{id_of(folder)}"
+        clip = client.get(f"{address}/2/control?by=alone")
+        assert clip.headers["content-type"] == "video/mp4"
+        (folder.parent / "shown.mp4").write_bytes(clip.content)
+        shape, crop = Shape(FRAMES, 64, 96), Crop(64, 96, 0, 0)
+        shown, drawn = (
+            read_frames(path, range(FRAMES), crop, shape) for path in (folder.parent / "shown.mp4", folder / "pose.npz")
+        )
+        assert drawn.any() and np.abs(shown.astype(int) - drawn).mean() < 4
+        picture = client.get(f"{address}/2/control/poster?by=alone")
+        assert picture.headers["content-type"] == "image/jpeg"
+        assert client.get(f"{address}/3/control?by=alone").status_code == 404
+        assert client.get(f"{address}/3/control/poster?by=alone").status_code == 404
+
+
+def test_what_reeltune_control_says_of_controls_and_of_entries_without_one(folder):
+    control = folder / "control/canny/1.mp4.mp4"
+    ball(control, 0)
+    made = Made(key="k", kind="canny", clip="1.mp4", control="control/canny/1.mp4.mp4", detector="d",
+                bytes=control.stat().st_size, score=0.625)  # fmt: skip
+    ControlRecords(folder).put(made)
+    row = {"file_path": "1.mp4", "text": "ball", "type": "video", "control_file_path": made.control}
+    (folder / "canny.json").write_text(json.dumps([row]))
+    ledger = "entry,file_path,kind,status,score,control_file_path,reason\n"
+    ledger += "1,1.mp4,canny,made,0.625,control/canny/1.mp4.mp4,\n0,0.mp4,canny,left out,0.01,,its score is <low>\n"
+    (folder / "canny_ledger.csv").write_text(ledger)
+    with client_of(folder) as client:
+        page = client.get(f"/lists/{id_of(folder, 'canny.json')}?by=alone").text
+        assert "canny of score 0.62" in page
+        assert "1 entry has no control" in page and "its score is &lt;low&gt;" in page
+        (folder / "canny_ledger.csv").write_text("file_path,reason\n")
+        ControlRecords(folder).path("canny", made.control).write_text("{")
+        page = client.get(f"/lists/{id_of(folder, 'canny.json')}?by=alone")
+        assert page.status_code == 200 and "Left out by" not in page.text and "control: " in page.text
 
 
 # ---- a list

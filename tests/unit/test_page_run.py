@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="the page needs reeltune[page]")
 from starlette.testclient import TestClient
 
 from reeltune.core.errors import UserError
-from reeltune.page import actions, live, runs
+from reeltune.page import actions, compare, live, runs
 from reeltune.page.app import make_app
 from reeltune.page.found import Shelf
 from reeltune.page.live import Drawn, Tail
@@ -234,27 +234,70 @@ def test_styles_become_attributes():
     assert plain.count("<path") == svg.count("<path")
 
 
-def two_runs(tmp_path, clips=("a.mp4", "b.mp4")):
-    for name, loss in (("one", 0.5), ("two", 0.4)):
+def two_runs(tmp_path, clips=("a.mp4", "b.mp4"), per_clip=True):
+    for name, losses in (("one", [0.4, 0.6]), ("two", [0.3, 0.5 + 1e-3])):
         run = tmp_path / name
         (run / "validation").mkdir(parents=True)
-        (run / "metrics.jsonl").write_text(lines(validation(0, 0.6, 0.6), step(1), step(2), validation(2, loss, 0.6)))
+        first, last = validation(0, 0.6, 0.6), validation(2, sum(losses) / 2, 0.6)
+        kept = [{"per_clip": [0.5, 0.7]}, {"per_clip": losses}] if per_clip else [{}, {}]
+        (run / "metrics.jsonl").write_text(lines(first | kept[0], step(1), step(2), last | kept[1]))
         told = {"step": 0, "clips": list(clips), "levels": [0.5], "losses": [[0.6], [0.6]]}
         (run / "validation/start.json").write_text(json.dumps(told))
-        (run / "recipe.yaml").write_text(f"learning_rate: {loss}\nseed: 42\n")
+        (run / "recipe.yaml").write_text(f"learning_rate: {losses[0]}\nseed: 42\n")
         (run / "run.json").write_text("{}")
     return [runs.Run(name, name, tmp_path / name, lambda _: True) for name in ("one", "two")]
 
 
-def test_two_runs_are_paired_where_they_share_held_out_clips(tmp_path):
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_two_runs_are_paired_clip_by_clip(tmp_path):
+    told = compare.compared(*two_runs(tmp_path))
+    first, last = told["rows"]
+    assert told["shared"] == 2 and (first.step, first.of_a, first.of_b, first.band95) == (0, 0.6, 0.6, [0, 0])
+    assert (last.step, last.of_a, last.of_b) == (2, 0.5, pytest.approx(0.4005))
+    half = 12.706 * 5e-4  # of two clips, whose differences are -0.1 and -0.099
+    assert last.band95 == pytest.approx([-0.0995 - half, -0.0995 + half], rel=1e-3)
+    assert "the loss of b is 0.0995 lower" in told["answer"] and "b is better" in told["answer"]
+    assert told["recipe"] == [("learning_rate", "0.4", "0.3")]
+
+
+def test_runs_that_kept_no_losses_of_single_clips_are_paired_without_a_band(tmp_path):
+    told = compare.compared(*two_runs(tmp_path, per_clip=False))
+    assert [(row.step, row.of_a, row.of_b, row.band95) for row in told["rows"]] == [
+        (0, 0.6, 0.6, None),
+        (2, 0.5, pytest.approx(0.4005), None),
+    ]
+    assert "kept no losses of single clips" in told["answer"]
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "why"),
+    [
+        ("validation/start.json", {"clips": ["c.mp4", "d.mp4"]}, "other held-out clips"),
+        ("validation/start.json", {"levels": [0.4]}, "other noise levels"),
+        ("run.json", {"family": "toy"}, "two model families"),
+    ],
+)
+def test_runs_that_were_measured_otherwise_are_not_paired(tmp_path, file, fields, why):
     one, two = two_runs(tmp_path)
-    told = runs.compared(one, two)
-    assert told["shared"] == 2 and told["rows"] == [(0, 0.6, 0.6), (2, 0.5, 0.4)]
-    assert told["recipe"] == [("learning_rate", "0.5", "0.4")]
-    other = json.loads((two.folder / "validation/start.json").read_text()) | {"clips": ["a.mp4", "c.mp4"]}
-    (two.folder / "validation/start.json").write_text(json.dumps(other))
-    told = runs.compared(one, two)
-    assert told["shared"] == 0 and "held-out clips" in told["why"] and told["rows"] == []
+    change(two.folder / file, **fields)
+    told = compare.compared(one, two)
+    assert told["shared"] == 0 and why in told["why"] and told["rows"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("contents", [[7, 8], [7, 9]]), ("sizes", [[[9, 8, 8]] * 2, [[9, 8, 8], [1, 8, 8]]])]
+)
+def test_of_other_held_out_sets_those_clips_are_paired_that_both_have(tmp_path, name, values):
+    one, two = two_runs(tmp_path)
+    for run, value in zip((one, two), values, strict=True):
+        change(run.folder / "validation/start.json", **{name: value})
+    told = compare.compared(one, two)
+    [_, last] = told["rows"]
+    assert (told["shared"], last.of_a, last.of_b, last.band95) == (1, 0.4, 0.3, None)
+    assert "one clip alone" in told["answer"]
 
 
 def test_the_grid_has_what_is_there(tmp_path):
@@ -276,6 +319,16 @@ def test_the_grid_has_what_is_there(tmp_path):
         ("prompt 1", ["0", "10", "200"]),
     ]
     assert grid.rows[0].settings == [("seed", "3")]
+
+
+def test_under_each_clip_stands_how_far_it_follows_its_control(tmp_path):
+    (one, _) = two_runs(tmp_path)
+    scores = [{"score": 0.25, "score_start": 0.1, "truth": 0.9}, {"score": None, "score_start": None, "truth": None}]
+    row = {"kind": "obedience", "step": 10, "start_step": 0, "n": 1, "measure": "edges", "unit": "", "rises": True,
+           "score": 0.25, "score_start": 0.1, "difference": 0.15, "band95": None, "truth": 0.9,
+           "previews": scores}  # fmt: skip
+    append(one.folder / "metrics.jsonl", lines(row))
+    assert runs.obeyed(one) == {("10", 0): "edges: 0.25", ("truth", 0): "edges: 0.90"}
 
 
 def test_a_run_is_found_once_it_is_there_and_shown_as_it_grows(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ def test_row_pairs_every_clip_with_the_starting_weights(setup, tmp_path):
     assert later["loss_start"] == first["loss"] and later["loss"] == pytest.approx(now.mean(), rel=1e-12)
     assert later["difference"] == pytest.approx(later["loss"] - later["loss_start"], rel=1e-9)
     assert later["band95"] == band95((now - start).mean(1))
+    assert later["per_clip"] == now.mean(1).tolist() and first["per_clip"] == start.mean(1).tolist()
     assert [band["loss"] for band in later["per_band"]] == pytest.approx(now.mean(0), rel=1e-12)
     json.dumps(later)
 

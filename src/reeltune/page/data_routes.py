@@ -14,17 +14,20 @@ from starlette.routing import Route
 
 from reeltune.core.errors import UserError
 from reeltune.data.findings import MediaError
+from reeltune.data.keypoints import is_keypoints
 from reeltune.data.metadata import IMAGE_ENDINGS
-from reeltune.page import captions
+from reeltune.page import captions, controls
 from reeltune.page.listing import MEASURED_FILTERS, OWN_FILTERS, PER_PAGE
 from reeltune.page.lists import ALONE, Asked, Lists, is_named
-from reeltune.page.pictures import poster
+from reeltune.page.pictures import drawn_clip, poster
 from reeltune.page.site import Form, Site, after_post, posted, whole_number
 from reeltune.page.svg import without_styles
 from reeltune.reporting import charts
 
 if TYPE_CHECKING:
     from reeltune.page.judged import Judged
+
+MOST_LEFT_OUT = 200  # rows of a ledger that are shown
 
 
 class Pages:
@@ -60,6 +63,7 @@ class Pages:
             copy=captions.edited_path(asked.path).name,
             is_copy=captions.edited_path(asked.path) == asked.path,
             histogram=_histogram(judged),
+            without_control=controls.left_out(asked.path, self.site.shelf.holds, MOST_LEFT_OUT),
         )
 
     def state(self, request: Request) -> Response:
@@ -86,7 +90,14 @@ class Pages:
             raise HTTPException(404, f"{path.name} {error}") from None
 
     def media(self, request: Request) -> Response:
-        return self.site.file(_file(self.lists, request))
+        path = _file(self.lists, request)
+        real = self.site.shelf.file(path)
+        if real is None or not is_keypoints(real):
+            return self.site.file(path)
+        try:
+            return self.site.made(drawn_clip(real, self.site.store))
+        except MediaError as error:
+            raise HTTPException(404, f"{path.name} {error}") from None
 
     def caption(self, request: Request, form: Form) -> Response:
         self.site.must("edit")
@@ -198,6 +209,8 @@ def _card(lists: Lists, asked: Asked, judged: Judged | None, entry: int) -> dict
     facts = [] if record is None else [f"{record.width} x {record.height}"]
     if record is not None and record.fps > 0:
         facts.append(f"{record.frames} frames, {record.fps:.3g} per second, {record.frames / record.fps:.1f} s")
+    if (made := there.get("control")) and (told := controls.about_control(made, lists.site.shelf.holds)):
+        facts.append(told)
     fields = asked.listing.entries[entry]
     control = fields.get("control_file_path") if isinstance(fields, dict) else None
     marks = [MEASURED_FILTERS[name] for name, kept in (judged.kept if judged else {}).items() if _holds(kept, entry)]

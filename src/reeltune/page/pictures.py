@@ -1,4 +1,5 @@
-"""Posters of clips and pictures: made once, small, and as the reader shows them.  (no torch)"""
+"""Posters of clips and pictures, and key points as the clip that is drawn of them: made once, small, and as the reader
+shows them.  (no torch)"""
 
 from __future__ import annotations
 
@@ -6,36 +7,67 @@ import hashlib
 import io
 import os
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
 
-from reeltune.core.files import whole_file
+from reeltune.core.files import whole_file, whole_path
 from reeltune.core.types import Crop
+from reeltune.data.clip_writer import clip_written
 from reeltune.data.display import Displayer, turn_of
 from reeltune.data.findings import MediaError
+from reeltune.data.keypoints import is_keypoints, read_keypoints
 from reeltune.data.pictures import is_picture, opened, read_picture
+from reeltune.data.pose_drawing import draw_people
 
 SIDE = 320  # pixels of the longer side
 QUALITY = 80
+MOST_DRAWN = 1000  # frames of key points
 _at_once = threading.Semaphore(4)  # decoders
 
 
 def poster(path: Path, store: Path) -> Path:
     """A JPEG of the first frame, in `store`, named by the file and its time of change. Raises MediaError."""
-    status = path.stat()
-    known_by = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{SIDE}"
-    made = store / "posters" / f"{hashlib.blake2b(os.fsencode(known_by), digest_size=12).hexdigest()}.jpg"
+    made = store / "posters" / f"{_known_by(path)}.jpg"
     if not made.exists():
         with _at_once:
-            rgb_HWC = _picture(path) if is_picture(str(path)) else _first_frame(path)
+            if is_keypoints(path):
+                rgb_HWC = _people(path, 0)
+            else:
+                rgb_HWC = _picture(path) if is_picture(str(path)) else _first_frame(path)
         data = io.BytesIO()
         Image.fromarray(rgb_HWC).save(data, "JPEG", quality=QUALITY)
         with whole_file(made, "wb") as file:
             file.write(data.getvalue())
     return made
+
+
+def drawn_clip(path: Path, store: Path) -> Path:
+    """Key points as a clip, the first MOST_DRAWN frames of it, in `store` as posters are. Raises MediaError."""
+    made, keypoints = store / "posters" / f"{_known_by(path)}.mp4", read_keypoints(path)
+    if not made.exists():
+        rate = Fraction(keypoints.fps or 1).limit_denominator(1001)
+        height, width = (side + side % 2 for side in fitted(keypoints.height, keypoints.width))  # 4:2:0
+        with _at_once, whole_path(made) as beside, clip_written(beside, height, width, rate, 1 / rate, {}) as clip:
+            for i in range(min(keypoints.frames, MOST_DRAWN)):
+                clip.add(draw_people(keypoints.frame(i, height, width), height, width), i)
+    return made
+
+
+def _known_by(path: Path) -> str:
+    """Another name for other bytes."""
+    status = path.stat()
+    told = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{SIDE}"
+    return hashlib.blake2b(os.fsencode(told), digest_size=12).hexdigest()
+
+
+def _people(path: Path, frame: int) -> np.ndarray:
+    keypoints = read_keypoints(path)
+    size = fitted(keypoints.height, keypoints.width)
+    return draw_people(keypoints.frame(frame, *size), *size)
 
 
 def fitted(height: int, width: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from reeltune.page import actions, live, runs
+from reeltune.page.compare import compared
 from reeltune.page.runs import Run
 from reeltune.page.site import Form, Site, after_post, posted, whole_number
 from reeltune.reporting import report
@@ -41,7 +42,7 @@ def routes(site: Site) -> list[Route]:
 
     def clips(request: Request) -> Response:
         run = run_of(request)
-        return site.page("run_clips.html", run=run, grid=runs.grid(run))
+        return site.page("run_clips.html", run=run, grid=runs.grid(run), obeyed=runs.obeyed(run))
 
     async def events(request: Request) -> Response:
         run = run_of(request)
@@ -67,9 +68,7 @@ def routes(site: Site) -> list[Route]:
         if not all(ids):
             return site.page("compare.html", here="compare", names=names, ids=ids, pair=None)
         pair = [site.run_of(id) for id in ids]
-        return site.page(
-            "compare.html", here="compare", names=names, ids=ids, pair=pair, **runs.compared(pair[0], pair[1])
-        )
+        return site.page("compare.html", here="compare", names=names, ids=ids, pair=pair, **compared(pair[0], pair[1]))
 
     def stop(request: Request, _: Form) -> Response:
         site.must("run")

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reeltune.core.errors import UserError
-from reeltune.core.reading import NUMBER, TEXT, WHOLE, as_user_error, read_table, require_fields
+from reeltune.core.reading import as_user_error, read_table
 from reeltune.page import live
 from reeltune.page.found import METRICS
 from reeltune.page.svg import without_styles
@@ -157,6 +157,17 @@ def grid(run: Run) -> Grid:
     return Grid(steps, given, rows)
 
 
+def obeyed(run: Run) -> dict[tuple[str, int], str]:
+    """(column, number) of a clip -> how far it follows its control, where that was measured."""
+    told = {}
+    for row in run.tail.read().obedience:
+        for number, scores in enumerate(row["previews"]):
+            for column, name in ((str(row["step"]), "score"), ("truth", "truth")):
+                if scores[name] is not None:
+                    told[column, number] = f"{row['measure']}: {obedience.shown(row, scores[name])}"
+    return told
+
+
 def first_batch(run: Run) -> list[dict[str, Any]]:
     """Per sample: its files by name, and its text."""
     samples: dict[str, dict[str, Any]] = {}
@@ -170,77 +181,6 @@ def first_batch(run: Run) -> list[dict[str, Any]]:
         elif path.suffix in MEDIA:
             sample["files"].append({"name": path.name, "what": what, "clip": path.suffix == ".mp4"})
     return [samples[number] for number in sorted(samples, key=int)]
-
-
-# ---- two runs
-
-
-def compared(a: Run, b: Run) -> dict[str, Any]:
-    """Two runs over each other. Raises UserError for files that no run has written."""
-    pairs = [(run, run.tail.read()) for run in (a, b)]
-    colours = ("now", "start")
-    losses = [
-        (colour, [row["step"] for row in metrics.validations], [row["loss"] for row in metrics.validations], True)
-        for colour, (_, metrics) in zip(colours, pairs, strict=True)
-        if metrics.validations
-    ]
-    with as_user_error(a.folder, f"metrics.jsonl of it or of {b.folder} is not as a run writes it", report.RESTORE):
-        trained = [
-            (colour, metrics.steps["step"], metrics.steps["loss"], False)
-            for colour, (_, metrics) in zip(colours, pairs, strict=True)
-            if metrics.steps
-        ]
-    shared, why = shared_clips(a.folder, b.folder)
-    return {
-        "held_out": without_styles(charts.beside(losses, "held-out loss of both runs by step")) if losses else None,
-        "training": without_styles(charts.beside(trained, "training loss of both runs by step")) if trained else None,
-        "shared": shared,
-        "why": why,
-        "rows": differences(*(metrics for _, metrics in pairs)) if shared else [],
-        "recipe": recipe_differences(a.folder, b.folder),
-        "grids": [grid(run) for run in (a, b)],
-    }
-
-
-OF_START = {"clips": TEXT.many(), "levels": NUMBER.many(), "step": WHOLE}
-
-
-def shared_clips(a: Path, b: Path) -> tuple[int, str]:
-    """(clips on which both were measured at the same noise, 0 unless all are; why they are not)."""
-    files = [run / "validation/start.json" for run in (a, b)]
-    if not all(file.is_file() for file in files):
-        return 0, "one of them has no held-out loss"
-    tables = [read_table(file, report.RESTORE) for file in files]
-    for file, table in zip(files, tables, strict=True):
-        require_fields(table, OF_START, file, report.RESTORE)
-    others = (
-        ("clips", "other held-out clips"),
-        ("levels", "other noise levels"),
-        ("contents", "other files of one name"),
-    )
-    for name, told in others:
-        if all(name in table for table in tables) and tables[0][name] != tables[1][name]:
-            return 0, f"they were measured on {told}"
-    return len(tables[0]["clips"]), ""
-
-
-def differences(a: Metrics, b: Metrics) -> list[tuple[int, float, float]]:
-    """(step, held-out loss of a, of b) where both were measured: the same clips and noise, so that clips that are hard
-    do not count for either."""
-    of_a, of_b = ({row["step"]: row["loss"] for row in metrics.validations} for metrics in (a, b))
-    return [(step, of_a[step], of_b[step]) for step in sorted(of_a.keys() & of_b.keys())]
-
-
-def recipe_differences(a: Path, b: Path) -> list[tuple[str, str, str]]:
-    """(setting, in a, in b) where they differ."""
-    tables = [
-        dict(pair for rows in report.recipe_rows(run / "recipe.yaml").values() for pair in rows) for run in (a, b)
-    ]
-    return [
-        (name, tables[0].get(name, ""), tables[1].get(name, ""))
-        for name in dict.fromkeys([*tables[0], *tables[1]])
-        if tables[0].get(name) != tables[1].get(name)
-    ]
 
 
 def about(run: Path) -> dict[str, Any]:

@@ -100,7 +100,8 @@ class Log:
             self._print_line()
 
     def validation(self, row: dict[str, Any]) -> None:
-        """The held-out loss: start_step, loss, loss_start, difference (mean, paired), band95, per_band, n clips."""
+        """The held-out loss: start_step, loss, loss_start, difference (mean, paired), band95, per_band, per_clip, n
+        clips."""
         if not self.main:
             return
         self._write({"kind": "validation", "step": self.step_now, **row})

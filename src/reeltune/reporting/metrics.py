@@ -29,6 +29,7 @@ VALIDATION = {
     "difference": REAL,
     "band95": REAL.many(2).or_none(),
     "per_band": Kind(lambda value: isinstance(value, dict), "a table").many(),
+    "per_clip": REAL.many().or_none(),  # which runs begun before 2026-11-26 have not
 }
 OBEDIENCE = {
     **dict.fromkeys(("step", "start_step", "n"), WHOLE),
@@ -83,6 +84,8 @@ def take_row(metrics: Metrics, line: bytes, path: Path, number: int) -> None:
     with as_user_error(path, f"line {number} is no row of a run", REMEDY):
         row = json_value(line)
         kind = row.pop("kind")
+        if kind == "validation":
+            row.setdefault("per_clip", None)
         rows, kinds, table, inside = others[kind] if kind != "step" else ([], {}, None, {})
     if kind == "step":
         _add_step(metrics.steps, row, where)

@@ -90,6 +90,7 @@ class HeldOut:
             "difference": float(differences.mean()),
             "band95": band95(differences),
             "per_band": [{"level": level, "loss": loss, "loss_start": before} for level, loss, before in bands],
+            "per_clip": losses.mean(1).tolist(),  # in the order of start.json: two runs are paired by it
             "n": len(losses),
         }
 
@@ -114,7 +115,8 @@ class HeldOut:
         count = losses.shape[1]
         kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
         if kept is None:
-            keep_start(path, {"step": step, **measured_on, "losses": losses.tolist()})
+            sizes = {"sizes": [list(draw.shape) for draw in self.draws]}  # which no resumed run changes
+            keep_start(path, {"step": step, **measured_on, **sizes, "losses": losses.tolist()})
             return step, losses
         kept.setdefault("contents", self.contents)  # which runs begun before 2026-11-26 have not
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
