@@ -188,12 +188,14 @@ def other_expert_bytes(recipe: Recipe, family: Family) -> int:
     return count * DTYPES[recipe.training.mixed_precision].itemsize
 
 
-def load_other_expert(recipe: Recipe, family: Family, device: torch.device, *, network: bool = True) -> nn.Module:
+def load_other_expert(
+    recipe: Recipe, family: Family, device: torch.device, *, strength: float = 1.0, network: bool = True
+) -> nn.Module:
     """The network that does not learn, as it computes, with its adapter in its weights: its blocks wait in the CPU's
     memory, and visit the device.
 
-    family: of the one that does, beside which it is. network: as of Family.load; an adapter is looked at without, too.
-    Raises UserError for weights that do not fit.
+    family: of the one that does, beside which it is. strength: of the adapter. network: as of Family.load; an adapter
+    is looked at without, too. Raises UserError for weights that do not fit.
     """
     model = recipe.model
     other = other_expert(family, model.other_expert_path)
@@ -215,7 +217,7 @@ def load_other_expert(recipe: Recipe, family: Family, device: torch.device, *, n
         given = adapters.read(Path(adapter), parameters_of(net, names))
         refuse_adapters({given.path: given.adapter}, other)
         if network:
-            merge(net, names, [(given.adapter, given.strength)])
+            merge(net, names, [(given.adapter, strength)])
     if network and device.type != "cpu":
         blocks = blocks_of(net, family.blocks)
         move(net, device, besides=swap(blocks, len(blocks), device))

@@ -4,7 +4,7 @@ or both of a run that trains both."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,9 +25,10 @@ class OtherExpert:
 
     name: str  # high or low
     boundary: float  # timestep from which on high answers
-    read: Callable[[], nn.Module]
+    read: Callable[..., nn.Module]  # given `strength`, of the adapter
     path: str
     adapter: str | None = None  # in its weights
+    strength: float = 1.0
 
     @classmethod
     def of(cls, recipe: Recipe, family: Family, device: torch.device) -> OtherExpert | None:
@@ -55,12 +56,16 @@ class OtherExpert:
 
     @cached_property
     def net(self) -> nn.Module:
-        return self.read().eval()
+        return self.read(strength=self.strength).eval()
+
+    def times(self, factor: float) -> OtherExpert:
+        """With its adapter so much stronger: read anew, unless that changes nothing."""
+        return self if self.adapter is None or factor == 1 else replace(self, strength=self.strength * factor)
 
     @property
     def told(self) -> dict[str, Any]:
         """Of a clip's .json."""
-        adapter = {} if self.adapter is None else {"adapter": self.adapter}
+        adapter = {} if self.adapter is None else {"adapter": self.adapter, "strength": self.strength}
         return {"other_expert": {"name": self.name, "path": self.path, **adapter}}
 
     def answering(self, net: nn.Module, timestep_B: Tensor, *, write: bool) -> nn.Module | None:
