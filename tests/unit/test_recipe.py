@@ -282,9 +282,13 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "train_mode": "control_ref",
         "lr_scheduler": "piecewise_constant",
         "validation_control_from": [],
+        "other_expert_path": None,  # expert is both
+        "other_expert_adapter": None,
     }
     recipe = build(tree)
     same = {
+        "other_expert_path",
+        "other_expert_adapter",
         "attention",
         "validation_control_from",
         "validation_data_meta",
