@@ -1,6 +1,7 @@
 """Both networks of a model learn in one run, in turns, each as it would in a run of its own."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from reeltune.config.parse import build
 from reeltune.core.errors import UserError
 from reeltune.diffusion.objective import Flow
 from reeltune.estimate.check import check
+from reeltune.estimate.main import Machines, forecast
 from reeltune.export.adapter import export_adapter
 from reeltune.export.main import export
 from reeltune.export.merge import export_merged
@@ -150,6 +152,17 @@ def test_accumulation_stays_within_one_expert(model, data, tmp_path):
     assert sum(stepped.values()) == 3 and abs(stepped["high"] - 3 * SHARE) <= 1
 
 
+def test_an_average_begins_with_its_experts_first_turn(runs, model, data, tmp_path):
+    """At which nothing is left of the weights that it began with, whatever step of the run it is."""
+    count = 1 + [row["expert"] for row in rows(runs["whole"][1])].index("low")
+    assert count > 1
+    asked = {**SMALL, "max_train_steps": count, "checkpointing_steps": count, "use_ema": True, "preview_count": 0}
+    assert train(recipe(model, data, tmp_path / "out", **asked)) == 0
+    low = parts(tmp_path / f"out/checkpoint-{count}")["low"]
+    trained, average = weights.read(low), weights.read(low / "transformer_ema")
+    assert all(torch.equal(trained[name], average[name]) for name in trained)
+
+
 def test_each_has_its_rate_and_clip(model, data, tmp_path):
     own = {"low_expert_learning_rate": 1e-4, "low_expert_max_grad_norm": 1e-3, "lr_scheduler": "constant"}
     assert train(recipe(model, data, tmp_path / "out", **SMALL, **own, preview_count=0)) == 0
@@ -220,6 +233,18 @@ def test_export_writes_both(runs, model, tmp_path):
     assert all(torch.equal(low[name], one[name]) for name in low)
 
 
+def test_of_an_export_that_fails_nothing_is_left(runs, tmp_path):
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(runs["whole"][1] / "checkpoint-6", checkpoint)
+    (checkpoint / "digests.json").unlink()
+    state = weights.read(checkpoint / "low_noise_model")
+    state["head.head.bias"][0] = float("nan")
+    weights.write(state, checkpoint / "low_noise_model/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"head\.head\.bias has 1 numbers that are not finite"):
+        list(export(checkpoint, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_exported_adapters_are_two_files_each_of_its_expert(runs, model, data, tmp_path):
     list(export_adapter(runs["adapters"][1] / "checkpoint-6", tmp_path / "mine.safetensors", "comfyui"))
     high, low = (tmp_path / f"mine_{name}_noise.safetensors" for name in ("high", "low"))
@@ -234,6 +259,14 @@ def test_exported_adapters_are_two_files_each_of_its_expert(runs, model, data, t
             continue
         with pytest.raises(UserError, match=words):
             sample_clips(made)
+
+
+def test_adapters_of_both_are_named_one_by_one(runs, tmp_path):
+    asked, out = runs["adapters"]
+    shown = replace(asked.validation, validation_prompts=("a cat.",))
+    one = replace(asked, model=replace(asked.model, expert="high"), validation=shown)
+    with pytest.raises(UserError, match=r"has those of both experts; give .*high_noise_model or"):
+        sample_clips(one, adapters=[str(out / "checkpoint-6")])
 
 
 @pytest.mark.parametrize("what", ["whole", "adapters"])
@@ -289,6 +322,34 @@ def test_both_are_looked_at_before_the_first_step(model, data, tmp_path):
     with pytest.raises(UserError, match="high_noise_model"):
         list(check(asked))
     assert any("normal" in line for line in check(recipe(model, data, tmp_path / "out", **SMALL)))
+
+
+@pytest.mark.parametrize("engine", [None, "ddp", "fsdp", "zero2", "zero3"])
+def test_plan_counts_the_one_whose_turn_it_is_not(engine, model, data, tmp_path):
+    """Shares of it stay on the device, and of what is not shared both have a place in the host's memory."""
+    gpus, more = (1, {}) if engine is None else (2, {"engine": engine, "mixed_precision": "bf16"})
+    plans = {
+        expert: forecast(
+            recipe(model, data, tmp_path / "out", **{**SMALL, **more, "expert": expert, "preview_count": 0}),
+            Machines(gpus=gpus),
+        )
+        for expert in ("high", "both")
+    }
+    one, both = plans["high"], plans["both"]
+    kept = ("weights", "masters", "still", "optimizer", "average")
+    network = sum(one.peaks["encode"].get(part, 0) for part in kept)
+    added = {
+        phase: sum(both.peaks[phase].values()) - sum(one.peaks[phase].values())
+        for phase in ("encode", "forward", "step")
+    }
+    host = both.host_bytes.get("experts between their turns", 0)
+    if engine in (None, "ddp"):
+        buckets = one.peaks["encode"].get("buckets", 0)
+        assert set(added.values()) == {buckets} and host == gpus * 2 * network and network > 3 * 4 * 86992
+    else:
+        assert set(added.values()) == {network} and host == 0 and network > 0
+    assert both.disk_bytes["one checkpoint"] == 2 * one.disk_bytes["one checkpoint"]
+    assert "the other expert, for previews" not in both.host_bytes
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,13 @@ def test_a_tensor_of_another_size_gets_another_place():
         {"rank": 4, "target_name": ["text"], "use_ema": True},
         {"use_came": True},
         {"use_muon": True},
+        {"use_8bit_adam": True},
     ],
 )
 def test_nothing_of_a_learner_stays(settings, tmp_path):
     """Weights, the optimizer's state and the average, and it steps to the same bits after."""
+    if "use_8bit_adam" in settings:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     ends = []
     for rests in (False, True):
         (tmp_path / "toy.json").write_text("{}")

@@ -85,16 +85,17 @@ def export(
 
 def of_both(out: Path, exports: Mapping[Path, Callable[[Path], Iterator[str]]]) -> Iterator[str]:
     """Of each part of a checkpoint, into a folder of its name in `out`; nothing is left of `out` if one fails."""
-    was_there = out.is_dir()
+    was_there, is_whole = out.is_dir(), False
     try:
         for part, one in exports.items():
             yield from one(out / part.name)
-    except BaseException:
-        for part in exports:
-            shutil.rmtree(out / part.name, ignore_errors=True)
-        if out.is_dir() and not was_there:
-            out.rmdir()
-        raise
+        is_whole = True
+    finally:
+        if not is_whole:
+            for part in exports:
+                shutil.rmtree(out / part.name, ignore_errors=True)
+            if out.is_dir() and not was_there:
+                out.rmdir()
 
 
 def written(
