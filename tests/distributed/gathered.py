@@ -16,7 +16,7 @@ def leave_gathered(rank: int) -> None:
         real(duties, last=last)
         run = duties.run
         if run.progress.step == run.recipe.training.max_train_steps:
-            state = gathered(run.learner)
+            state = gathered(run.turns.now.learner)
             if rank == 0:
                 weights.write(state, duties.out / "gathered.safetensors")
 

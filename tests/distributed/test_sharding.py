@@ -13,7 +13,7 @@ from reeltune.core.types import Shape
 from reeltune.estimate import sharding
 from reeltune.estimate.estimator import Estimator
 from reeltune.memory.size import size_bytes
-from reeltune.training import loop as module
+from reeltune.training import turns as module
 from reeltune.training.learner import Learner
 from tests.distributed.processes import forked
 from tests.families.tiny_wan import tiny_checkpoint

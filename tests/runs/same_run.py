@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from reeltune.checkpoint.folder import progress_of
+from reeltune.checkpoint.folder import parts, progress_of
 from reeltune.checkpoint.state import Shared
 from reeltune.distributed.sharded_io import whole
 from reeltune.training.learner import Learner
@@ -54,7 +54,17 @@ def assert_same_end(ours: Path, theirs: Path, step: int = 6, kinds=tuple(DETERMI
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
-    for name in ("transformer", "transformer_ema", "adapter", "adapter_ema"):
+    assert parts(a).keys() == parts(b).keys()
+    for one, other in zip(parts(a).values(), parts(b).values(), strict=True):
+        assert_same_network(one, other)
+    if not parts(a):
+        assert_same_network(a, b)
+    assert progress_of(a) == progress_of(b)
+
+
+def assert_same_network(a: Path, b: Path) -> None:
+    """Of a checkpoint, or a part of it."""
+    for name in (".", "transformer", "transformer_ema", "adapter", "adapter_ema"):
         assert (a / name).is_dir() == (b / name).is_dir()
         for path in (a / name).glob("*.safetensors"):
             assert_equal(load_file(path), load_file(b / name / path.name))
@@ -62,7 +72,6 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert_equal(shares(a), shares(b))
     else:
         assert_equal(*(torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)))
-    assert progress_of(a) == progress_of(b)
 
 
 def same_checkpoint(a: Path, b: Path) -> bool:

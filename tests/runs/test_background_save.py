@@ -301,7 +301,7 @@ def test_the_room_wanted_is_that_of_all_processes_of_a_machine(share, has_room, 
     """One that has a third of the bytes, and two others there that have as much each."""
     learners = []
     real = Saving._contents
-    monkeypatch.setattr(Saving, "_contents", lambda saving: learners.append(saving.learner) or real(saving))
+    monkeypatch.setattr(Saving, "_contents", lambda saving: learners.append(saving.turns.now.learner) or real(saving))
     monkeypatch.setattr(Engine, "gather", lambda engine, thing: [thing] * 3)
     monkeypatch.setattr(background_save, "room_bytes", lambda: int(share * 3 * sum(learners[-1].held_bytes().values())))
     assert train(to_do(max_train_steps=3)) == 0

@@ -141,7 +141,6 @@ def test_samples_are_of_both_trained_networks(run, model, data, tmp_path):
             {},
             "expert is left out, and .* has two networks: high answers at noise levels",
         ),
-        ("2.2_a14b_t2v", {"expert": "both"}, "expert is 'both', and .* give high, and low in a second run"),
         ("t2v", {"expert": "low"}, "expert is 'low', but a checkpoint of wan_fun/t2v has one network"),
         (
             "t2v",

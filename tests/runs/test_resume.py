@@ -31,9 +31,10 @@ MODES = {  # train mode -> the checkpoint it is run on, and settings that go wit
     "i2v": ("inp", {}),
     "toy": ("toy", {}),
     "adapter": ("control_v1.1", {"train_mode": "control_ref", "rank": 4, "use_ema": True}),
+    "both experts": ("2.2_a14b_t2v", {"train_mode": "normal", "expert": "both", "rank": 4, "use_ema": True}),
     "adapter of toy": ("toy", {"train_mode": None, "rank": 4, "target_name": ["text"], "train_whole": ["head"]}),
 }
-WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0, 1, 0), strict=True))  # reading processes of the run that is killed
+WORKERS = dict(zip(MODES, (3, 1, 0, 3, 1, 0, 1, 1, 0), strict=True))  # reading processes of the run that is killed
 BEFORE_THE_ROOMS = Path(__file__).parent / "before_the_rooms"
 """A run of the toy family, written by the code of 2026-11-26 before its files moved into rooms (torch 2.13, CPU)."""
 

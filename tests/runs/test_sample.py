@@ -290,7 +290,8 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
     parts = FAMILY.load(tmp_path, dtype=torch.float32, frozen_dtype=torch.float32, device=torch.device("cpu"))
     state = {name: weight + 0.01 for name, weight in parts.net.state_dict().items()}
 
-    def write_weights(folder):
+    def write_networks(folder):
+        checkpoint.write_state(folder, {})
         FAMILY.save(folder / "transformer", state, parts.config)
         if is_shared:
             released = FAMILY.to_released(state, parts.config)
@@ -298,8 +299,8 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
             sharded_io.write(folder / checkpoint.SHARES, pieces, None)
             Shared.write_outline(folder, {name: list(weight.shape) for name, weight in released.items()}, {})
 
-    more = {"optimizer_state": {}, "write_more": lambda folder: None, "keep": None}
-    saved, _ = checkpoint.save(tmp_path / "run", Progress(4), write_weights=write_weights, **more)
+    more = {"write_more": lambda folder: None, "keep": None}
+    saved, _ = checkpoint.save(tmp_path / "run", Progress(4), write_networks=write_networks, **more)
     parts.net.load_state_dict(state)
     resumed = replace(asked, output=replace(asked.output, resume_from_checkpoint="checkpoint-4"))
     (made,) = sample_clips(resumed)

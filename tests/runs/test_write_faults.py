@@ -68,11 +68,14 @@ def tensors(step):
 
 
 def save(out, step=4, keep=1):
+    def write_networks(folder):
+        weights.write_component(folder / "transformer", tensors(step), {"dim": 3})
+        checkpoint.write_state(folder, tensors(step))
+
     checkpoint.save(
         out,
         Progress(step, 0, step, 2),
-        write_weights=lambda folder: weights.write_component(folder / "transformer", tensors(step), {"dim": 3}),
-        optimizer_state=tensors(step),
+        write_networks=write_networks,
         write_more=write_more,
         keep=keep,
     )
@@ -82,15 +85,15 @@ def save_adapter(out, step=4):
     A_RI, B_OR = torch.full((2, 150), float(step)), torch.arange(10.0).view(5, 2) + step
     pair = {"layer.lora_A.weight": A_RI, "layer.lora_B.weight": B_OR}
 
-    def write_weights(folder):
+    def write_networks(folder):
+        checkpoint.write_state(folder, tensors(step))
         for name in ("adapter", "adapter_ema"):
             saved.write(folder / name, pair, {"layer": 2.0}, {"rank": 2})
 
     checkpoint.save(
         out,
         Progress(step, 0, step, 2),
-        write_weights=write_weights,
-        optimizer_state=tensors(step),
+        write_networks=write_networks,
         write_more=write_more,
         keep=1,
     )
@@ -120,7 +123,7 @@ def save_shares(out, step=4):
 
     try:
         group = dist.new_group(backend="gloo")
-        checkpoint.save_shares(out, Progress(step, 0, step, 2), pieces, group, write_more=more, keep=1)
+        checkpoint.save_shares(out, Progress(step, 0, step, 2), {None: pieces}, group, write_more=more, keep=1)
     finally:
         dist.destroy_process_group()
 

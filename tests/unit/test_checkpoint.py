@@ -11,7 +11,8 @@ from reeltune.core.types import Progress
 
 
 def save(out, step, keep=None, weights=None):
-    def write_weights(folder):
+    def write_networks(folder):
+        checkpoint.write_state(folder, {"state": torch.full((3,), step)})
         (folder / "weights.bin").write_bytes(bytes([step]) * 100)
         if weights is not None:
             weights(folder)
@@ -19,8 +20,7 @@ def save(out, step, keep=None, weights=None):
     return checkpoint.save(
         out,
         Progress(step, 1, 2),
-        write_weights=write_weights,
-        optimizer_state={"state": torch.full((3,), step)},
+        write_networks=write_networks,
         write_more=lambda folder: (folder / "ledger.npz").write_bytes(b"ledger"),
         keep=keep,
     )

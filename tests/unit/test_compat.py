@@ -305,6 +305,14 @@ def test_boundary_type_is_the_expert(asked, expert, tmp_path, caplog):
     assert "--uniform_sampling was not given" not in caplog.text
 
 
+def test_both_networks_learn_by_our_own_word(tmp_path, caplog):
+    (tmp_path / "low_noise_model").mkdir()
+    assert compat.recipe_of(NEXT, with_model(tmp_path, "--expert=both")).model.expert == "both"
+    assert "boundary_type was not given" not in caplog.text
+    with pytest.raises(UserError, match="expert is both and boundary_type is low"):
+        compat.recipe_of(NEXT, with_model(tmp_path, "--expert=both", "--boundary_type=low"))
+
+
 def test_what_the_original_does_in_silence_is_said(tmp_path, caplog):
     (tmp_path / "high_noise_model").mkdir()
     without = [word for word in with_model(tmp_path, "--boundary_type=high") if word != "--uniform_sampling"]

@@ -113,7 +113,7 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize("name", RANGES)
 def test_ends_of_ranges(name):
     least, greatest = RANGES[name]
-    build({name: least, "gradient_checkpointing": True})  # which one of them needs
+    build({name: least, "gradient_checkpointing": True, "expert": "both"})  # which some of them need
     assert problems({name: least - 1})[0].startswith(
         f"{name} is {settings()[name].alternatives[0](least - 1)}; it must"
     )
@@ -282,9 +282,13 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "train_mode": "control_ref",
         "lr_scheduler": "piecewise_constant",
         "validation_control_from": [],
+        "other_expert_path": None,  # expert is both
+        "other_expert_adapter": None,
     }
     recipe = build(tree)
     same = {
+        "other_expert_path",
+        "other_expert_adapter",
         "attention",
         "validation_control_from",
         "validation_data_meta",

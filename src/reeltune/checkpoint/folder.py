@@ -5,6 +5,8 @@ transformer_ema/      its moving average, if kept
 adapter/              in place of these, where adapters learn; and adapter_ema/
 optimizer.pt          optimizer state and the fp16 loss scale; tensors and plain values only
 shares/               in place of these, where several processes share the weights: what each of them keeps
+high_noise_model/     in place of these, where both of two experts learn: the same of one of them, the network's weights
+low_noise_model/      right in it as released models have them; and of the other
 ledger.npz            times each record was used
 digests.json          sizes and hashes of all these files
 progress.json         step, epoch, cursor, group, plan_version; without it the folder is not a checkpoint
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -42,7 +44,8 @@ PARTIAL = re.compile(r"\.checkpoint-\d+(\.deleted)?\.partial$")
 OURS = ("progress.json", "ledger.npz", "optimizer.pt", SHARES)  # of which no other tool's checkpoint has any
 SET_ASIDE = "set_aside"
 ADAPTER = "adapter"
-WEIGHTS = ("transformer", ADAPTER, SHARES)  # beginnings of the names of files that hold them
+PARTS = {"high": "high_noise_model", "low": "low_noise_model"}  # of two experts, as released models name them
+WEIGHTS = ("transformer", ADAPTER, SHARES, *PARTS.values())  # beginnings of the names of files that hold them
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -61,6 +64,37 @@ def of_other_tools(output_dir: Path) -> list[Path]:
     """Folders with the name of a checkpoint that hold files and none of ours."""
     named = (path for path in sorted(Path(output_dir).glob("checkpoint-*")) if NAME.match(path.name) and path.is_dir())
     return [path for path in named if any(path.iterdir()) and not any((path / name).exists() for name in OURS)]
+
+
+def parts(checkpoint: Path) -> dict[str, Path]:
+    """Expert -> its folder, of a run that trained both; {} of another."""
+    found = {name: checkpoint / folder for name, folder in PARTS.items()}
+    return found if all(folder.is_dir() for folder in found.values()) else {}
+
+
+def part(checkpoint: Path, expert: str | None) -> Path:
+    """What it keeps of that expert: its folder, or all of it where one network alone learnt."""
+    return checkpoint if expert is None else parts(checkpoint).get(expert, checkpoint)
+
+
+def part_in(checkpoint: Path, expert: str | None) -> Path:
+    """Where one that is written keeps what is of that expert, or under None of the one network."""
+    return checkpoint if expert is None else checkpoint / PARTS[expert]
+
+
+def whole(path: Path) -> Path:
+    """The checkpoint that a part is of, or itself."""
+    return path.parent if path.name in PARTS.values() and (path.parent / "progress.json").is_file() else path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a whole checkpoint of ours, or a part of one."""
+    return (whole(path) / "progress.json").is_file()
+
+
+def expert_of(path: Path) -> str | None:
+    """Of a part, whose it is."""
+    return None if whole(path) == path else next(name for name, folder in PARTS.items() if folder == path.name)
 
 
 def their_weights(checkpoint: Path) -> Path:
@@ -94,40 +128,48 @@ def save(
     output_dir: Path,
     progress: Progress,
     *,
-    write_weights: Callable[[Path], None],
-    optimizer_state: dict,
+    write_networks: Callable[[Path], None],
     write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, int]:
     """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, bytes).
 
-    Raises UserError if the disk is full or refuses; what was there before stays as it was.
+    write_networks: with write_state too, of each that learns. Raises UserError if the disk is full or refuses; what
+    was there before stays as it was.
     """
     with _partial(output_dir, progress.step, main=True) as partial:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_weights(partial)
-        torch.save(optimizer_state, partial / "optimizer.pt")
+        write_networks(partial)
         write_more(partial)
         return _finish(partial, progress, keep)
+
+
+def write_state(folder: Path, optimizer_state: dict) -> None:
+    """Of the network that a checkpoint, or a part of it, keeps."""
+    torch.save(optimizer_state, folder / "optimizer.pt")
 
 
 def save_shares(
     output_dir: Path,
     progress: Progress,
-    pieces: Iterable[Piece],
+    pieces: Mapping[str | None, Iterable[Piece]],
     group: ProcessGroup,
     *,
     write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, int] | None:
-    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps. The first of them
-    does what is to be done once: write_more is called there alone, and what is returned, in it alone, is the whole's.
+    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps: those of each expert,
+    or under None of the one network. The first of them does what is to be done once: write_more is called there alone,
+    and what is returned, in it alone, is the whole's.
     """
     main = dist.get_rank(group) == 0
     with _partial(output_dir, progress.step, main=main) as partial:
-        sharded_io.write(partial / SHARES, pieces, group)  # makes the folder, and returns once all have written
-        own = digests.digest(partial, sorted((partial / SHARES).glob(f"__{dist.get_rank(group)}_*")))
+        own: digests.Digests = {}
+        for expert, kept in pieces.items():
+            shares = part_in(partial, expert) / SHARES
+            sharded_io.write(shares, kept, group)  # makes the folder, and returns once all have written
+            own |= digests.digest(partial, sorted(shares.glob(f"__{dist.get_rank(group)}_*")))
         gathered = [own] * dist.get_world_size(group)
         dist.all_gather_object(gathered, own, group)
         if not main:
@@ -257,8 +299,11 @@ def verify(checkpoint: Path, *, under: tuple[str, ...] = ("",)) -> None:
 
     under: beginnings of the names of the files that are looked at.
     """
-    if lines := digests.damages(checkpoint, under=under):
-        raise damaged(checkpoint, lines)
+    inside = whole(checkpoint)
+    if inside != checkpoint:
+        under = (checkpoint.name,)
+    if lines := digests.damages(inside, under=under):
+        raise damaged(inside, lines)
 
 
 def damaged(checkpoint: Path, lines: list[str]) -> UserError:
@@ -290,28 +335,34 @@ def _progress(checkpoint: Path, remedy: str) -> Progress:
 
 
 def load(checkpoint: Path) -> dict:
-    """Optimizer state (on the CPU) of a checkpoint that one process wrote. Raises UserError for a damaged file."""
-    file = checkpoint / "optimizer.pt"
-    with as_user_error(file, "is damaged", sound_before(checkpoint)):
+    """Optimizer state (on the CPU) of a checkpoint that one process wrote, or of a part. Raises UserError for a damaged
+    file."""
+    file, remedy = checkpoint / "optimizer.pt", sound_before(whole(checkpoint))
+    with as_user_error(file, "is damaged", remedy):
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise UserError(str(file), f"is no optimizer's state; {sound_before(checkpoint)}")
+        raise UserError(str(file), f"is no optimizer's state; {remedy}")
     return state
 
 
 def is_adapter(checkpoint: Path) -> bool:
-    """Whether it keeps an adapter, and not the network."""
-    return (checkpoint / ADAPTER).is_dir()
+    """Whether it, or each of its parts, keeps an adapter, and not the network."""
+    return any((folder / ADAPTER).is_dir() for folder in (checkpoint, *parts(checkpoint).values()))
 
 
 def transformer_of(checkpoint: Path) -> Path | None:
-    """The whole network's weights, where one process wrote them."""
-    return None if is_shared(checkpoint) or is_adapter(checkpoint) else checkpoint / "transformer"
+    """The whole network's weights, where one process wrote them, or of a part."""
+    return None if is_shared(checkpoint) or is_adapter(checkpoint) else weights_in(checkpoint)
+
+
+def weights_in(checkpoint: Path) -> Path:
+    """Where a checkpoint of one network has its config.json and weights: `transformer`; a part has them right in it."""
+    return checkpoint if checkpoint.name in PARTS.values() else checkpoint / "transformer"
 
 
 def is_shared(checkpoint: Path) -> bool:
-    """Whether several processes wrote it."""
-    return (checkpoint / SHARES).is_dir()
+    """Whether several processes wrote it, or a part."""
+    return any((folder / SHARES).is_dir() for folder in (checkpoint, *parts(checkpoint).values()))
 
 
 def sweep(output_dir: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.adapters import saved
-from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter, is_shared
+from reeltune.checkpoint.folder import ADAPTER, SHARES, is_adapter, is_shared, parts, weights_in
 from reeltune.core.errors import refuse
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.distributed import sharded_io
@@ -27,7 +27,9 @@ OUTLINE = "outline.json"  # beside the shares: shapes, and numbers of the optimi
 
 
 def has_average(checkpoint: Path) -> bool:
-    """Whether it keeps a moving average of what it keeps."""
+    """Whether it keeps a moving average of what it keeps, each part of it if it has parts."""
+    if both := parts(checkpoint):
+        return all(map(has_average, both.values()))
     if is_shared(checkpoint):
         return any(name.startswith("average/") for name in Shared(checkpoint).sizes)
     if is_adapter(checkpoint):
@@ -120,9 +122,7 @@ class Whole:
         self.where = str(checkpoint)
         by_place: dict[int, dict[str, Any]] = state["optimizer"]["state"]
         self._state = {learning[i]: values for i, values in by_place.items()}
-        stored = (
-            saved.read(checkpoint / ADAPTER) if is_adapter(checkpoint) else weights.read(checkpoint / "transformer")
-        )
+        stored = saved.read(checkpoint / ADAPTER) if is_adapter(checkpoint) else weights.read(weights_in(checkpoint))
         self._tensors = {f"weights/{name}": weight for name, weight in stored.items()}
         for name, values in self._state.items():
             self._tensors |= {f"optimizer/{name}/{key}": values[key] for key in self._elementwise(name)}

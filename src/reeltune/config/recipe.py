@@ -24,9 +24,11 @@ class Model:
     train_mode: TrainMode | None = None
     """What the model is conditioned on beside text. Left out: what the checkpoint was made for."""
     expert: Literal["high", "low", "both"] | None = None
-    """Which of the two networks of a Wan2.2-A14B model learns, at its own noise levels: high or low."""
+    """Which of the two networks of a Wan2.2-A14B model learns, at its own noise levels: high, low, or both in turns."""
     other_expert_path: str | None = None
     """Weights of the other one, for previews and samples (a file or checkpoint-N folder). Left out: the model's own."""
+    other_expert_adapter: str | None = None
+    """An adapter of the other one, for previews and samples (a file of any tool, or a checkpoint-N folder)."""
     control_ref_image: Literal["first_frame", "random"] = "first_frame"
     """Which frame is the reference picture: the first (Wan2.1-Fun V1.0 and camera), or one at random (V1.1)."""
     add_full_ref_image_in_self_attention: bool = False
@@ -225,6 +227,8 @@ class Loss:
 class Optimization:
     learning_rate: float = 1e-4
     """Rate after warm-up."""
+    low_expert_learning_rate: float | None = None
+    """With expert both: the low one's rate after warm-up. Left out: learning_rate."""
     lr_scheduler: Literal[
         "linear",
         "cosine",
@@ -264,6 +268,8 @@ class Optimization:
     """Added to the root of the second moment."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm, taken over all parameters; none: no clipping."""
+    low_expert_max_grad_norm: float | None = None
+    """With expert both: the norm to clip the low one's gradients to. Left out: max_grad_norm."""
     initial_grad_norm_ratio: int = 5
     """The clip starts this many times higher and falls to max_grad_norm (only with abnormal_norm_clip_start)."""
     abnormal_norm_clip_start: int | None = None

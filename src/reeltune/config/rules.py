@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "cache_variants": (0, ANY),
     "motion_sub_loss_ratio": (0, 1),
     "learning_rate": (0, ANY),
+    "low_expert_learning_rate": (0, ANY),
     "lr_warmup_steps": (0, ANY),
     "lr_num_cycles": (1, ANY),
     "adam_weight_decay": (0, ANY),
@@ -59,6 +60,7 @@ ABOVE_ZERO = (
     "lr_power",
     "adam_epsilon",
     "max_grad_norm",
+    "low_expert_max_grad_norm",
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
@@ -88,6 +90,7 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
     yield from _together(recipe)
+    yield from _experts(values)
     yield from _adapter(recipe)
     yield from _levers(values)
 
@@ -256,6 +259,27 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
         )
     yield from _previews(recipe.validation)
+
+
+def _experts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is said of one of two networks, where the other or both learn."""
+    expert = values["expert"]
+    for name in ("low_expert_learning_rate", "low_expert_max_grad_norm"):
+        if values[name] is not None and expert != "both":
+            own = name.removeprefix("low_expert_")
+            yield (
+                (name, "expert"),
+                f"{name} is {values[name]} and expert is {shown(expert)}; it is of the second of two networks that "
+                f"learn in one run; set {own} in its place, or expert to both",
+            )
+    for name in ("other_expert_path", "other_expert_adapter"):
+        if values[name] is not None and expert == "both":
+            own = "transformer_path" if name == "other_expert_path" else "adapter_path"
+            yield (
+                (name, "expert"),
+                f"{name} is {values[name]} and expert is both, of which there is no other; begin with {own}, a folder "
+                "that has both",
+            )
 
 
 def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -14,6 +14,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+FINE = 2**16  # places at which a density without a closed form is summed
+
+
+def _normal(x: float) -> float:
+    """The standard normal distribution's share below x."""
+    return (1 + math.erf(x / math.sqrt(2))) / 2
+
 
 def column(level_B: Tensor, like: Tensor) -> Tensor:
     """level_B shaped to broadcast over `like`'s other axes."""
@@ -24,6 +31,11 @@ class Objective(Protocol):
     """Levels are places in a schedule, from 1 (nothing but noise, or nearly) down to 0 (the picture)."""
 
     steps: int
+
+    @property
+    def share(self) -> float:
+        """Of the levels that one network for the whole schedule would learn at, how many this one draws."""
+        return 1.0
 
     @cached_property
     def levels(self) -> Tensor: ...  # float32[steps], all of them, noisiest first
@@ -109,10 +121,27 @@ class Flow(Objective):
     def _density(self, generator: torch.Generator) -> float:
         if self.weighting_scheme == "logit_normal":
             return torch.normal(self.logit_mean, self.logit_std, (1,), generator=generator).sigmoid().item()
-        u = torch.rand(1, generator=generator)
-        if self.weighting_scheme == "mode":
-            u = 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-        return u.item()
+        return self._by_mode(torch.rand(1, generator=generator)).item()
+
+    def _by_mode(self, u: Tensor) -> Tensor:
+        """Uniform numbers as `weighting_scheme` mode has them, or as they are."""
+        if self.weighting_scheme != "mode":
+            return u
+        return 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+    @property
+    def share(self) -> float:
+        """By the range, where it is sampled evenly, or by the density."""
+        ends = (self.indices.start / self.steps, self.indices.stop / self.steps)
+        if not self.uniform_sampling and self.weighting_scheme == "logit_normal":
+            below = (_normal((math.log(p / (1 - p)) - self.logit_mean) / self.logit_std) for p in ends if 0 < p < 1)
+            least = 0.0 if ends[0] == 0 else next(below)
+            return (1.0 if ends[1] == 1 else next(below)) - least
+        if not self.uniform_sampling and self.weighting_scheme == "mode":
+            u = self._by_mode((torch.arange(FINE, dtype=torch.float64) + 0.5) / FINE)
+            index = (u * self.steps).floor().clamp(0, self.steps - 1)
+            return ((index >= self.indices.start) & (index < self.indices.stop)).double().mean().item()
+        return len(self.indices) / self.steps
 
     def corrupt(self, x0: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
         level = column(level_B, x0)

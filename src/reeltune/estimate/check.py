@@ -10,7 +10,9 @@ from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
+from reeltune.families.spec import learning
 from reeltune.run.data import Inputs, gather
+from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
 from reeltune.sampling.other_expert import OtherExpert
@@ -22,7 +24,8 @@ def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
     family, mode, _ = choose_family(recipe)
     # By names and shapes alone, which tell whether the weights are there and fit.
-    load_parts(recipe, family, torch.device("cpu"), encoders=False, network=False)
+    for one in learning(family):
+        load_parts(of_expert(recipe, one.expert), one, torch.device("cpu"), encoders=False, network=False)
     OtherExpert.of(recipe, family, torch.device("cpu"))
     inputs = gather(recipe, family, mode)
     plan = inputs.plan(0)

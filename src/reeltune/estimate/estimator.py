@@ -17,6 +17,8 @@ from reeltune.estimate.fake_step import optimizer_step, passes
 from reeltune.estimate.frozen_networks import Encoding, decode, encode
 from reeltune.estimate.memory_tracker import Work
 from reeltune.estimate.result import PHASES, StepEstimate
+from reeltune.families.spec import learning
+from reeltune.run.experts import of_expert
 from reeltune.run.model import choose_family, encode_options, load_parts, network_dtype
 from reeltune.run.precision import encoder_dtype
 from reeltune.sampling.sample import Setup
@@ -39,7 +41,8 @@ class Estimator:
 
         Draws of one shape are all alike. Raises UserError as loading does.
         """
-        family, fake, once = self.family, self.fake, self._once
+        family, fake, once = learning(self.family)[0], self.fake, self._once  # two that learn are of the same sizes
+        recipe = of_expert(recipe, family.expert)
         shape, sized = draws[0].shape, (draws[0].shape, len(draws))
         load = partial(load_parts, recipe, family, torch.device("cpu"), fake=fake)
         visiting = recipe.training.low_vram or recipe.cache.cache_folder is not None

@@ -291,6 +291,9 @@ def on_each(planned: Planned, step: StepEstimate) -> tuple[dict[str, dict[str, i
     peaks, host = sharding.peaks(
         step, planned.engine, planned.machines.gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered
     )
+    if networks(planned.recipe) > 1:
+        other, _ = sharding.resting(step, planned.engine, planned.machines.gpus, offload=parallel.offload)
+        peaks = {phase: {**parts, **({"other": other} if other else {})} for phase, parts in peaks.items()}
     if encodes_ahead(planned.recipe, on_gpu=True):
         encoding = peaks.get("encode", {}).get("encode", 0)
         peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
@@ -311,14 +314,16 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
     workers = recipe.data.dataloader_num_workers
     frozen = sum(size for name, size in step.weight_bytes.items() if name != "network")
     loading = max(step.weight_bytes["network"], frozen)
-    networks = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
+    loaded = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
+    _, resting = sharding.resting(step, planned.engine, gpus, offload=recipe.parallel.offload)
     found = {
         "what offload keeps there": gpus * kept_back_bytes,
         "activations that wait there": gpus * step.offloaded_bytes,
         "weights of swapped blocks": gpus * step.swapped_bytes,
+        "experts between their turns": gpus * (networks(recipe) - 1) * resting,
         "copies of what is saved, while it is written": recipe.output.save_in_background * saved_bytes(recipe, step),
         "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
-        networks[0]: gpus * networks[1],
+        loaded[0]: gpus * loaded[1],
         "the other expert, for previews": other_expert_bytes(recipe, family),  # in the process that writes
     }
     return {what: size for what, size in found.items() if size}
@@ -331,7 +336,7 @@ def disk_bytes(
     recipe, clips = planned.recipe, len(planned.inputs.train)
     one = saved_bytes(recipe, step)
     if recipe.optimization.use_ema:  # which is written as weights too
-        one += step.kept_bytes + average_bytes(recipe, step)
+        one += networks(recipe) * (step.kept_bytes + average_bytes(recipe, step))
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
     encoded = throughput.curve(sizes, [step.encoded_bytes for step in sizes.values()])
@@ -345,8 +350,13 @@ def disk_bytes(
 
 
 def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
-    """Weights, optimizer state and moving average, each once."""
-    return step.kept_bytes + step.state_bytes + average_bytes(recipe, step)
+    """Weights, optimizer state and moving average, each once, of each network that learns."""
+    return networks(recipe) * (step.kept_bytes + step.state_bytes + average_bytes(recipe, step))
+
+
+def networks(recipe: Recipe) -> int:
+    """That learn."""
+    return 2 if recipe.model.expert == "both" else 1
 
 
 def average_bytes(recipe: Recipe, step: StepEstimate) -> int:

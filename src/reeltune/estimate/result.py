@@ -13,6 +13,7 @@ PARTS = {  # part -> what it is, in the order in which it is told
     "buckets": "gradients being exchanged",
     "optimizer": "optimizer state",
     "average": "moving average",
+    "other": "the other expert, whose turn it is not",
     "frozen": "frozen networks",
     "batch": "batch and conditions",
     "casts": "weights in another precision",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from reeltune.estimate.result import StepEstimate
 
 Parts = dict[str, int]
+OF_A_NETWORK = ("weights", "masters", "still", "optimizer", "average")  # between two steps
 FULL = 4  # bytes of a number in fp32; those that compute have step.number_bytes
 BUCKET = 500_000_000  # numbers: reduce_bucket_size and allgather_bucket_size (deepspeed.ai/docs/config-json)
 LIVE = 1_000_000_000  # numbers: stage3_max_live_parameters, of the same page
@@ -121,6 +122,22 @@ ENGINES = {
 def name_of(engine: str | None, gpus: int) -> str:
     """engine: that of the recipe. One process has nothing to shard."""
     return "one" if gpus == 1 else engine or "ddp"
+
+
+def resting(step: StepEstimate, engine: str, gpus: int, *, offload: bool = False) -> tuple[int, int]:
+    """Of a network of the same sizes whose turn it is not, where two learn in one run: (bytes on each GPU, bytes that
+    each process has in the machine's own memory).
+
+    What is sharded stays where it is. What is not waits in the machine's memory, where the one whose turn it is keeps
+    its place, too; DDP's buckets stay.
+    """
+    kind, phase = ENGINES[engine], next(iter(step.peaks))
+    parts = kind.share(step, phase, gpus)
+    network = sum(parts.get(part, 0) for part in OF_A_NETWORK)
+    if not kind.own_copies:
+        return parts.get("buckets", 0), 2 * network + step.swapped_bytes
+    away = sum(parts.get(part, 0) for part in OF_A_NETWORK if offload and part in kind.offloaded)
+    return network - away, away
 
 
 def peaks(

@@ -41,9 +41,20 @@ def export_adapter(
 
     Yields what was written, and what each tool applies of it. pretrained_model_name_or_path: what the adapter changes;
     needed where weights were trained in full, whose change is written; else the adapter is held to its names and sizes.
+    Of a checkpoint of two experts both are, into NAME_high_noise and NAME_low_noise in place of `out`.
     Raises UserError if `out` is there, or for what the tool does not load as it was trained, and RuntimeError if what
     was written is not that; nothing is left of `out` then.
     """
+    if both := checkpoints.parts(source) if checkpoints.is_ours(source) else {}:
+        how = {"dtype": dtype, "ema": ema, "alpha": alpha, "trigger_words": trigger_words}
+        ends = {part: part.name.removesuffix("_model") for part in both.values()}  # by which people tell them apart
+        files = {part: out.with_name(f"{out.stem}_{end}{out.suffix}") for part, end in ends.items()}
+        refuse("export", [problem for file in files.values() for problem in _problems(source, file)])
+        for part, file in files.items():
+            yield from export_adapter(
+                part, file, dialect, **how, pretrained_model_name_or_path=pretrained_model_name_or_path
+            )
+        return
     refuse("export", list(_problems(source, out)))
     stored = _stored(source, ema)
     base = _base(pretrained_model_name_or_path, stored.metadata)
@@ -106,7 +117,7 @@ def _problems(source: Path, out: Path) -> Iterator[str]:
 
 
 def _stored(source: Path, ema: bool) -> Stored:
-    if not (source / "progress.json").is_file():
+    if not checkpoints.is_ours(source):
         if ema:
             raise UserError("export", f"{source} is no checkpoint-N folder of ours, and has no moving average")
         return stored_in(file_of(source), outline=False)
@@ -158,9 +169,10 @@ def _with_changes(adapter: Adapter, base: Base | None) -> Adapter:
 
 def _facts(source: Path, out: Path, adapter: Adapter) -> dict[str, str]:
     facts = {"title": out.stem, "base_model": Path(str(adapter.about.get("base_model", ""))).name}
-    if (source / "progress.json").is_file():
-        facts["steps"] = str(checkpoints.progress_of(source).step)
-        recipe = source.parent / "recipe.yaml"
+    if checkpoints.is_ours(source):
+        whole = checkpoints.whole(source)
+        facts["steps"] = str(checkpoints.progress_of(whole).step)
+        recipe = whole.parent / "recipe.yaml"
         facts["recipe_sha256"] = hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe.is_file() else ""
     return facts
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from reeltune.families import configs, weights
 from reeltune.families.spec import Family, check_expert, check_mode
 from reeltune.families.stored import Stored
 from reeltune.memory.host import room_bytes
+from reeltune.run.experts import of_expert
 
 PORTION = 2**18  # numbers
 SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -53,6 +55,11 @@ def export(
     RuntimeError if what was written does not come back equal; nothing is left of `out` then.
     """
     refuse("export", list(_problems(checkpoint, out, ema)))
+    if both := checkpoints.parts(checkpoint):
+        how = {"dtype": dtype, "max_shard_size": max_shard_size, "diffusers": diffusers, "ema": ema}
+        model = {"pretrained_model_name_or_path": pretrained_model_name_or_path}
+        yield from of_both(out, {part: partial(export, part, **how, **model) for part in both.values()})
+        return
     checkpoints.verify(checkpoint, under=checkpoints.WEIGHTS)
     recipe = recipe_of(checkpoint, pretrained_model_name_or_path)
     source = _source(checkpoint, ema)
@@ -74,6 +81,21 @@ def export(
     theirs = renamed(outline, family, config)
     how = recipe, dtype, max_shard_size
     yield from written(out, source, outline, theirs, *how, write_config=write_config, proof=proof)
+
+
+def of_both(out: Path, exports: Mapping[Path, Callable[[Path], Iterator[str]]]) -> Iterator[str]:
+    """Of each part of a checkpoint, into a folder of its name in `out`; nothing is left of `out` if one fails."""
+    was_there, is_whole = out.is_dir(), False
+    try:
+        for part, one in exports.items():
+            yield from one(out / part.name)
+        is_whole = True
+    finally:
+        if not is_whole:
+            for part in exports:
+                shutil.rmtree(out / part.name, ignore_errors=True)
+            if out.is_dir() and not was_there:
+                out.rmdir()
 
 
 def written(
@@ -146,12 +168,12 @@ def not_finite(tensor: Tensor) -> int:
 
 def _own_folder(checkpoint: Path) -> Path:
     """Where the network's config.json lies."""
-    is_ours = (checkpoint / "progress.json").is_file()
-    return checkpoint / "transformer" if is_ours else checkpoints.their_weights(checkpoint)
+    ours = checkpoints.is_ours(checkpoint)
+    return checkpoints.weights_in(checkpoint) if ours else checkpoints.their_weights(checkpoint)
 
 
 def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
-    is_ours, theirs = (checkpoint / "progress.json").is_file(), checkpoints.their_weights(checkpoint)
+    is_ours, theirs = checkpoints.is_ours(checkpoint), checkpoints.their_weights(checkpoint)
     if not is_ours and not (weights.has_weights(theirs) and (theirs / "config.json").is_file()):
         have = ", ".join(str(path) for path in checkpoints.complete(checkpoint)) or "none"
         yield f"{checkpoint} is no complete checkpoint-N folder; complete ones in it: {have}"
@@ -176,10 +198,10 @@ def _source(checkpoint: Path, ema: bool) -> Any:
 
 
 def recipe_of(checkpoint: Path, model: str | None) -> Recipe:
-    """The run's, where there is one, with another place of its model if one is given."""
-    file = recipe_beside(checkpoint)
+    """The run's, where there is one, with another place of its model if one is given; of a part that expert's."""
+    file = recipe_beside(checkpoints.whole(checkpoint))
     given = {} if model is None else {"pretrained_model_name_or_path": model}
-    return build({} if file is None else read(file), given)
+    return of_expert(build({} if file is None else read(file), given), checkpoints.expert_of(checkpoint))
 
 
 def _family(recipe: Recipe) -> Family:

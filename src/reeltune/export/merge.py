@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from reeltune.adapters.apply import merged, refuse_quantised, touched
 from reeltune.checkpoint import folder as checkpoints
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import refuse
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import few
-from reeltune.export.main import in_dtype, read_back, recipe_of, renamed, taken, written
+from reeltune.export.main import in_dtype, of_both, read_back, recipe_of, renamed, taken, written
 from reeltune.families.stored import Stored
 from reeltune.run.adapters import Given, of_checkpoint, read_all
 from reeltune.run.base import Base
@@ -68,6 +69,14 @@ def export_merged(
     Raises as `export`, and UserError for adapters of another network.
     """
     refuse("export", list(taken(out)))
+    if both := checkpoints.parts(source) if checkpoints.is_ours(source) else {}:
+        if adapters:
+            own = " and ".join(map(str, both.values()))
+            raise UserError("export", f"--adapters go into one network, and {source} keeps two; give {own} one by one")
+        how = {"dtype": dtype, "max_shard_size": max_shard_size, "diffusers": diffusers, "ema": ema}
+        model = {"pretrained_model_name_or_path": pretrained_model_name_or_path}
+        yield from of_both(out, {part: partial(export_merged, part, **how, **model) for part in both.values()})
+        return
     recipe, base, given = _inputs(source, adapters, ema, pretrained_model_name_or_path)
     merging = Merged(base, given, as_stored=dtype == "as_stored")
     family, config = base.family, base.config
@@ -134,7 +143,7 @@ def change(adapter: Adapter, name: str, base: Tensor) -> Tensor:
 
 def _inputs(source: Path, texts: Sequence[str], ema: bool, model: str | None) -> tuple[Recipe, Base, list[Given]]:
     """(the recipe that names the base, the base, adapters). Raises UserError."""
-    is_ours = (source / "progress.json").is_file()
+    is_ours = checkpoints.is_ours(source)
     if not is_ours:
         refuse("export", list(_of_a_model(source, texts, ema, model)))
         recipe = build({}, {"pretrained_model_name_or_path": str(source)})

@@ -139,6 +139,8 @@ def take_apart(net: nn.Module, names: dict[str, str], base: Base, most_rank: int
 def _problems(checkpoint: Path, ranks: Sequence[int], out: Path | None) -> Iterator[str]:
     if not (checkpoint / "progress.json").is_file():
         yield f"{checkpoint} is no complete checkpoint-N folder of a run"
+    elif checkpoints.parts(checkpoint):
+        yield f"{checkpoint} keeps two networks, and ranks are measured of one; train each in a run of its own"
     elif checkpoints.is_adapter(checkpoint):
         yield f"{checkpoint} keeps an adapter already; give a checkpoint of a run that trained the network"
     if not ranks or min(ranks) < 1:

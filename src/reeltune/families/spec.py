@@ -271,7 +271,8 @@ def check_mode(family: Family, mode: str | None) -> str:
 
 
 def check_expert(family: Family, expert: str | None) -> Family:
-    """The family of the network to train: one of two experts, or the only network.
+    """The family of the network to train: one of two experts, the only network, or with `both` the family as it was
+    found, whose two experts are `learning`.
 
     Raises UserError where two leave a choice that is not made, and for a choice that there is not.
     """
@@ -284,11 +285,18 @@ def check_expert(family: Family, expert: str | None) -> Family:
         return family.experts[expert]
     two = (
         f"a checkpoint of {family.name} has two networks: high answers at noise levels from {family.boundary:g} on, "
-        "low below; each is trained in a run of its own"
+        "low below"
     )
     if expert is None:
-        raise UserError("recipe", f"expert is left out, and {two}; give expert high or low")
-    if expert in ("high", "low"):
-        there = " and ".join(family.experts)
-        raise UserError("recipe", f"expert is {expert!r}, but the checkpoint holds the weights of {there} alone")
-    raise UserError("recipe", f"expert is {expert!r}, and {two}; give high, and low in a second run")
+        raise UserError("recipe", f"expert is left out, and {two}; give expert high, low or both")
+    if expert == "both" and len(family.experts) == 2:
+        return family
+    there = " and ".join(family.experts)
+    raise UserError("recipe", f"expert is {expert!r}, but the checkpoint holds the weights of {there} alone")
+
+
+def learning(family: Family) -> list[Family]:
+    """Of the family that `check_expert` gave: each network that learns, as a family of its own, the noisier first."""
+    if family.expert is not None or not family.experts:
+        return [family]
+    return [replace(one, geometry=family.geometry) for one in family.experts.values()]

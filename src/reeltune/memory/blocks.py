@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -154,15 +155,7 @@ class Visits:
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Around a forward pass, and around its recomputation, in which blocks come in reversed order."""
-        return nullcontext(), self._backwards()
-
-    @contextmanager
-    def _backwards(self) -> Iterator[None]:
-        self.recomputing = True
-        try:
-            yield
-        finally:
-            self.recomputing = False
+        return nullcontext(), Recomputing(self)
 
     @contextmanager
     def _visiting(self, i: int) -> Iterator[None]:
@@ -201,6 +194,19 @@ class Visits:
             for there, home in zip(copies, self.homes[i], strict=True):
                 self.copy(there, home)
         self.sent = i, copies
+
+
+@dataclass
+class Recomputing:
+    """Entered once for each backward pass over the same activations: a step in the backward pass has two."""
+
+    visits: Visits
+
+    def __enter__(self) -> None:
+        self.visits.recomputing = True
+
+    def __exit__(self, *_: object) -> None:
+        self.visits.recomputing = False
 
 
 def move(net: nn.Module, device: torch.device, *, besides: Sequence[nn.Module] = ()) -> None:

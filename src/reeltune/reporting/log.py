@@ -101,13 +101,16 @@ class Log:
 
     def validation(self, row: dict[str, Any]) -> None:
         """The held-out loss: start_step, loss, loss_start, difference (mean, paired), band95, per_band, per_clip, n
-        clips."""
+        clips; where two networks learn also that of each, `experts`."""
         if not self.main:
             return
         self._write({"kind": "validation", "step": self.step_now, **row})
         self._track({"held_out/loss": row["loss"], "held_out/difference": row["difference"]})
         told = f"[bold]held-out loss {row['loss']:.4f}[/]{self._changed(row, 4)}"
         self._say(f"{told}, {row['n']} clip{'s' if row['n'] != 1 else ''}", markup=True)
+        for one in row.get("experts", ()):
+            self._track({f"held_out/loss_{one['expert']}": one["loss"]})
+            self._say(f"  expert {one['expert']} {one['loss']:.4f}{self._changed({**row, **one}, 4)}")
 
     def obedience(self, row: dict[str, Any]) -> None:
         """How far previews follow their control: as a validation's row, `score` in place of `loss`, and its words."""

@@ -12,6 +12,7 @@ from reeltune.core.reading import NUMBER, REAL, TEXT, WHOLE, Kind, as_user_error
 
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 REMEDY = "delete that line"
+TABLES = Kind(lambda value: isinstance(value, dict), "a table").many()
 SECONDS = Kind(lambda value: NUMBER.holds(value) and value >= 0, "seconds, from 0")
 STEP = {  # of them a row has `step`, and the others that the first step has
     **dict.fromkeys(("step", "epoch", "samples", "tokens"), WHOLE),
@@ -20,6 +21,7 @@ STEP = {  # of them a row has `step`, and the others that the first step has
     **dict.fromkeys(("step_s", *PARTS), SECONDS),
     **dict.fromkeys(("peak_memory_bytes", "mfu"), NUMBER.or_none()),
     "shape": WHOLE.many(3),
+    "expert": TEXT,  # of a run that trains both: whose step it was
 }
 LOSSES = {"loss": REAL, "loss_start": REAL}
 LEVEL = {"level": NUMBER, **LOSSES}
@@ -28,9 +30,10 @@ VALIDATION = {
     **LOSSES,
     "difference": REAL,
     "band95": REAL.many(2).or_none(),
-    "per_band": Kind(lambda value: isinstance(value, dict), "a table").many(),
+    "per_band": TABLES,
     "per_clip": REAL.many().or_none(),  # which runs begun before 2026-11-26 have not
 }
+OF_EXPERT = {"expert": TEXT, **LOSSES, "difference": REAL, "band95": REAL.many(2).or_none()}  # where both learn
 OBEDIENCE = {
     **dict.fromkeys(("step", "start_step", "n"), WHOLE),
     **dict.fromkeys(("measure", "unit"), TEXT),
@@ -38,7 +41,7 @@ OBEDIENCE = {
     **dict.fromkeys(("score", "score_start", "difference"), NUMBER),
     "band95": NUMBER.many(2).or_none(),
     "truth": NUMBER.or_none(),
-    "previews": Kind(lambda value: isinstance(value, dict), "a table").many(),
+    "previews": TABLES,
 }
 PREVIEW = dict.fromkeys(("score", "score_start", "truth"), NUMBER.or_none())
 SAVE = {"step": WHOLE, "path": TEXT, "bytes": WHOLE, "seconds": SECONDS, "blocked_seconds": SECONDS}
@@ -94,6 +97,10 @@ def take_row(metrics: Metrics, line: bytes, path: Path, number: int) -> None:
     require_fields(row, kinds, where, REMEDY)
     for i, entry in enumerate(row[table] if table else ()):
         require_fields(entry, inside, f"{where}: {table}, entry {i}", REMEDY)
+    if kind == "validation" and "experts" in row:
+        require_fields(row, {"experts": TABLES}, where, REMEDY)
+        for i, entry in enumerate(row["experts"]):
+            require_fields(entry, OF_EXPERT, f"{where}: experts, entry {i}", REMEDY)
 
 
 def _add_step(columns: dict[str, list], row: Mapping[str, Any], where: str) -> None:

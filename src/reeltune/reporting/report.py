@@ -107,6 +107,9 @@ def verdict(metrics: Metrics) -> dict[str, str]:
         )
         if tone == "open":
             reason += " The band holds zero, so this may be chance: train longer, or hold out more clips."
+    for one in last.get("experts", ()):
+        reason += f" Expert {one['expert']} at its own levels: {_signed(one['difference'])}"
+        reason += f", 95 % band {' to '.join(map(_signed, one['band95']))}." if one["band95"] else "."
     return {"tone": tone, "answer": answer, "reason": reason}
 
 
@@ -115,7 +118,9 @@ def headline(metrics: Metrics) -> list[dict[str, str]]:
     told, steps = [], metrics.steps
     if metrics.validations:
         last = metrics.validations[-1]
-        told.append({"what": "held-out loss", "now": f"{last['loss']:.4f}", "start": f"{last['loss_start']:.4f}"})
+        named = {"held-out loss": last, **{f"of expert {one['expert']}": one for one in last.get("experts", ())}}
+        for what, one in named.items():
+            told.append({"what": what, "now": f"{one['loss']:.4f}", "start": f"{one['loss_start']:.4f}"})
     if metrics.obedience:
         told.append(obedience.number(metrics.obedience[-1]))
     if steps:
@@ -145,17 +150,32 @@ def curves(metrics: Metrics) -> list[dict]:
         drawn.append({"title": "Held-out loss", "kind": "pair", "svg": svg})
         svg = charts.noise_bands(validations[-1]["per_band"], size)
         drawn.append({"title": "By noise level", "kind": "bars", "svg": svg})
-    drawn += [
-        {"title": title, "kind": "line", "svg": draw(steps["step"], steps[name], title)}
-        for name, title, draw in (
-            ("loss", "Training loss", charts.noisy),
-            ("grad_norm", "Gradient norm", charts.noisy),
-            ("lr", "Learning rate", charts.exact),
-            ("d", "Rate that Prodigy found, times which the learning rate counts", charts.exact),
-        )
-        if name in steps
-    ]
+    for whose, own in by_expert(steps).items():
+        drawn += [
+            {"title": f"{title}{whose}", "kind": "line", "svg": draw(own["step"], own[name], f"{title}{whose}")}
+            for name, title, draw in (
+                ("loss", "Training loss", charts.noisy),
+                ("grad_norm", "Gradient norm", charts.noisy),
+                ("lr", "Learning rate", charts.exact),
+                ("d", "Rate that Prodigy found, times which the learning rate counts", charts.exact),
+            )
+            if name in own
+        ]
     return [{**curve, "svg": Markup(curve["svg"]), "wide": size == charts.HALF} for curve in drawn]
+
+
+def by_expert(steps: Mapping[str, Sequence]) -> dict[str, Mapping[str, Sequence]]:
+    """The steps of each of two networks that learn in turns, by words for a title; "": of the only one."""
+    if "expert" not in steps:
+        return {"": steps}
+    whose = steps["expert"]
+    return {
+        f", expert {expert}": {
+            name: [value for value, its in zip(values, whose, strict=True) if its == expert]
+            for name, values in steps.items()
+        }
+        for expert in sorted(set(whose))
+    }
 
 
 def time_split(metrics: Metrics) -> dict | None:

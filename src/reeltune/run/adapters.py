@@ -74,7 +74,9 @@ def parsed(text: str) -> tuple[Path, float]:
 def read(path: Path, base: Mapping[str, Tensor]) -> Given:
     """Any tool's file, a folder that PEFT wrote, a checkpoint-N folder, or its folder `adapter`. Raises UserError."""
     inside = path.parent if path.name == ADAPTER else path
-    if (inside / "progress.json").is_file():
+    if both := checkpoint.parts(inside):
+        raise UserError("adapters", f"{path} has those of both experts; give {' or '.join(map(str, both.values()))}")
+    if checkpoint.is_ours(inside):
         return of_checkpoint(inside, base)
     adapter, found = read_adapter(path, base)
     return Given(adapter, str(found.file), file_digest(found.file))

@@ -14,6 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune import families
+from reeltune.adapters.apply import merge, parameters_of
+from reeltune.checkpoint import folder as checkpoint
+from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Loss, Model, Recipe
 from reeltune.core.errors import UserError, refuse, together
 from reeltune.diffusion.objective import Objective
@@ -21,7 +24,9 @@ from reeltune.distributed.engine import DTYPES
 from reeltune.families import weights
 from reeltune.families.spec import Family, Parts, check_expert, check_mode
 from reeltune.memory.blocks import blocks_of, move, swap
-from reeltune.run.experts import OTHER, check_experts
+from reeltune.optim.trainable import released_names
+from reeltune.run import adapters
+from reeltune.run.experts import OTHER, check_experts, own_part, refuse_adapters
 from reeltune.run.loading_memory import WORDS, told_when_full
 from reeltune.run.precision import encoder_dtype
 from reeltune.run.sizes import size_rules
@@ -30,7 +35,8 @@ LEVEL_CHOICES = ("uniform_sampling", "weighting_scheme", "logit_mean", "logit_st
 
 
 def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
-    """The family found in the checkpoint, the train mode, and the objective with the recipe's noise levels.
+    """The family found in the checkpoint, the train mode, and the objective with the recipe's noise levels; where both
+    of two experts learn, the family of both, and an objective of all levels.
 
     Raises UserError if the checkpoint is unknown, or cannot do the mode, the loss and the sizes asked for.
     """
@@ -43,7 +49,7 @@ def choose_family(recipe: Recipe) -> tuple[Family, str, Objective]:
         objective = attempt(chosen_objective, family, recipe.loss)
         attempt(size_rules, recipe, family)
         attempt(check_reference, family, recipe.model)
-        attempt(check_experts, family, recipe.model)
+        attempt(check_experts, family, recipe.model, recipe.adapter.adapter_path)
     return family, mode, objective
 
 
@@ -144,7 +150,7 @@ def load_parts(
         network=network,
         network_device=torch.device("cpu") if recipe.memory.blocks_to_swap else None,
         vae_tiling=recipe.memory.vae_tiling,
-        transformer_path=transformer or recipe.model.transformer_path,
+        transformer_path=transformer or own_part(recipe.model.transformer_path, family.expert),
         fake=fake,
         base_weights=recipe.adapter.base_weights,
     )
@@ -165,9 +171,12 @@ def other_expert(family: Family, path: str | None) -> Family | None:
     if family.expert is None:
         return None
     name = OTHER[family.expert]
+    path = own_part(path, name)
     if path is None:
         return family.experts.get(name)
-    return replace(family.experts.get(name, family), expert=name, weights=weights.saved_transformer(path))
+    shared = checkpoint.is_shared(Path(path))
+    own = family.experts.get(name, family)
+    return replace(own, expert=name, weights=own.weights if shared else weights.saved_transformer(path))
 
 
 def other_expert_bytes(recipe: Recipe, family: Family) -> int:
@@ -179,22 +188,36 @@ def other_expert_bytes(recipe: Recipe, family: Family) -> int:
     return count * DTYPES[recipe.training.mixed_precision].itemsize
 
 
-def load_other_expert(recipe: Recipe, family: Family, device: torch.device, *, network: bool = True) -> nn.Module:
-    """The network that does not learn, as it computes: its blocks wait in the CPU's memory, and visit the device.
+def load_other_expert(
+    recipe: Recipe, family: Family, device: torch.device, *, strength: float = 1.0, network: bool = True
+) -> nn.Module:
+    """The network that does not learn, as it computes, with its adapter in its weights: its blocks wait in the CPU's
+    memory, and visit the device.
 
-    family: of the one that does, beside which it is. network: as of Family.load. Raises UserError for weights that do
-    not fit.
+    family: of the one that does, beside which it is. strength: of the adapter. network: as of Family.load; an adapter
+    is looked at without, too. Raises UserError for weights that do not fit.
     """
-    path = recipe.model.other_expert_path
-    other = other_expert(family, path)
+    model = recipe.model
+    other = other_expert(family, model.other_expert_path)
     assert other is not None
-    net = other.load(
-        recipe.model.pretrained_model_name_or_path,
+    path = own_part(model.other_expert_path, other.expert)
+    shared = path is not None and checkpoint.is_shared(Path(path))
+    parts = other.load(
+        model.pretrained_model_name_or_path,
         dtype=DTYPES[recipe.training.mixed_precision],
         encoders=False,
         network=network,
-        transformer_path=path,
-    ).net.requires_grad_(False)
+        transformer_path=None if shared else path,
+    )
+    net = parts.net.requires_grad_(False)
+    names = released_names(net, lambda state: other.to_released(state, parts.config))
+    if shared and network:
+        Shared(Path(path or "")).fill_network(net, names)
+    if (adapter := own_part(model.other_expert_adapter, other.expert)) is not None:
+        given = adapters.read(Path(adapter), parameters_of(net, names))
+        refuse_adapters({given.path: given.adapter}, other)
+        if network:
+            merge(net, names, [(given.adapter, strength)])
     if network and device.type != "cpu":
         blocks = blocks_of(net, family.blocks)
         move(net, device, besides=swap(blocks, len(blocks), device))

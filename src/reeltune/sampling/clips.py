@@ -18,7 +18,7 @@ from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import Request, drawn_controls, notice_cut, requests_of
 from reeltune.sampling.sample import Setup, make_clip
 from reeltune.sampling.sheet import write_sheet
-from reeltune.sampling.trained import Trained, load_trained
+from reeltune.sampling.trained import Trained, load_trained, of_both
 
 
 def sample_clips(
@@ -33,6 +33,8 @@ def sample_clips(
     """
     validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
     _refuse(validation, strengths, seeds)
+    choose_family(recipe)
+    recipe = of_both(recipe)
     family, mode, objective = choose_family(recipe)
     drawn, _ = drawn_controls(recipe, family, mode)
     requests = requests_of(recipe, family, mode, size_rules(recipe, family), drawn)
@@ -40,15 +42,15 @@ def sample_clips(
     notice_cut(family, [("negative_prompt", validation.negative_prompt)])
     engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
     trained = load_trained(recipe, family, engine.device, adapters)
-    if strengths and not trained.adapters:
-        raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint that keeps one")
     other = OtherExpert.of(recipe, family, engine.device)
+    if strengths and not (trained.adapters or (other and other.adapter)):
+        raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint that keeps one")
     setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe), other)
     columns = strengths or (1.0,)
     first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
     numbers = [range(first + len(columns) * row, first + len(columns) * (row + 1)) for row in range(len(requests))]
     clips = [[folder / f"{number}.mp4" for number in row] for row in numbers]
-    frames = _make(setup, trained, validation, requests, clips, columns)
+    frames = _make(setup, other, trained, validation, requests, clips, columns)
     made = [clip for row in clips for clip in row]
     if not strengths:
         return made
@@ -74,6 +76,7 @@ def _refuse(validation: Validation, strengths: Sequence[float], seeds: Sequence[
 
 def _make(
     setup: Setup,
+    other: OtherExpert | None,
     trained: Trained,
     validation: Validation,
     requests: Sequence[Request],
@@ -83,10 +86,11 @@ def _make(
     """Returns each clip's middle frame, uint8_HWC, as `clips` has their paths: a row a request, a column a factor."""
     frames: list[list[np.ndarray]] = [[] for _ in requests]
     for column, factor in enumerate(factors):
+        shown = setup if other is None or factor == 1 else replace(setup, other=other.times(factor))
         with trained.at(factor, keep=len(factors) > 1):
             for row, request in enumerate(requests):
                 pixels_BFCHW = make_clip(
-                    setup,
+                    shown,
                     trained.parts.net,
                     request,
                     request.batch(),

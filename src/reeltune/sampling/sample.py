@@ -21,7 +21,7 @@ from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
 from reeltune.families.spec import Family, Parts
-from reeltune.sampling.other_expert import OtherExpert
+from reeltune.sampling.other_expert import BothExperts, OtherExpert
 from reeltune.sampling.prompts import Request
 
 CAPTIONS = 128  # remembered: at most 1.1 GB, at 512 x 4096 floats each
@@ -37,7 +37,7 @@ class Setup:
     objective: Objective
     autocast: Callable[[], AbstractContextManager] = nullcontext
     options: dict[str, Any] = field(default_factory=dict)
-    other: OtherExpert | None = None  # that makes clips together with the network
+    other: OtherExpert | BothExperts | None = None  # that makes clips together with the network, or in its place
 
     def encode(self, batch: Batch) -> Encoded:
         """Sample by sample, because networks give other last bits in other batches; or as it came from the cache."""
@@ -87,21 +87,25 @@ class Setup:
         with self.autocast():
             return self.family.denoise(net, x_BCThw, timestep_B, cond)
 
+    def networks(self, net: nn.Module) -> list[nn.Module]:
+        """All that learn and make clips: `net`, or both experts."""
+        return [half.net for half in self.other.halves.values()] if isinstance(self.other, BothExperts) else [net]
+
     def denoise_together(
         self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond, *, write: bool = True
     ) -> Tensor:
-        """By the expert whose noise level it is. Without `write` nobody looks at the clip: only `net`, which may be
-        spread over processes, is asked."""
-        if self.other is None or not self.other.answers(timestep_B):
-            return self.denoise(net, x_BCThw, timestep_B, cond)
-        return self.denoise(self.other.net, x_BCThw, timestep_B, cond) if write else torch.zeros_like(x_BCThw)
+        """By the expert whose noise level it is. Without `write` nobody looks at the clip: only what learns, which may
+        be spread over processes, is asked."""
+        asked = net if self.other is None else self.other.answering(net, timestep_B, write=write)
+        return torch.zeros_like(x_BCThw) if asked is None else self.denoise(asked, x_BCThw, timestep_B, cond)
 
 
 @contextmanager
-def at_rest(net: nn.Module) -> Iterator[None]:
+def at_rest(*nets: nn.Module) -> Iterator[None]:
     """No gradients, evaluation mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    modes = [(module, module.training) for net in nets for module in net.modules()]
+    for net in nets:
+        net.eval()
     try:
         with torch.no_grad():
             yield
@@ -129,7 +133,7 @@ def make_clip(
     Returns what was written, uint8_BFCHW on the CPU. Raises CannotWriteError.
     """
     scheduler = denoise.sampler(setup.objective)
-    with at_rest(net):
+    with at_rest(*setup.networks(net)):
         encoded = setup.encode(batch)
         x0, cond = settle(encoded, [request.seed], setup.parts.null)
         x0 = denoise.sample(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
 from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
-from reeltune.run.experts import refuse_adapters, refuse_other_expert
+from reeltune.run.experts import of_expert, refuse_adapters, refuse_other_expert
 from reeltune.run.model import load_parts
 
 
@@ -49,6 +49,20 @@ class Trained:
             yield
 
 
+def of_both(recipe: Recipe) -> Recipe:
+    """Where both of two experts learn, the recipe of the first, beside which the other has the weights of the same
+    checkpoint, or of the same settings; another recipe as it is. Raises UserError as `find`."""
+    if recipe.model.expert != "both":
+        return recipe
+    high, low = (of_expert(recipe, name) for name in ("high", "low"))
+    path, adapter = low.model.transformer_path, low.adapter.adapter_path
+    chosen = checkpoint.find(Path(recipe.output.output_dir), recipe.output.resume_from_checkpoint)
+    if chosen is not None:
+        part = str(checkpoint.part(chosen, "low"))
+        path, adapter = (path, part) if checkpoint.is_adapter(chosen) else (part, None)
+    return replace(high, model=replace(high.model, other_expert_path=path, other_expert_adapter=adapter))
+
+
 def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters: Sequence[str] = ()) -> Trained:
     """adapters: FILE:strength each, beside that of a checkpoint which keeps one. Where neither is, the recipe's
     adapter_path counts. A checkpoint of any engine will do.
@@ -59,8 +73,9 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     chosen = _checkpoint(recipe)
     if chosen is not None:
         refuse_other_expert("resume_from_checkpoint", chosen, family)
+        chosen = checkpoint.part(chosen, family.expert)
     whole = None if chosen is not None and checkpoint.is_adapter(chosen) else chosen
-    source = None if whole is None or checkpoint.is_shared(whole) else whole / "transformer"
+    source = None if whole is None else checkpoint.transformer_of(whole)
     parts = load_parts(recipe, family, device, source)
     names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
     if whole is not None and checkpoint.is_shared(whole):

@@ -6,7 +6,7 @@ been. Both run on the main process alone; the others wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from reeltune.data.loader import Reader
 from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.sampling.obedience import Obedience, obedience_of
+from reeltune.sampling.other_expert import BothExperts, Half
 from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
 from reeltune.sampling.prompts import (
     NOTHING_DRAWN,
@@ -66,9 +67,27 @@ class HeldOut:
 
     @property
     def levels(self) -> list[float]:
-        """The middles of equal shares of the schedule, noisiest first."""
+        """The middles of equal shares of the schedule, noisiest first; of each of two experts, of its own range."""
         count = self.held_out_levels
-        return [self.setup.objective.quantile((i + 0.5) / count) for i in range(count)]
+        objectives = [half.objective for half in self._halves.values()] or [self.setup.objective]
+        return [objective.quantile((i + 0.5) / count) for objective in objectives for i in range(count)]
+
+    @property
+    def _halves(self) -> Mapping[str, Half]:
+        """Where both of two experts learn."""
+        other = self.setup.other
+        return other.halves if isinstance(other, BothExperts) else {}
+
+    def _by_expert(self, losses: np.ndarray) -> dict[str, np.ndarray]:
+        """Its columns, of each of two that learn."""
+        return dict(zip(self._halves, np.split(losses, len(self._halves), axis=1), strict=True)) if self._halves else {}
+
+    def _mean(self, losses: np.ndarray) -> np.ndarray:
+        """Per clip, over the levels; of two experts as over one schedule, by the share of each."""
+        if not self._halves:
+            return losses.mean(1)
+        parts = [self._halves[name].share * own.mean(1) for name, own in self._by_expert(losses).items()]
+        return np.sum(parts, axis=0)
 
     def measure(self, net: nn.Module, step: int, *, write: bool = True) -> dict[str, Any] | None:
         """One row for metrics.jsonl. The first measurement of a run, or one at step 0, is the start.
@@ -79,29 +98,38 @@ class HeldOut:
         if not write:
             return None
         start_step, start = self._start(step, losses)
-        differences = (losses - start).mean(1)  # per clip, because levels of one clip are not independent
         bands = zip(self.levels, losses.mean(0).tolist(), start.mean(0).tolist(), strict=True)
+        before = self._by_expert(start)
+        experts = {name: _change(own.mean(1), before[name].mean(1)) for name, own in self._by_expert(losses).items()}
         return {
             "kind": "validation",
             "step": step,
             "start_step": start_step,
-            "loss": float(losses.mean()),
-            "loss_start": float(start.mean()),
-            "difference": float(differences.mean()),
-            "band95": band95(differences),
+            **_change(self._mean(losses), self._mean(start)),
             "per_band": [{"level": level, "loss": loss, "loss_start": before} for level, loss, before in bands],
             "per_clip": losses.mean(1).tolist(),  # in the order of start.json: two runs are paired by it
             "n": len(losses),
+            **({"experts": [{"expert": name, **told} for name, told in experts.items()]} if experts else {}),
         }
 
     def losses(self, net: nn.Module) -> np.ndarray:
         """float64[clips, levels]: mean square errors, unweighted, so that runs of all settings compare."""
+        if not self._halves:
+            return self._losses(net, self.levels)
+        own = np.split(np.array(self.levels), len(self._halves))
+        columns = []
+        for half, levels in zip(self._halves.values(), own, strict=True):
+            half.come()
+            columns.append(self._losses(half.net, levels.tolist()))
+        return np.concatenate(columns, axis=1)
+
+    def _losses(self, net: nn.Module, levels: Sequence[float]) -> np.ndarray:
         setup, rows = self.setup, []
         with at_rest(net):
             for draw in self.draws:
                 encoded = setup.encode(self.read(draw))
                 x0, cond = settle(encoded, [draw.seed], setup.parts.null)
-                for band, level in enumerate(self.levels):
+                for band, level in enumerate(levels):
                     noise = gaussian(x0, [draw.seed], "noise", str(band))
                     level_B = torch.full((1,), level, device=x0.device)
                     error = error_at(setup.denoise, net, setup.objective, x0, cond, noise, level_B)
@@ -128,6 +156,17 @@ class HeldOut:
             )
         require_fields(kept, {"losses": NUMBER.many(count).many(len(losses))}, path, REMEDY)
         return kept["step"], np.array(kept["losses"], dtype=np.float64)
+
+
+def _change(losses_N: np.ndarray, start_N: np.ndarray) -> dict[str, Any]:
+    """Of each clip, because levels of one clip are not independent."""
+    differences = losses_N - start_N
+    return {
+        "loss": float(losses_N.mean()),
+        "loss_start": float(start_N.mean()),
+        "difference": float(differences.mean()),
+        "band95": band95(differences),
+    }
 
 
 @dataclass

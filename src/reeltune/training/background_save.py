@@ -51,7 +51,7 @@ class Saving:
 
     def __init__(self, run: Run):
         self.out, self.recipe, self.engine, self.watchdog = run.out, run.recipe, run.engine, run.watchdog
-        self.learner, self.ledger, self.log = run.learner, run.ledger, run.log
+        self.turns, self.ledger, self.log = run.turns, run.ledger, run.log
         self.step = -1  # that has a checkpoint, or has one under way
         self.under_way: UnderWay | None = None
         self.has_logged_no_room = False
@@ -120,36 +120,38 @@ class Saving:
     # ---- what is written
 
     def _contents(self) -> Any:
-        """By this process: tensors that train on, and plain values."""
+        """By this process, of each network that learns: tensors that train on, and plain values."""
+        learners = {turn.expert: turn.learner for turn in self.turns.each}
         if self.engine.sharded:
-            return list(self.learner.pieces()), self.learner.scalars()
-        return (self.learner.weights(), self.learner.state()) if self.engine.main else ()
+            return {expert: (list(one.pieces()), one.scalars()) for expert, one in learners.items()}
+        return {expert: (one.weights(), one.state()) for expert, one in learners.items() if self.engine.main}
 
     def _work(self, progress: Progress, contents: Any, shares: list[Share]) -> Callable[[], Written]:
         """contents: as `_contents` gives it, or a copy."""
         keep, write_more = self.recipe.output.checkpoints_total_limit, partial(self._write_more, shares)
         if self.engine.sharded:
-            pieces, scalars = contents
             group = self.engine.cpu_group
             assert group is not None  # several processes have one
 
             def write_outline_and_more(folder: Path) -> None:
-                self.learner.write_outline(folder, scalars)
+                for turn in self.turns.each:
+                    turn.learner.write_outline(checkpoint.part_in(folder, turn.expert), contents[turn.expert][1])
                 write_more(folder)
 
+            pieces = {expert: kept for expert, (kept, _) in contents.items()}
             save_shares = partial(checkpoint.save_shares, self.out, progress, pieces, group)
             return partial(save_shares, write_more=write_outline_and_more, keep=keep)
         if not self.engine.main:
             return lambda: None
-        weights, state = contents
+
+        def write_networks(folder: Path) -> None:
+            for turn in self.turns.each:
+                own, (weights, state) = checkpoint.part_in(folder, turn.expert), contents[turn.expert]
+                turn.learner.write_weights(weights, state["average"], own)
+                checkpoint.write_state(own, state)
+
         return partial(
-            checkpoint.save,
-            self.out,
-            progress,
-            write_weights=partial(self.learner.write_weights, weights, state["average"]),
-            optimizer_state=state,
-            write_more=write_more,
-            keep=keep,
+            checkpoint.save, self.out, progress, write_networks=write_networks, write_more=write_more, keep=keep
         )
 
     def _write_more(self, shares: list[Share], folder: Path) -> None:

@@ -54,7 +54,8 @@ class Duties:
             self.log.warn(f"ledger.csv and the report are not written: {broken}")
         if isinstance(error, torch.OutOfMemoryError):
             run = self.run
-            raise explained(error, *run.watchdog.now, self.shape, run.learner.held_bytes(), run.recipe) from error
+            held_bytes = run.turns.now.learner.held_bytes()
+            raise explained(error, *run.watchdog.now, self.shape, held_bytes, run.recipe) from error
 
     def account(self, kind: type | None) -> None:
         """The ledger and the report, of what all processes did. kind: of the error that ended the run."""
@@ -80,7 +81,8 @@ class Duties:
         self.saving.step = step  # step 0 needs no checkpoint, the resumed one has it
         for notice in run.notices:
             self.log.warn(notice)
-        self.log.notice(run.learner.network.summary)
+        for turn in run.turns.each:
+            self.log.notice(turn.summary)
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
         elif run.recipe.output.resume_from_checkpoint is not None:
@@ -164,7 +166,7 @@ class Duties:
         run.prefetcher.wait()
         run.watchdog.doing("validate", step)
         if self.engine.main or self.engine.runs_together:
-            checked = run.validation.run(run.learner.plain, step, write=self.engine.main)
+            checked = run.validation.run(run.turns.now.learner.plain, step, write=self.engine.main)
             if checked.held_out is not None:
                 self.log.validation(checked.held_out)
             if checked.obedience is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared, Whole
@@ -19,6 +20,7 @@ from reeltune.distributed.ddp import piece
 from reeltune.distributed.engine import Engine
 from reeltune.distributed.sharded_io import Piece
 from reeltune.families.spec import Family, Parts
+from reeltune.memory.resting import Resting
 from reeltune.memory.size import size_bytes
 from reeltune.optim.optimizers import (
     MovingAverage,
@@ -57,7 +59,26 @@ class Learner:
         )
         self.net, self.optimizer = self.trainer.net, self.trainer.optimizer
         self.in_backward = StepInBackward(optimizer, self.learning) if step_in_backward else None
+        self.resting = Resting(self._on_device, engine.device)
         self.plain.train()
+
+    def _on_device(self) -> Iterator[tuple[Tensor, bool]]:
+        """Between two steps, when there are no gradients: tensors, and whether a step changes them."""
+        yield from ((weight, weight.requires_grad) for weight in self.plain.parameters())
+        yield from ((buffer, False) for buffer in self.plain.buffers())
+        average = {} if self.average is None else self.average.weights
+        for leaf in tree_leaves([self.optimizer.state_dict(), average]):
+            if isinstance(leaf, Tensor):
+                yield leaf, True
+
+    def rest(self) -> None:
+        """Leaves the device to another, if this process has all of it; shards stay where they are."""
+        if not self.engine.sharded and self.engine.device.type != "cpu":
+            self.resting.leave()
+
+    def wake(self) -> None:
+        """Comes back to where it computes."""
+        self.resting.come()
 
     def held_bytes(self) -> dict[str, int]:
         """part -> bytes of it that this process has now."""
@@ -107,8 +128,9 @@ class Learner:
         return self.network.weights()
 
     def write_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, folder: Path) -> None:
-        """transformer/ (or adapter/) and, if there is an average, transformer_ema/, both in the released form."""
-        self.network.write(folder / self.network.folder, weights)
+        """transformer/ (or adapter/) and, if there is an average, transformer_ema/, both in the released form; of a
+        part of a checkpoint the network right in it."""
+        self.network.write(self.network.weights_in(folder), weights)
         if average is not None:
             self.network.write(folder / f"{self.network.folder}_ema", {**weights, **average})
 
@@ -125,9 +147,8 @@ class Learner:
     def write_outline(self, folder: Path, scalars: dict[str, dict[str, float]]) -> None:
         """What the pieces do not say: a config.json, shapes, and numbers of the optimizer's state."""
         kept, shapes = self.network.kept, self.network.shapes
-        self.network.write(
-            folder / self.network.folder, {name: torch.empty(shapes[name], device="meta") for name in kept}
-        )
+        outline = {name: torch.empty(shapes[name], device="meta") for name in kept}
+        self.network.write(self.network.weights_in(folder), outline)
         shapes = {released: shapes[name] for name, released in kept.items()}
         Shared.write_outline(folder, shapes, scalars)
 

@@ -20,11 +20,12 @@ from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
-from reeltune.families.spec import Family
+from reeltune.families.spec import Family, learning
 from reeltune.memory import attention
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
+from reeltune.run.experts import of_expert
 from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
@@ -35,14 +36,14 @@ from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
 from reeltune.training.dropout import seeded_dropout
 from reeltune.training.duties import Duties, Step, is_due
-from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
 from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
 from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from reeltune.training.rank_checks import from_first, refuse_apart, refuse_damaged, refuse_other_records
-from reeltune.training.rate import rate_notices, rate_of
+from reeltune.training.rate import rate_notices
 from reeltune.training.run import Run
+from reeltune.training.turns import looked_at, turns_of
 
 
 def train(recipe: Recipe) -> int:
@@ -77,7 +78,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
-    facts = {"family": family.name, "mode": mode, **({"expert": family.expert} if family.expert else {})}
+    facts = {"family": family.name, "mode": mode, **({"expert": recipe.model.expert} if family.experts else {})}
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += changes_since(resumed_from, recipe)
@@ -92,35 +93,42 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
     cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
     start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    transformer = None if resumed_from is None else checkpoint.transformer_of(resumed_from)
-    parts = load_parts(recipe, family, engine.device, transformer, encoders=cache is None, start_on=start_on)
+    first = learning(family)[0]
+    own, part = of_expert(recipe, first.expert), resumed_from and checkpoint.part(resumed_from, first.expert)
+    transformer = None if part is None else checkpoint.transformer_of(part)
+    parts = load_parts(own, first, engine.device, transformer, encoders=cache is None, start_on=start_on)
     pixel_reader = None if cache is None else inputs.reader
     if cache is not None:
         parts.null |= cache.null(engine.device)
         inputs = cache.feed(inputs)
     other, options = OtherExpert.of(recipe, family, engine.device), encode_options(recipe)
     setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=options, other=other)
-    validation = Validation.build(recipe, setup, inputs.held_out_reader, inputs.rules, drawn)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
-    learner = learner_of(recipe, family, parts, engine, batch=split.batch, accumulate=passes, resumed_from=resumed_from)
-    if resumed_from is not None:
-        learner.load_state(resumed_from)
     total_steps = steps_of(recipe, inputs.plan(0))
+    turns = turns_of(
+        recipe,
+        setup,
+        engine,
+        batch=split.batch,
+        accumulate=passes,
+        total_steps=total_steps,
+        resumed_from=resumed_from,
+    )
+    validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
     stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
-        facts |= {**learner.network.counts, "attention": training.attention, "processes": engine.world}
+        facts |= {**turns.counts, "attention": training.attention, "processes": engine.world}
         describe(out, recipe, facts)
     return Run(
         recipe=recipe,
         engine=engine,
         watchdog=watchdog,
         setup=setup,
-        learner=learner,
-        rate=rate_of(recipe.optimization, total_steps),
+        turns=turns,
         validation=validation,
         prefetcher=_prefetcher(recipe, engine, setup, inputs, split, progress, total_steps),
         pixel_reader=pixel_reader,
@@ -138,7 +146,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *stale,
             *slow,
             *changes,
-            *learner.network.notices,
+            *(notice for turn in turns.each for notice in turn.learner.network.notices),
             *attention.notices(training.attention),
             *validation.notices,
         ],
@@ -147,13 +155,15 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
 
 def loop(run: Run) -> int:
     """Steps, until all are done or a signal ends the run. Returns train's exit code."""
-    recipe, engine, progress, learner = run.recipe, run.engine, run.progress, run.learner
+    recipe, engine, progress, turns = run.recipe, run.engine, run.progress, run.turns
     prefetcher, meter, stage, passes = run.prefetcher, run.meter, run.meter.stage, run.passes
     ends = "ends after this step, with a checkpoint" if engine.main else ""
     with Interrupt(ends) as interrupt, run.log, Duties(run) as duties, prefetcher:
         duties.begin()
         while progress.step < run.total_steps and not engine.any(interrupt.code > 0 or duties.saving.has_failed()):
             meter.begin(progress.step)
+            with stage("step"):
+                turn, taken = turns.at(progress.step)
             for micro_step in range(passes):
                 with stage("data"):
                     batch, progress.epoch, progress.cursor = prefetcher.batch()
@@ -165,16 +175,16 @@ def loop(run: Run) -> int:
                 with stage("forward"):
                     where = recipe.training.seed, progress.step, micro_step, engine.rank
                     with meter.flops(shape), seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
-                        loss = training_loss(run.setup, learner.net, encoded, batch.draws, recipe.loss)
-                    learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
+                        loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+                    turn.learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)
                 meter.count(mean_loss, shape, len(batch.draws))
                 duties.check_finite(Step(progress.step, batch, loss, mean_loss))
-            rate = run.rate(progress.step)
             with stage("step"):
-                grad_norm = learner.step(progress.step, rate)
+                rate = turn.rate(progress.step)
+                grad_norm = turn.learner.step(taken, rate)
                 progress.step += 1
-            run.log.step(meter.row(progress, grad_norm, learner.rates(rate)), meter.seconds())
+            run.log.step(meter.row(progress, grad_norm, turn.row(rate)), meter.seconds())
             if is_due(recipe.output.checkpointing_steps, progress.step):
                 duties.save(last=progress.step == run.total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):

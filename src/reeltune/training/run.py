@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.validate import Validation
-from reeltune.training.learner import Learner
 from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit
 from reeltune.training.prefetch import Prefetcher
+from reeltune.training.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Run:
     engine: Engine
     watchdog: Watchdog
     setup: Setup
-    learner: Learner
-    rate: Callable[[int], float]  # step -> learning rate
+    turns: Turns
     validation: Validation
     prefetcher: Prefetcher  # of all the batches that are left
     pixel_reader: Reader | None  # of the first batch's pictures, where batches come from a cache, without them

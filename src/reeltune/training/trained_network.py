@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reeltune.adapters import saved
 from reeltune.adapters.layers import groups as adapter_groups
 from reeltune.adapters.principal import is_start
-from reeltune.checkpoint.folder import ADAPTER
+from reeltune.checkpoint.folder import ADAPTER, weights_in
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
@@ -60,6 +60,10 @@ class TrainedNetwork:
     def folder(self) -> str:
         """Of a checkpoint's, where they lie."""
         return "transformer" if self.adapter is None else ADAPTER
+
+    def weights_in(self, checkpoint: Path) -> Path:
+        """Where a checkpoint, or the part of one that is this network's, has them."""
+        return weights_in(checkpoint) if self.adapter is None else checkpoint / ADAPTER
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by our names, as it trains on."""
