@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from reeltune.distributed.engine import Engine, choose_tf32, peak_flops
+from reeltune.training import duties
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,30 @@ def test_a_cards_peak_is_its_data_sheets(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     peak = peak_flops(torch.device("cuda", 0), torch.bfloat16)
     assert peak == (None if tflops is None else tflops * 1e12)
+
+
+def test_a_loss_is_looked_at_when_it_has_come_to_the_host(monkeypatch):
+    """Not on the device, where that would wait for the step under way."""
+    done = []
+
+    class Event:
+        def record(self):
+            done.append("sent")
+
+        def synchronize(self):
+            done.append("there")
+
+    class OnDevice:
+        is_cuda = True
+
+        def to(self, place, *, non_blocking):
+            assert (place, non_blocking) == ("cpu", True)
+            return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    kept = duties.Duties.__new__(duties.Duties)
+    kept.unseen = None
+    kept.check_finite(SimpleNamespace(mean=OnDevice()))
+    assert done == ["sent"]
+    kept.check_finite(None)
+    assert done == ["sent", "there"] and kept.unseen is None
