@@ -6,7 +6,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.data.records import Records
 from reeltune.distributed.engine import Engine
-from reeltune.run.folder import LIBRARIES
+from reeltune.run.folder import versions
 
 T = TypeVar("T")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # read of each file of a checkpoint, over all of it
@@ -68,10 +67,10 @@ def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:
         "offload": engine.parallelism.offload,
     }
     others = {"DeepSpeed's settings": engine.parallelism.deepspeed, "blocks to wrap": engine.parallelism.blocks}
-    versions = {f"the version of {name}": version(name) for name in LIBRARIES}
+    libraries = {f"the version of {name}": number for name, number in versions().items()}
     refuse(
         "launch: processes of one run take the same command, and the same environment, on every machine",
-        differences(engine.gather({**flat(recipe), **asked, **others, **versions})),
+        differences(engine.gather({**flat(recipe), **asked, **others, **libraries})),
     )
 
 
