@@ -71,6 +71,21 @@ def test_lines_are_the_released_tools(folder):
     assert (mlsd.drawn(lines, 64, 128) != expected).mean() < 0.002
 
 
+@pytest.mark.parametrize(("kind", "found"), [("hed", edges_of), ("mlsd", lambda *given: lines_of(*given)[0])])
+def test_bits_do_not_depend_on_the_cores_of_a_machine(kind, found, folder):
+    make, name = NETS[kind]
+    net, _ = open_net(make, folder / name, [], "cpu")
+    before, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            made.append(found(net, picture(128, 256), "cpu"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*made)
+
+
 def test_the_size_that_networks_are_shown():
     sizes = {(480, 832): (512, 896), (1080, 1920): (512, 896), (300, 200): (768, 512), (512, 512): (512, 512)}
     assert {size: shown_size(*size) for size in sizes} == sizes  # of controlnet-aux's resize_image

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 
+from reeltune.control.device import one_thread
 from reeltune.control.grey import change, put_grey
 from reeltune.control.hed_net import Hed
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
@@ -50,6 +51,7 @@ def open_hed(given: Path | None, settings: Settings) -> Detector:
     return Detector(digest_of("hed", [VERSION], [file]), detect)
 
 
+@one_thread()
 @torch.inference_mode()
 def edges_of(net: Hed, rgb_HW3: np.ndarray, device: str) -> np.ndarray:
     """float32 H W, 0 to 255: how much each pixel is an edge, of a picture of a size that the network takes."""
