@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from reeltune.cli import main
 from reeltune.control import mlsd, released_net
-from reeltune.control.hed import edges_of, open_hed
+from reeltune.control.hed import edges_of, open_hed, score_of
 from reeltune.control.hed_net import Hed
 from reeltune.control.judge import Asked, judge_of
 from reeltune.control.kind import Settings, Source, pictures
@@ -104,8 +104,14 @@ def test_controls_are_drawn_at_the_clips_size(kind, open_kind, folder, small):
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     quality = detector.detect(Source.of(clip[:2], 8), lambda chunk: None)
-    assert quality.facts["steady_share"] == 1 and 0 < quality.score <= 1
+    assert quality.facts["steady_share"] == 1 and 0 <= quality.score <= 1
     assert 0 < kind_named(kind).least_score < 1
+
+
+def test_the_score_of_soft_edges():
+    """Half of what is enough, enough, more, and nearly all."""
+    assert [score_of(np.array([share])) for share in (0, 0.0025, 0.005, 0.1, 0.9)] == [0, 0.5, 1, 1, 0]
+    assert score_of(np.array([0.1, 0])) == 0.5
 
 
 def test_a_control_of_the_shown_size_is_the_networks(folder, small):
