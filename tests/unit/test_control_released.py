@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from reeltune.cli import main
 from reeltune.control import mlsd, released_net
-from reeltune.control.hed import edges_of, open_hed
+from reeltune.control.hed import edges_of, open_hed, score_of
 from reeltune.control.hed_net import Hed
 from reeltune.control.judge import Asked, judge_of
 from reeltune.control.kind import Settings, Source, pictures
@@ -71,6 +71,21 @@ def test_lines_are_the_released_tools(folder):
     assert (mlsd.drawn(lines, 64, 128) != expected).mean() < 0.002
 
 
+@pytest.mark.parametrize(("kind", "found"), [("hed", edges_of), ("mlsd", lambda *given: lines_of(*given)[0])])
+def test_bits_do_not_depend_on_the_cores_of_a_machine(kind, found, folder):
+    make, name = NETS[kind]
+    net, _ = open_net(make, folder / name, [], "cpu")
+    before, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            made.append(found(net, picture(128, 256), "cpu"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*made)
+
+
 def test_the_size_that_networks_are_shown():
     sizes = {(480, 832): (512, 896), (1080, 1920): (512, 896), (300, 200): (768, 512), (512, 512): (512, 512)}
     assert {size: shown_size(*size) for size in sizes} == sizes  # of controlnet-aux's resize_image
@@ -89,8 +104,14 @@ def test_controls_are_drawn_at_the_clips_size(kind, open_kind, folder, small):
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     quality = detector.detect(Source.of(clip[:2], 8), lambda chunk: None)
-    assert quality.facts["steady_share"] == 1 and 0 < quality.score <= 1
+    assert quality.facts["steady_share"] == 1 and 0 <= quality.score <= 1
     assert 0 < kind_named(kind).least_score < 1
+
+
+def test_the_score_of_soft_edges():
+    """Half of what is enough, enough, more, and nearly all."""
+    assert [score_of(np.array([share])) for share in (0, 0.0025, 0.005, 0.1, 0.9)] == [0, 0.5, 1, 1, 0]
+    assert score_of(np.array([0.1, 0])) == 0.5
 
 
 def test_a_control_of_the_shown_size_is_the_networks(folder, small):

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 
-from reeltune.control.device import require_device
+from reeltune.control.device import one_thread, require_device
 from reeltune.control.grey import put_grey
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
 from reeltune.core.errors import UserError
@@ -99,6 +99,7 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
     metric = model_type == "zoedepth" or net.config.depth_estimation_type == "metric"
     margin = PADDED if model_type == "zoedepth" and prepare.do_pad else 0.0
 
+    @one_thread()
     @torch.inference_mode()
     def near(rgb_HW3: np.ndarray) -> np.ndarray:
         pixels_BCHW = prepare(images=rgb_HW3, input_data_format="channels_last", return_tensors="pt").pixel_values

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 
+from reeltune.control.device import one_thread
 from reeltune.control.grey import change, put_grey
 from reeltune.control.hed_net import Hed
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
@@ -22,6 +23,7 @@ VERSION = 1  # raise it when the same clip gets other edges
 FILES = ("ControlNetHED.pth", "ControlNetHED.safetensors")
 EDGE = 128  # of 255: an edge rather than none
 ENOUGH = 0.005  # of a frame's pixels on edges, as of canny: with fewer there is little to follow
+NOISE = 0.5  # of them: what is mostly edges has nothing to follow either (chosen, not measured on released weights)
 
 
 def open_hed(given: Path | None, settings: Settings) -> Detector:
@@ -45,11 +47,17 @@ def open_hed(given: Path | None, settings: Settings) -> Detector:
 
         put_grey(source, put, grey)
         facts = {"edges_share": float(np.mean(shares)), "steady_share": 1 - float(np.mean(steps)) if steps else 1.0}
-        return Quality(float(np.minimum(np.array(shares) / ENOUGH, 1).mean()), facts)
+        return Quality(score_of(np.array(shares)), facts)
 
     return Detector(digest_of("hed", [VERSION], [file]), detect)
 
 
+def score_of(shares_F: np.ndarray) -> float:
+    """How much there is to follow, 0 to 1, by the share of each frame's pixels that are on edges."""
+    return float(np.where(shares_F > NOISE, 0.0, np.minimum(shares_F / ENOUGH, 1.0)).mean())
+
+
+@one_thread()
 @torch.inference_mode()
 def edges_of(net: Hed, rgb_HW3: np.ndarray, device: str) -> np.ndarray:
     """float32 H W, 0 to 255: how much each pixel is an edge, of a picture of a size that the network takes."""

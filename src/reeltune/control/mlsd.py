@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from reeltune.control.device import one_thread
 from reeltune.control.grey import put_grey
 from reeltune.control.kind import Detector, Put, Quality, Settings, Source, digest_of, require_numbers
 from reeltune.control.mlsd_net import Mlsd
@@ -66,6 +67,7 @@ def open_mlsd(given: Path | None, settings: Settings) -> Detector:
     return Detector(digest_of("mlsd", [VERSION], [file]), detect)
 
 
+@one_thread()
 @torch.inference_mode()
 def lines_of(net: Mlsd, rgb_HW3: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray]:
     """(L 4: x and y of both ends in pixels; L scores), best first, of a picture of a size that the network takes: all

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reeltune.control.device import require_device
+from reeltune.control.device import one_thread, require_device
 from reeltune.control.kind import digest_of, require_numbers
 from reeltune.control.pose_finder import BOX_SCORE, MEAN, STD, PoseFinder, from_left, padded
 from reeltune.core.errors import UserError
@@ -44,6 +44,7 @@ def open_vit(folder: Path, device: str) -> PoseFinder:
     person = _person(people_net.config, where[PEOPLE_MODEL])
     layout = _layout(pose_net.config, where[POSE_MODEL])
 
+    @one_thread()
     def find(frame_HW3: np.ndarray) -> People:
         boxes_N4, box_scores_N = find_boxes(people_net, frame_HW3, person, device)
         require_numbers(where[PEOPLE_MODEL], boxes_N4, box_scores_N)
