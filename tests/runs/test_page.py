@@ -122,7 +122,7 @@ def folder(tmp_path_factory):
         "train_mode: control\nmax_train_steps: 400\nnum_train_epochs: 1000000\nmixed_precision: 'no'\nreport_to: none\n"
     )
     more += "preview_steps: 2\n"
-    more += "dataloader_num_workers: 0\ncheckpointing_steps: 1000\n"
+    more += "dataloader_num_workers: 0\ncheckpointing_steps: 1000000\n"
     recipe = RECIPE.format(folder=folder, model=folder / "model")
     (folder / "toy.yaml").write_text(recipe.replace("train_mode: normal\n", "") + more)
     return folder
@@ -191,7 +191,7 @@ def test_a_run_is_begun_watched_stopped_and_resumed(browser, folder, run, addres
         tab.once("dialog", lambda dialog: dialog.accept())
         tab.get_by_role("button", name="Stop and save").click()
         expect(tab.get_by_role("button", name="Resume")).to_be_visible()
-        [checkpoint] = run.glob("checkpoint-*")
+        [checkpoint] = run.glob("checkpoint-*")  # the only one, of the step where it was stopped
         tab.get_by_role("button", name="Resume").click()
         expect(tab.get_by_role("button", name="Stop and save")).to_be_visible()
         stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))

@@ -26,6 +26,8 @@ from reeltune.page.jobs import Jobs
 from reeltune.page.judged import by_recipe, by_scan
 from reeltune.page.listing import Listings, read_listing
 from reeltune.page.pictures import SIDE, poster
+from reeltune.reporting import charts
+from reeltune.run.data import gather
 
 HOST = "http://127.0.0.1:8765"
 FRAMES = 9
@@ -152,6 +154,24 @@ def test_what_reeltune_control_says_of_controls_and_of_entries_without_one(folde
         ControlRecords(folder).path("canny", made.control).write_text("{")
         page = client.get(f"/lists/{id_of(folder, 'canny.json')}?by=alone")
         assert page.status_code == 200 and "Left out by" not in page.text and "control: " in page.text
+
+
+def test_once_files_are_measured_the_page_is_loaded_anew_once(folder, monkeypatch):
+    """Each answer brings what asks next; one that went on by itself would begin a slow load anew each time."""
+    drawings, ended = [], threading.Event()
+    counts = charts.counts
+    monkeypatch.setattr(charts, "counts", lambda *given: drawings.append(1) or counts(*given))
+    monkeypatch.setattr("reeltune.page.judged.gather", lambda *a, real=gather, **k: ended.wait(60) and real(*a, **k))
+    with client_of(folder) as client:
+        page = f"/lists/{id_of(folder)}"
+        assert "every" not in (first := client.get(page).text) and 'hx-trigger="load delay:1s"' in first
+        going_on = client.get(f"{page}/state")
+        assert 'hx-trigger="load delay:1s"' in going_on.text and "hx-refresh" not in going_on.headers
+        ended.set()
+        assert "<svg" in once_measured(client, page).text and "<svg" in client.get(page).text
+        last = client.get(f"{page}/state")
+        assert last.headers["hx-refresh"] == "true" and "hx-" not in last.text
+        assert drawings == [1]
 
 
 # ---- a list

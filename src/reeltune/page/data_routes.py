@@ -21,8 +21,6 @@ from reeltune.page.listing import MEASURED_FILTERS, OWN_FILTERS, PER_PAGE
 from reeltune.page.lists import ALONE, Asked, Lists, is_named
 from reeltune.page.pictures import drawn_clip, poster
 from reeltune.page.site import Form, Site, after_post, posted, whole_number
-from reeltune.page.svg import without_styles
-from reeltune.reporting import charts
 
 if TYPE_CHECKING:
     from reeltune.page.judged import Judged
@@ -62,7 +60,7 @@ class Pages:
             undoable=captions.changes(_undo(self.site, asked)),
             copy=captions.edited_path(asked.path).name,
             is_copy=captions.edited_path(asked.path) == asked.path,
-            histogram=_histogram(judged),
+            histogram=judged.histogram if judged is not None else None,
             without_control=controls.left_out(asked.path, self.site.shelf.holds, MOST_LEFT_OUT),
         )
 
@@ -70,8 +68,11 @@ class Pages:
         """Whether measuring has ended; then the page is asked for anew."""
         asked = self.lists.asked(request)
         judged, wrong = self.lists.jobs.result(asked.key)
-        headers = {"HX-Refresh": "true"} if judged is not None or wrong is not None else None
-        return Response("measuring …", media_type="text/html", headers=headers)
+        ended = judged is not None or wrong is not None
+        answer = self.site.page("measuring.html", asked=asked, ended=ended)
+        if ended:
+            answer.headers["HX-Refresh"] = "true"
+        return answer
 
     def measure(self, request: Request, _: Form) -> Response:
         asked = self.lists.asked(request)
@@ -232,14 +233,3 @@ def _card(lists: Lists, asked: Asked, judged: Judged | None, entry: int) -> dict
 def _holds(entries: np.ndarray, entry: int) -> bool:
     place = int(np.searchsorted(entries, entry))
     return place < len(entries) and int(entries[place]) == entry
-
-
-def _histogram(judged: Judged | None) -> Any:
-    if judged is None or not judged.buckets:
-        return None
-    names = [f"{b.shape.width}x{b.shape.height}x{b.shape.frames}" for b in judged.buckets]
-    return without_styles(
-        charts.counts(
-            names, [b.samples for b in judged.buckets], "samples of an epoch by size", "width x height x frames"
-        )
-    )

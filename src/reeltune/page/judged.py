@@ -6,9 +6,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
@@ -20,6 +22,8 @@ from reeltune.data.shapes import clip_length
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.families.captions import names_of_cut
 from reeltune.families.spec import Family
+from reeltune.page.svg import without_styles
+from reeltune.reporting import charts
 from reeltune.run.data import Inputs, gather
 from reeltune.run.machine import usable_cores
 from reeltune.run.model import choose_family
@@ -38,6 +42,16 @@ class Judged:
     inputs: Inputs | None = None
     family: Family | None = None
     mode: str = ""
+
+    @cached_property
+    def histogram(self) -> Markup | None:
+        """Samples by size; drawn once."""
+        if not self.buckets:
+            return None
+        names = [f"{b.shape.width}x{b.shape.height}x{b.shape.frames}" for b in self.buckets]
+        samples = [bucket.samples for bucket in self.buckets]
+        svg = charts.counts(names, samples, "samples of an epoch by size", "width x height x frames")
+        return without_styles(svg)
 
 
 def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
@@ -80,9 +94,11 @@ def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> J
         "short": _entries(_short(inputs)),
         "cut": _entries(map(int, names_of_cut(family, [(str(entry), one.text) for entry, one in usable.items()]))),
     }
-    return Judged(
+    judged = Judged(
         usable, reasons, kept, inputs.scan.notices, forecast.buckets, forecast.micro_steps, inputs, family, mode
     )
+    _ = judged.histogram  # before it is asked for: to draw takes longer than all else of a page
+    return judged
 
 
 def _splits(recipe: Recipe) -> bool:
