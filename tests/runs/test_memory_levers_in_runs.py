@@ -161,6 +161,8 @@ def test_what_pissa_began_with_waits_with_its_block(start):
     family, made, *_ = start
     net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net
     settings = {"rank": 1, "lora_init": "pissa"}
+    if family.name == "toy":
+        settings["target_name"] = ("text",)  # another of its layers has one input, and twice the rank is 2
     assert_same(steps(start, **settings, blocks_to_swap=len(blocks_of(net, family.blocks))), steps(start, **settings))
 
 
