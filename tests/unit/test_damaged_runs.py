@@ -196,7 +196,7 @@ def test_a_damaged_start_of_the_held_out_loss_is_told_by_field(changed, words, t
     held.contents = [7, 8]
     file = tmp_path / "validation/start.json"
     file.parent.mkdir()
-    held.setup = SimpleNamespace(objective=FAMILY.objective)
+    held.setup = SimpleNamespace(objective=FAMILY.objective, other=None)
     whole = {**START, "levels": held.levels}
     file.write_text(json.dumps(whole))
     step, losses = held._start(5, np.zeros((2, 2)))

@@ -258,7 +258,7 @@ def test_a_runs_own_files(tmp_path):
     digests.write(checkpoint, digests.digest(checkpoint, digests.files_of(checkpoint)))
     ledger().save(checkpoint / "ledger.npz")
     (tmp_path / "run.json").write_text('{"family": "toy", "mode": "control"}')
-    held_out = HeldOut(SimpleNamespace(objective=Flow()), [], ["a", "b"], lambda draw: None, 2, tmp_path)
+    held_out = HeldOut(SimpleNamespace(objective=Flow(), other=None), [], ["a", "b"], lambda draw: None, 2, tmp_path)
     held_out._start(0, np.zeros((2, 2)))
 
     def read_shares():
