@@ -66,6 +66,11 @@ REQUIRED = {
     "cache": ("pretrained_model_name_or_path", "train_data_dir", "train_data_meta", "cache_folder"),
     "sample": ("pretrained_model_name_or_path", "validation_prompts"),
 }
+SHORT = {  # in `sample`: the words of `reeltune control`
+    "--control_from": "--validation_control_from",
+    "--kind": "--control_kind",
+    "--detector": "--control_detector",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +253,10 @@ def _split(
 
 
 def _sample(argv: Sequence[str]) -> int:
+    flags = [word.partition("=") for word in argv]
+    argv = [SHORT.get(flag, flag) + equals + value for flag, equals, value in flags]
     parser = _options("sample")
+    parser.epilog = "Short: " + ", ".join(f"{short} for {flag}" for short, flag in SHORT.items())
     about = "adapters of any tool, or a checkpoint-N of a run that trained one; the strength is 1 if left out"
     parser.add_argument("--adapters", nargs="+", default=(), metavar="FILE:STRENGTH", help=about)
     about = "a clip for each of these strengths of all adapters, and a picture of them side by side"

@@ -141,6 +141,17 @@ def test_commands_of_a_recipe_hand_it_on(monkeypatch, capsys, command, module, n
     assert capsys.readouterr().out.splitlines() == (given if isinstance(given, list) else [])
 
 
+def test_a_sample_takes_the_words_of_control(monkeypatch):
+    seen = []
+    stand_in = types.ModuleType("reeltune.sampling.clips")
+    stand_in.sample_clips = lambda recipe, **options: seen.append(recipe.validation) or []
+    monkeypatch.setitem(sys.modules, "reeltune.sampling.clips", stand_in)
+    words = ["--validation_prompts", "a", "--control_from", "a.mp4", "--kind=canny", "--detector", "nets"]
+    assert cli.main(["sample", *NEEDED, *words]) == 0
+    found = seen[0].validation_control_from, seen[0].control_kind, seen[0].control_detector
+    assert found == (("a.mp4",), "canny", "nets")
+
+
 def test_a_recipe_that_does_not_suit_is_named_by_its_file(monkeypatch, capsys, tmp_path):
     def refuses(recipe):
         raise UserError("recipe", "one")

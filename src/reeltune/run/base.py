@@ -13,6 +13,7 @@ from reeltune.config.recipe import Model
 from reeltune.families import configs, weights
 from reeltune.families.spec import check_expert
 from reeltune.families.stored import Stored
+from reeltune.run.experts import own_part
 
 
 class Base(Mapping[str, Tensor]):
@@ -59,6 +60,6 @@ def base_of(model: Model) -> Base:
     return Base(
         model.pretrained_model_name_or_path,
         config_path=model.config_path,
-        transformer_path=model.transformer_path,
+        transformer_path=own_part(model.transformer_path, model.expert),
         expert=model.expert,
     )
