@@ -231,6 +231,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             "recomputes; set gradient_checkpointing to true",
         )
     yield from _attention(recipe)
+    yield from _compile(recipe)
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),
@@ -274,6 +275,31 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("attention", "encode_ahead"),
             f"attention is {kernel} and encode_ahead is true; a kernel is chosen for the whole process, and encoders "
             "at work meanwhile may not have it; leave one of the two out, or train from a cache",
+        )
+
+
+def _compile(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What reaches into the network's blocks, which are compiled as a whole."""
+    parallel = recipe.parallel
+    if recipe.training.compile == "none":
+        return
+    if recipe.adapter.use_dora:
+        yield (
+            ("compile", "use_dora"),
+            "compile is blocks and use_dora is true, whose library (PEFT) asks for classes of weights, and that torch "
+            "cannot compile; leave one of the two out",
+        )
+    if parallel.engine == "zero3":
+        yield (
+            ("compile", "engine"),
+            "compile is blocks and engine is zero3, which gathers weights within the blocks; set engine to fsdp, or "
+            "compile to none",
+        )
+    if parallel.context_parallel > 1:
+        yield (
+            ("compile", "context_parallel"),
+            f"compile is blocks and context_parallel is {parallel.context_parallel}, where processes exchange tokens "
+            "within the blocks; set compile to none, or leave context_parallel out",
         )
 
 

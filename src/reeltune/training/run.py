@@ -33,6 +33,7 @@ class Run:
     rate: Callable[[int], float]  # step -> learning rate
     validation: Validation
     prefetcher: Prefetcher  # of all the batches that are left
+    reader: Reader  # of any of them
     pixel_reader: Reader | None  # of the first batch's pictures, where batches come from a cache, without them
     split: BatchSplit
     ledger: Ledger
