@@ -1,7 +1,7 @@
 """Runs whose blocks are compiled: what they compile, and where they end.
 
-But for one that is slow, torch's own operators stand in for the compiler's code (`aot_eager`): all of the way there is the
-same, and takes seconds.
+But for one that is slow, torch's own operators stand in for the compiler's code (`aot_eager`): all of the way there is
+the same, and takes seconds.
 """
 
 import json
@@ -63,7 +63,9 @@ def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operato
     assert a.keys() == b.keys()
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     (line,) = notices(ours)
-    assert line.startswith("the network's blocks are compiled: 1 compilation for 1 number of tokens, warmed up with 5x32x")
+    assert line.startswith(
+        "the network's blocks are compiled: 1 compilation for 1 number of tokens, warmed up with 5x32x"
+    )
 
 
 def test_sizes_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators, wan, data, tmp_path):
