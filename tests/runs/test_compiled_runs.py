@@ -5,7 +5,6 @@ the same, and takes seconds.
 """
 
 import json
-import logging
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from tests.runs.small_run import recipe
 
 BLOCKS = {"compile": "blocks", "max_train_steps": 4}
 OF_SIZES = {"random_hw_adapt": True, "training_with_video_token_length": True, "image_sample_size": 160}
-ADAPTER = {"rank": 2, "lora_dropout": 0.2, "gradient_checkpointing": "attention_kept", "blocks_to_swap": 1}
+ADAPTER = {"rank": 2, "lora_dropout": 0.2, "gradient_checkpointing": True, "blocks_to_swap": 1}
 
 
 @pytest.fixture
@@ -35,7 +34,6 @@ def operators(monkeypatch):
         return made(graph, inputs)
 
     monkeypatch.setattr(compiled, "inductor", inductor)
-    logging.getLogger("torch.utils.checkpoint").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     return asked
 
@@ -47,7 +45,8 @@ def wan(tmp_path_factory):
 
 def notices(out):
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [line["text"] for line in lines if line["kind"] == "notice" and "compil" in line["text"]]
+    told = [line["text"] for line in lines if line["kind"] == "notice"]
+    return [text for text in told if "blocks are compiled" in text or "was compiled anew" in text]
 
 
 def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operators, wan, data, tmp_path):
@@ -64,7 +63,7 @@ def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operato
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     (line,) = notices(ours)
     assert line.startswith(
-        "the network's blocks are compiled: 1 compilation for 1 number of tokens, warmed up with 5x32x"
+        "the network's blocks are compiled: 1 compilation for 2 numbers of tokens, warmed up with 5x32x"
     )
 
 
@@ -75,7 +74,6 @@ def test_sizes_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators,
     count = len(operators)
     (line,) = notices(unbroken)  # and none of what was compiled in a step
     assert f"{count} compilations for" in line
-    assert "for 1 number" not in line
     assert len({tuple(row["shape"]) for row in rows(unbroken, ("step",))}) > 1
     with StopAfter(3):
         assert train(recipe(wan, data, ours, **settings)) == 143

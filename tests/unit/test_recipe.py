@@ -160,6 +160,13 @@ def test_what_must_be_more_than_zero(name):
         ({"gradient_checkpointing": "attention_kept", "engine": "zero3"}, "or engine to fsdp"),
         ({"attention": "flash", "context_parallel": 2}, "context_parallel is 2, where the backward pass"),
         ({"attention": "math", "encode_ahead": True}, "train from a cache"),
+        ({"compile": "blocks", "engine": "zero3"}, "gathers weights within the blocks; set engine to fsdp"),
+        ({"compile": "blocks", "context_parallel": 2}, "compile is blocks and context_parallel is 2"),
+        ({"compile": "blocks", "rank": 8, "use_dora": True}, "compile is blocks and use_dora is true"),
+        (
+            {"compile": "blocks", "rank": 8, "lora_dropout": 0.1, "gradient_checkpointing": "attention_kept"},
+            "set gradient_checkpointing to true, or leave lora_dropout out",
+        ),
         ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
         ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
         ({"max_grad_norm": "none", "abnormal_norm_clip_start": 10}, "give max_grad_norm"),
@@ -267,6 +274,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
         "alpha_pattern": ["a: b=4.5", "no=8"],
         "lora_init": "gaussian",
         "attention": "auto",
+        "compile": "none",
         "use_came": False,
         "use_dora": False,
         "use_8bit_adam": False,
@@ -286,6 +294,7 @@ def test_yaml_there_and_back_with_every_field_changed(tmp_path):
     recipe = build(tree)
     same = {
         "attention",
+        "compile",
         "validation_control_from",
         "validation_data_meta",
         "random_ratio_crop",

@@ -83,6 +83,7 @@ class Compiled:
         torch.compiler.config.cache_key_tag = label
         graphs.recompile_limit = len(self._functions) * sizes
         graphs.optimize_ddp = False  # it cuts up whole networks, and these are blocks
+        graphs.specialize_float = True  # sides are left open, and not a block's constants
         passes.donated_buffer = not self._again
         compiled = partial(torch.compile, backend=self._counted, fullgraph=True, dynamic=sizes > 1)
         self._passes = {function: compiled(function) for function in {*self._functions.values()}}

@@ -35,7 +35,7 @@ def round_by_chance(piece_N: Tensor, parts: Sequence[Tensor], seeds: Sequence[in
     parts: views of the piece, each of which has the chance of its own seed, wherever it lies.
     """
     noise_N = torch.empty_like(piece_N, dtype=torch.int32)
-    places = [part.storage_offset() - piece_N.storage_offset() for part in parts]
+    places = [int(part.storage_offset()) for part in parts]
     generator = torch.Generator(piece_N.device)
     for noise, seed in zip(views(noise_N, parts, places), seeds, strict=True):
         noise.random_(0, 2**16, generator=generator.manual_seed(seed))
