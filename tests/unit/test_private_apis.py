@@ -48,6 +48,11 @@ PRIVATE = {
     "torch._dynamo.exc.TorchDynamoException": Use(
         "torch._dynamo.exc:TorchDynamoException", "what cannot be compiled is told in words", "a public class of errors"
     ),
+    "torch._dynamo.exc.FailOnRecompileLimitHit": Use(
+        "torch._dynamo.exc:FailOnRecompileLimitHit",
+        "more compilations than sizes are told in words",
+        "a public class of errors",
+    ),
     "_foreach_copy_": Use("torch:_foreach_copy_", *FOREACH),
     "_foreach_mul_": Use("torch:_foreach_mul_", *FOREACH),
     "torch.utils._pytree.tree_leaves": Use("torch.utils._pytree:tree_leaves", *TREE),

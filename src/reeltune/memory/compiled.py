@@ -74,13 +74,14 @@ class Compiled:
         """From here on blocks are compiled: for one size as it is, for several with sides that are left open.
 
         label: the size that comes first. What torch remembers on the disk is kept apart by it, as open sides are
-        compiled with the first size in view.
+        compiled with the first size in view; and by whether a backward pass may run twice, which torch forgets: it gave
+        such a pass the code of one that writes over activations (torch 2.13, 2026-11-26).
         """
         import torch._dynamo.config as graphs
         import torch._functorch.config as passes
 
         torch.compiler.reset()
-        torch.compiler.config.cache_key_tag = label
+        torch.compiler.config.cache_key_tag = f"{label}, backward twice: {self._again}"
         graphs.recompile_limit = len(self._functions) * sizes
         graphs.optimize_ddp = False  # it cuts up whole networks, and these are blocks
         graphs.specialize_float = True  # sides are left open, and not a block's constants
@@ -95,11 +96,11 @@ class Compiled:
     def _forward(self, block: nn.Module, plain: Callable, *given: Any, **named: Any) -> Any:
         if self._passes is None or not torch.is_grad_enabled():
             return plain(*given, **named)
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
             return self._passes[self._functions[block]](block, *given, **named)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 "recipe",
