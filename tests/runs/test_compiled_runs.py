@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from reeltune.core.errors import UserError
+from reeltune.estimate.check import check
 from reeltune.memory import compiled
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
@@ -63,7 +64,7 @@ def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operato
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     (line,) = notices(ours)
     assert line.startswith(
-        "the network's blocks are compiled: 1 compilation for 2 numbers of tokens, warmed up with 5x32x"
+        "the network's blocks are compiled: 1 compilation for 2 numbers of tokens, warmed up with 5x"
     )
 
 
@@ -96,6 +97,8 @@ def test_a_machine_without_a_compiler_is_told_before_networks_are_loaded(toy, da
     with pytest.raises(UserError, match="no-such-compiler, which CXX names, is not found; install"):
         train(recipe(toy, data, tmp_path / "out", **BLOCKS))
     assert not (tmp_path / "out/run.json").exists()
+    with pytest.raises(UserError, match="no-such-compiler, which CXX names, is not found; install"):
+        list(check(recipe(toy, data, tmp_path / "out", **BLOCKS)))
 
 
 @pytest.mark.slow
