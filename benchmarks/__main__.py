@@ -42,6 +42,7 @@ MODULES = (
     "idle",
     "engines",
     "memory",
+    "optimizer",
     "base_weights",
     "adapter_save",
 )  # each has main() -> {name: number}
@@ -51,6 +52,8 @@ SAVINGS = {
     "recompute_half": "half of the blocks recomputed",
     "recompute_all": "all blocks recomputed",
     "recompute_but_attention": "all blocks recomputed but attention over the clip",
+    "compiled": "blocks compiled, once they are",
+    "recompute_all_compiled": "all blocks recomputed, compiled, over uncompiled ones",
     "offload": "activations offloaded",
     "recompute_and_offload": "all blocks recomputed, their inputs offloaded",
     "in_backward": "step in the backward pass, no clipping",
@@ -106,6 +109,11 @@ MEANING = {  # name: (what it is, goal)
         for name, words in SAVINGS.items()
         for unit, what in (("seconds", "seconds"), ("bytes", "bytes of activations"))
     },
+    "optimizer_rounding_ratio": ("800 bf16 weights rounded in one piece, over one by one", None),
+    "optimizer_foreach_ratio": ("AdamW's step by foreach over one by one, 800 weights on the CPU", None),
+    "optimizer_fused_ratio": ("the same, fused, whose last bits are others on the CPU", None),
+    "optimizer_norm_ratio": ("norm of 800 gradients by foreach over one by one on the CPU", None),
+    "optimizer_bf16_ratio": ("AdamW's step of bf16 weights, rounded, over that of fp32 ones", None),
     **{f"base_weights_bytes_{kind}": (f"bytes per frozen parameter of a block, {kind}", None) for kind in BASES},
     **{
         f"base_weights_read_peak_{kind}": (

@@ -101,6 +101,7 @@ class Way:
     memory: Memory = field(default_factory=Memory)
     max_grad_norm: float | None = None
     still: bool = False  # the blocks do not learn
+    compiled: bool = False
     beside: str = "plain"  # the way that it is compared with
 
 
@@ -111,6 +112,8 @@ WAYS = {
     "recompute_half": Way(True, Memory(gradient_checkpointing_share=0.5)),
     "recompute_all": Way(True),
     "recompute_but_attention": Way("attention_kept"),
+    "compiled": Way(compiled=True),
+    "recompute_all_compiled": Way(True, compiled=True, beside="recompute_all"),
     "offload": Way(memory=Memory(offload_activations=True)),
     "recompute_and_offload": Way(True, Memory(offload_activations=True)),
     "in_backward": Way(memory=Memory(step_in_backward=True)),
@@ -129,11 +132,13 @@ class Step:
         parts = self.family.load(checkpoint, encoders=False)
         recipe = Recipe(
             model=Model(trainable_modules=FIRST) if way.still else Model(),
-            training=Training(gradient_checkpointing=way.checkpointing),
+            training=Training(gradient_checkpointing=way.checkpointing, compile="blocks" if way.compiled else "none"),
             memory=way.memory,
             optimization=Optimization(max_grad_norm=way.max_grad_norm),
         )
         self.learner = learner_of(recipe, self.family, parts, Engine("no"), batch=1, accumulate=1)
+        if self.learner.network.compiled is not None:
+            self.learner.network.compiled.begin(1, "benchmark")
         chance = torch.Generator().manual_seed(0)
         self.x = torch.randn(1, 16, 3, 28, 28, generator=chance)
         self.cond = {

@@ -78,8 +78,7 @@ class Step:
         parts = _parts(recipe, family, network, scale, self.engine.device)
         self.setup = Setup(family, mode, parts, objective, self.engine.autocast, encode_options(recipe))
         self.learner = learner_of(recipe, family, parts, self.engine, batch=1, accumulate=1)
-        compiled = getattr(self.learner.network, "compiled", None)  # not of this version: a later one compiles
-        if compiled is not None:
+        if (compiled := self.learner.network.compiled) is not None:
             compiled.begin(1, "x".join(map(str, scale.clip)))
         self.encoded, self.count = encoded(scale.clip, scale.encoders, self.engine.device), 0
         self.draws = [draw_of(scale.clip)]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reeltune.core.errors import UserError
 from reeltune.memory import attention
-from reeltune.memory.blocks import offload_activations, recompute, swap
+from reeltune.memory.blocks import offload_activations, recompute, spread, swap
 
 CPU = torch.device("cpu")
 LENGTH, WIDTH, FEW = 24, 16, 5
@@ -75,7 +75,7 @@ def test_attention_that_is_kept_is_computed_once_and_that_to_few_keys_again(keep
 
 
 def test_of_a_share_of_the_blocks():
-    forward, backward, numbers = step(partial(recompute, share=1 / 3, keep_attention=True))
+    forward, backward, numbers = step(lambda net: recompute(spread(list(net), 1 / 3), keep_attention=True))
     assert (forward.fused, backward.fused) == (6, 1)
     assert_same(numbers, step(lambda net: None)[2])
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from reeltune.core.errors import UserError
 from reeltune.memory import blocks
-from reeltune.memory.blocks import blocks_of, move, offload_activations, recompute, swap, waiting
+from reeltune.memory.blocks import blocks_of, move, offload_activations, recompute, spread, swap, waiting
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer, set_rate, soften_outliers
 from reeltune.optim.step_in_backward import StepInBackward
 
@@ -174,7 +174,7 @@ def test_a_share_of_the_blocks_is_recomputed(share, twice):
     net = Net()
     found = blocks_of(net, ("Block",))
     assert found == list(net.blocks)
-    recompute(found, share)
+    recompute(spread(found, share))
     assert_same(losses(net), losses(Net()))
     assert [block.calls for block in net.blocks] == [6 if i in twice else 3 for i in range(4)]
 

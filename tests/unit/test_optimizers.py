@@ -14,10 +14,10 @@ from reeltune.optim.optimizers import (
     build_optimizer,
     clip_ceiling,
     rate_curve,
-    round_stochastically,
     set_rate,
     soften_outliers,
 )
+from reeltune.optim.rounding import lifted, round_by_chance
 
 ADAM = {"learning_rate": 1e-2, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
 
@@ -40,7 +40,8 @@ def test_rounding_is_unbiased(low, part):
     x = (bits + round(part * 2**16)).view(torch.float32)
     part = round(part * 2**16) / 2**16
     assert low + (high - low) * part == pytest.approx(x.item(), rel=1e-6)
-    rounded = round_stochastically(x.expand(count), torch.Generator().manual_seed(0)).float()
+    rounded = x.repeat(count)
+    round_by_chance(rounded, [rounded], [0])
     up = (rounded == high).double().mean().item()
     assert up + (rounded == low).double().mean().item() == 1
     assert abs(up - part) < 5 * math.sqrt(part * (1 - part) / count)
@@ -48,7 +49,24 @@ def test_rounding_is_unbiased(low, part):
 
 def test_rounding_is_exact_on_what_bf16_can_hold():
     exact = torch.tensor([0.0, -1.5, 3e38, -(2.0**-100)]).bfloat16().float()
-    assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(1)).float(), exact)
+    rounded = exact.clone()
+    round_by_chance(rounded, [rounded], [1])
+    assert torch.equal(rounded, exact)
+
+
+def test_a_tensor_is_rounded_by_its_own_seed_wherever_it_lies():
+    """Of many in one piece each is what it is alone: noise of its own generator, added to its bits, which are cut."""
+    shapes = [(5, 7), (3,), (), (2, 16)]
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    piece_N, parts = lifted([tensor.bfloat16() for tensor in tensors])
+    assert [part.data_ptr() % 64 for part in parts] == [0] * 4
+    torch._foreach_copy_(parts, tensors)
+    round_by_chance(piece_N, parts, [10, 11, 12, 13])
+    for seed, part, tensor in zip((10, 11, 12, 13), parts, tensors, strict=True):
+        noise = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+        alone = ((tensor.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+        assert torch.equal(part, alone)
+        assert torch.equal(part, alone.bfloat16().float())
 
 
 def test_small_updates_survive_in_bf16_on_average():

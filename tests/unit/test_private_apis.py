@@ -31,9 +31,30 @@ FAKE = "plan runs a training step on tensors that have sizes and no values", "a 
 TREE = "leaves of an optimizer's state, whatever its nesting", "torch.utils.pytree, once every supported torch has it"
 SCHEMA = "which operators write to what they are given, whatever library they are of", "a public schema of an operator"
 OPERATOR = "the operator's own name, as a dispatch mode is handed it", "nothing: torch writes these to no one's account"
+COMPILER = "an option of torch.compile"
+FOREACH = "many small tensors are one operation, as in torch's own optimizers", "a public name for the same"
 PRIVATE = {
     "torch._subclasses.fake_tensor.FakeTensor": Use("torch._subclasses.fake_tensor:FakeTensor", *FAKE),
     "torch._subclasses.fake_tensor.FakeTensorMode": Use("torch._subclasses.fake_tensor:FakeTensorMode", *FAKE),
+    "torch._inductor.compile_fx.compile_fx": Use(
+        "torch._inductor.compile_fx:compile_fx",
+        "compilations are counted, and made by settings under which a resume ends in the same bits",
+        "torch.compile's own count, beside its options",
+    ),
+    "torch._dynamo.config": Use("torch._dynamo.config:recompile_limit", "how often a block may be compiled", COMPILER),
+    "torch._functorch.config": Use(
+        "torch._functorch.config:donated_buffer", "a backward pass may run twice, and is then not told so", COMPILER
+    ),
+    "torch._dynamo.exc.TorchDynamoException": Use(
+        "torch._dynamo.exc:TorchDynamoException", "what cannot be compiled is told in words", "a public class of errors"
+    ),
+    "torch._dynamo.exc.FailOnRecompileLimitHit": Use(
+        "torch._dynamo.exc:FailOnRecompileLimitHit",
+        "more compilations than sizes are told in words",
+        "a public class of errors",
+    ),
+    "_foreach_copy_": Use("torch:_foreach_copy_", *FOREACH),
+    "_foreach_mul_": Use("torch:_foreach_mul_", *FOREACH),
     "torch.utils._pytree.tree_leaves": Use("torch.utils._pytree:tree_leaves", *TREE),
     "torch.utils._pytree.tree_map": Use("torch.utils._pytree:tree_map", *TREE),
     "torch.utils._python_dispatch.TorchDispatchMode": Use(

@@ -154,6 +154,8 @@ class Training:
     attention gave is kept, and all else recomputed."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Kernel of the trained network's attention, of those that torch has. auto: as torch chooses for each shape."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch compiles the network's repeated blocks before the first step, for training alone."""
     low_vram: bool = False
     """VAE and encoders wait in the CPU's memory between uses."""
     vae_mini_batch: int = 0

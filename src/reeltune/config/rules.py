@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reeltune.config.kernel_rules import kernel_rules
 from reeltune.config.recipe import Adapter, Model, Recipe, Validation
 from reeltune.memory import levers
 
@@ -233,7 +234,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"gradient_checkpointing_share is {share} and gradient_checkpointing is false; it is a share of what that "
             "recomputes; set gradient_checkpointing to true",
         )
-    yield from _attention(recipe)
+    yield from kernel_rules(recipe)
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),
@@ -280,25 +281,6 @@ def _experts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]
                 f"{name} is {values[name]} and expert is both, of which there is no other; begin with {own}, a folder "
                 "that has both",
             )
-
-
-def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not go with a kernel that is chosen for the network's blocks."""
-    kernel, together = recipe.training.attention, recipe.parallel.context_parallel
-    if kernel == "auto":
-        return
-    if together > 1:
-        yield (
-            ("attention", "context_parallel"),
-            f"attention is {kernel} and context_parallel is {together}, where the backward pass computes attention "
-            "anew, outside the network's blocks; set attention to auto, or leave context_parallel out",
-        )
-    if recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
-        yield (
-            ("attention", "encode_ahead"),
-            f"attention is {kernel} and encode_ahead is true; a kernel is chosen for the whole process, and encoders "
-            "at work meanwhile may not have it; leave one of the two out, or train from a cache",
-        )
 
 
 def _previews(validation: Validation) -> Iterator[tuple[tuple[str, ...], str]]:

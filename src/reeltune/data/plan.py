@@ -117,6 +117,10 @@ class Plan:
         if largest_first and epoch == 0 and len(self._order):
             self._largest_to_front()
 
+    @property
+    def rules(self) -> SizeRules:
+        return self._rules
+
     def _groups_before(self, epoch: int) -> np.ndarray:
         """Of each bucket, those that start before this epoch."""
         if self._runs_on:

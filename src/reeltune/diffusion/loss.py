@@ -43,7 +43,7 @@ def blank(cond: Cond, keep: dict[str, Tensor], null: dict[str, Tensor]) -> Cond:
     for name, keep_B in keep.items():
         if name in cond:
             value = cond[name]
-            keep_here = keep_B.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            keep_here = keep_B.to(value.device, non_blocking=True).reshape(-1, *[1] * (value.ndim - 1))
             out[name] = torch.where(keep_here, value, null[name].to(value) if name in null else 0)
     return out
 

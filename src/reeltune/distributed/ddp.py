@@ -40,6 +40,11 @@ class Direct:
         with contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync():
             self.accelerator.backward(loss)
 
+    def rehearse(self, loss: Tensor) -> None:
+        """A backward pass whose gradients are thrown away."""
+        self.backward(loss, last=True)
+        self.optimizer.zero_grad()
+
     def step(
         self,
         parameters: list[nn.Parameter],

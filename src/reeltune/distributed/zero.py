@@ -80,6 +80,9 @@ class Zero:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
+    def rehearse(self, loss: Tensor) -> None:
+        """Nothing: DeepSpeed cannot throw gradients away, so the backward pass is first made in the first step."""
+
     def step(
         self,
         parameters: list[nn.Parameter],

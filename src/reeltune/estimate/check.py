@@ -11,6 +11,7 @@ from reeltune.control.stale import stale_controls
 from reeltune.data.plan import Plan
 from reeltune.estimate.epoch import Bucket, forecast_data
 from reeltune.families.spec import learning
+from reeltune.memory import compiled
 from reeltune.run.data import Inputs, gather
 from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
@@ -22,6 +23,8 @@ from reeltune.training.rate import Rates, rate_notices, rate_of
 
 def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
+    if recipe.training.compile == "blocks":
+        compiled.refuse_missing("cuda" if torch.cuda.is_available() else "cpu")
     family, mode, _ = choose_family(recipe)
     # By names and shapes alone, which tell whether the weights are there and fit.
     for one in learning(family):

@@ -153,8 +153,9 @@ class FakeLearner:
 
 
 def as_here(recipe: Recipe) -> Recipe:
-    """Offloading is the tracker's to count. Fused kernels of a GPU keep what the CPU's keeps; `math` more."""
-    memory, training = replace(recipe.memory, offload_activations=False), recipe.training
+    """Offloading is the tracker's to count. Fused kernels of a GPU keep what the CPU's keeps; `math` more. Compiled
+    blocks are counted uncompiled: what torch's compiler keeps is its own choice, and is not more."""
+    memory, training = replace(recipe.memory, offload_activations=False), replace(recipe.training, compile="none")
     if training.attention != "math":
         training = replace(training, attention=attention.AUTO)
     return replace(recipe, memory=memory, training=training)

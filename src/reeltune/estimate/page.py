@@ -265,7 +265,8 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     waiting = Console(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
-    for notice in slow_bf16(recipe):
+    uncompiled = ["compile is blocks: memory and arithmetic are those of uncompiled blocks"]
+    for notice in [*slow_bf16(recipe), *(uncompiled if recipe.training.compile == "blocks" else [])]:
         waiting.print(notice, highlight=False, markup=False, soft_wrap=True)
     console = Console()
     show(plan, console)

@@ -25,14 +25,18 @@ def blocks_of(net: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
     return [module for module in net.modules() if type(module).__name__ in classes]
 
 
-def recompute(blocks: Sequence[nn.Module], share: float = 1.0, *, keep_attention: bool = False) -> None:
-    """Gradient checkpointing: that share of the blocks, evenly spread, recompute activations in the backward pass.
+def spread(blocks: Sequence[nn.Module], share: float) -> list[nn.Module]:
+    """That share of them, evenly spread."""
+    count = round(share * len(blocks))
+    return [blocks[i * len(blocks) // count] for i in range(count)]
+
+
+def recompute(blocks: Sequence[nn.Module], *, keep_attention: bool = False) -> None:
+    """Gradient checkpointing: these blocks recompute activations in the backward pass.
 
     keep_attention: all but what attention gave (attention.kept).
     """
-    count = round(share * len(blocks))
-    for i in range(count):
-        block = blocks[i * len(blocks) // count]
+    for block in blocks:
         contexts = {"context_fn": attention.kept} if keep_attention else {}
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reeltune.core.errors import UserError
 from reeltune.core.rng import seed_of
+from reeltune.optim.rounding import lifted, round_by_chance
 
 
 def build_optimizer(
@@ -127,9 +128,7 @@ def soften_outliers(parameters: list[nn.Parameter], norm: Tensor, max_norm: floa
     """
     ratio = norm / max_norm
     factor = torch.where(ratio > 5, 1 / ratio.clamp(max=10), torch.ones_like(ratio))
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+    torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def clip_ceiling(step: int, max_norm: float, start_ratio: float, steps: int | None) -> float:
@@ -204,15 +203,16 @@ class StochasticRounding:
             @torch.no_grad()
             def step(some: Sequence[nn.Parameter]) -> None:
                 stand_ins = self._standing_in(some)
-                for parameter, stand_in in zip(some, stand_ins, strict=True):
-                    stand_in.data = parameter.detach().float()
-                    stand_in.grad = None if parameter.grad is None else parameter.grad.float()
+                piece_N = self._lift(some, stand_ins)
                 step_stand_ins(stand_ins)
-                generator = torch.Generator(some[0].device)
-                for parameter, stand_in in zip(some, stand_ins, strict=True):
-                    generator.manual_seed(seed_of(self.seed, "rounding", self.steps, self.places[id(parameter)]))
-                    parameter.data.copy_(round_stochastically(stand_in.data, generator))
-                self._release(stand_ins)
+                for stand_in in stand_ins:  # before as much is taken for the dice
+                    stand_in.grad = None
+                copies = [stand_in.data for stand_in in stand_ins]
+                seeds = [seed_of(self.seed, "rounding", self.steps, self.places[id(parameter)]) for parameter in some]
+                round_by_chance(piece_N, copies, seeds)
+                torch._foreach_copy_([parameter.data for parameter in some], copies)
+                for stand_in in stand_ins:
+                    stand_in.data = torch.empty(0, device=stand_in.device)
 
             yield step
         self.steps += 1
@@ -235,28 +235,29 @@ class StochasticRounding:
     def _standing_in(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         return [self.stand_ins[self.places[id(parameter)]] for parameter in parameters]
 
+    @staticmethod
+    def _lift(some: Sequence[nn.Parameter], stand_ins: Sequence[nn.Parameter]) -> Tensor:
+        """Returns the piece in which the stand-ins' values lie."""
+        piece_N, copies = lifted([parameter.detach() for parameter in some])
+        for stand_in, copy in zip(stand_ins, copies, strict=True):
+            stand_in.data = copy
+        given = [(stand_in, w.grad) for stand_in, w in zip(stand_ins, some, strict=True) if w.grad is not None]
+        _, gradients = lifted([gradient for _, gradient in given])
+        for (stand_in, _), gradient in zip(given, gradients, strict=True):
+            stand_in.grad = gradient
+        return piece_N
+
     def _chunks(self) -> Iterator[list[nn.Parameter]]:
         chunk: list[nn.Parameter] = []
+        count = 0
         for parameter in self.parameters:
             chunk.append(parameter)
-            if sum(one.numel() for one in chunk) >= self.CHUNK:
+            count += parameter.numel()
+            if count >= self.CHUNK:
                 yield chunk
-                chunk = []
+                chunk, count = [], 0
         if chunk:
             yield chunk
-
-    @staticmethod
-    def _release(stand_ins: Sequence[nn.Parameter]) -> None:
-        for stand_in in stand_ins:
-            stand_in.grad = None
-            stand_in.data = torch.empty(0, device=stand_in.device)
-
-
-def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> bf16: a random number below one unit in the last bf16 place is added, then the low 16 bits are cut."""
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    bits = x.contiguous().view(torch.int32) + noise
-    return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 def average_decay(step: int, most: float) -> float:

@@ -31,6 +31,12 @@ class StepInBackward:
         """Keeps the loss until `step`, which needs the learning rate."""
         self.loss = loss
 
+    def rehearse(self, loss: Tensor) -> None:
+        """A backward pass whose gradients are thrown away, each as it comes."""
+        self.loss = loss
+        self._run(lambda _: None)
+        self.loss = None
+
     def step(self, max_norm: float, soften: Callable[[list[nn.Parameter], Tensor], None] | None = None) -> Tensor:
         """Returns the norm of all gradients before clipping, still on the device.
 

@@ -233,6 +233,8 @@ class Log:
         ]
         if "step_s" in means:
             told += [f"{means['step_s']:.3g} s/step", f"{means['tokens_per_s']:,.0f} tokens/s"]
+            if share := round(means["encode_s"] / means["step_s"], 2):
+                told.append(f"{share:.0%} encoding")
         if "mfu" in means:
             told.append(f"MFU {means['mfu']:.0%}")
         if last.get("peak_memory_bytes"):

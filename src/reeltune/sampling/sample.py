@@ -71,7 +71,7 @@ class Setup:
             with torch.no_grad():
                 return self.family.describe(self.parts, captions, pixels_BFCHW[:, 0])
         known = self._describe(captions[0])
-        return Described({name: value.to(self.parts.device) for name, value in known.items()})
+        return Described({name: value.to(self.parts.device, non_blocking=True) for name, value in known.items()})
 
     @cached_property
     def _describe(self) -> Callable[[str], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from reeltune.reporting.first_batch import write_first_batch
 from reeltune.training.background_save import Saving
 from reeltune.training.out_of_memory import explained
 from reeltune.training.run import Run
+from reeltune.training.warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Duties:
         self.unseen: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
         self.shape: Shape | None = None  # that memory was last asked for
         self.validated_step = -1
+        self.compiled, self.compilations = run.turns.now.learner.network.compiled, 0
 
     def __enter__(self) -> Duties:
         return self
@@ -83,6 +85,10 @@ class Duties:
             self.log.warn(notice)
         for turn in run.turns.each:
             self.log.notice(turn.summary)
+        if self.compiled is not None:
+            run.watchdog.doing("forward", step)
+            self.log.notice(warm_up(run, self.compiled))
+            self.compilations = self.compiled.count
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
         elif run.recipe.output.resume_from_checkpoint is not None:
@@ -94,6 +100,7 @@ class Duties:
         """Into the ledger; the run's first batch is shown. Raises UserError if too many files broke since the scan."""
         if self.engine.main and self.run.progress.step == 0 and self.shape is None:
             self._show(batch)
+        self._tell_compilations()
         self.shape = batch.draws[0].shape
         self.run.ledger.count(batch.draws, batch.failures)
         for record, reason in batch.failures:
@@ -102,6 +109,13 @@ class Duties:
         problem = self.run.ledger.too_many_bad() if batch.failures else None
         if problem is not None:
             raise UserError("train_data_meta", problem)
+
+    def _tell_compilations(self) -> None:
+        """Of the pass before, if it was compiled anew."""
+        if self.compiled is not None and self.compiled.count > self.compilations:
+            self.compilations = self.compiled.count
+            F, H, W = self.shape or (0, 0, 0)
+            self.log.warn(f"{F}x{H}x{W} was compiled anew, in its step; that makes {self.compilations} compilations")
 
     def _show(self, batch: Batch) -> None:
         run, (rank, world) = self.run, self.engine.place

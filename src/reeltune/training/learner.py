@@ -97,6 +97,10 @@ class Learner:
         else:
             self.in_backward.backward(loss)
 
+    def rehearse(self, loss: Tensor) -> None:
+        """A backward pass whose gradients are thrown away."""
+        (self.trainer if self.in_backward is None else self.in_backward).rehearse(loss)
+
     def step(self, step: int, rate: float) -> Tensor:
         """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
         optimization = self.optimization

@@ -15,13 +15,14 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
 from reeltune.core.interrupt import Interrupt
-from reeltune.core.types import Progress
+from reeltune.core.types import Batch, Encoded, Progress
 from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
+from reeltune.diffusion.loss import Loss
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
 from reeltune.families.spec import Family, learning
-from reeltune.memory import attention
+from reeltune.memory import attention, compiled
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
@@ -43,7 +44,7 @@ from reeltune.training.prefetch import Prefetcher, encodes_ahead
 from reeltune.training.rank_checks import from_first, refuse_apart, refuse_damaged, refuse_other_records
 from reeltune.training.rate import rate_notices
 from reeltune.training.run import Run
-from reeltune.training.turns import looked_at, turns_of
+from reeltune.training.turns import Turn, looked_at, turns_of
 
 
 def train(recipe: Recipe) -> int:
@@ -71,6 +72,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     refuse_apart(engine, recipe)
     out, training = Path(recipe.output.output_dir), recipe.training
     attention.refuse_missing(training.attention, engine.device, engine.dtype)
+    if training.compile == "blocks":
+        compiled.refuse_missing(engine.device.type)
     resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, resumed_from)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
@@ -131,6 +134,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         turns=turns,
         validation=validation,
         prefetcher=_prefetcher(recipe, engine, setup, inputs, split, progress, total_steps),
+        reader=inputs.reader,
         pixel_reader=pixel_reader,
         split=split,
         ledger=ledger,
@@ -173,9 +177,7 @@ def loop(run: Run) -> int:
                 prefetcher.begin_next()
                 shape = batch.draws[0].shape
                 with stage("forward"):
-                    where = recipe.training.seed, progress.step, micro_step, engine.rank
-                    with meter.flops(shape), seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
-                        loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+                    loss = _loss(run, turn, batch, encoded, micro_step)
                     turn.learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)
                 meter.count(mean_loss, shape, len(batch.draws))
@@ -195,6 +197,18 @@ def loop(run: Run) -> int:
             duties.validate()
         run.watchdog.doing("end", progress.step)
     return code
+
+
+def _loss(run: Run, turn: Turn, batch: Batch, encoded: Encoded, micro_step: int) -> Loss:
+    """Of a micro-step, whose arithmetic is counted; that of compiled blocks in another pass, where they are not."""
+    recipe, engine, learner, shape = run.recipe, run.engine, turn.learner, batch.draws[0].shape
+    loss = partial(training_loss, turn.setup, learner.net, encoded, batch.draws, recipe.loss)
+    where = recipe.training.seed, run.progress.step, micro_step, engine.rank
+    if learner.network.compiled is not None and run.meter.counts(shape):
+        with torch.no_grad(), run.meter.flops(shape):
+            loss()
+    with run.meter.flops(shape), seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
+        return loss()
 
 
 def _gather(

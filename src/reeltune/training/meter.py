@@ -38,6 +38,10 @@ class Meter:
         yield
         self._stopwatch.mark(SECONDS[name])
 
+    def counts(self, shape: Shape) -> bool:
+        """Whether the next `flops` of that shape counts."""
+        return self._flop_count.enabled and shape not in self._flop_count.known
+
     def flops(self, shape: Shape) -> AbstractContextManager:
         """Around the forward pass of a batch of that shape."""
         return self._flop_count.forward(shape)

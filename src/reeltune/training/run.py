@@ -31,6 +31,7 @@ class Run:
     turns: Turns
     validation: Validation
     prefetcher: Prefetcher  # of all the batches that are left
+    reader: Reader  # of any of them
     pixel_reader: Reader | None  # of the first batch's pictures, where batches come from a cache, without them
     split: BatchSplit
     ledger: Ledger

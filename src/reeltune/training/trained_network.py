@@ -20,7 +20,8 @@ from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import attention
-from reeltune.memory.blocks import blocks_of, offload_activations, recompute, swap
+from reeltune.memory.blocks import blocks_of, offload_activations, recompute, spread, swap
+from reeltune.memory.compiled import Compiled
 from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
 from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept, take_principal_parts
@@ -38,6 +39,7 @@ class TrainedNetwork:
     groups: list[dict[str, Any]]  # for the optimizer: "params" that learn, and their "rate" over the learning rate
     swapped: list[nn.Module]  # blocks that wait in the CPU's memory
     adapter: TrainedAdapter | None = None  # what learns in place of the network's own weights
+    compiled: Compiled | None = None  # its blocks, where the recipe asks for that
 
     @property
     def learning(self) -> list[nn.Parameter]:
@@ -132,15 +134,15 @@ def prepare_network(
     take_principal_parts(net, names, recipe, engine, resumed=resumed_from is not None)
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
-    swapped = _spare_memory(net, family.blocks, engine, recipe)
+    _refuse_alone(engine, recipe)
+    compiled, swapped = _prepare_blocks(net, family.blocks, engine, recipe)
     plain = engine.shard(net, family.blocks, swapped=swapped)
     groups = learners(plain)  # again: sharded parameters are others
-    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, adapter)
+    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, adapter, compiled)
 
 
-def _spare_memory(net: nn.Module, block_names: tuple[str, ...], engine: Engine, recipe: Recipe) -> list[nn.Module]:
-    """Returns the blocks that wait in the CPU's memory."""
-    memory, recomputed = recipe.memory, recipe.training.gradient_checkpointing
+def _refuse_alone(engine: Engine, recipe: Recipe) -> None:
+    memory = recipe.memory
     refuse(
         "recipe",
         [
@@ -150,12 +152,24 @@ def _spare_memory(net: nn.Module, block_names: tuple[str, ...], engine: Engine, 
             if engine.world > 1
         ],
     )
+
+
+def _prepare_blocks(
+    net: nn.Module, block_names: tuple[str, ...], engine: Engine, recipe: Recipe
+) -> tuple[Compiled | None, list[nn.Module]]:
+    """Returns the compiled blocks, and those that wait in the CPU's memory."""
+    memory, training = recipe.memory, recipe.training
+    recomputed, keep_attention = training.gradient_checkpointing, training.gradient_checkpointing == "attention_kept"
     blocks = blocks_of(net, block_names)
-    attention.choose(blocks, recipe.training.attention)
+    compiled = Compiled(blocks, again=memory.step_in_backward) if training.compile == "blocks" else None
+    attention.choose(blocks, training.attention)
     swapped = swap(blocks, memory.blocks_to_swap, engine.device)
-    if recomputed:
-        others = [block for block in blocks if block not in swapped]
-        recompute(others, memory.gradient_checkpointing_share, keep_attention=recomputed == "attention_kept")
+    others = [block for block in blocks if block not in swapped]
+    chosen = spread(others, memory.gradient_checkpointing_share) if recomputed else []
+    if compiled is not None and keep_attention:
+        compiled.keep_attention(chosen)
+    else:
+        recompute(chosen, keep_attention=keep_attention)
     if memory.offload_activations:
         offload_activations(net)
-    return swapped
+    return compiled, swapped

@@ -146,7 +146,8 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
     """A picture as CLIP sees it: stretched to a square (bicubic, no antialias), standardised."""
     pixels = image_u8_BCHW.float().div(255).sub(0.5).div(0.5)
     square = F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
-    mean, std = (square.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    tables = (torch.tensor(values).to(square, non_blocking=True) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (table[:, None, None] for table in tables)
     return (square * 0.5 + 0.5 - mean) / std
 
 
@@ -159,7 +160,8 @@ def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
 
 def _statistics(vae: Any, device: torch.device) -> list[Tensor]:
     values = (vae.config.latents_mean, vae.config.latents_std)
-    return [torch.tensor(per_channel, device=device)[:, None, None, None] for per_channel in values]
+    tables = (torch.tensor(per_channel).to(device, non_blocking=True) for per_channel in values)
+    return [table[:, None, None, None] for table in tables]
 
 
 def frames_at(pixels_BFCHW: Tensor, frame_B: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Blocks whose passes torch compiles: one graph for each kind of block, counted, and nothing else in their place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from reeltune.core.errors import UserError
+from reeltune.memory import attention
+
+COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang"))}  # of torch's and of triton's code
+SETTINGS = {  # of inductor
+    "deterministic": True,  # nothing is chosen by a trial of its time, which another run would end otherwise
+    "fallback_random": True,  # dropout drops what it drops uncompiled
+}
+
+
+def inductor(graph: Any, inputs: Sequence[Any]) -> Any:
+    """The compiled passes of a graph."""
+    from torch._inductor.compile_fx import compile_fx  # imported by those who compile
+
+    return compile_fx(graph, list(inputs), config_patches=SETTINGS)
+
+
+def refuse_missing(device_type: str) -> None:
+    """Raises UserError where torch has not what it compiles with for such a device."""
+    variable, names = COMPILERS.get(device_type, COMPILERS["cpu"])
+    wanted = os.environ.get(variable)
+    if not any(map(shutil.which, (wanted,) if wanted else names)):
+        where = f"{wanted}, which {variable} names," if wanted else " or ".join(names)
+        raise UserError(
+            "recipe",
+            f"compile is blocks, for which torch needs a compiler on this machine, and {where} is not found; install "
+            f"gcc (as by apt-get install g++), name another in {variable}, or set compile to none",
+        )
+    if device_type == "cuda" and find_spec("triton") is None:
+        raise UserError(
+            "recipe",
+            "compile is blocks, for which torch needs triton on a GPU, and it is not installed; pip install "
+            "triton, or set compile to none",
+        )
+
+
+class Compiled:
+    """These blocks, whose forward pass is compiled with its backward pass wherever it is to have one.
+
+    Without gradients, as in validation, they compute as if nothing was compiled, in whatever batches; and so they do
+    before `begin`. This comes before all else that wraps a forward pass.
+
+    again: a backward pass may run twice over the same activations.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], *, again: bool = False):
+        self.count = 0  # graphs, each of a forward and a backward pass
+        self._again = again
+        self._passes: dict[Callable[..., Any], Callable[..., Any]] | None = None
+        self._functions = {block: type(block).forward for block in blocks}
+        for block in blocks:
+            block.forward = partial(self._forward, block, block.forward)
+
+    def keep_attention(self, blocks: Sequence[nn.Module]) -> None:
+        """These recompute all but what attention gave (attention.kept), which is compiled with them."""
+        self._functions |= {block: with_attention_kept(type(block).forward) for block in blocks}
+
+    def begin(self, sizes: int, label: str) -> None:
+        """From here on blocks are compiled: for one size as it is, for several with sides that are left open.
+
+        label: the size that comes first. What torch remembers on the disk is kept apart by it, as open sides are
+        compiled with the first size in view; and by whether a backward pass may run twice, which torch forgets: it gave
+        such a pass the code of one that writes over activations (torch 2.13, 2026-11-26).
+        """
+        import torch._dynamo.config as graphs
+        import torch._functorch.config as passes
+
+        torch.compiler.reset()
+        torch.compiler.config.cache_key_tag = f"{label}, backward twice: {self._again}"
+        graphs.recompile_limit = len(self._functions) * sizes
+        graphs.optimize_ddp = False  # it cuts up whole networks, and these are blocks
+        graphs.specialize_float = True  # sides are left open, and not a block's constants
+        passes.donated_buffer = not self._again
+        compiled = partial(torch.compile, backend=self._counted, fullgraph=True, dynamic=sizes > 1)
+        self._passes = {function: compiled(function) for function in {*self._functions.values()}}
+
+    def _counted(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return inductor(graph, inputs)
+
+    def _forward(self, block: nn.Module, plain: Callable, *given: Any, **named: Any) -> Any:
+        if self._passes is None or not torch.is_grad_enabled():
+            return plain(*given, **named)
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        try:
+            return self._passes[self._functions[block]](block, *given, **named)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                "recipe",
+                f"compile is blocks, and torch {torch.__version__} cannot compile {type(block).__name__} after "
+                f"{self.count} compilations ({type(error).__name__}: {reason}); set compile to none",
+            ) from error
+
+
+@cache  # one for all blocks of a class, which is what one compilation serves
+def with_attention_kept(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward pass, of which the backward pass recomputes all but what attention gave."""
+
+    def kept(block: nn.Module, *given: Any, **named: Any) -> Any:
+        return checkpoint(forward, block, *given, use_reentrant=False, context_fn=attention.kept, **named)
+
+    return kept

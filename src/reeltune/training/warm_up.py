@@ -1,0 +1,62 @@
+"""Blocks are compiled before the first step, and alike in a run and in every resume of it: for the first clips of
+epoch 0, the largest before the others."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from reeltune.core.types import Shape
+from reeltune.data.plan import Plan
+from reeltune.memory.compiled import Compiled
+from reeltune.training.dropout import seeded_dropout
+from reeltune.training.loss import training_loss
+from reeltune.training.run import Run
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """tokens: how many different numbers of tokens clips of the plan may have. first: micro-step -> its shape, for the
+    largest of each rung of the ladder and for the smallest of all; most tokens first."""
+
+    tokens: int
+    first: dict[int, Shape]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Sizes:
+        rules, (shapes, which, _) = plan.rules, plan.outline()
+        tokens = np.array([rules.geometry.tokens(shape) for shape in shapes])
+        sides = np.sqrt([shape.height * shape.width for shape in shapes])
+        rungs = np.abs(sides[:, None] - np.array(rules.ladder)).argmin(axis=1)
+        drawn, places = np.unique(which, return_index=True)
+        largest = {int(rungs[i]): int(i) for i in sorted(drawn.tolist(), key=lambda i: tokens[i])}
+        taken = {*largest.values(), min(drawn.tolist(), key=lambda i: tokens[i])}
+        alike = {int(tokens[i]): i for i in sorted(taken)}  # by the number of tokens, which is all that blocks see
+        place = dict(zip(drawn.tolist(), places.tolist(), strict=True))
+        in_order = [i for _, i in sorted(alike.items(), reverse=True)]
+        return cls(len(np.unique(tokens)), {place[i]: shapes[i] for i in in_order})
+
+
+def warm_up(run: Run, compiled: Compiled) -> str:
+    """Compiles the network's blocks by passes whose gradients are thrown away. Returns what it came to, for the log.
+
+    compiled: those blocks.
+    """
+    recipe, engine, turn, begun_s = run.recipe, run.engine, run.turns.now, time.monotonic()
+    sizes = Sizes.of(run.reader.plan(0))
+    compiled.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()))
+    rank, world = (number * run.split.passes for number in engine.place)
+    for micro_step in sizes.first:
+        batch = run.reader[0, micro_step, rank, world]
+        encoded = run.setup.encode(batch)
+        with seeded_dropout(recipe.adapter.lora_dropout, engine.device, recipe.training.seed, 0, 0, engine.rank):
+            loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+        turn.learner.rehearse(loss.value)
+    named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
+    return (
+        f"the network's blocks are compiled: {compiled.count} compilation{'s' if compiled.count > 1 else ''} for "
+        f"{sizes.tokens} number{'s' if sizes.tokens > 1 else ''} of tokens, warmed up with {named}, in "
+        f"{time.monotonic() - begun_s:.1f} s"
+    )
