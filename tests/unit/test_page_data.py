@@ -164,7 +164,7 @@ def test_once_files_are_measured_the_page_is_loaded_anew_once(folder, monkeypatc
     monkeypatch.setattr("reeltune.page.judged.gather", lambda *a, real=gather, **k: ended.wait(60) and real(*a, **k))
     with client_of(folder) as client:
         page = f"/lists/{id_of(folder)}"
-        assert "every" not in (first := client.get(page).text) and 'hx-trigger="load delay:1s"' in first
+        assert "every 1s" not in (first := client.get(page).text) and 'hx-trigger="load delay:1s"' in first
         going_on = client.get(f"{page}/state")
         assert 'hx-trigger="load delay:1s"' in going_on.text and "hx-refresh" not in going_on.headers
         ended.set()
