@@ -45,10 +45,7 @@ PRECISIONS = {
     "bf16": {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic"},
     "fp32": {"mixed_precision": "no"},
 }
-PROGRAMS = {  # modules whose words are reeltune's
-    "benchmarks.gpu.deterministic": "deterministic kernels",
-    "reeltune": "kernels as torch chooses",
-}
+KERNELS = {True: "deterministic kernels", False: "kernels as torch chooses"}
 LEAST_SECONDS = 60  # for launches that have begun
 
 
@@ -57,19 +54,19 @@ def measure(part: Part, folder: Path) -> None:
     model = write_checkpoint(folder / "model")
     meta, _ = write_data_set(folder / "data", clips=8, stills=0, held_out=1)
     for precision in PRECISIONS:
-        names = {program: f"{precision}, {told}" for program, told in PROGRAMS.items()}
+        names = {deterministic: f"{precision}, {told}" for deterministic, told in KERNELS.items()}
         if part.left_s() <= longest_s:
             for name in names.values():
                 part.not_run(name, "no time is left")
             continue
         begun, timeout_s = time.monotonic(), max(part.left_s(), LEAST_SECONDS)
-        with ThreadPoolExecutor(len(PROGRAMS)) as pool:  # they wait for processes, and the device has room for all
-            runs = {program: Runs(model, meta, folder, precision, program) for program in PROGRAMS}
-            found = {program: pool.submit(one.compared, timeout_s=timeout_s) for program, one in runs.items()}
+        with ThreadPoolExecutor(len(KERNELS)) as pool:  # they wait for processes, and the device has room for all
+            runs = {deterministic: Runs(model, meta, folder, precision, deterministic) for deterministic in KERNELS}
+            found = {which: pool.submit(one.compared, timeout_s=timeout_s) for which, one in runs.items()}
         longest_s = time.monotonic() - begun
-        for program, name in names.items():
+        for deterministic, name in names.items():
             with part.attempt(name):
-                part.row(name, **found[program].result())
+                part.row(name, **found[deterministic].result())
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,11 @@ class Runs:
     meta: Path
     folder: Path
     precision: str
-    program: str
+    deterministic: bool
 
     @property
     def place(self) -> Path:
-        return self.folder / f"{self.precision}-{self.program}"
+        return self.folder / f"{self.precision}-{'deterministic' if self.deterministic else 'chosen'}"
 
     def compared(self, *, timeout_s: float) -> dict[str, str | int | float]:
         """Raises RuntimeError for a run that fails, and for one that was over before it could be killed."""
@@ -110,6 +107,7 @@ class Runs:
         settings = {
             **ARGUMENTS,
             **PRECISIONS[self.precision],
+            "deterministic": str(self.deterministic).lower(),
             "pretrained_model_name_or_path": self.model,
             "train_data_dir": self.meta.parent,
             "train_data_meta": self.meta,
@@ -117,7 +115,7 @@ class Runs:
         }
         words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
         with (self.place / f"{name}.log").open("a", encoding="utf-8") as log:
-            command = [sys.executable, "-m", self.program, "train", *words, *more]
+            command = [sys.executable, "-m", "reeltune", "train", *words, *more]
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def _kill(self, process: subprocess.Popen, until: float) -> int:

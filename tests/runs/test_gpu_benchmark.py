@@ -147,10 +147,10 @@ def test_settings_of_tf32_are_put_back():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", exact.PROGRAMS)
-def test_a_killed_run_ends_in_the_bits_of_others(program, tmp_path):
+@pytest.mark.parametrize("deterministic", exact.KERNELS)
+def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path):
     meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
-    runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", program)
+    runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", deterministic)
     found = runs.compared(timeout_s=600)
     assert found["killed_after_step"] < exact.STEPS
     assert found["repeat_equal"] == found["resume_equal"] == "yes"

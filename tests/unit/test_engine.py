@@ -1,11 +1,12 @@
 """What an engine says of its device, and what it tells torch of it."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reeltune.distributed.engine import Engine, choose_tf32, peak_flops
+from reeltune.distributed.engine import Engine, choose_kernels, peak_flops
 from reeltune.training import duties
 
 
@@ -21,17 +22,28 @@ def test_a_gpu_has_its_number(told, device, monkeypatch):
 
 
 @pytest.fixture
-def tf32():
+def kernels(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_tf32_is_of_products_and_convolutions_alike(allowed, tf32):
+def test_tf32_is_of_products_and_convolutions_alike(allowed, kernels):
     torch.backends.cudnn.allow_tf32 = not allowed
-    choose_tf32(allowed)
+    choose_kernels(allow_tf32=allowed)
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+
+
+def test_deterministic_kernels_are_those_of_the_run_alone(kernels):
+    Engine(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    Engine()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

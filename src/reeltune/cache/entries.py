@@ -49,6 +49,7 @@ def keys_of(recipe: Recipe, family: Family, mode: str, *, show_progress: bool = 
         "train_mode": mode,
         "mixed_precision": recipe.training.mixed_precision,
         "allow_tf32": recipe.training.allow_tf32,
+        **({"deterministic": True} if recipe.training.deterministic else {}),  # caches before it stay
         **encoder_facts(recipe),
         **encode_options(recipe),
         **fingerprints(family.frozen_files, Path(recipe.cache.cache_folder), show_progress=show_progress),

@@ -25,7 +25,7 @@ from reeltune.core.types import Batch, Described
 from reeltune.data.camera import CameraError
 from reeltune.data.loader import Reader, collate, read_ahead
 from reeltune.data.media import MediaError
-from reeltune.distributed.engine import choose_tf32, place_in_launch
+from reeltune.distributed.engine import choose_kernels, place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
 from reeltune.run.loading_memory import told_when_full
@@ -41,7 +41,7 @@ def fill(recipe: Recipe) -> int:
     Raises UserError for everything that a user can mend.
     """
     rank, world, device = place_in_launch()
-    choose_tf32(recipe.training.allow_tf32)
+    choose_kernels(allow_tf32=recipe.training.allow_tf32, deterministic=recipe.training.deterministic)
     family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
     folder = Path(str(recipe.cache.cache_folder))

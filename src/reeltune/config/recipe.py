@@ -162,6 +162,8 @@ class Training:
     """Accepted and ignored: clips are encoded one at a time, so that none depends on its neighbours."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products and convolutions on NVIDIA GPUs."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on which an exact resume on a GPU depends; some are slower."""
 
 
 @dataclass(frozen=True)

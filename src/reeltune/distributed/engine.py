@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, gather_objec
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils import deterministic as fills
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune.core.errors import UserError
@@ -47,6 +48,7 @@ class Engine:
         mixed_precision: str = "no",
         *,
         allow_tf32: bool = False,
+        deterministic: bool = False,
         on_cpu: bool = False,
         parallelism: Parallelism | None = None,
         rank_timeout_seconds: float = 1800,
@@ -57,7 +59,7 @@ class Engine:
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
-        choose_tf32(allow_tf32)
+        choose_kernels(allow_tf32=allow_tf32, deterministic=deterministic)
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
         handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)]
@@ -230,9 +232,15 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose_tf32(allowed: bool) -> None:
-    """For products of fp32 matrices, and for convolutions, which torch computes in TF32 unless it is told not to."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+def choose_kernels(*, allow_tf32: bool = False, deterministic: bool = False) -> None:
+    """allow_tf32: for products of fp32 matrices, and for convolutions, which torch computes in TF32 unless it is told
+    not to. deterministic: of an operation that has no kernel with the same bits each time, torch warns. Before the
+    first matrix product (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    fills.fill_uninitialized_memory = False  # pyright: ignore  # nothing reads it, and it takes time
 
 
 def place_in_launch() -> tuple[int, int, torch.device]:

@@ -58,6 +58,7 @@ def train(recipe: Recipe) -> int:
     engine = Engine(
         recipe.training.mixed_precision,
         allow_tf32=recipe.training.allow_tf32,
+        deterministic=recipe.training.deterministic,
         parallelism=parallelism,
         rank_timeout_seconds=patience_seconds,
     )
