@@ -73,6 +73,7 @@ def test_each_learns_in_its_share_of_the_steps_at_its_own_levels(runs):
     levels = [band["level"] for band in last["per_band"]]
     assert min(levels[:2]) >= 0.875 > max(levels[2:])
     of = {one["expert"]: one for one in last["experts"]}
+    assert sum(last["per_clip"]) / last["n"] == pytest.approx(last["loss"])
     assert of["high"]["loss"] < of["high"]["loss_start"] and of["low"]["loss"] < of["low"]["loss_start"]
     assert last["loss"] == pytest.approx(SHARE * of["high"]["loss"] + (1 - SHARE) * of["low"]["loss"])
     told = json.loads((out / "run.json").read_text())

@@ -16,7 +16,7 @@ def lifted(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     if not tensors:
         return torch.empty(0), []
     places = [0, *accumulate(-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in tensors)]
-    piece_N = torch.empty(places[-1], dtype=torch.float32, device=tensors[0].device)
+    piece_N = tensors[0].new_empty(places[-1], dtype=torch.float32)
     copies = views(piece_N, tensors, places)
     torch._foreach_copy_(copies, list(tensors))
     return piece_N, copies

@@ -107,7 +107,7 @@ class HeldOut:
             "start_step": start_step,
             **_change(self._mean(losses), self._mean(start)),
             "per_band": [{"level": level, "loss": loss, "loss_start": before} for level, loss, before in bands],
-            "per_clip": losses.mean(1).tolist(),  # in the order of start.json: two runs are paired by it
+            "per_clip": self._mean(losses).tolist(),  # in the order of start.json: two runs are paired by it
             "n": len(losses),
             **({"experts": [{"expert": name, **told} for name, told in experts.items()]} if experts else {}),
         }
