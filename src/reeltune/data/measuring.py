@@ -222,7 +222,8 @@ def _not_started(code: int | None) -> UserError:
     return UserError(
         "scan",
         f"none of the processes that measure files has begun: each ended first (the last with exit code {code}), or "
-        f"took more than {START_SECONDS:g} s; see that the machine has memory left and is not overloaded, and run again",
+        f"took more than {START_SECONDS:g} s; see that the machine has memory left and is not overloaded, and start "
+        "again",
     )
 
 
