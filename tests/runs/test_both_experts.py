@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -98,6 +99,7 @@ def test_a_turn_is_a_step_of_a_run_of_that_expert_alone(runs, model, data, tmp_p
     released, kept = weights.read(model / other), weights.read(checkpoint / other)
     assert all(torch.equal(released[name], kept[name]) for name in released)
     (validation,), (of_both,) = (rows(tmp_path / name, "validation")[:1] for name in ("alone", "both"))
+    assert np.mean(of_both["per_clip"]) == pytest.approx(of_both["loss"], rel=1e-12)
     measured = [band["loss"] for band in of_both["per_band"]]
     assert [band["loss"] for band in validation["per_band"]] == (measured[:2] if first == "high" else measured[2:])
 

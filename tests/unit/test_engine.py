@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reeltune.distributed.engine import Engine, choose_kernels, peak_flops
+from reeltune.core.errors import UserError
+from reeltune.distributed.engine import Engine, choose_kernels, peak_flops, same_bits
 from reeltune.training import duties
 
 
@@ -44,6 +45,23 @@ def test_deterministic_kernels_are_those_of_the_run_alone(kernels):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     Engine()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_has_no_deterministic_kernel_is_refused_in_the_trained_networks_passes_alone(kernels):
+    """A warning is not enough there: attention's backward pass then keeps to kernels with other bits each time."""
+    choose_kernels(deterministic=True)
+    with same_bits(True):
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    with pytest.raises(UserError, match="deterministic is true, and torch"), same_bits(True):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # which has none
+    with pytest.raises(RuntimeError, match="another"), same_bits(True):
+        raise RuntimeError("another")
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    with pytest.warns(UserWarning, match="put_"):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    choose_kernels()
+    with same_bits(False):
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

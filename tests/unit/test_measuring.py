@@ -187,6 +187,47 @@ def test_a_decoder_that_hangs_or_dies_costs_one_file(tmp_path, monkeypatch):
     assert sorted(os.path.basename(key) for key in held) == ["a.png", "b.png", "c.png"]  # the others are tried again
 
 
+def serve_once_started(link, decode_check):
+    """In its place: whoever makes the mark first ends before it has begun."""
+    try:
+        os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        measuring._serve(link, decode_check)
+    os._exit(9)
+
+
+def never_begins(link, decode_check):
+    os._exit(9) if os.environ["MARK"] == "dies" else time.sleep(1000)
+
+
+def pictures(folder, count) -> list[File]:
+    for i in range(count):
+        Image.new("RGB", (32, 16)).save(folder / f"{i}.png")
+    return [File(str(folder / f"{i}.png"), "image") for i in range(count)]
+
+
+def measured_by_two(files):
+    options = {"decode_check": "ends", "index_dir": None, "workers": 2, "seconds_per_file": 60, "progress": None}
+    return measure_files(files, stamps(file.path for file in files), **options)
+
+
+def test_a_process_that_does_not_start_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr(measuring, "_serve", serve_once_started)
+    assert [finding.reason for finding in measured_by_two(pictures(tmp_path, 3))] == [None] * 3
+    assert (tmp_path / "mark").is_file()
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_where_no_process_starts_that_is_said(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARK", how)
+    monkeypatch.setattr(measuring, "_serve", never_begins)
+    if how == "hangs":
+        monkeypatch.setattr(measuring, "START_SECONDS", 0.1)
+    with pytest.raises(UserError, match="none of the processes that measure files has begun"):
+        measured_by_two(pictures(tmp_path, 3))
+
+
 def test_a_pipe_does_not_wait(folder):
     os.mkfifo(folder / "pipe.mp4")
     with pytest.raises(UserError, match="is not a regular file"):

@@ -304,3 +304,10 @@ def test_equal_frames_are_equal_bytes_whatever_memory_holds(tmp_path):
         write_clip(tmp_path / "a.mp4", moving_FHWC, 8)
         files.add((tmp_path / "a.mp4").read_bytes())
     assert len(files) == 1
+
+
+@pytest.mark.parametrize(("fps", "nearest"), [(1 / 3600, 1 / 1001), (1e6, 1000.0), (float("inf"), 1000.0), (8, 8)])
+def test_a_clip_of_any_rate_is_written_at_the_nearest_that_there_is(fps, nearest, tmp_path):
+    write_clip(tmp_path / "a.mp4", numbered(3), fps)
+    written = measure(tmp_path / "a.mp4", "video")
+    assert (written.frames, written.fps) == (3, pytest.approx(nearest, rel=1e-3))

@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -270,6 +271,23 @@ def test_runs_that_kept_no_losses_of_single_clips_are_paired_without_a_band(tmp_
         (2, 0.5, pytest.approx(0.4005), None),
     ]
     assert "kept no losses of single clips" in told["answer"]
+
+
+def test_of_other_held_out_sets_runs_without_losses_of_single_clips_are_not_paired(tmp_path):
+    one, two = two_runs(tmp_path, per_clip=False)
+    change(two.folder / "validation/start.json", clips=["a.mp4", "c.mp4"])
+    told = compare.compared(one, two)
+    assert told["shared"] == 1 and told["rows"] == [] and "kept no losses of single clips" in told["answer"]
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_wins_nothing(tmp_path, lost):
+    one, two = two_runs(tmp_path)
+    row = {**validation(3, lost, 0.6), "per_clip": [lost, 0.5]}
+    append(one.folder / "metrics.jsonl", lines(row))
+    append(two.folder / "metrics.jsonl", lines({**validation(3, 0.5, 0.6), "per_clip": [0.5, 0.5]}))
+    told = compare.compared(one, two)
+    assert told["rows"][-1].band95 is None and "loss of a is not finite" in told["answer"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reeltune.adapters import saved
@@ -200,12 +201,16 @@ def test_a_file_with_magnitudes_has_the_layers_weight(tmp_path):
     torch.testing.assert_close(pair.changed(base.weight.detach()), effective_OI.detach(), rtol=0, atol=1e-5)
 
 
-def test_a_folder_without_its_start_is_refused(tmp_path):
+def test_a_folder_without_its_start_or_a_part_of_it_is_refused(tmp_path):
     net = Net()
     names = principal_in(net)
     weights = {names[n]: w.detach() for n, w in net.named_parameters() if w.requires_grad or is_start(names[n])}
     alphas = {target.released: target.alpha for target in chosen(Net(), rank=RANK, alpha=ALPHA)}
     saved.write(tmp_path, weights, alphas, {"lora_init": "pissa"})
+    first, *_ = starts = load_file(tmp_path / saved.START)
+    save_file({name: start for name, start in starts.items() if name != first}, tmp_path / saved.START)
+    with pytest.raises(UserError, match=f"has not what {first.removesuffix('.lora_A.start')} began with"):
+        saved.load(tmp_path)  # or the layer would count half
     (tmp_path / saved.START).unlink()
     with pytest.raises(UserError, match=saved.START):
         saved.read(tmp_path)

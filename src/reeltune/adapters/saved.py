@@ -100,8 +100,13 @@ def read(folder: Path) -> dict[str, Tensor]:
     stored = tensors_of(folder / FILE, "cpu")
     kept = {name: tensor for name, tensor in stored.items() if not name.endswith(ALPHA)}
     weights = {name.removeprefix(PREFIX if name.startswith(PREFIX) else WHOLE): one for name, one in kept.items()}
-    if str(config_of(folder).get("lora_init", "")).startswith("pissa"):
-        weights |= _apart(weights, tensors_of(folder / START, "cpu"), str(folder))
+    config = config_of(folder)
+    if str(config.get("lora_init", "")).startswith("pissa"):
+        starts = tensors_of(folder / START, "cpu")
+        # Its pair would be taken for one that learns, of twice the rank, at half its strength.
+        short = [layer for layer in config["alphas"] if f"{layer}.{START_A}" not in starts]
+        refuse(str(folder / START), few([f"has not what {layer} began with; {COPY}" for layer in short]))
+        weights |= _apart(weights, starts, str(folder))
     return weights
 
 

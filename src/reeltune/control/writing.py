@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from reeltune.control.source import require_like
 from reeltune.core.files import whole_file, whole_path
 from reeltune.core.types import Kind as MediaKind
 from reeltune.data.camera import COLUMNS
-from reeltune.data.clip_writer import clip_written
+from reeltune.data.clip_writer import clip_written, frame_rate
 from reeltune.data.clips import index_of
 from reeltune.data.keypoints import Keypoints, write_keypoints
 
@@ -64,7 +63,7 @@ def _write_clip(detector: Detector, path: Path, source: Source, control: Path) -
     index = index_of(str(path))
     ticks = index.pts - index.pts[0]
     count, last_s = len(ticks), float(source.times_s[-1])
-    rate = Fraction((count - 1) / last_s if last_s else 1.0).limit_denominator(1001)
+    rate = frame_rate((count - 1) / last_s if last_s else 1.0)
     shown = iter(ticks.tolist())
     try:
         with whole_path(control) as beside:

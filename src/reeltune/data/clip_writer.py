@@ -14,6 +14,14 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from reeltune.data.display import FILTER
 
+LARGEST = 1001  # denominator of a rate, that of NTSC's
+MOST_FPS = 1000.0
+
+
+def frame_rate(fps: float) -> Fraction:
+    """The nearest rate that clips are written with. Frames may be hours apart, or told in another unit than seconds."""
+    return max(Fraction(min(fps, MOST_FPS)).limit_denominator(LARGEST), Fraction(1, LARGEST))
+
 
 class ClipWriter:
     """H.264 in mp4, which browsers play: 4:2:0 with even sides, 4:4:4 with odd ones; BT.709, index first."""

@@ -8,19 +8,21 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.data.camera import CameraError, read_poses
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measure_control, require_times
 
 INDEX_VERSION = 2  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring
-START_SECONDS = 120.0  # that a process may take to import what it needs
+START_SECONDS = 1200.0  # that a process may take to import what it needs: of a busy machine's share, hundreds
 ABSENT = [-1, -1]  # stamp of a file that is not there
 
 
@@ -76,6 +78,7 @@ def measure_files(
     """A Finding for each file. Those in the index with the same stamp are not opened.
 
     A file that takes longer than `seconds_per_file`, or kills its process, is found unusable. `progress(done, total)`.
+    Raises UserError if no process can be started.
     """
     index = _load_index(index_dir, decode_check)
     keys = [":".join(filter(None, (file.kind, file.path, file.clip))) for file in files]
@@ -200,14 +203,14 @@ class _Worker:
         """(its finding, or None if it has only just started; whether it lives)."""
         try:
             return self.link.recv(), True
-        except EOFError:
+        except (EOFError, ConnectionError):
             return Finding(None, "ends the process that decodes it", lasting=False), False
 
-    def give(self, number: int | None, files: Sequence[File], seconds: float) -> None:
-        self.file, self.deadline = number, float("inf")
-        if number is not None:
+    def give(self, number: int, files: Sequence[File], seconds: float) -> None:
+        self.file = number
+        with suppress(ConnectionError):  # it has died since: `receive` finds out
             self.link.send(files[number])
-            self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds
 
     def close(self) -> None:
         self.process.kill()
@@ -215,34 +218,47 @@ class _Worker:
         self.link.close()
 
 
+def _not_started(code: int | None) -> UserError:
+    return UserError(
+        "scan",
+        f"none of the processes that measure files has begun: each ended first (the last with exit code {code}), or "
+        f"took more than {START_SECONDS:g} s; see that the machine has memory left and is not overloaded, and start "
+        "again",
+    )
+
+
 def _run(
     files: Sequence[File], numbers: list[int], decode_check: DecodeCheck, workers: int, seconds: float
 ) -> Iterator[tuple[int, Finding]]:
-    """(number, finding) as they come."""
+    """(number, finding) as they come. Processes that do not start are done without. Raises UserError if all do not."""
     todo = iter(numbers)
     left = len(numbers)
     crew = [_Worker(decode_check) for _ in range(min(workers, left))]
     try:
         while left:
             timeout = max(min(worker.deadline for worker in crew) - time.monotonic(), 0)
-            ready = wait([worker.link for worker in crew], timeout)
-            for place, worker in enumerate(crew):
-                if worker.link in ready:
+            wait([worker.link for worker in crew], timeout)
+            for worker in list(crew):
+                if worker.link.poll():
                     finding, alive = worker.receive()
                 elif time.monotonic() >= worker.deadline:
                     finding, alive = Finding(None, f"takes more than {seconds:g} s to decode", lasting=False), False
                 else:
                     continue
-                if worker.file is None and not alive:
-                    raise RuntimeError("a process that measures files did not start")
-                if worker.file is not None and finding is not None:
-                    yield worker.file, finding
+                given = worker.file
+                if given is not None and finding is not None:
+                    yield given, finding
                     left -= 1
-                if alive:
-                    worker.give(next(todo, None), files, seconds)
-                elif left:
-                    worker.close()
-                    crew[place] = _Worker(decode_check)
+                number = next(todo, None) if alive else None
+                if number is not None:
+                    worker.give(number, files, seconds)
+                    continue
+                worker.close()
+                crew.remove(worker)
+                if given is not None and not alive and left:
+                    crew.append(_Worker(decode_check))
+                if left and not crew:
+                    raise _not_started(worker.process.exitcode)
     finally:
         for worker in crew:
             worker.close()

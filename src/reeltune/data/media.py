@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from reeltune.core.files import whole_path
 from reeltune.core.types import Crop, Kind, Shape
 from reeltune.data import clips
-from reeltune.data.clip_writer import clip_written
+from reeltune.data.clip_writer import clip_written, frame_rate
 from reeltune.data.clips import TIME_ROUNDING, decode, index_of, is_uneven, measure_clip, on_show
 from reeltune.data.display import Displayer
 from reeltune.data.findings import DecodeCheck, Measure, MediaError, content_of, require_file
@@ -135,7 +134,7 @@ def write_clip(path: str | Path, frames_FHWC: np.ndarray, fps: float, *, crf: in
     odd_h, odd_w = (side % 2 for side in frames_FHWC.shape[1:3])
     frames_FHWC = np.pad(frames_FHWC, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
     _, height, width, _ = frames_FHWC.shape
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = frame_rate(fps)
     options = {"crf": str(crf), "preset": "medium"}
     with (
         whole_path(Path(path)) as beside,

@@ -59,6 +59,7 @@ class Engine:
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
+        self.deterministic = deterministic
         choose_kernels(allow_tf32=allow_tf32, deterministic=deterministic)
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
@@ -232,9 +233,34 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@contextlib.contextmanager
+def same_bits(deterministic: bool) -> Iterator[None]:
+    """Around the trained network's passes, where a warning is not enough: of deterministic kernels that are asked for
+    with warn_only, the backward passes of torch's flash and memory-efficient attention go on to take others (torch,
+    aten/src/ATen/native/transformers/cuda/attention_backward.cu). Raises UserError for an operation that has none.
+    """
+    if not deterministic:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms(True)" not in str(error):
+            raise
+        raise UserError(
+            "recipe",
+            f"deterministic is true, and torch {torch.__version__} cannot give the same bits each time for what the "
+            f"trained network computes ({str(error).partition(', but ')[0]}); set deterministic to false",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def choose_kernels(*, allow_tf32: bool = False, deterministic: bool = False) -> None:
     """allow_tf32: for products of fp32 matrices, and for convolutions, which torch computes in TF32 unless it is told
-    not to. deterministic: of an operation that has no kernel with the same bits each time, torch warns. Before the
+    not to. deterministic: of an operation that has no kernel with the same bits each time, torch warns, and within
+    `same_bits` refuses. Before the
     first matrix product (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     if deterministic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class Paired:
     step: int
     of_a: float
     of_b: float
-    band95: list[float] | None  # of b - a; None for one clip, and where a run has kept no losses of single clips
+    band95: list[float] | None  # of b - a; None for one clip, for losses that are not finite, and where a run has kept
+    # none of single clips
 
     @property
     def difference(self) -> float:
@@ -57,7 +59,7 @@ def compared(a: Run, b: Run) -> dict[str, Any]:
         "shared": len(shared),
         "why": why,
         "rows": rows,
-        "answer": answer(rows, len(shared)) if shared else None,
+        "answer": answer(rows, len(shared), met(*(metrics for _, metrics in pairs))) if shared else None,
         "recipe": recipe_differences(a.folder, b.folder),
         "grids": [grid(run) for run in (a, b)],
     }
@@ -100,17 +102,30 @@ def differences(a: Metrics, b: Metrics, clips: list[int]) -> list[Paired]:
         rows = of_a[step], of_b[step]
         if all(row["per_clip"] is not None and len(row["per_clip"]) == row["n"] > clips[-1] for row in rows):
             one, other = (np.array(row["per_clip"])[clips] for row in rows)
-            found.append(Paired(step, float(one.mean()), float(other.mean()), band95(other - one)))
+            finite = np.isfinite(one).all() and np.isfinite(other).all()
+            band = band95(other - one) if finite else None
+            found.append(Paired(step, float(one.mean()), float(other.mean()), band))
         elif all(row["n"] == len(clips) for row in rows):
             found.append(Paired(step, rows[0]["loss"], rows[1]["loss"], None))
     return found
 
 
-def answer(rows: list[Paired], clips: int) -> str:
-    """Which of them is better at the last step at which both were measured."""
+def met(a: Metrics, b: Metrics) -> bool:
+    """Whether both were measured at any one step."""
+    steps = [{row["step"] for row in metrics.validations} for metrics in (a, b)]
+    return not steps[0].isdisjoint(steps[1])
+
+
+def answer(rows: list[Paired], clips: int, measured: bool) -> str:
+    """Which of them is better at the last step at which both were measured. measured: whether there is any."""
+    if not rows and measured:
+        return "One of them has kept no losses of single clips, so those that both were measured on are not told apart."
     if not rows:
         return "No step is there yet at which both were measured."
     last = rows[-1]
+    lost = [name for name, loss in (("a", last.of_a), ("b", last.of_b)) if not math.isfinite(loss)]
+    if lost:
+        return f"At step {last.step:,} the loss of {' and of '.join(lost)} is not finite; there is nothing to compare."
     side = "lower" if last.difference < 0 else "higher"
     told = f"At step {last.step:,} the loss of b is {abs(last.difference):.4f} {side}"
     if last.band95 is None:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import threading
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +15,7 @@ from PIL import Image
 
 from reeltune.core.files import whole_file, whole_path
 from reeltune.core.types import Crop
-from reeltune.data.clip_writer import clip_written
+from reeltune.data.clip_writer import clip_written, frame_rate
 from reeltune.data.display import Displayer, turn_of
 from reeltune.data.findings import MediaError
 from reeltune.data.keypoints import is_keypoints, read_keypoints
@@ -49,7 +48,7 @@ def drawn_clip(path: Path, store: Path) -> Path:
     """Key points as a clip, the first MOST_DRAWN frames of it, in `store` as posters are. Raises MediaError."""
     made, keypoints = store / "posters" / f"{_known_by(path)}.mp4", read_keypoints(path)
     if not made.exists():
-        rate = Fraction(keypoints.fps or 1).limit_denominator(1001)
+        rate = frame_rate(keypoints.fps or 1)
         height, width = (side + side % 2 for side in fitted(keypoints.height, keypoints.width))  # 4:2:0
         with _at_once, whole_path(made) as beside, clip_written(beside, height, width, rate, 1 / rate, {}) as clip:
             for i in range(min(keypoints.frames, MOST_DRAWN)):

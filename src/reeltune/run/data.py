@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from reeltune.data.shapes import SizeRules, lone_frames
 from reeltune.families.captions import cut_captions
 from reeltune.families.spec import Family
 from reeltune.reporting.ledger import Ledger
+from reeltune.run.machine import usable_cores
 from reeltune.run.sizes import short_clips, size_rules, suited
 
 FILE_INPUTS = frozenset({"control", "camera"})  # what a mode may need that comes from a file of its own
@@ -68,7 +68,7 @@ def gather(
             allow_outside_paths=data.allow_outside_paths,
             max_bad_share=data.max_bad_share,
             index_dir=Path(recipe.output.output_dir) / "index",
-            workers=os.cpu_count() or 1,
+            workers=usable_cores(),
             progress=progress,
             just_scanned=just_scanned,
         )

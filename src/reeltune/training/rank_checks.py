@@ -77,7 +77,8 @@ def refuse_other_settings(engine: Engine, recipe: Recipe) -> None:
 def refuse_other_checkpoint(engine: Engine, recipe: Recipe) -> None:
     """Raises UserError where a process finds another checkpoint, by samples of its files, than rank 0."""
     model = recipe.model
-    paths = [path for path in (model.pretrained_model_name_or_path, model.transformer_path) if path is not None]
+    own = model.pretrained_model_name_or_path, model.transformer_path, recipe.adapter.adapter_path
+    paths = [path for path in (*own, model.other_expert_path, model.other_expert_adapter) if path is not None]
     samples = {str(file): sampled(file) for path in paths for file in files_of(Path(path))}
     refuse(
         "pretrained_model_name_or_path: processes would train from other weights; give all machines the same files",
