@@ -174,12 +174,16 @@ def test_other_files_are_refused_in_words(kind, open_kind, folder, tmp_path):
     assert "loading it could run code" in refused(tmp_path)
 
 
-def test_numbers_that_are_none_are_refused(folder, tmp_path, small):
-    state = torch.load(folder / "ControlNetHED.pth", weights_only=True)
-    state["block1.projection.bias"].fill_(float("nan"))
-    torch.save(state, tmp_path / "ControlNetHED.pth")
+@pytest.mark.parametrize(
+    ("kind", "open_kind", "weight"),
+    [("hed", open_hed, "block1.projection.bias"), ("mlsd", open_mlsd, "block23.conv3.bias")],
+)
+def test_numbers_that_are_none_are_refused(kind, open_kind, weight, folder, tmp_path, small):
+    state = torch.load(folder / NETS[kind][1], weights_only=True)
+    state[weight].fill_(float("nan"))
+    torch.save(state, tmp_path / NETS[kind][1])
     with pytest.raises(UserError, match="no numbers"):
-        pictures(open_hed(tmp_path, Settings()), Source.of(picture()[None], 8))
+        pictures(open_kind(tmp_path, Settings()), Source.of(picture()[None], 8))
 
 
 @pytest.mark.parametrize("kind", NETS)

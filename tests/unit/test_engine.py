@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reeltune.core.errors import UserError
 from reeltune.distributed.engine import Engine, choose_kernels, peak_flops
 from reeltune.training import duties
 
@@ -44,6 +45,21 @@ def test_deterministic_kernels_are_those_of_the_run_alone(kernels):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     Engine()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_trains_is_refused_what_has_no_such_kernel(kernels):
+    """And warned of nothing: torch's attention takes its gradients' fixed order then alone."""
+    engine = Engine(deterministic=True)
+    with pytest.raises(UserError, match=r"deterministic is true, and torch .*put_ does not have.*to false"):  # noqa: SIM117
+        with engine.same_bits():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    with pytest.raises(RuntimeError, match="of another kind"), engine.same_bits():
+        raise RuntimeError("of another kind")
+    with Engine().same_bits():
+        assert not torch.are_deterministic_algorithms_enabled()
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
 
 
 @pytest.mark.parametrize(

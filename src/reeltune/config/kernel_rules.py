@@ -18,6 +18,12 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     kernel, together = recipe.training.attention, recipe.parallel.context_parallel
     if kernel == "auto":
         return
+    if kernel == "cudnn" and recipe.training.deterministic:
+        yield (
+            ("attention", "deterministic"),
+            "attention is cudnn and deterministic is true; cuDNN adds up gradients in no fixed order; set attention to "
+            "flash, efficient or math, or leave deterministic out",
+        )
     if together > 1:
         yield (
             ("attention", "context_parallel"),

@@ -79,7 +79,7 @@ def lines_of(net: Mlsd, rgb_HW3: np.ndarray, device: str) -> tuple[np.ndarray, n
     scores_L, ends_4L = best.values.cpu().numpy(), maps_MHW[1:5].flatten(1)[:, best.indices].cpu().numpy()
     rows_L, columns_L = np.divmod(best.indices.cpu().numpy(), heat_HW.shape[1])
     length_L = np.hypot(*(ends_4L[:2] - ends_4L[2:]))
-    kept_L = (scores_L > WEAK) & (length_L > LEAST_CELLS)
+    kept_L = ~(scores_L <= WEAK) & ~(length_L <= LEAST_CELLS)  # and what is no number, for the caller to refuse
     lines_L4 = 2 * (ends_4L + np.stack([columns_L, rows_L] * 2)).T
     return lines_L4[kept_L].astype(np.float64), scores_L[kept_L]
 

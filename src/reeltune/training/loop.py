@@ -177,13 +177,13 @@ def loop(run: Run) -> int:
                     encoded = prefetcher.encoded()
                 prefetcher.begin_next()
                 shape = batch.draws[0].shape
-                with stage("forward"):
+                with stage("forward"), engine.same_bits():
                     loss = _loss(run, turn, batch, encoded, micro_step)
                     turn.learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)
                 meter.count(mean_loss, shape, len(batch.draws))
                 duties.check_finite(Step(progress.step, batch, loss, mean_loss))
-            with stage("step"):
+            with stage("step"), engine.same_bits():
                 rate = turn.rate(progress.step)
                 grad_norm = turn.learner.step(taken, rate)
                 progress.step += 1

@@ -51,9 +51,11 @@ def warm_up(run: Run, compiled: Compiled) -> str:
     for micro_step in sizes.first:
         batch = run.reader[0, micro_step, rank, world]
         encoded = run.setup.encode(batch)
-        with seeded_dropout(recipe.adapter.lora_dropout, engine.device, recipe.training.seed, 0, 0, engine.rank):
-            loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
-        turn.learner.rehearse(loss.value)
+        where = recipe.training.seed, 0, 0, engine.rank
+        with engine.same_bits():
+            with seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
+                loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+            turn.learner.rehearse(loss.value)
     named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
     return (
         f"the network's blocks are compiled: {compiled.count} compilation{'s' if compiled.count > 1 else ''} for "
