@@ -205,12 +205,14 @@ class Engine:
         """Around what trains, if kernels are deterministic: only if torch has to refuse what has none, attention sums
         up gradients in a fixed order; where it may warn, it does not (pytorch, aten/src/ATen/native/transformers/cuda/
         attention_backward.cu). Raises UserError for an operation without such a kernel."""
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(deterministic)
+        if not torch.are_deterministic_algorithms_enabled():
+            yield
+            return
+        torch.use_deterministic_algorithms(True)
         try:
             yield
         except RuntimeError as error:
-            if not deterministic or "deterministic" not in str(error):
+            if "deterministic" not in str(error):
                 raise
             raise UserError(
                 "recipe",
@@ -218,7 +220,7 @@ class Engine:
                 f"({str(error).splitlines()[0]}); set deterministic to false",
             ) from error
         finally:
-            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""
