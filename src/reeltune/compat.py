@@ -172,14 +172,14 @@ def _take_boundary(given: dict[str, Any]) -> list[str]:
                 asked,
             )
         return []
+    if (expert := given.get("expert")) is not None:
+        both = f"expert is {expert} and boundary_type is {asked}, which are one setting; leave boundary_type out"
+        return [] if asked in (None, expert) else [both]
     if asked == "full":
         return [
             "boundary_type is full, which trains low_noise_model at all noise levels, high ones too, where sampling "
             "never asks it; give low or high, or --expert both, which trains the two, each at its own levels"
         ]
-    if (expert := given.get("expert")) is not None:
-        both = f"expert is {expert} and boundary_type is {asked}, which says the same; leave boundary_type out"
-        return [] if asked in (None, expert) else [both]
     if asked is None:
         notices.warning("--boundary_type was not given: low, as in the original; high trains the other network")
     if "uniform_sampling" not in given:

@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from reeltune import cli, compat
 from reeltune.config.parse import settings
@@ -71,6 +73,9 @@ def place(tmp_path, monkeypatch):
     tiny_checkpoint(tmp_path / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
     tiny_checkpoint(tmp_path / "models" / "Wan2.2-T2V-A14B", "2.2_a14b_t2v")
     data_set(tmp_path / "datasets" / "mine")
+    pair = {"A": torch.ones(2, 48), "B": torch.ones(48, 2)}  # of another tool, without an alpha
+    named = {f"diffusion_model.blocks.0.self_attn.q.lora_{one}.weight": weight for one, weight in pair.items()}
+    save_file(named, tmp_path / "theirs.safetensors")
     for name in ("recipes", "config"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

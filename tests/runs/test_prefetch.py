@@ -109,6 +109,7 @@ def test_where_batches_are_encoded_ahead():
 
     assert {case: ahead(*case) for case in cases} == cases
     assert not ahead(None, True, attention="flash")  # which encoders may not have
+    assert not ahead(None, True, deterministic=True)  # what encoders have may have no such kernel
     assert ahead(None, True, attention="flash", cache_folder="x", cache_variants=1)
 
 

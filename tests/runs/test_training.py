@@ -21,7 +21,9 @@ from reeltune.core.interrupt import Interrupt
 from reeltune.diffusion.objective import Ddpm, Flow
 from reeltune.distributed.engine import Stopwatch
 from reeltune.run.model import with_levels
+from reeltune.sampling.sample import Setup
 from reeltune.training import loss as training_loss
+from reeltune.training.learner import Learner
 from reeltune.training.loop import train
 from tests.distributed.processes import end, environment, start
 from tests.families.tiny_wan import tiny_checkpoint
@@ -40,6 +42,31 @@ def steps(out):
 
 def weights(out, step):
     return load_file(next((out / f"checkpoint-{step}" / "transformer").glob("*.safetensors")))
+
+
+def test_torch_may_warn_of_no_kernel_while_it_trains(wan, data, tmp_path, monkeypatch):
+    """With `deterministic`: where it may, attention on a GPU has its gradients in no fixed order."""
+    seen = {}
+
+    def watched(name, of):
+        def called(*given, **named):
+            seen[name] = (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            return of(*given, **named)
+
+        return called
+
+    monkeypatch.setattr(module, "training_loss", watched("forward", module.training_loss))
+    monkeypatch.setattr(Learner, "backward", watched("backward", Learner.backward))
+    monkeypatch.setattr(Learner, "step", watched("step", Learner.step))
+    monkeypatch.setattr(Setup, "encode", watched("encode", Setup.encode))
+    try:
+        train(recipe(wan, data, tmp_path / "run", train_mode="control", max_train_steps=1, deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == {**dict.fromkeys(("forward", "backward", "step"), (True, False)), "encode": (True, True)}
 
 
 def test_a_run_leaves_what_it_promises(wan, data, reports, tmp_path):

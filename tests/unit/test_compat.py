@@ -311,6 +311,8 @@ def test_both_networks_learn_by_our_own_word(tmp_path, caplog):
     assert "boundary_type was not given" not in caplog.text
     with pytest.raises(UserError, match="expert is both and boundary_type is low"):
         compat.recipe_of(NEXT, with_model(tmp_path, "--expert=both", "--boundary_type=low"))
+    with pytest.raises(UserError, match="boundary_type is full, which are one setting; leave boundary_type out"):
+        compat.recipe_of(NEXT, with_model(tmp_path, "--expert=both", "--boundary_type=full"))
 
 
 def test_what_the_original_does_in_silence_is_said(tmp_path, caplog):

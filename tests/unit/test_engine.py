@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reeltune.core.errors import UserError
-from reeltune.distributed.engine import Engine, choose_kernels, peak_flops, same_bits
+from reeltune.distributed.engine import Engine, choose_kernels, peak_flops
 from reeltune.training import duties
 
 
@@ -47,21 +47,19 @@ def test_deterministic_kernels_are_those_of_the_run_alone(kernels):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_has_no_deterministic_kernel_is_refused_in_the_trained_networks_passes_alone(kernels):
-    """A warning is not enough there: attention's backward pass then keeps to kernels with other bits each time."""
-    choose_kernels(deterministic=True)
-    with same_bits(True):
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    with pytest.raises(UserError, match="deterministic is true, and torch"), same_bits(True):
-        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # which has none
-    with pytest.raises(RuntimeError, match="another"), same_bits(True):
-        raise RuntimeError("another")
+def test_what_trains_is_refused_what_has_no_such_kernel(kernels):
+    """And warned of nothing: torch's attention takes its gradients' fixed order then alone."""
+    engine = Engine(deterministic=True)
+    with pytest.raises(UserError, match=r"deterministic is true, and torch .*put_ does not have.*to false"):  # noqa: SIM117
+        with engine.same_bits():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     assert torch.is_deterministic_algorithms_warn_only_enabled()
-    with pytest.warns(UserWarning, match="put_"):
-        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
-    choose_kernels()
-    with same_bits(False):
+    with pytest.raises(RuntimeError, match="of another kind"), engine.same_bits():
+        raise RuntimeError("of another kind")
+    with Engine().same_bits():
         assert not torch.are_deterministic_algorithms_enabled()
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,10 @@ def test_what_must_be_more_than_zero(name):
         ({"gradient_checkpointing": "attention_kept", "engine": "zero3"}, "or engine to fsdp"),
         ({"attention": "flash", "context_parallel": 2}, "context_parallel is 2, where the backward pass"),
         ({"attention": "math", "encode_ahead": True}, "train from a cache"),
+        ({"attention": "cudnn", "deterministic": True}, "set attention to flash, efficient or math"),
         ({"compile": "blocks", "engine": "zero3"}, "gathers weights within the blocks; set engine to fsdp"),
         ({"compile": "blocks", "context_parallel": 2}, "compile is blocks and context_parallel is 2"),
+        ({"deterministic": True, "encode_ahead": True}, "deterministic is true and encode_ahead is true"),
         ({"compile": "blocks", "expert": "both"}, "compile is blocks and expert is both"),
         ({"compile": "blocks", "rank": 8, "use_dora": True}, "compile is blocks and use_dora is true"),
         (

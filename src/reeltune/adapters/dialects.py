@@ -23,6 +23,7 @@ from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.names import Form, Kind, Named, form_of, parse
 from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
 from reeltune.adapters.sizes import Sizes, solve
+from reeltune.adapters.writing import OURS
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, beginning, few, read_table
 from reeltune.families.tensor_files import header_of
@@ -355,7 +356,7 @@ class _Reader:
         """Against the alpha that was given, and the base."""
         if self.given_alpha is not None and (self.own_alphas or self.stored.settings):
             self.problems.append("says its alpha itself; --alpha is for files that do not")
-        elif self.given_alpha is not None and "reeltune.trained" in self.stored.metadata:
+        elif self.given_alpha is not None and OURS in self.stored.metadata:
             self.problems.append("was written by reeltune, with the scale in B; --alpha is for files of other tools")
         if self.base is None:
             return

@@ -11,6 +11,12 @@ def kernel_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """(fields, what is wrong with them together)"""
     yield from _attention(recipe)
     yield from _compile(recipe)
+    if recipe.training.deterministic and recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
+        yield (
+            ("deterministic", "encode_ahead"),
+            "deterministic is true and encode_ahead is true; torch refuses operations for the whole process, and encoders "
+            "at work meanwhile may have one; leave one of the two out, or train from a cache",
+        )
 
 
 def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -18,6 +24,12 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     kernel, together = recipe.training.attention, recipe.parallel.context_parallel
     if kernel == "auto":
         return
+    if kernel == "cudnn" and recipe.training.deterministic:
+        yield (
+            ("attention", "deterministic"),
+            "attention is cudnn and deterministic is true; cuDNN adds up gradients in no fixed order; set attention to "
+            "flash, efficient or math, or leave deterministic out",
+        )
     if together > 1:
         yield (
             ("attention", "context_parallel"),

@@ -26,7 +26,7 @@ def stale_controls(*lists: Records) -> list[str]:
     made_here = cache(lambda folder: find(os.path.abspath(folder)) is not None)
     for records in lists:
         controls = zip(records.column("control_path"), records.column("camera_path"), strict=True)
-        rows = [row for row, found in enumerate(controls) if made_here(os.path.dirname(found[0] or found[1]))]
+        rows = [row for row, (a, b) in enumerate(controls) if (a or b) and made_here(os.path.dirname(a or b))]
         stale += [record.entry for record in records.take(rows) if _is_stale(record, find)]
     return [notice_of(len(stale), stale, SENTENCE)] if stale else []
 

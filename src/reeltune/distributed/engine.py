@@ -201,6 +201,28 @@ class Engine:
             torch.distributed.broadcast(there.view(-1).view(torch.uint8), rank, group=self.cpu_group)
             tensor.copy_(there)
 
+    @contextlib.contextmanager
+    def same_bits(self) -> Iterator[None]:
+        """Around what trains, if kernels are deterministic: only if torch has to refuse what has none, attention sums
+        up gradients in a fixed order; where it may warn, it does not (pytorch, aten/src/ATen/native/transformers/cuda/
+        attention_backward.cu). Raises UserError for an operation without such a kernel."""
+        if not torch.are_deterministic_algorithms_enabled():
+            yield
+            return
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise UserError(
+                "recipe",
+                f"deterministic is true, and torch {torch.__version__} has no such kernel for what trains "
+                f"({str(error).splitlines()[0]}); set deterministic to false",
+            ) from error
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
     def any(self, flag: bool) -> bool:
         """True if it is true on any rank."""
         if self.world == 1:
@@ -233,35 +255,10 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@contextlib.contextmanager
-def same_bits(deterministic: bool) -> Iterator[None]:
-    """Around the trained network's passes, where a warning is not enough: of deterministic kernels that are asked for
-    with warn_only, the backward passes of torch's flash and memory-efficient attention go on to take others (torch,
-    aten/src/ATen/native/transformers/cuda/attention_backward.cu). Raises UserError for an operation that has none.
-    """
-    if not deterministic:
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_deterministic_algorithms(True)" not in str(error):
-            raise
-        raise UserError(
-            "recipe",
-            f"deterministic is true, and torch {torch.__version__} cannot give the same bits each time for what the "
-            f"trained network computes ({str(error).partition(', but ')[0]}); set deterministic to false",
-        ) from error
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def choose_kernels(*, allow_tf32: bool = False, deterministic: bool = False) -> None:
     """allow_tf32: for products of fp32 matrices, and for convolutions, which torch computes in TF32 unless it is told
-    not to. deterministic: of an operation that has no kernel with the same bits each time, torch warns, and within
-    `same_bits` refuses. Before the
-    first matrix product (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
+    not to. deterministic: of an operation that has no kernel with the same bits each time, torch warns, outside of
+    `Engine.same_bits`. Before the first matrix product (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -75,7 +75,8 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
         raise UserError(
             "rank", "no clips are held out, so there is nothing to measure with; give --validation_data_meta FILE"
         )
-    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    training = recipe.training
+    engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
     tuned = replace(
         recipe,
         model=replace(recipe.model, transformer_path=None),

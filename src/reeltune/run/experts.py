@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.writing import OURS
 from reeltune.checkpoint.folder import PARTS, part, parts
 from reeltune.config.parse import read
 from reeltune.config.recipe import Model, Recipe
@@ -75,7 +76,7 @@ def _said(about: Mapping[str, Any]) -> Any:
     if "expert" in about:
         return about["expert"]
     try:
-        trained = json_value(str(about.get("reeltune.trained", "null")).encode())
+        trained = json_value(str(about.get(OURS, "null")).encode())
     except ValueError:
         return None
     return trained.get("expert") if isinstance(trained, dict) else None

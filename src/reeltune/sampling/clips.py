@@ -40,7 +40,8 @@ def sample_clips(
     requests = requests_of(recipe, family, mode, size_rules(recipe, family), drawn)
     requests = [replace(one, seed=own) for one in requests for own in seeds or (one.seed,)]
     notice_cut(family, [("negative_prompt", validation.negative_prompt)])
-    engine = Engine(recipe.training.mixed_precision, allow_tf32=recipe.training.allow_tf32)
+    training = recipe.training
+    engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
     trained = load_trained(recipe, family, engine.device, adapters)
     other = OtherExpert.of(recipe, family, engine.device)
     if strengths and not (trained.adapters or (other and other.adapter)):

@@ -19,7 +19,7 @@ from reeltune.core.types import Batch, Encoded, Progress
 from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
 from reeltune.diffusion.loss import Loss
-from reeltune.distributed.engine import Engine, peak_flops, same_bits
+from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
 from reeltune.families.spec import Family, learning
 from reeltune.memory import attention, compiled
@@ -177,13 +177,13 @@ def loop(run: Run) -> int:
                     encoded = prefetcher.encoded()
                 prefetcher.begin_next()
                 shape = batch.draws[0].shape
-                with stage("forward"), same_bits(engine.deterministic):
+                with stage("forward"), engine.same_bits():
                     loss = _loss(run, turn, batch, encoded, micro_step)
                     turn.learner.backward(loss.value * engine.context / passes, last=micro_step == passes - 1)
                 mean_loss = engine.mean(loss.value)
                 meter.count(mean_loss, shape, len(batch.draws))
                 duties.check_finite(Step(progress.step, batch, loss, mean_loss))
-            with stage("step"):
+            with stage("step"), engine.same_bits():
                 rate = turn.rate(progress.step)
                 grad_norm = turn.learner.step(taken, rate)
                 progress.step += 1

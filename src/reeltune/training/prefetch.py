@@ -88,9 +88,9 @@ class Prefetcher:
 
 def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
     """Whether to encode while the network trains: as the recipe asks; else on a GPU, unless it is short of memory, or
-    encoders would find the network's attention kernel chosen. On a CPU both would share the cores."""
+    encoders would find the network's kernels chosen. On a CPU both would share the cores."""
     if recipe.memory.encode_ahead is not None:
         return recipe.memory.encode_ahead
     encoders_run = recipe.cache.cache_folder is None
-    chosen = recipe.training.attention != attention.AUTO
+    chosen = recipe.training.attention != attention.AUTO or recipe.training.deterministic
     return on_gpu and not recipe.training.low_vram and not (encoders_run and chosen)

@@ -10,7 +10,6 @@ import numpy as np
 
 from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
-from reeltune.distributed.engine import same_bits
 from reeltune.memory.compiled import Compiled
 from reeltune.training.dropout import seeded_dropout
 from reeltune.training.loss import training_loss
@@ -52,8 +51,9 @@ def warm_up(run: Run, compiled: Compiled) -> str:
     for micro_step in sizes.first:
         batch = run.reader[0, micro_step, rank, world]
         encoded = run.setup.encode(batch)
-        with same_bits(engine.deterministic):  # torch compiles anew where that changes
-            with seeded_dropout(recipe.adapter.lora_dropout, engine.device, recipe.training.seed, 0, 0, engine.rank):
+        where = recipe.training.seed, 0, 0, engine.rank
+        with engine.same_bits():
+            with seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
                 loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
             turn.learner.rehearse(loss.value)
     named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
