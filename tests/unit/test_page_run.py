@@ -280,6 +280,11 @@ def test_of_other_held_out_sets_runs_without_losses_of_single_clips_are_not_pair
     assert told["shared"] == 1 and told["rows"] == [] and "kept no losses of single clips" in told["answer"]
 
 
+def test_a_run_is_no_better_than_itself(tmp_path):
+    one, _ = two_runs(tmp_path)
+    assert compare.compared(one, one)["answer"] == "At step 2 both have the same loss."
+
+
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_wins_nothing(tmp_path, lost):
     one, two = two_runs(tmp_path)

@@ -126,6 +126,8 @@ def answer(rows: list[Paired], clips: int, measured: bool) -> str:
     lost = [name for name, loss in (("a", last.of_a), ("b", last.of_b)) if not math.isfinite(loss)]
     if lost:
         return f"At step {last.step:,} the loss of {' and of '.join(lost)} is not finite; there is nothing to compare."
+    if last.difference == 0:
+        return f"At step {last.step:,} both have the same loss."
     side = "lower" if last.difference < 0 else "higher"
     told = f"At step {last.step:,} the loss of b is {abs(last.difference):.4f} {side}"
     if last.band95 is None:
