@@ -354,7 +354,7 @@ def test_verify_sets_nothing_aside_that_is_being_made_again(data, monkeypatch, c
     ("more", "kinds", "out", "words"),
     [
         ((), ("cany",), "new.json", "is canny meant?"),
-        ((), ("hed",), "new.json", "cannot be made here"),
+        ((), ("hed",), "new.json", "hed needs the file ControlNetHED.pth"),
         ((), ("canny", "camera"), "new.json", "put {kind} into its name"),
         ((), ("canny",), "list.json", "the list itself"),
         ((), ("canny",), "new.csv", "must end in .json"),

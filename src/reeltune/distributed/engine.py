@@ -262,7 +262,8 @@ def choose_kernels(*, allow_tf32: bool = False, deterministic: bool = False) -> 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's whole compiler
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     fills.fill_uninitialized_memory = False  # pyright: ignore  # nothing reads it, and it takes time
 
 
