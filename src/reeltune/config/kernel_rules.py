@@ -14,8 +14,8 @@ def kernel_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.training.deterministic and recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
         yield (
             ("deterministic", "encode_ahead"),
-            "deterministic is true and encode_ahead is true; torch refuses operations for the whole process, and encoders "
-            "at work meanwhile may have one; leave one of the two out, or train from a cache",
+            "deterministic is true and encode_ahead is true; torch refuses operations for the whole process, and "
+            "encoders at work meanwhile may have one; leave one of the two out, or train from a cache",
         )
 
 
