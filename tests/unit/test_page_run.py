@@ -310,6 +310,14 @@ def test_runs_that_were_measured_otherwise_are_not_paired(tmp_path, file, fields
     assert told["shared"] == 0 and why in told["why"] and told["rows"] == []
 
 
+@pytest.mark.parametrize("damaged", [{"sizes": 7}, {"sizes": [[9, 8]]}, {"contents": ["x"]}])
+def test_a_damaged_start_is_named(tmp_path, damaged):
+    one, two = two_runs(tmp_path)
+    change(two.folder / "validation/start.json", **damaged)
+    with pytest.raises(UserError, match=rf"{next(iter(damaged))} is "):
+        compare.shared_clips(one.folder, two.folder)
+
+
 @pytest.mark.parametrize(
     ("name", "values"), [("contents", [[7, 8], [7, 9]]), ("sizes", [[[9, 8, 8]] * 2, [[9, 8, 8], [1, 8, 8]]])]
 )

@@ -87,7 +87,8 @@ def is_start(released: str) -> bool:
 
 
 def without(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
-    """weight - B A in fp32. In fp64 till then, some rows at a time: rounded once, it is the same on every machine."""
+    """weight - B A in fp32. In fp64 till then, some rows at a time: rounded once, it is the same on other machines but
+    for a rare last bit."""
     rest_OI = torch.empty_like(weight_OI, dtype=torch.float32)
     rows = max(1, CHUNK // weight_OI.shape[1])
     for start in range(0, len(weight_OI), rows):

@@ -18,6 +18,7 @@ from reeltune.sampling.paired import band95
 
 START = "validation/start.json"
 OF_START = {"clips": TEXT.many(), "levels": NUMBER.many(), "step": WHOLE}
+OF_LATER_RUNS = {"contents": NUMBER.many(), "sizes": WHOLE.many(3).many()}
 OF_A_CLIP = {"clips": "other held-out clips", "contents": "other files of one name", "sizes": "other sizes"}
 
 
@@ -73,7 +74,8 @@ def shared_clips(a: Path, b: Path) -> tuple[list[int], str]:
         return [], "one of them has no held-out loss"
     tables = [read_table(file, report.RESTORE) for file in files]
     for file, table in zip(files, tables, strict=True):
-        require_fields(table, OF_START, file, report.RESTORE)
+        later = {name: kind for name, kind in OF_LATER_RUNS.items() if name in table}
+        require_fields(table, OF_START | later, file, report.RESTORE)
     families = [str(report.table_of(run / "run.json").get("family", "")).partition("/")[0] for run in (a, b)]
     if families[0] != families[1]:
         return [], "they are of two model families"

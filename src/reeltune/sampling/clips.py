@@ -33,7 +33,6 @@ def sample_clips(
     """
     validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
     _refuse(validation, strengths, seeds)
-    choose_family(recipe)
     recipe = of_both(recipe)
     family, mode, objective = choose_family(recipe)
     drawn, _ = drawn_controls(recipe, family, mode)

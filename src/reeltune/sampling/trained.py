@@ -21,7 +21,7 @@ from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
 from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
 from reeltune.run.experts import of_expert, refuse_adapters, refuse_other_expert
-from reeltune.run.model import load_parts
+from reeltune.run.model import choose_family, load_parts
 
 
 @dataclass
@@ -54,6 +54,7 @@ def of_both(recipe: Recipe) -> Recipe:
     checkpoint, or of the same settings; another recipe as it is. Raises UserError as `find`."""
     if recipe.model.expert != "both":
         return recipe
+    choose_family(recipe)  # a model of one network is refused
     high, low = (of_expert(recipe, name) for name in ("high", "low"))
     path, adapter = low.model.transformer_path, low.adapter.adapter_path
     chosen = checkpoint.find(Path(recipe.output.output_dir), recipe.output.resume_from_checkpoint)

@@ -61,6 +61,7 @@ class Duties:
 
     def account(self, kind: type | None) -> None:
         """The ledger and the report, of what all processes did. kind: of the error that ended the run."""
+        self._tell_compilations()
         self.log.flush()
         if kind is not None and self.engine.world > 1:
             self.log.notice("ledger.csv and the report are not written: what the other processes did is not known")
