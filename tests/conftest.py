@@ -75,6 +75,17 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, found, scope="module")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Of tests that run over families, those of the marker `family` stay with theirs."""
+    others = set()
+    for item in items:
+        family = item.get_closest_marker("family")
+        if family and item.callspec.params["one_of_a_family"].family not in family.args:
+            others.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item in others])
+    items[:] = [item for item in items if item not in others]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Skips a test whose marker `golden` names files that this set of goldens lacks."""

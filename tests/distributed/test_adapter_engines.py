@@ -158,20 +158,24 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
 
 
 @of_engines
-@pytest.mark.parametrize("kind", [*OF_TOY, *OF_WAN])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.family(family))
+        for family, kinds in (("toy", OF_TOY), ("wan_fun", OF_WAN))
+        for kind in kinds
+    ],
+)
 def test_other_kinds_learn_as_in_one_process(kind, engine, runs):
     made_by(engine)
-    if kind not in runs.kinds:
-        pytest.skip("tried with one family")
     alone, plain = runs.losses(f"alone-{kind}"), runs.losses("alone")
     assert runs.losses(f"{engine}-{kind}") == pytest.approx(alone, rel=1e-5)
     assert alone[HALF] != plain[HALF]
 
 
+@pytest.mark.family("toy")
 @pytest.mark.parametrize("engine", ["fsdp", "alone"])
 def test_what_pissa_began_with_goes_from_one_engine_to_another(engine, runs):
-    if runs.family != "toy":
-        pytest.skip("tried with one family")
     alone, onward = runs.losses("alone-whole"), runs.losses(f"{engine}-onward")
     assert [onward[step] for step in range(HALF + 1, STEPS + 1)] == pytest.approx(
         [alone[step] for step in range(HALF + 1, STEPS + 1)], rel=1e-5
