@@ -16,9 +16,9 @@ from reeltune.cli import main
 from reeltune.control import mlsd, released_net
 from reeltune.control.hed import edges_of, open_hed, score_of
 from reeltune.control.hed_net import Hed
-from reeltune.control.judge import Asked, judge_of
+from reeltune.control.judge import Asked, judge_by
 from reeltune.control.kind import Settings, Source, pictures
-from reeltune.control.kinds import kind_named
+from reeltune.control.kinds import kind_named, open_for_previews
 from reeltune.control.mlsd import STRONG, WEAK, lines_of, open_mlsd
 from reeltune.control.mlsd_net import Mlsd
 from reeltune.control.released_net import open_net, shown, shown_size
@@ -205,7 +205,7 @@ def test_by_the_command_and_measured_again(kind, folder, small, tmp_path):
     written = np.stack(list(source_of(tmp_path / "control" / kind / "uneven.mp4", "video").frames()))
     read = np.stack(list(source_of(tmp_path / "uneven.mp4", "video").frames()))
     draw = Draw(0, Shape(3, 80, 112), Crop(80, 112, 0, 0), (0, 1, 2), 0, 0)
-    by = judge_of(kind, str(folder))
+    by = judge_by(kind, open_for_previews(kind, str(folder), "cpu"))
     own, other = (by.scores(Asked(draw, None, written), clip, 8.0)["f1"] for clip in (read, read[::-1]))
     assert own > 0.99 and other < own - 0.01
 

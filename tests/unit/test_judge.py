@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from reeltune.config.recipe import ControlKind
-from reeltune.control.judge import DRAWN, MEASURES, Asked, Judge, judge_by, judge_of, unlike
+from reeltune.control.judge import DRAWN, MEASURES, Asked, Judge, judge_by, unlike
 from reeltune.control.kind import Detector, Source
-from reeltune.control.kinds import KINDS
+from reeltune.control.kinds import KINDS, open_for_previews
 from reeltune.control.pose_onnx import PEOPLE_FILE, POSE_FILE
 from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
@@ -141,13 +141,13 @@ def test_depth_and_lines_are_compared_with_the_control_as_the_network_saw_it():
 
 def test_files_for_a_kind_that_needs_none_are_refused():
     with pytest.raises(UserError, match="control_detector is 'models/x', and control_kind canny needs no files"):
-        judge_of("canny", "models/x")
+        open_for_previews("canny", "models/x", "cpu")
 
 
 def test_a_kind_that_needs_files_says_which():
     for kind in ("depth", "pose", "hed", "mlsd"):
         with pytest.raises(UserError, match=f"control_kind is {kind} and control_detector is left out; it needs"):
-            judge_of(kind, None)
+            open_for_previews(kind, None, "cpu")
 
 
 def test_kinds_that_are_made_are_kinds_that_are_measured():
@@ -159,7 +159,7 @@ def test_a_pose_is_found_again_where_its_detector_found_it(tmp_path):
     tiny_onnx.write_people_net(tmp_path / PEOPLE_FILE)
     tiny_onnx.write_pose_net(tmp_path / POSE_FILE)
     frames_FHWC = np.random.RandomState(0).randint(0, 256, (2, 64, 96, 3), dtype=np.uint8)
-    asks = judge_of("pose", str(tmp_path))
+    asks = judge_by("pose", open_for_previews("pose", str(tmp_path), "cpu"))
     put = []
     asks.detect(Source.of(frames_FHWC, 8.0), put.append)
     write_keypoints(tmp_path / "a.npz", put[0])
@@ -173,7 +173,7 @@ def test_a_walk_through_a_room_obeys_its_path_and_not_another(tmp_path):
     pytest.importorskip("pycolmap")
     centres, turns = room.walk(8)
     frames_FHWC = np.stack([room.view(c, R, 200.0, 144, 192) for c, R in zip(centres, turns, strict=True)])
-    asks, scores = judge_of("camera", None), []
+    asks, scores = judge_by("camera", open_for_previews("camera", None, "cpu")), []
     for name, way in (("own", 1), ("other", -1)):
         matrices = np.concatenate([turns, -turns @ (way * centres[..., None])], axis=-1)
         turned = matrices if way > 0 else np.concatenate([turns[::-1], matrices[..., 3:]], axis=-1)

@@ -100,6 +100,11 @@ def without(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
 # ---- where they begin
 
 
+def is_principal(how: str) -> bool:
+    """Whether lora_init says that adapters begin so."""
+    return how.startswith("pissa")
+
+
 def iterations(how: str) -> int:
     """Of "pissa" or "pissa_niter_N"."""
     return int(how.rpartition("_")[2]) if "_niter_" in how else ITERATIONS

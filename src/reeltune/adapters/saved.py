@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.layers import KINDS, is_adapter
-from reeltune.adapters.principal import START_A, START_B, change_of, is_start
+from reeltune.adapters.principal import START_A, START_B, change_of, is_principal, is_start
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import few, read_table
 from reeltune.families.tensor_files import tensors_of
@@ -101,7 +101,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     kept = {name: tensor for name, tensor in stored.items() if not name.endswith(ALPHA)}
     weights = {name.removeprefix(PREFIX if name.startswith(PREFIX) else WHOLE): one for name, one in kept.items()}
     config = config_of(folder)
-    if str(config.get("lora_init", "")).startswith("pissa"):
+    if is_principal(str(config.get("lora_init", ""))):
         starts = tensors_of(folder / START, "cpu")
         # Its pair would be taken for one that learns, of twice the rank, at half its strength.
         short = [layer for layer in config["alphas"] if f"{layer}.{START_A}" not in starts]

@@ -11,12 +11,7 @@ def kernel_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """(fields, what is wrong with them together)"""
     yield from _attention(recipe)
     yield from _compile(recipe)
-    if recipe.training.deterministic and recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
-        yield (
-            ("deterministic", "encode_ahead"),
-            "deterministic is true and encode_ahead is true; torch refuses operations for the whole process, and "
-            "encoders at work meanwhile may have one; leave one of the two out, or train from a cache",
-        )
+    yield from _ahead(recipe)
 
 
 def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -36,11 +31,19 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"attention is {kernel} and context_parallel is {together}, where the backward pass computes attention "
             "anew, outside the network's blocks; set attention to auto, or leave context_parallel out",
         )
-    if recipe.memory.encode_ahead and recipe.cache.cache_folder is None:
+
+
+def _ahead(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What encoders at work beside the network would find chosen too."""
+    if not recipe.memory.encode_ahead or recipe.cache.cache_folder is not None:
+        return
+    chosen = {"attention": recipe.training.attention != "auto", "deterministic": recipe.training.deterministic}
+    for name in (name for name, is_chosen in chosen.items() if is_chosen):
         yield (
-            ("attention", "encode_ahead"),
-            f"attention is {kernel} and encode_ahead is true; a kernel is chosen for the whole process, and encoders "
-            "at work meanwhile may not have it; leave one of the two out, or train from a cache",
+            (name, "encode_ahead"),
+            f"{name} is {str(getattr(recipe.training, name)).lower()} and encode_ahead is true; a kernel is chosen for "
+            "the whole process, and encoders at work meanwhile may not have it; leave one of the two out, or train "
+            "from a cache",
         )
 
 

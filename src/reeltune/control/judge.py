@@ -10,7 +10,6 @@ import numpy as np
 
 from reeltune.control.hed import EDGE
 from reeltune.control.kind import Detector, Source
-from reeltune.control.kinds import open_for_previews
 from reeltune.control.obedience import (
     Edges,
     camera_agreement,
@@ -80,11 +79,6 @@ class Judge:
             f"obedience is not measured: of no preview is there a control of kind {self.kind} to hold against what is "
             "found on it; is control_kind what the controls are?"
         )
-
-
-def judge_of(kind: str, detector: str | None, device: str = "cpu") -> Judge:
-    """device: where networks run. Raises UserError for a detector that is not there, or another."""
-    return judge_by(kind, open_for_previews(kind, detector, device))
 
 
 def judge_by(kind: str, opened: Detector, controls: Sequence[str | None] = ()) -> Judge:

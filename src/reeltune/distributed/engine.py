@@ -59,7 +59,6 @@ class Engine:
             raise UserError(
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
-        self.deterministic = deterministic
         choose_kernels(allow_tf32=allow_tf32, deterministic=deterministic)
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)

@@ -15,7 +15,7 @@ from reeltune.adapters import saved
 from reeltune.adapters.apply import parameters_of
 from reeltune.adapters.dialects import read_adapter
 from reeltune.adapters.layers import SLOT, adapted, begin, begin_from, inject
-from reeltune.adapters.principal import find_starts, is_start, iterations, round_the_rest, starts_of
+from reeltune.adapters.principal import find_starts, is_principal, is_start, iterations, round_the_rest, starts_of
 from reeltune.adapters.targets import Target, in_full, targets
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
@@ -72,7 +72,7 @@ def put_adapters(
         alphas=wanted.alpha_pattern,
         whole=wanted.train_whole,
     )
-    if _is_principal(wanted.lora_init):
+    if is_principal(wanted.lora_init):
         _refuse_wide(net, around)
     names = inject(
         net,
@@ -82,10 +82,10 @@ def put_adapters(
         rank_stabilised=wanted.use_rslora,
         use_dora=wanted.use_dora,
         dropout=wanted.lora_dropout,
-        start_dtype=DTYPES[recipe.training.mixed_precision] if _is_principal(wanted.lora_init) else None,
+        start_dtype=DTYPES[recipe.training.mixed_precision] if is_principal(wanted.lora_init) else None,
     )
     notices: list[str] = []
-    if not (resumed or _is_principal(wanted.lora_init)):
+    if not (resumed or is_principal(wanted.lora_init)):
         begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
         if in_full(names[name], wanted.train_whole):
@@ -121,7 +121,7 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
         for layer in {**before, **adapter.alphas}
         if before.get(layer) != adapter.alphas.get(layer)
     ]
-    if _is_principal(how) != _is_principal(adapter.about["lora_init"]):
+    if is_principal(how) != is_principal(adapter.about["lora_init"]):
         changed.append(f"lora_init was {how} and is {adapter.about['lora_init']}")
     refuse(f"resume from {resumed_from}: the adapters are others; restore the recipe's settings", few(changed))
     kept = {name: weight for name, weight in net.named_parameters() if weight.requires_grad or is_start(names[name])}
@@ -137,7 +137,7 @@ def take_principal_parts(
     """Of PiSSA: what adapters begin with, found by all processes together unless a checkpoint had it, and what is left
     of a base in fewer bits, which is read once more for it. Without values in `net` nothing is done."""
     how = recipe.adapter.lora_init
-    if not _is_principal(how):
+    if not is_principal(how):
         return
     layers = {names[f"{name}.base_layer.weight"].removesuffix(".weight"): layer for name, layer in adapted(net).items()}
     if any(isinstance(layer.get_base_layer().weight, FakeTensor) for layer in layers.values()):
@@ -154,10 +154,6 @@ def take_principal_parts(
             for start in starts_of(layer, SLOT):
                 engine.give_from(i % engine.world, start)
     round_the_rest(layers, SLOT, weight)
-
-
-def _is_principal(how: str) -> bool:
-    return how.startswith("pissa")
 
 
 def _refuse_wide(net: nn.Module, around: list[Target]) -> None:
