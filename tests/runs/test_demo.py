@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from reeltune import cli, families
-from reeltune.control.judge import Asked, judge_of
+from reeltune.control.judge import Asked, judge_by
+from reeltune.control.kinds import open_for_previews
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Posterior, Shape
 from reeltune.demo import clips
@@ -73,7 +74,7 @@ def test_data_set_is_in_the_guides_form(tmp_path):
 
 def obeyed(clips_FHWC, drawn) -> np.ndarray:
     """F1 of each clip with each control."""
-    judge = judge_of("canny", None)
+    judge = judge_by("canny", open_for_previews("canny", None, "cpu"))
     asked = [
         Asked(Draw(0, Shape(9, SIDE, SIDE), Crop(SIDE, SIDE, 0, 0), (), 0, 0), None, control) for _, control in drawn
     ]

@@ -11,7 +11,8 @@ import pytest
 from reeltune.cache.fill import fill
 from reeltune.cli import main
 from reeltune.config.recipe import Validation
-from reeltune.control.judge import Asked, judge_of
+from reeltune.control.judge import Asked, judge_by
+from reeltune.control.kinds import open_for_previews
 from reeltune.control.records import Made
 from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
@@ -57,7 +58,7 @@ def test_a_run_tells_how_far_its_previews_obey(toy, data, tmp_path, reports):
         assert train(recipe(toy, data, tmp_path / "run", **SETTINGS)) == 0
     rows = obeyed(tmp_path / "run")
     assert [(row["step"], row["start_step"], row["n"]) for row in rows] == [(0, 0, 2), (2, 0, 2), (4, 0, 2)]
-    judge, folder = judge_of("canny", None), tmp_path / "run/previews"
+    judge, folder = judge_by("canny", open_for_previews("canny", None, "cpu")), tmp_path / "run/previews"
     for row in rows:
         for i, preview in enumerate(row["previews"]):
             control = read(folder / f"control/{i}.mp4")
