@@ -101,7 +101,7 @@ def test_what_is_kept_goes_with_swapped_blocks_and_offloaded_activations(monkeyp
 @pytest.mark.parametrize(("kernel", "fused"), [("flash", 6), ("math", 0)])
 def test_a_kernel_is_that_of_forward_pass_and_recomputation(kernel, fused, recomputed):
     def prepare(net):
-        attention.choose(list(net), kernel)
+        attention.Attention(list(net), kernel)
         if recomputed:
             recompute(list(net))
 
@@ -115,7 +115,7 @@ def test_a_kernel_is_that_of_forward_pass_and_recomputation(kernel, fused, recom
 
 
 def test_blocks_that_were_not_asked_for_have_what_torch_chooses():
-    forward, _, _ = step(lambda net: attention.choose([net[0]], "math"))
+    forward, _, _ = step(lambda net: attention.Attention([net[0]], "math"))
     assert forward.fused == 4
 
 
@@ -136,13 +136,13 @@ def test_those_that_the_cpu_has_are_not(kernel):
 
 def test_what_a_network_asks_of_a_kernel_in_vain_is_told():
     block = Block(dropout=0.5)  # which the CPU's flash has not
-    attention.choose([block], "flash")
+    attention.Attention([block], "flash")
     with pytest.raises(UserError, match=r"attention is flash, a kernel .* for what this network asks of it"):
         block(torch.zeros(1, LENGTH, WIDTH))
 
 
 def test_another_error_stays_what_it_is():
     block = Block()
-    attention.choose([block], "math")
+    attention.Attention([block], "math")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         block(torch.zeros(1, LENGTH, WIDTH + 1))

@@ -9,7 +9,7 @@ high_noise_model/     in place of these, where both of two experts learn: the sa
 low_noise_model/      right in it as released models have them; and of the other
 ledger.npz            times each record was used
 digests.json          sizes and hashes of all these files
-progress.json         step, epoch, cursor, group, plan_version; without it the folder is not a checkpoint
+progress.json         step, epoch, cursor, group, plan_version, attention; without it the folder is not a checkpoint
 
 One that is no longer of the run, because it went on from an earlier one, is moved to `set_aside`, and never deleted.
 """
@@ -37,6 +37,7 @@ from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
 from reeltune.distributed.sharded_io import Piece
+from reeltune.memory.attention import KERNELS
 
 SHARES = "shares"
 NAME = re.compile(r"checkpoint-(\d+)$")
@@ -321,8 +322,10 @@ def _progress(checkpoint: Path, remedy: str) -> Progress:
     problems += [
         f"{name} is {brief(value)}; expected a whole number from 0; {remedy}"
         for name, value in table.items()
-        if name in known and not (type(value) is int and 0 <= value < 2**62)
+        if name in known and name != "attention" and not (type(value) is int and 0 <= value < 2**62)
     ]
+    if (kernel := table.get("attention", "")) not in ("", *KERNELS):
+        problems.append(f"attention is {brief(kernel)}; expected one of {', '.join(KERNELS)}; {remedy}")
     refuse(str(file), problems)
     table = {"plan_version": 0, **table}
     if (version := table["plan_version"]) > Progress.plan_version:

@@ -320,3 +320,4 @@ class Progress:
     cursor: int = 0  # micro-steps taken from this epoch's plan
     group: int = 0  # samples of a micro-step over all ranks; another number would be another plan
     plan_version: int = 1  # 1: groups run on over the epochs; 0: each epoch fills up its own, as before 2026-11-26
+    attention: str = ""  # the kernel that was the soonest when it was tried; "": none was tried

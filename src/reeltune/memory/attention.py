@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,15 @@ OPERATORS = (  # that attention becomes by each kernel but `math`, which is many
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
 )
-AUTO = "auto"  # as torch chooses
+AUTO = "auto"
+MATH = "math"
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
+    MATH: SDPBackend.MATH,
 }
+CANDIDATES = {"cpu": ("flash",), "cuda": ("flash", "cudnn", "efficient")}  # device -> those without a matrix of scores
 NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of a GPU and of a CPU
 TRIED = (1, 1, 64, 64)  # B heads L D that every kernel can do, if it can do anything there
 
@@ -67,19 +69,44 @@ def notices(kernel: str) -> list[str]:
     return [] if kernel == AUTO else [f"the network's attention is computed by torch's kernel {kernel}, and no other"]
 
 
-def choose(blocks: Sequence[nn.Module], kernel: str) -> None:
-    """In these blocks attention is computed so, and again so where they recompute: this comes before `recompute`.
+def candidates(device_type: str, *, deterministic: bool) -> list[str]:
+    """Of KERNELS, those that AUTO may find there, in the order in which it takes them where none is sooner."""
+    return [kernel for kernel in CANDIDATES[device_type] if not (deterministic and kernel == "cudnn")]
+
+
+def in_order(kernel: str, others: Sequence[str]) -> list[str]:
+    """The kernels that are asked one after the other: that one, then the others, and `math`, which can do anything."""
+    return list(dict.fromkeys((kernel, *others, MATH))) if kernel != MATH else [MATH]
+
+
+@contextmanager
+def preferring(kernels: Sequence[str]) -> Iterator[None]:
+    """Attention is computed by the first of these that can do what is asked, and by no others."""
+    with sdpa_kernel([KERNELS[kernel] for kernel in kernels], set_priority=True):
+        yield
+
+
+class Attention:
+    """By which kernel it is computed in these blocks, and again where they recompute: this comes before `recompute`.
 
     torch's choice is of the whole process: meanwhile no other thread may compute attention.
+
+    kernel: of KERNELS, and no other is taken; or AUTO, as torch chooses, until `prefer` says otherwise.
     """
-    if kernel != AUTO:
+
+    def __init__(self, blocks: Sequence[nn.Module], kernel: str):
+        asks = "for what this network asks of it, such as a mask or the width of its heads"
+        self._within = nullcontext if kernel == AUTO else partial(_only, kernel, asks)
         for block in blocks:
-            block.forward = partial(_by_kernel, kernel, block.forward)
+            block.forward = partial(self._forward, block.forward)
 
+    def prefer(self, kernels: Sequence[str]) -> None:
+        """From here on the first of these that can do what a block asks."""
+        self._within = partial(preferring, kernels)
 
-def _by_kernel(kernel: str, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    with _only(kernel, "for what this network asks of it, such as a mask or the width of its heads"):
-        return forward(*given, **named)
+    def _forward(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        with self._within():
+            return forward(*given, **named)
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from reeltune.core.errors import UserError
 from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.types import Batch, Shape
 from reeltune.diffusion.loss import Loss
+from reeltune.memory import attention
 from reeltune.reporting import report
 from reeltune.reporting.first_batch import write_first_batch
+from reeltune.run.folder import describe
+from reeltune.training.attention_choice import choose_attention
 from reeltune.training.background_save import Saving
 from reeltune.training.out_of_memory import explained
 from reeltune.training.run import Run
@@ -86,8 +89,11 @@ class Duties:
             self.log.warn(notice)
         for turn in run.turns.each:
             self.log.notice(turn.summary)
+        run.watchdog.doing("forward", step)
+        kernel = self._choose_attention()
+        if self.engine.main:
+            describe(self.out, run.recipe, {**run.facts, "attention_kernel": kernel})
         if self.compiled is not None:
-            run.watchdog.doing("forward", step)
             self.log.notice(warm_up(run, self.compiled))
             self.compilations = self.compiled.count
         if run.resumed_from is not None:
@@ -96,6 +102,16 @@ class Duties:
             self.log.notice(f"{self.out} has no complete checkpoint yet: a new run starts")
         if step == 0 or is_due(run.recipe.validation.validation_steps, step):
             self.validate()  # again, if a checkpoint of this step is where the run goes on
+
+    def _choose_attention(self) -> str | None:
+        """Returns the kernel, if it is one for all shapes."""
+        asked = self.run.recipe.training.attention
+        if asked != attention.AUTO:
+            return asked
+        chosen = choose_attention(self.run)
+        self.run.progress.attention = chosen.kernel if chosen.kernel and chosen.is_kept else ""
+        self.log.notice(chosen.told)
+        return chosen.kernel
 
     def count(self, batch: Batch) -> None:
         """Into the ledger; the run's first batch is shown. Raises UserError if too many files broke since the scan."""

@@ -27,7 +27,7 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.experts import of_expert
-from reeltune.run.folder import changes_since, describe, refuse_other_model, refuse_overwriting
+from reeltune.run.folder import changes_since, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts
@@ -125,8 +125,6 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
-        facts |= {**turns.counts, "attention": training.attention, "processes": engine.world}
-        describe(out, recipe, facts)
     return Run(
         recipe=recipe,
         engine=engine,
@@ -144,6 +142,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
+        facts=facts | {**turns.counts, "attention": training.attention, "processes": engine.world},
         notices=[
             *notices,
             *engine.parallelism.notices,

@@ -91,6 +91,14 @@ def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
     encoders would find the network's kernels chosen. On a CPU both would share the cores."""
     if recipe.memory.encode_ahead is not None:
         return recipe.memory.encode_ahead
-    encoders_run = recipe.cache.cache_folder is None
     chosen = recipe.training.attention != attention.AUTO or recipe.training.deterministic
-    return on_gpu and not recipe.training.low_vram and not (encoders_run and chosen)
+    return on_gpu and not recipe.training.low_vram and not (_encoders_run(recipe) and chosen)
+
+
+def encodes_beside(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Whether encoders compute while the network trains: from a cache they do not, what is read ahead of it or not."""
+    return _encoders_run(recipe) and encodes_ahead(recipe, on_gpu=on_gpu)
+
+
+def _encoders_run(recipe: Recipe) -> bool:
+    return recipe.cache.cache_folder is None

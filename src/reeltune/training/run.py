@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.types import Progress
@@ -40,6 +41,7 @@ class Run:
     progress: Progress
     total_steps: int
     resumed_from: Path | None  # a checkpoint's folder
+    facts: dict[str, Any]  # for run.json
     notices: list[str]
 
     @property

@@ -19,7 +19,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
-from reeltune.memory import attention
+from reeltune.memory.attention import Attention
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, spread, swap
 from reeltune.memory.compiled import Compiled
 from reeltune.memory.levers import pulled_alone
@@ -38,6 +38,7 @@ class TrainedNetwork:
     shapes: dict[str, list[int]]  # by our names, of whole parameters
     groups: list[dict[str, Any]]  # for the optimizer: "params" that learn, and their "rate" over the learning rate
     swapped: list[nn.Module]  # blocks that wait in the CPU's memory
+    attention: Attention  # of its blocks
     adapter: TrainedAdapter | None = None  # what learns in place of the network's own weights
     compiled: Compiled | None = None  # its blocks, where the recipe asks for that
 
@@ -135,10 +136,10 @@ def prepare_network(
     if engine.context > 1 and family.split is not None:
         family.split(net, engine.context_mesh())
     _refuse_alone(engine, recipe)
-    compiled, swapped = _prepare_blocks(net, family.blocks, engine, recipe)
+    compiled, attention, swapped = _prepare_blocks(net, family.blocks, engine, recipe)
     plain = engine.shard(net, family.blocks, swapped=swapped)
     groups = learners(plain)  # again: sharded parameters are others
-    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, adapter, compiled)
+    return TrainedNetwork(family, parts.config, plain, names, shapes, groups, swapped, attention, adapter, compiled)
 
 
 def _refuse_alone(engine: Engine, recipe: Recipe) -> None:
@@ -156,13 +157,13 @@ def _refuse_alone(engine: Engine, recipe: Recipe) -> None:
 
 def _prepare_blocks(
     net: nn.Module, block_names: tuple[str, ...], engine: Engine, recipe: Recipe
-) -> tuple[Compiled | None, list[nn.Module]]:
-    """Returns the compiled blocks, and those that wait in the CPU's memory."""
+) -> tuple[Compiled | None, Attention, list[nn.Module]]:
+    """Returns the compiled blocks, all blocks' attention, and the blocks that wait in the CPU's memory."""
     memory, training = recipe.memory, recipe.training
     recomputed, keep_attention = training.gradient_checkpointing, training.gradient_checkpointing == "attention_kept"
     blocks = blocks_of(net, block_names)
     compiled = Compiled(blocks, again=memory.step_in_backward) if training.compile == "blocks" else None
-    attention.choose(blocks, training.attention)
+    attention = Attention(blocks, training.attention)
     swapped = swap(blocks, memory.blocks_to_swap, engine.device)
     others = [block for block in blocks if block not in swapped]
     chosen = spread(others, memory.gradient_checkpointing_share) if recomputed else []
@@ -172,4 +173,4 @@ def _prepare_blocks(
         recompute(chosen, keep_attention=keep_attention)
     if memory.offload_activations:
         offload_activations(net)
-    return compiled, swapped
+    return compiled, attention, swapped

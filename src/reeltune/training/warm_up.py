@@ -4,12 +4,14 @@ epoch 0, the largest before the others."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
+from reeltune.diffusion.loss import Loss
 from reeltune.memory.compiled import Compiled
 from reeltune.training.dropout import seeded_dropout
 from reeltune.training.loss import training_loss
@@ -44,21 +46,30 @@ def warm_up(run: Run, compiled: Compiled) -> str:
 
     compiled: those blocks.
     """
-    recipe, engine, turn, begun_s = run.recipe, run.engine, run.turns.now, time.monotonic()
+    engine, begun_s = run.engine, time.monotonic()
     sizes = Sizes.of(run.reader.plan(0))
     compiled.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()))
-    rank, world = (number * run.split.passes for number in engine.place)
     for micro_step in sizes.first:
-        batch = run.reader[0, micro_step, rank, world]
-        encoded = run.setup.encode(batch)
-        where = recipe.training.seed, 0, 0, engine.rank
+        forward = forward_pass(run, micro_step)
         with engine.same_bits():
-            with seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
-                loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
-            turn.learner.rehearse(loss.value)
+            run.turns.now.learner.rehearse(forward().value)
     named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
     return (
         f"the network's blocks are compiled: {compiled.count} compilation{'s' if compiled.count > 1 else ''} for "
         f"{sizes.tokens} number{'s' if sizes.tokens > 1 else ''} of tokens, warmed up with {named}, in "
         f"{time.monotonic() - begun_s:.1f} s"
     )
+
+
+def forward_pass(run: Run, micro_step: int) -> Callable[[], Loss]:
+    """Of the network that learns first, over that batch of epoch 0, which is read and encoded here."""
+    recipe, engine, turn = run.recipe, run.engine, run.turns.now
+    rank, world = (number * run.split.passes for number in engine.place)
+    batch = run.reader[0, micro_step, rank, world]
+    encoded = run.setup.encode(batch)
+
+    def forward() -> Loss:
+        with seeded_dropout(recipe.adapter.lora_dropout, engine.device, recipe.training.seed, 0, 0, engine.rank):
+            return training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+
+    return forward

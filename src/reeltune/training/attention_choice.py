@@ -1,0 +1,108 @@
+"""Which kernel computes attention where the recipe leaves that open: tried before the first step, then kept by
+checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from reeltune.config.recipe import Recipe
+from reeltune.core.errors import UserError
+from reeltune.core.types import Shape
+from reeltune.distributed.engine import Engine
+from reeltune.memory import attention
+from reeltune.memory.attention_trial import Trial, asked, median_s, soonest, tried
+from reeltune.memory.blocks import blocks_of
+from reeltune.training.prefetch import encodes_beside
+from reeltune.training.rank_checks import from_first
+from reeltune.training.run import Run
+from reeltune.training.warm_up import Sizes, forward_pass
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: None where torch chooses for each shape. is_kept: by checkpoints. told: in the log."""
+
+    kernel: str | None
+    is_kept: bool
+    told: str
+
+
+def choose_attention(run: Run) -> Choice:
+    """For `attention: auto`, in all processes alike: as the checkpoint says that the run goes on from, else the kernel
+    that is the soonest in a trial. What learns has it from here on."""
+    chosen = _chosen(run)
+    if chosen.kernel is not None and chosen.is_kept:
+        for turn in run.turns.each:
+            turn.learner.network.attention.prefer(attention.in_order(chosen.kernel, _candidates(run)))
+    return chosen
+
+
+def _chosen(run: Run) -> Choice:
+    held, begins = run.progress.attention, "attention is auto: "
+    if (reason := _leaves_to_torch(run.recipe, run.engine)) is not None:
+        told = f"{begins}torch chooses a kernel for each shape, and none is tried, as {reason}"
+        return Choice(None, False, told + (f"; so {held}, which the checkpoint says, is not taken" if held else ""))
+    if held:
+        lacks = [line for line in run.engine.gather(_lacks(held, run.recipe, run.engine)) if line is not None]
+        if not lacks:
+            return Choice(held, True, f"{begins}{held} computes it, as the checkpoint says")
+        begins += f"the checkpoint says {held}, and {lacks[0]}; "
+    kernels, device_type = _candidates(run), run.engine.device.type
+    if len(kernels) == 1:
+        told = f"{begins}{kernels[0]} computes it, beside which torch has nothing to try on a {device_type.upper()}"
+        return Choice(kernels[0], False, told)
+    trial, shape = _trial(run, kernels)
+    kernel = None if trial is None else soonest(trial.passes_s)
+    return Choice(kernel, kernel is not None, begins + in_words(trial, shape))
+
+
+def _candidates(run: Run) -> list[str]:
+    return attention.candidates(run.engine.device.type, deterministic=run.recipe.training.deterministic)
+
+
+def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
+    """Why no kernel can be chosen for the network's blocks alone."""
+    if engine.context > 1:
+        return "with context_parallel the backward pass computes attention outside the network's blocks"
+    if encodes_beside(recipe, on_gpu=engine.device.type == "cuda"):
+        return (
+            "a kernel is chosen for the whole process, and encoders are at work meanwhile; train from a cache or set "
+            "encode_ahead to false to have one"
+        )
+    return None
+
+
+def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
+    """Why this process cannot take it."""
+    if kernel == "cudnn" and recipe.training.deterministic:
+        return "deterministic is true"
+    if kernel == attention.MATH and recipe.training.gradient_checkpointing == "attention_kept":
+        return "gradient_checkpointing is attention_kept"
+    try:
+        attention.refuse_missing(kernel, engine.device, engine.dtype)
+    except UserError:
+        return f"a process has no such kernel on {engine.device.type}"
+    return None
+
+
+def _trial(run: Run, kernels: list[str]) -> tuple[Trial | None, Shape]:
+    """By the main process, of what all processes' blocks ask for the largest clip of epoch 0, and that clip's size;
+    None if they ask nothing."""
+    engine, (micro_step, shape) = run.engine, next(iter(Sizes.of(run.reader.plan(0)).first.items()))
+    turn, forward = run.turns.now, forward_pass(run, micro_step)
+    with engine.same_bits():
+        calls = asked(blocks_of(turn.learner.plain, turn.setup.family.blocks), forward)
+        return (from_first(engine, partial(tried, calls, kernels)) if calls else None), shape
+
+
+def in_words(trial: Trial | None, shape: Shape) -> str:
+    if trial is None:
+        return "the network's blocks ask for none that torch could compute by one kernel or another"
+    kernel, medians_s, (F, H, W) = soonest(trial.passes_s), median_s(trial.passes_s), shape
+    found = f"{kernel} computes it" if kernel else "torch chooses a kernel for each shape"
+    if medians_s:
+        times = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in medians_s.items())
+        found = f"{found}; forward and backward pass of it in all blocks, for {F}x{H}x{W}: {times}"
+    left_out = "".join(f"; {name} is left out ({reason})" for name, reason in trial.left_out.items())
+    return found + left_out
