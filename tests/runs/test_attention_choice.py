@@ -11,7 +11,6 @@ from reeltune.checkpoint.folder import progress_of
 from reeltune.demo.main import FAMILIES
 from reeltune.memory import attention, attention_trial
 from reeltune.memory.attention_trial import asked
-from reeltune.memory.blocks import blocks_of
 from reeltune.training import attention_choice, loop
 from reeltune.training.loop import train
 from reeltune.training.warm_up import forward_pass
@@ -149,8 +148,7 @@ def test_what_one_block_of_a_kind_asks_all_of_them_ask(name, precision, wan, dat
     found = []
 
     def look(run):
-        turn, forward = run.turns.now, forward_pass(run, 0)
-        blocks = blocks_of(turn.learner.plain, turn.setup.family.blocks)
+        blocks, forward = run.turns.now.learner.network.attention.blocks, forward_pass(run, 0)
         own = [block.forward for block in blocks]
         at_once, one_by_one = asked(blocks, forward), [call for one in blocks for call in asked([one], forward)]
         assert own == [block.forward for block in blocks]

@@ -97,6 +97,7 @@ class Attention:
     def __init__(self, blocks: Sequence[nn.Module], kernel: str):
         asks = "for what this network asks of it, such as a mask or the width of its heads"
         self._within = nullcontext if kernel == AUTO else partial(_only, kernel, asks)
+        self.blocks = list(blocks)  # whose classes have other names once they are sharded
         for block in blocks:
             block.forward = partial(self._forward, block.forward)
 

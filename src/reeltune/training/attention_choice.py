@@ -12,7 +12,6 @@ from reeltune.core.types import Shape
 from reeltune.distributed.engine import Engine
 from reeltune.memory import attention
 from reeltune.memory.attention_trial import Trial, asked, median_s, soonest, tried
-from reeltune.memory.blocks import blocks_of
 from reeltune.training.prefetch import encodes_beside
 from reeltune.training.rank_checks import from_first
 from reeltune.training.run import Run
@@ -90,9 +89,9 @@ def _trial(run: Run, kernels: list[str]) -> tuple[Trial | None, Shape]:
     """By the main process, of what all processes' blocks ask for the largest clip of epoch 0, and that clip's size;
     None if they ask nothing."""
     engine, (micro_step, shape) = run.engine, next(iter(Sizes.of(run.reader.plan(0)).first.items()))
-    turn, forward = run.turns.now, forward_pass(run, micro_step)
+    blocks, forward = run.turns.now.learner.network.attention.blocks, forward_pass(run, micro_step)
     with engine.same_bits():
-        calls = asked(blocks_of(turn.learner.plain, turn.setup.family.blocks), forward)
+        calls = asked(blocks, forward)
         return (from_first(engine, partial(tried, calls, kernels)) if calls else None), shape
 
 
