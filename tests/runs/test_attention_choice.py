@@ -5,11 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 
 from reeltune.checkpoint import digests
 from reeltune.checkpoint.folder import progress_of
 from reeltune.demo.main import FAMILIES
-from reeltune.memory import attention, attention_trial
+from reeltune.distributed.engine import choose_kernels
+from reeltune.memory import attention, attention_trial, compiled
 from reeltune.memory.attention_trial import asked
 from reeltune.training import attention_choice, loop
 from reeltune.training.loop import train
@@ -98,6 +100,15 @@ def test_what_the_trial_found_is_taken_and_a_resume_takes_it_untried(wan, data, 
     assert_same_end(ours, unbroken, step=4)
 
 
+def test_compiled_blocks_have_it_too(wan, data, tmp_path, math_is_sooner, monkeypatch):
+    monkeypatch.setattr(compiled, "inductor", lookup_backend("aot_eager"))
+    settings = {**SHORT, "compile": "blocks", "max_train_steps": 1}
+    for name in ("auto", "math", "flash"):
+        assert train(recipe(wan, data, tmp_path / name, **settings, attention=name)) == 0
+    auto, math, flash = (rows(tmp_path / name, ("step",)) for name in ("auto", "math", "flash"))
+    assert auto == math != flash
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -125,10 +136,23 @@ def test_a_network_without_attention_is_left_alone(toy, data, tmp_path, math_is_
     assert not math_is_sooner and kernel_of(tmp_path) is None
 
 
-def test_encoders_at_work_meanwhile_would_find_it_chosen(toy, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encode_ahead": True}, "a kernel is chosen for the whole process, and encoders are at work meanwhile"),
+        ({"deterministic": True}, "deterministic is true, and by a clock another run may find another"),
+    ],
+    ids=str,
+)
+def test_where_none_can_be_chosen_that_is_told(changes, words, toy, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(attention.CANDIDATES, "cpu", ("flash", "math"))
     monkeypatch.setattr(attention_choice, "_trial", never)
-    assert train(recipe(toy, data, tmp_path, **SHORT, encode_ahead=True)) == 0
-    assert "torch chooses a kernel for each shape, and none is tried, as a kernel is chosen for" in told(tmp_path)[0]
+    try:
+        assert train(recipe(toy, data, tmp_path, **SHORT, **changes)) == 0
+    finally:
+        choose_kernels(deterministic=False)
+    (line,) = told(tmp_path)
+    assert line.startswith(f"attention is auto: torch chooses a kernel for each shape, and none is tried, as {words}")
     assert kernel_of(tmp_path) is None
 
 

@@ -39,19 +39,6 @@ def test_medians_are_of_what_was_timed():
     assert median_s({"flash": [3.0, 1.0, 2.0], "math": []}) == {"flash": 2.0}
 
 
-@pytest.mark.parametrize(
-    ("device", "deterministic", "kernels"),
-    [
-        ("cpu", False, ["flash"]),
-        ("cpu", True, ["flash"]),
-        ("cuda", False, ["flash", "cudnn", "efficient"]),
-        ("cuda", True, ["flash", "efficient"]),
-    ],
-)
-def test_candidates_of_a_device(device, deterministic, kernels):
-    assert attention.candidates(device, deterministic=deterministic) == kernels
-
-
 def test_kernels_are_asked_in_order_and_math_is_the_last():
     assert attention.in_order("cudnn", ["flash", "cudnn"]) == ["cudnn", "flash", "math"]
     assert attention.in_order("math", ["flash", "math"]) == ["math"]

@@ -32,7 +32,8 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     MATH: SDPBackend.MATH,
 }
-CANDIDATES = {"cpu": ("flash",), "cuda": ("flash", "cudnn", "efficient")}  # device -> those without a matrix of scores
+CANDIDATES = {"cpu": ("flash",), "cuda": ("flash", "cudnn", "efficient")}
+"""Device -> those that AUTO may find there: all that keep no matrix of scores. Where none is sooner, the first."""
 NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of a GPU and of a CPU
 TRIED = (1, 1, 64, 64)  # B heads L D that every kernel can do, if it can do anything there
 
@@ -67,11 +68,6 @@ def refuse_missing(kernel: str, device: torch.device, dtype: torch.dtype) -> Non
 
 def notices(kernel: str) -> list[str]:
     return [] if kernel == AUTO else [f"the network's attention is computed by torch's kernel {kernel}, and no other"]
-
-
-def candidates(device_type: str, *, deterministic: bool) -> list[str]:
-    """Of KERNELS, those that AUTO may find there, in the order in which it takes them where none is sooner."""
-    return [kernel for kernel in CANDIDATES[device_type] if not (deterministic and kernel == "cudnn")]
 
 
 def in_order(kernel: str, others: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,7 +39,9 @@ def choose_attention(run: Run) -> Choice:
 
 
 def _chosen(run: Run) -> Choice:
-    held, begins = run.progress.attention, "attention is auto: "
+    held, begins, kernels = run.progress.attention, "attention is auto: ", _candidates(run)
+    if not held and len(kernels) == 1:
+        return _only(kernels[0], begins, run.engine)
     if (reason := _leaves_to_torch(run.recipe, run.engine)) is not None:
         told = f"{begins}torch chooses a kernel for each shape, and none is tried, as {reason}"
         return Choice(None, False, told + (f"; so {held}, which the checkpoint says, is not taken" if held else ""))
@@ -47,23 +50,28 @@ def _chosen(run: Run) -> Choice:
         if not lacks:
             return Choice(held, True, f"{begins}{held} computes it, as the checkpoint says")
         begins += f"the checkpoint says {held}, and {lacks[0]}; "
-    kernels, device_type = _candidates(run), run.engine.device.type
     if len(kernels) == 1:
-        told = f"{begins}{kernels[0]} computes it, beside which torch has nothing to try on a {device_type.upper()}"
-        return Choice(kernels[0], False, told)
+        return _only(kernels[0], begins, run.engine)
     trial, shape = _trial(run, kernels)
     kernel = None if trial is None else soonest(trial.passes_s)
     return Choice(kernel, kernel is not None, begins + in_words(trial, shape))
 
 
-def _candidates(run: Run) -> list[str]:
-    return attention.candidates(run.engine.device.type, deterministic=run.recipe.training.deterministic)
+def _candidates(run: Run) -> tuple[str, ...]:
+    return attention.CANDIDATES[run.engine.device.type]
+
+
+def _only(kernel: str, begins: str, engine: Engine) -> Choice:
+    device = engine.device.type.upper()
+    return Choice(kernel, False, f"{begins}{kernel} computes it, beside which torch has nothing to try on a {device}")
 
 
 def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
-    """Why no kernel can be chosen for the network's blocks alone."""
+    """Why no kernel can be chosen for the network's blocks alone, or none by a clock."""
     if engine.context > 1:
         return "with context_parallel the backward pass computes attention outside the network's blocks"
+    if recipe.training.deterministic:
+        return "deterministic is true, and by a clock another run may find another"
     if encodes_beside(recipe, on_gpu=engine.device.type == "cuda"):
         return (
             "a kernel is chosen for the whole process, and encoders are at work meanwhile; train from a cache or set "
@@ -74,8 +82,6 @@ def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
 
 def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
     """Why this process cannot take it."""
-    if kernel == "cudnn" and recipe.training.deterministic:
-        return "deterministic is true"
     if kernel == attention.MATH and recipe.training.gradient_checkpointing == "attention_kept":
         return "gradient_checkpointing is attention_kept"
     try:
@@ -85,7 +91,7 @@ def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
     return None
 
 
-def _trial(run: Run, kernels: list[str]) -> tuple[Trial | None, Shape]:
+def _trial(run: Run, kernels: Sequence[str]) -> tuple[Trial | None, Shape]:
     """By the main process, of what all processes' blocks ask for the largest clip of epoch 0, and that clip's size;
     None if they ask nothing."""
     engine, (micro_step, shape) = run.engine, next(iter(Sizes.of(run.reader.plan(0)).first.items()))
