@@ -360,7 +360,10 @@ def _whole_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-DEMOS = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun", "toy")
+DEMOS = (
+    *("wan_fun", "wan2.1_t2v", "wan2.1_i2v", "wan2.2_a14b", "wan2.2_5b"),
+    *("easyanimate", "hunyuan_video", "cogvideox_fun", "toy"),
+)
 
 
 def _demo(argv: Sequence[str]) -> int:

@@ -23,15 +23,18 @@ from tests.runs.small_run import data_set, recipe
 STEPS, HALF = 6, 3
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
+SHARING = ENGINES[:2]  # clips are, with all others as one network's (test_context_parallel.py)
 of_engines = pytest.mark.parametrize("engine", ENGINES)
 pytestmark = pytest.mark.slow
 ADAPTER = {"rank": 4}
 HIGH = {"expert": "high", "max_train_steps": 2}
+SHARED = {"context_parallel": 2, "train_batch_size": 4}  # each clip by both processes
 LOOKED_AT = {"held_out_share": 0.25, "preview_count": 1, "preview_steps": 2, "guidance_scale": 1.0}
 
 
 class Runs:
-    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter` and `engine-high` in two."""
+    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter`, `engine-high` and `engine-shared` in
+    two."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -44,7 +47,7 @@ class Runs:
             "expert": "both",
             "engine": None if engine == "alone" else engine,
             "train_mode": "normal",
-            "fix_sample_size": (32, 48),
+            "fix_sample_size": (32, 64),
             "cache_folder": str(self.folder / "cache"),
             "cache_variants": 1,
             "train_batch_size": 4 // processes,
@@ -75,6 +78,8 @@ def runs(tmp_path_factory):
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
         recipes.append(made.recipe(f"{engine}-adapter", **ADAPTER))
         recipes.append(made.recipe(f"{engine}-high", **HIGH))
+        if engine in SHARING:
+            recipes.append(made.recipe(f"{engine}-shared", **SHARED))
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
@@ -91,6 +96,14 @@ def test_the_losses_are_those_of_one_process(what, engine, runs):
     for row, one in zip(*(runs.rows(f"{name}{what}", "validation") for name in (engine, "alone")), strict=True):
         for band, other in zip(row["per_band"], one["per_band"], strict=True):
             assert band["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", SHARING)
+def test_each_clip_is_shared_in_both_experts_turns(engine, runs):
+    ours, alone = runs.rows(f"{engine}-shared"), runs.rows("alone")
+    assert {row["expert"] for row in ours} == {"high", "low"}
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in alone], rel=1e-4)
 
 
 @of_engines

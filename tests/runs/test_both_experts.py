@@ -1,6 +1,7 @@
 """Both networks of a model learn in one run, in turns, each as it would in a run of its own."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from reeltune.estimate.main import Machines, forecast
 from reeltune.export.adapter import export_adapter
 from reeltune.export.main import export
 from reeltune.export.merge import export_merged
+from reeltune.export.rank import measure_ranks
 from reeltune.families import weights
 from reeltune.reporting import report
 from reeltune.run.model import choose_family
@@ -237,6 +239,20 @@ def test_export_writes_both(runs, model, tmp_path):
     assert all(torch.equal(low[name], one[name]) for name in low)
 
 
+def test_ranks_are_measured_of_each_at_its_own_levels(runs, tmp_path):
+    asked, out = runs["whole"]
+    told = list(measure_ranks(asked, out / "checkpoint-6", [2], tmp_path / "ranks"))
+    of = {one["expert"]: one for one in rows(out, "validation")[-1]["experts"]}
+    for name in ("high", "low"):
+        first, *_ = [line for line in told if line.startswith(f"expert {name}: ")]
+        before, after = re.search(r"loss ([\d.]+) of the base, ([\d.]+) of the fine-tune", first).groups()
+        assert (float(before), float(after)) == pytest.approx((of[name]["loss_start"], of[name]["loss"]), abs=6e-5)
+        adapter = saved.load(parts(tmp_path / "ranks")[name])
+        assert {layer.rank for layer in adapter.layers.values()} == {2} and adapter.about["expert"] == name
+    with pytest.raises(UserError, match="keeps an adapter already"):
+        list(measure_ranks(runs["adapters"][0], runs["adapters"][1] / "checkpoint-6", [2]))
+
+
 def test_of_an_export_that_fails_nothing_is_left(runs, tmp_path):
     checkpoint = tmp_path / "checkpoint-6"
     shutil.copytree(runs["whole"][1] / "checkpoint-6", checkpoint)
@@ -341,6 +357,8 @@ def test_plan_counts_the_one_whose_turn_it_is_not(model, data, tmp_path):
     assert both.host_bytes["experts between their turns"] == 2 * network
     assert both.disk_bytes["one checkpoint"] == 2 * one.disk_bytes["one checkpoint"]
     assert "the other expert, for previews" not in both.host_bytes
+    assert one.expert_changes is None and both.expert_changes is not None
+    assert both.expert_changes.sent_bytes == 2 * network and both.expert_changes.seconds is None
     for engine in ("ddp", "fsdp", "zero2", "zero3"):
         parts, _ = sharding.peaks(step, engine, 2)
         shared = sum(parts["forward"].get(part, 0) for part in kept)

@@ -16,15 +16,16 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Draw, Shape
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import PEAK_FLOPS
-from reeltune.estimate import sharding, throughput
+from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import DataForecast, forecast_data
 from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
+from reeltune.families.spec import learning
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import check_split, other_expert_bytes
+from reeltune.run.model import check_split, chosen_objective, other_expert_bytes
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
@@ -94,6 +95,7 @@ class Forecast:
     step_flops: dict[str, float]  # phase -> of a mean micro-step of one process
     run_flops: float  # of all steps, on all devices
     throughput: throughput.Throughput | None
+    expert_changes: turns.Changes | None
     verdict: Verdict
     offers: list[Offer]
 
@@ -154,6 +156,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * machines.gpus,
         throughput=expected_throughput(machines, clip_flops, len(draws)),
+        expert_changes=expert_changes(planned, largest, steps),
         verdict=verdict,
         offers=offers(planned, verdict, largest),
     )
@@ -357,6 +360,12 @@ def saved_bytes(recipe: Recipe, step: StepEstimate) -> int:
 def networks(recipe: Recipe) -> int:
     """That learn."""
     return 2 if recipe.model.expert == "both" else 1
+
+
+def expert_changes(planned: Planned, step: StepEstimate, steps: int) -> turns.Changes | None:
+    first, *others = learning(planned.estimator.family)
+    share = chosen_objective(first, planned.recipe.loss).share
+    return turns.changes_in(steps, share, step, planned.engine, planned.machines.device) if others else None
 
 
 def average_bytes(recipe: Recipe, step: StepEstimate) -> int:
