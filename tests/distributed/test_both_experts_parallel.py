@@ -23,7 +23,6 @@ from tests.runs.small_run import data_set, recipe
 STEPS, HALF = 6, 3
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
-SHARING = ENGINES[:2]  # clips are, with all others as one network's (test_context_parallel.py)
 of_engines = pytest.mark.parametrize("engine", ENGINES)
 pytestmark = pytest.mark.slow
 ADAPTER = {"rank": 4}
@@ -33,7 +32,7 @@ LOOKED_AT = {"held_out_share": 0.25, "preview_count": 1, "preview_steps": 2, "gu
 
 
 class Runs:
-    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter`, `engine-high` and `engine-shared` in
+    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter`, `engine-high` and `fsdp-shared` in
     two."""
 
     def __init__(self, folder):
@@ -78,8 +77,7 @@ def runs(tmp_path_factory):
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
         recipes.append(made.recipe(f"{engine}-adapter", **ADAPTER))
         recipes.append(made.recipe(f"{engine}-high", **HIGH))
-        if engine in SHARING:
-            recipes.append(made.recipe(f"{engine}-shared", **SHARED))
+    recipes.insert(0, made.recipe("fsdp-shared", **SHARED))
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
@@ -98,9 +96,8 @@ def test_the_losses_are_those_of_one_process(what, engine, runs):
             assert band["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", SHARING)
-def test_each_clip_is_shared_in_both_experts_turns(engine, runs):
-    ours, alone = runs.rows(f"{engine}-shared"), runs.rows("alone")
+def test_each_clip_is_shared_in_both_experts_turns(runs):
+    ours, alone = runs.rows("fsdp-shared"), runs.rows("alone")
     assert {row["expert"] for row in ours} == {"high", "low"}
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in ours] == pytest.approx([row[name] for row in alone], rel=1e-4)

@@ -164,7 +164,6 @@ def test_what_must_be_more_than_zero(name):
         ({"compile": "blocks", "engine": "zero3"}, "gathers weights within the blocks; set engine to fsdp"),
         ({"compile": "blocks", "context_parallel": 2}, "compile is blocks and context_parallel is 2"),
         ({"deterministic": True, "encode_ahead": True}, "deterministic is true and encode_ahead is true"),
-        ({"compile": "blocks", "expert": "both"}, "compile is blocks and expert is both"),
         ({"compile": "blocks", "rank": 8, "use_dora": True}, "compile is blocks and use_dora is true"),
         (
             {"compile": "blocks", "rank": 8, "lora_dropout": 0.1, "gradient_checkpointing": "attention_kept"},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from reeltune.cache.fill import fill
 from reeltune.config.recipe import (
@@ -46,7 +47,7 @@ class Shown:
     recipe: str = ""  # with which to go on
     adapter_recipe: str = ""  # with which to go on from --adapter
     model: str = ""  # on the Hugging Face Hub
-    expert: str | None = None  # of two networks, which learn
+    expert: Literal["both"] | None = None  # of two networks, which learn
 
 
 def run(
@@ -149,7 +150,7 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
     )
 
 
-def of_untrained(recipe: Recipe, *, steps: int, expert: str | None) -> Recipe:
+def of_untrained(recipe: Recipe, *, steps: int, expert: Literal["both"] | None) -> Recipe:
     """Smaller and shorter, in the checkpoint's own mode."""
     return replace(
         recipe,
@@ -175,7 +176,7 @@ def _of(family: str, recipe: str, model: str) -> Shown:
     return _random(partial(_untrained, family), recipe, model)
 
 
-def _random(write: Callable[[Path], Path], recipe: str, model: str, expert: str | None = None) -> Shown:
+def _random(write: Callable[[Path], Path], recipe: str, model: str, expert: Literal["both"] | None = None) -> Shown:
     return Shown(write, RANDOM, recipe, recipe.replace(".yaml", "_lora.yaml"), model, expert)
 
 

@@ -40,7 +40,9 @@ class Duties:
         self.unseen: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
         self.shape: Shape | None = None  # that memory was last asked for
         self.validated_step = -1
-        self.compiled, self.compilations = run.turns.now.learner.network.compiled, 0
+        networks = [turn.learner.network for turn in run.turns.each]
+        self.compiled = [network.compiled for network in networks if network.compiled is not None]
+        self.compilations = 0
 
     def __enter__(self) -> Duties:
         return self
@@ -86,10 +88,10 @@ class Duties:
             self.log.warn(notice)
         for turn in run.turns.each:
             self.log.notice(turn.summary)
-        if self.compiled is not None:
+        if self.compiled:
             run.watchdog.doing("forward", step)
             self.log.notice(warm_up(run, self.compiled))
-            self.compilations = self.compiled.count
+            self.compilations = self.compiled[0].count
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
         elif run.recipe.output.resume_from_checkpoint is not None:
@@ -113,8 +115,8 @@ class Duties:
 
     def _tell_compilations(self) -> None:
         """Of the pass before, if it was compiled anew."""
-        if self.compiled is not None and self.compiled.count > self.compilations:
-            self.compilations = self.compiled.count
+        if self.compiled and self.compiled[0].count > self.compilations:
+            self.compilations = self.compiled[0].count
             F, H, W = self.shape or (0, 0, 0)
             self.log.warn(f"{F}x{H}x{W} was compiled anew, in its step; that makes {self.compilations} compilations")
 

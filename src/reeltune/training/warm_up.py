@@ -4,6 +4,7 @@ epoch 0, the largest before the others."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,26 +40,30 @@ class Sizes:
         return cls(len(np.unique(tokens)), {place[i]: shapes[i] for i in in_order})
 
 
-def warm_up(run: Run, compiled: Compiled) -> str:
-    """Compiles the network's blocks by passes whose gradients are thrown away. Returns what it came to, for the log.
+def warm_up(run: Run, compiled: Sequence[Compiled]) -> str:
+    """Compiles the blocks of each network that learns by passes whose gradients are thrown away. Returns what it came
+    to, for the log.
 
-    compiled: those blocks.
+    compiled: those blocks, in the order of run.turns.
     """
-    recipe, engine, turn, begun_s = run.recipe, run.engine, run.turns.now, time.monotonic()
-    sizes = Sizes.of(run.reader.plan(0))
-    compiled.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()))
+    recipe, engine, begun_s = run.recipe, run.engine, time.monotonic()
+    sizes, (first, *others) = Sizes.of(run.reader.plan(0)), compiled
+    first.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()), *others)
     rank, world = (number * run.split.passes for number in engine.place)
     for micro_step in sizes.first:
         batch = run.reader[0, micro_step, rank, world]
         encoded = run.setup.encode(batch)
         where = recipe.training.seed, 0, 0, engine.rank
-        with engine.same_bits():
-            with seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
-                loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
-            turn.learner.rehearse(loss.value)
+        for turn in run.turns.each:
+            run.turns.come(turn)
+            with engine.same_bits():
+                with seeded_dropout(recipe.adapter.lora_dropout, engine.device, *where):
+                    loss = training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
+                turn.learner.rehearse(loss.value)
     named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
+    whose = "both networks'" if others else "the network's"
     return (
-        f"the network's blocks are compiled: {compiled.count} compilation{'s' if compiled.count > 1 else ''} for "
+        f"{whose} blocks are compiled: {first.count} compilation{'s' if first.count > 1 else ''} for "
         f"{sizes.tokens} number{'s' if sizes.tokens > 1 else ''} of tokens, warmed up with {named}, in "
         f"{time.monotonic() - begun_s:.1f} s"
     )
