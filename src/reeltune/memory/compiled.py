@@ -93,9 +93,10 @@ class Compiled:
     def begin(self, sizes: int, label: str, *others: Compiled) -> None:
         """From here on blocks are compiled: for one size as it is, for several with sides that are left open.
 
-        others: of networks of the same sizes, of which what is compiled serves all. label: the size that comes first. What torch remembers on the disk is kept apart by it, as open sides are
-        compiled with the first size in view; and by whether a backward pass may run twice, which torch forgets: it gave
-        such a pass the code of one that writes over activations (torch 2.13, 2026-11-26).
+        others: of networks of the same sizes, of which what is compiled serves all. label: the size that comes first.
+        What torch remembers on the disk is kept apart by it, as open sides are compiled with the first size in view;
+        and by whether a backward pass may run twice, which torch forgets: it gave such a pass the code of one that
+        writes over activations (torch 2.13, 2026-11-26).
         """
         import torch._dynamo.config as graphs
         import torch._functorch.config as passes
