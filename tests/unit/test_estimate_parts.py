@@ -15,6 +15,7 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import forecast_data
+from reeltune.estimate.page import expert_rows
 from reeltune.estimate.remedies import MARGIN, Change, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.training.turns import Turns
@@ -113,6 +114,12 @@ def test_experts_that_change_places_send_what_they_hold():
     whose = [both.at(step)[0] for step in range(1000)]
     assert abs(sum(a is not b for a, b in pairwise(whose)) - found.count) <= 2
     assert turns.changes_in(1000, 0.358, step, "ddp", "48GB") == replace(found, seconds=None)
+    gigabytes = replace(found, sent_bytes=2 * GB, seconds=(60.0, 75.0))
+    assert [row[:2] for row in expert_rows(gigabytes)] == [
+        ("experts change places 716 times, between device and host", "2.0 GB each time"),
+        ("time for that, beside the steps", "60.0 s to 75.0 s"),
+    ]
+    assert len(expert_rows(replace(found, seconds=None))) == 1
     assert turns.changes_in(1000, 0.358, step, "fsdp", "H100") is None
 
 
