@@ -49,13 +49,14 @@ def inject(
     with lean_imports():
         from peft import LoraConfig, inject_adapter_in_model
 
-    exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
+    first, exact = targets[0], {target: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(
-        r=targets[0].rank,
-        lora_alpha=targets[0].alpha,  # pyright: ignore[reportArgumentType] any number will do
+        r=first.rank,
+        lora_alpha=first.alpha,  # pyright: ignore[reportArgumentType] any number will do
         target_modules="|".join(re.escape(target.name) for target in targets),
-        rank_pattern={exact[target.name]: target.rank for target in targets},
-        alpha_pattern={exact[target.name]: target.alpha for target in targets},
+        # Only of those that differ: PEFT tries every pattern of these on every layer.
+        rank_pattern={name: target.rank for target, name in exact.items() if target.rank != first.rank},
+        alpha_pattern={name: target.alpha for target, name in exact.items() if target.alpha != first.alpha},
         use_rslora=rank_stabilised,
         use_dora=use_dora,
         lora_dropout=dropout,
