@@ -110,8 +110,8 @@ class Planned:
 
     @property
     def engine(self) -> str:
-        """A name of ENGINES."""
-        return sharding.name_of(self.recipe.parallel.engine, self.machines.gpus)
+        """A name of ENGINES. One process has nothing to shard."""
+        return "one" if self.machines.gpus == 1 else self.recipe.parallel.engine or "ddp"
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
