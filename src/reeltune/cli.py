@@ -168,7 +168,7 @@ def recipe_of(argv: Sequence[str], command: str) -> Recipe:
         given = adopted({**tree, **given}) | given
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"
-    return build(tree, given, where=where, required=REQUIRED[command], found=problems)
+    return build(tree, given, where=where, required=REQUIRED[command], before=problems)
 
 
 def recipe_help(command: str) -> str:
@@ -349,7 +349,7 @@ def _rank(argv: Sequence[str]) -> int:
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
     file = recipe_beside(options.checkpoint)
     tree = {} if file is None else in_its_folder(file, read(file))
-    recipe = build(tree, given, where="rank", required=REQUIRED["train"], found=problems)
+    recipe = build(tree, given, where="rank", required=REQUIRED["train"], before=problems)
 
     from reeltune.export.rank import measure_ranks
 

@@ -99,7 +99,7 @@ def test_what_does_not_go_with_pissa_is_refused(settings, said):
 
 def test_all_problems_are_told_at_once():
     tree = {"lerning_rate": 1, "seed": "x", "text_drop_ratio": 1.5, "adam_beta1": 1, "zebra": 0}
-    assert problems(tree, required=["train_data_dir"], found=["before"]) == [
+    assert problems(tree, required=["train_data_dir"], before=["before"]) == [
         "before",
         "lerning_rate is no setting; the nearest is learning_rate",
         "seed is 'x'; expected a whole number",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,30 +43,35 @@ def inject(
     """Puts an adapter around each target, in place. Returns the names of all parameters as they are now, ours ->
     released, those of adapters among them ("blocks.0.self_attn.q.lora_A.weight").
 
-    names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
+    names: as they were. dtype: of adapters, which are not begun yet: B is zero.
     start_dtype: of what adapters of PiSSA begin with; None: they are none of PiSSA.
     """
     with lean_imports():
         from peft import LoraConfig, inject_adapter_in_model
 
-    exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
+    first, exact = targets[0], {target: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(
-        r=targets[0].rank,
-        lora_alpha=targets[0].alpha,  # pyright: ignore[reportArgumentType] any number will do
+        r=first.rank,
+        lora_alpha=first.alpha,  # pyright: ignore[reportArgumentType] any number will do
         target_modules="|".join(re.escape(target.name) for target in targets),
-        rank_pattern={exact[target.name]: target.rank for target in targets},
-        alpha_pattern={exact[target.name]: target.alpha for target in targets},
+        # Only of those that differ: PEFT tries every pattern of these on every layer.
+        rank_pattern={name: target.rank for target, name in exact.items() if target.rank != first.rank},
+        alpha_pattern={name: target.alpha for target, name in exact.items() if target.alpha != first.alpha},
         use_rslora=rank_stabilised,
         use_dora=use_dora,
         lora_dropout=dropout,
     )
-    inject_adapter_in_model(config, net, SLOT)
+    # Without values at first, which PEFT would draw three times over; DoRA's magnitudes are of values, though.
+    inject_adapter_in_model(config, net, SLOT, low_cpu_mem_usage=not use_dora)
     released = {target.name: target.released for target in targets}
     for layer in adapted(net).values():
         layer.cast_input_dtype_enabled = False  # autocast does; a copy in fp32 would only cost memory
+        base = cast("Tensor", layer.get_base_layer().weight)
         for kind in KINDS:
-            for parameter in getattr(layer, kind).parameters():
-                parameter.data = parameter.data.to(dtype)
+            for part in getattr(layer, kind).values():
+                weight = part.weight.detach()
+                zeros = base.new_zeros(weight.shape, dtype=dtype)
+                part.weight = nn.Parameter(zeros if weight.is_meta else weight.to(dtype))
         if start_dtype is not None:
             put_gained(layer, SLOT, start_dtype)
     return {name: _released(name, released, names) for name, _ in net.named_parameters()}

@@ -112,8 +112,8 @@ class Planned:
 
     @property
     def engine(self) -> str:
-        """A name of ENGINES."""
-        return sharding.name_of(self.recipe.parallel.engine, self.machines.gpus)
+        """A name of ENGINES. One process has nothing to shard."""
+        return "one" if self.machines.gpus == 1 else self.recipe.parallel.engine or "ddp"
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
@@ -232,8 +232,8 @@ def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> di
     planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
     other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
     step = estimate(replace(planned, recipe=other), draws)
-    found = (largest, step) if on else (step, largest)
-    return {words: one.saved_bytes for words, one in zip((with_it, "without"), found, strict=True)}
+    spared, whole = (largest, step) if on else (step, largest)
+    return {with_it: spared.saved_bytes, "without": whole.saved_bytes}
 
 
 def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate) -> dict[int, StepEstimate]:
@@ -319,7 +319,7 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
     loading = max(step.weight_bytes["network"], frozen)
     loaded = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
     _, resting = sharding.resting(step, planned.engine, gpus, offload=recipe.parallel.offload)
-    found = {
+    bytes_of = {
         "what offload keeps there": gpus * kept_back_bytes,
         "activations that wait there": gpus * step.offloaded_bytes,
         "weights of swapped blocks": gpus * step.swapped_bytes,
@@ -329,7 +329,7 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
         loaded[0]: gpus * loaded[1],
         "the other expert, for previews": other_expert_bytes(recipe, family),  # in the process that writes
     }
-    return {what: size for what, size in found.items() if size}
+    return {what: size for what, size in bytes_of.items() if size}
 
 
 def disk_bytes(
@@ -376,7 +376,8 @@ def expected_throughput(
     machines: Machines, batch_flops: Callable[[float], float], batch_size: int
 ) -> throughput.Throughput | None:
     if machines.throughput_tflops is not None:
-        return throughput.given(machines.throughput_tflops * 1e12)
+        rate = machines.throughput_tflops * 1e12
+        return throughput.Throughput(rate, rate, "as given, taken as exact")
     if machines.measured is not None:
         return throughput.measured(machines.measured, batch_flops, batch_size)
     peak = PEAK_FLOPS.get(machines.device)

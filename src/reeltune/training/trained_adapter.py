@@ -85,7 +85,7 @@ def put_adapters(
         start_dtype=DTYPES[recipe.training.mixed_precision] if is_principal(wanted.lora_init) else None,
     )
     notices: list[str] = []
-    if not (resumed or is_principal(wanted.lora_init)):
+    if not (resumed or is_principal(wanted.lora_init) or is_fake(net)):
         begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
         if in_full(names[name], wanted.train_whole):
@@ -105,6 +105,11 @@ def put_adapters(
         weights = {names[name]: weight for name, weight in net.named_parameters()}
         notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
     return names, TrainedAdapter(alphas, about, notices)
+
+
+def is_fake(net: nn.Module) -> bool:
+    """Whether it has weights without values (torch's FakeTensor), beside which nothing is drawn or computed."""
+    return any(isinstance(weight, FakeTensor) for weight in net.parameters())
 
 
 def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | None, resumed_from: Path) -> None:
@@ -137,11 +142,9 @@ def take_principal_parts(
     """Of PiSSA: what adapters begin with, found by all processes together unless a checkpoint had it, and what is left
     of a base in fewer bits, which is read once more for it. Without values in `net` nothing is done."""
     how = recipe.adapter.lora_init
-    if not is_principal(how):
+    if not is_principal(how) or is_fake(net):
         return
     layers = {names[f"{name}.base_layer.weight"].removesuffix(".weight"): layer for name, layer in adapted(net).items()}
-    if any(isinstance(layer.get_base_layer().weight, FakeTensor) for layer in layers.values()):
-        return
     read = base_of(recipe.model) if recipe.adapter.base_weights else None
 
     def weight(name: str) -> Tensor:
