@@ -19,7 +19,7 @@ from reeltune.adapters.dialects import read_adapter
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared, has_average
-from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.errors import UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def read_all(texts: Sequence[str], base: Mapping[str, Tensor]) -> list[Given]:
 
     Raises UserError with all that is wrong: files that are not there or damaged, no numbers, other networks.
     """
-    with together("adapters") as attempt:
-        pairs = [attempt(parsed, text) for text in texts]
     found, problems = [], []
-    for path, strength in pairs:
+    for text in texts:
         try:
+            path, strength = parsed(text)
             found.append(read(path, base).times(strength))
         except UserError as error:
-            problems += [f"{error.where}: {problem}" for problem in error.problems]
+            said = "" if error.where == "adapters" else f"{error.where}: "
+            problems += [f"{said}{problem}" for problem in error.problems]
     refuse("adapters", problems)
     return found
 
