@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spel
 from reeltune.adapters.sizes import Sizes, solve
 from reeltune.adapters.writing import OURS
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import brief, few
+from reeltune.core.reading import brief, few, grouped
 
 
 @dataclass(frozen=True)
@@ -324,17 +324,6 @@ class _Reader:
                 self.wrong(f"is {shapes[name]} in it and {shape} in the model", name)
         for name in missing:
             self.wrong("is in it and not in the model; give one that was trained on this one", name)
-
-
-def grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """(what, its rule) each, or ("", all of it): one line for each rule, with the first that breaks it."""
-    by_rule: dict[str, list[str]] = defaultdict(list)
-    for what, rule in problems:
-        by_rule[rule].append(what)
-    return [
-        f"{whats[0]}{f' (and {len(whats) - 1:,} more)' if len(whats) > 1 else ''} {rule}".lstrip()
-        for rule, whats in by_rule.items()
-    ]
 
 
 def _by_pattern(patterns: Any, name: str, otherwise: Any) -> Any:

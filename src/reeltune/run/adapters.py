@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
+from reeltune.families.tensor_files import notice
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ def read_all(texts: Sequence[str], base: Mapping[str, Tensor]) -> list[Given]:
             said = "" if error.where == "adapters" else f"{error.where}: "
             problems += [f"{said}{problem}" for problem in error.problems]
     refuse("adapters", problems)
+    for sha256, count in Counter(one.sha256 for one in found).items():
+        if count > 1:
+            same = [one for one in found if one.sha256 == sha256]
+            total = sum(one.strength for one in same)
+            notice(f"{same[0].path} is given {count} times; it counts with strength {total:g}, the sum of theirs")
     return found
 
 
