@@ -256,6 +256,7 @@ class _Reader:
     def _alpha(self, text: str, keys: Mapping[Kind, str], rank: int) -> float | None:
         """None, with the problem told, of what is no number above 0."""
         settings = self.stored.settings
+        said: Any
         if "alpha" in keys:
             self.own_alphas += 1
             said = self.stored.tensors[keys["alpha"]].tolist()
@@ -266,9 +267,10 @@ class _Reader:
             where = f"in {self.stored.settings_from}"
         else:
             return float(rank) if self.given_alpha is None else self.given_alpha
-        if type(said) in (int, float) and math.isfinite(said) and said > 0:
+        is_number = isinstance(said, int | float) and not isinstance(said, bool)
+        if is_number and math.isfinite(said) and said > 0:
             return float(said)
-        shown = f"{said:g}" if type(said) in (int, float) else brief(said)
+        shown = f"{said:g}" if is_number else brief(said)
         rule = "expected a number above 0, by which its change is scaled; save the adapter again with its own"
         self.wrong(f"is {shown} {where}; {rule}", f"alpha of {text}")
         return None
