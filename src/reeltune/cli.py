@@ -357,7 +357,10 @@ def _rank(argv: Sequence[str]) -> int:
 
 
 def _whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, as 4,8,16") from None
 
 
 DEMOS = (

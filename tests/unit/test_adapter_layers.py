@@ -90,7 +90,7 @@ def test_ranks_and_alphas_of_some_layers(net):
         ({"wanted": ["to_kq"]}, "to_q"),
         ({"skipped": ["norm"]}, "lora_skip_name has 'norm'"),
         ({"ranks": ["proj=4"]}, "rank_pattern has 'proj'"),
-        ({"rank": 9}, "rank is 9 for blocks.0.to_q, whose rank is 8 at most"),
+        ({"rank": 9}, r"blocks.0.to_q \(and \d+ more\) gets rank 9, and its own is 8 at most"),
         ({"wanted": ["q"], "skipped": ["to_q"]}, "no linear layer is left"),
     ],
 )

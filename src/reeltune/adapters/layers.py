@@ -15,7 +15,7 @@ from reeltune.adapters.principal import put_gained
 from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
 from reeltune.core.imports import lean_imports
-from reeltune.core.reading import few
+from reeltune.core.reading import few, grouped
 from reeltune.core.rng import seed_of
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def begin_from(
     weights: all of the network's now, by released name. alphas: of its layers; B is scaled where the file's differ.
     whole: parts of released names of weights that learn in full. Raises UserError for what finds no place.
     """
-    problems = list(_misplaced(adapter, weights, alphas, whole))
-    refuse(where, few(problems))
+    refuse(where, few(grouped(_misplaced(adapter, weights, alphas, whole))))
     A, B, magnitude = KINDS.values()
     for layer, pair in adapter.layers.items():
         ratio = pair.scale / (alphas[layer] / pair.rank)
@@ -139,21 +138,22 @@ def begin_from(
 
 def _misplaced(
     adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], whole: Sequence[str]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    """As `grouped` takes them."""
     for layer, pair in adapter.layers.items():
         if layer not in alphas:
-            yield f"it changes {layer}, which gets no adapter; name it in target_name"
+            yield "", f"it changes {layer}, which gets no adapter; name it in target_name"
             continue
         rank = weights[f"{layer}.{KINDS['lora_A']}"].shape[0]
         if pair.rank != rank:
-            yield f"it has rank {pair.rank} for {layer} and the recipe {rank}; set rank or rank_pattern"
+            yield layer, f"has rank {pair.rank} in it and {rank} in the recipe; set rank or rank_pattern"
         has_magnitude = pair.magnitude_O is not None
         if has_magnitude != (f"{layer}.{KINDS['lora_magnitude_vector']}" in weights):
             has = "magnitudes (DoRA)" if has_magnitude else "no magnitudes"
-            yield f"it has {has} for {layer}; set use_dora to {str(has_magnitude).lower()}"
+            yield layer, f"has {has} in it; set use_dora to {str(has_magnitude).lower()}"
     for name in {**adapter.whole, **adapter.changes}:
         if not in_full(name, whole):
-            yield f"it changes all of {name}, which does not learn; name it in train_whole"
+            yield "", f"it changes all of {name}, which does not learn; name it in train_whole"
 
 
 def groups(net: nn.Module, names: Mapping[str, str], *, whole: Sequence[str], ratio: float) -> list[dict[str, Any]]:

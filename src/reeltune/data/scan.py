@@ -63,6 +63,7 @@ def scan(
     needs             what the mode cannot do without, of "control" and "camera"; controls of no use are not opened
     index_dir         where to remember findings; a second start then reads changed files alone
     workers           processes that measure
+    seconds_per_file  of processor time; a file that takes more is left out
     progress          called with (files done, files)
     just_scanned      another process of this run has put it into index_dir: files are not looked at again
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad

@@ -14,7 +14,8 @@ from safetensors.torch import save
 
 from reeltune.adapters import saved, writing
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.dialects import Found, Stored, adapter_of, counted, file_of, read_adapter, stored_in
+from reeltune.adapters.dialects import Found, adapter_of, counted, read_adapter
+from reeltune.adapters.files import Stored, file_of, stored_in
 from reeltune.adapters.loaders import BY_TOOL, LOADERS, Applied, applied
 from reeltune.adapters.networks import Network
 from reeltune.adapters.proof import Proof, prove, strengths
@@ -97,11 +98,12 @@ def tell(
     for key in (writing.OURS, "ss_base_model_version", "ss_sd_model_name", "modelspec.trigger_phrase"):
         if key in found.metadata:
             yield f"{key}: {found.metadata[key][:200]}"
-    for network in found.networks:
-        for loader in LOADERS:
-            if network.name in loader.names:
-                its = applied(loader, found.stored, network)
-                yield f"{loader.tool:16} {_strength(adapter, its)}"
+    yield from dict.fromkeys(  # of networks that are not told apart, many tools make one thing
+        f"{loader.tool:16} {_strength(adapter, applied(loader, found.stored, network))}"
+        for network in found.networks
+        for loader in LOADERS
+        if network.name in loader.names
+    )
 
 
 # ---- reading

@@ -22,7 +22,7 @@ from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
-from reeltune.core.reading import few
+from reeltune.core.reading import few, grouped
 from reeltune.distributed.engine import DTYPES, Engine
 from reeltune.families.spec import Family
 from reeltune.run.base import base_of
@@ -163,10 +163,13 @@ def _refuse_wide(net: nn.Module, around: list[Target]) -> None:
     """Raises UserError where twice the rank, in which it is written, is over what a layer has."""
     layers = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
     sizes = {name: min(one.in_features, one.out_features) for name, one in layers.items()}
+    twice = "and lora_init is pissa, whose adapters are written in twice the rank"
     wide = [
-        f"rank is {target.rank} for {target.released} and lora_init is pissa, whose adapters are written in twice the "
-        f"rank, and the layer's is {sizes[target.name]} at most; lower it there"
+        (
+            target.released,
+            f"gets rank {target.rank} {twice}, and its own is {sizes[target.name]} at most; lower rank there",
+        )
         for target in around
         if 2 * target.rank > sizes[target.name]
     ]
-    refuse("recipe", few(wide))
+    refuse("recipe", few(grouped(wide)))
