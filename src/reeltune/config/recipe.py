@@ -159,7 +159,8 @@ class Training:
     low_vram: bool = False
     """VAE and encoders wait in the CPU's memory between uses."""
     vae_mini_batch: int = 0
-    """Accepted and ignored: clips are encoded one at a time, so that none depends on its neighbours."""
+    """Clips of a batch, and of a cache that is filled, that the VAE and the picture encoder take at once. 0 and 1: each
+    alone, so that no bit of it depends on its neighbours; with more, the last bits do."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products and convolutions on NVIDIA GPUs."""
     deterministic: bool = False

@@ -149,6 +149,11 @@ def a_coarser_base(values: Values) -> Iterator[Settings]:
         yield {"base_weights": "nf4"}
 
 
+def alone(vae_mini_batch: int) -> bool:
+    """Clips are encoded one by one."""
+    return vae_mini_batch <= 1
+
+
 def tiles(values: Values) -> Iterator[Settings]:
     if values.get("vae_tiles", True):
         yield {"vae_tiling": True}

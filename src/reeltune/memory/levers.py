@@ -21,6 +21,7 @@ from reeltune.memory.lever import (
     a_coarser_base,
     adapters_instead,
     all_frozen_blocks,
+    alone,
     encode_between,
     encoders_in_bf16,
     half_as_long,
@@ -267,6 +268,16 @@ LEVERS: tuple[Lever, ...] = (
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),
         ),
+    ),
+    Lever(
+        "vae_mini_batch",
+        1,
+        "what VAE and picture encoder are working on, of all clips but one",
+        "a call for each clip",
+        phases=frozenset({"encode"}),
+        same_bits=False,
+        unless=("cache_folder",),
+        in_use=alone,
     ),
     Lever(
         "vae_tiling",

@@ -107,10 +107,12 @@ def with_levels(objective: Any, loss: Loss) -> Objective:
 
 
 def encode_options(recipe: Recipe) -> dict[str, Any]:
-    """Choices of the recipe that `encode` follows."""
+    """Choices of the recipe that change what is encoded; `vae_mini_batch` is one only where clips are together."""
+    together = recipe.training.vae_mini_batch
     return {
         "add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention,
         "vae_tiling": recipe.memory.vae_tiling,
+        **({"vae_mini_batch": together} if together > 1 else {}),
     }
 
 
