@@ -134,6 +134,7 @@ def test_what_recipes_have_in_common_is_computed_once(tmp_path):
     changes = [
         {"gradient_checkpointing": False},
         {"low_vram": True, "vae_tiling": True},
+        {"vae_mini_batch": 2},
         {"cache_folder": str(tmp_path / "cache"), "cache_variants": 1, "use_ema": False},
         {"gradient_accumulation_steps": 2, "trained_weights": "bf16_stochastic"},
     ]
@@ -158,6 +159,14 @@ def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(tmp_path, monk
     for run in (plain, other, visiting, recomputed):
         estimator.step(run, draws(Shape(5, 32, 32)), CAPTIONS)
     assert called == ["encode", "passes", "optimizer_step", "decode", "optimizer_step", "encode", "decode", "passes"]
+    called.clear()
+    apart, together = (
+        estimator.step(run, draws(Shape(5, 32, 32)), CAPTIONS)
+        for run in (plain, recipe(model, tmp_path, tmp_path / "out", vae_mini_batch=2))
+    )
+    assert called == ["encode"]
+    at_work = [found.peaks["encode"]["encode"] for found in (apart, together)]
+    assert 1.7 < at_work[1] / at_work[0] < 2.3 and apart.peaks["forward"] == together.peaks["forward"]
 
 
 @pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])

@@ -44,7 +44,12 @@ def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
     network = TINY.networks["1.3b"]
     done = measured[steps.WAYS[0].name]
     assert done["tflops"] * done["step_s"] * 1e12 == pytest.approx(step.flops(network, TINY.clip, TINY.encoders))
-    assert {"VAE, one clip", "step with encode_ahead"} <= rows(found, "encoding").keys()
+    encoded = rows(found, "encoding")
+    assert "step with encode_ahead" in encoded
+    for clips in (1, 2, 4):
+        told = encoded[f"VAE, clips together: {clips}"]
+        assert told["a_clip_s"] * clips == told["seconds"]
+        assert told["frames_s"] * told["a_clip_s"] == pytest.approx(TINY.clip.frames)
     copied = rows(found, "saving")["whole network, second copy"]["gb"] * 1e9
     sizes = {name: w.numel() for name, w in networks.transformer(network, TINY.encoders).named_parameters()}
     learned = sum(size for name, size in sizes.items() if not name.startswith("ref_conv"))  # which this mode leaves out

@@ -142,7 +142,9 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
             image_sample_size=SIDE,
         ),
         cache=Cache(cache_folder=str(run_dir.with_name("cache")), cache_variants=VARIANTS),
-        training=Training(train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no"),
+        training=Training(
+            train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no", vae_mini_batch=4
+        ),
         loss=Loss(uniform_sampling=True),
         optimization=Optimization(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=10),
         output=Output(output_dir=str(run_dir), checkpointing_steps=steps, logging_steps=20, report_to=("none",)),

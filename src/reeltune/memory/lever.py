@@ -149,7 +149,7 @@ def a_coarser_base(values: Values) -> Iterator[Settings]:
         yield {"base_weights": "nf4"}
 
 
-def alone(vae_mini_batch: int) -> bool:
+def one_by_one(vae_mini_batch: int) -> bool:
     """Clips are encoded one by one."""
     return vae_mini_batch <= 1
 
