@@ -49,6 +49,28 @@ def prodigy(remedy: str) -> Exclusion:
     return Exclusion("use_prodigy", f"; it finds its rate from all weights at once; {remedy}", refused=(True,))
 
 
+WHERE_ATTENTION_IS_NOT_KEPT = (
+    Exclusion(
+        "step_in_backward",
+        "; what is kept is given back once, and the backward pass may run twice there; set gradient_checkpointing to "
+        "true",
+        refused=(True,),
+    ),
+    Exclusion(
+        "attention",
+        ", which is many operations and none of its own; set gradient_checkpointing to true, or attention to another "
+        "kernel",
+        refused=("math",),
+    ),
+    Exclusion(
+        "engine",
+        ", which gathers weights within the blocks, and otherwise when they are recomputed; set gradient_checkpointing "
+        "to true, or engine to fsdp",
+        refused=("zero3",),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Lever:
     setting: str

@@ -13,6 +13,7 @@ from reeltune.memory.lever import (
     SHORT,
     TRAINED,
     VARIANTS,
+    WHERE_ATTENTION_IS_NOT_KEPT,
     Exclusion,
     Lever,
     Settings,
@@ -144,26 +145,7 @@ LEVERS: tuple[Lever, ...] = (
         "1.28 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
-        excludes=(
-            Exclusion(
-                "step_in_backward",
-                "; what is kept is given back once, and the backward pass may run twice there; set "
-                "gradient_checkpointing to true",
-                refused=(True,),
-            ),
-            Exclusion(
-                "attention",
-                ", which is many operations and none of its own; set gradient_checkpointing to true, or attention to "
-                "another kernel",
-                refused=("math",),
-            ),
-            Exclusion(
-                "engine",
-                ", which gathers weights within the blocks, and otherwise when they are recomputed; set "
-                "gradient_checkpointing to true, or engine to fsdp",
-                refused=("zero3",),
-            ),
-        ),
+        excludes=WHERE_ATTENTION_IS_NOT_KEPT,
         changes=keep_attention,
     ),
     Lever(
