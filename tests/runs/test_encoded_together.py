@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def own_data(tmp_path):
-    return data_set(tmp_path / "data", clips=5, stills=1)
+    return data_set(tmp_path / "data", clips=5, stills=2)
 
 
 def losses(out):
@@ -87,7 +87,7 @@ def test_a_group_that_lacks_a_clip_is_encoded_whole(run, model, own_data, tmp_pa
     settings = {**TOGETHER, "data": own_data, "held_out_share": 0, "vae_mini_batch": 3}
     given = cached(run("given", model, **settings), tmp_path / "cache")
     fill.fill(given)
-    assert sorted(sizes) == [1, 2, 2, 3, 3]  # two windows of each clip, and the still
+    assert sorted(sizes) == [2, 2, 2, 3, 3]  # two windows of each clip, and the stills, of which there is one way
     os.utime(own_data / "train/1.mp4", (1, 1))
     sizes.clear()
     fill.fill(given)
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_left_out_of_its_group(run, model, own_dat
         patch.setattr(loader, "read_frames", read)
         fill.fill(given)
     missing = 2  # its two windows
-    assert len(contents(tmp_path / "cache")) == 1 + 6 + 5 * 2 + 1 - missing  # empty and other captions, clips, still
+    assert len(contents(tmp_path / "cache")) == 1 + 7 + 5 * 2 + 2 - missing  # empty and other captions, clips, stills
     fill.fill(given)
     assert entries_written(capfd)[-1] == missing
     assert train(given) == 0
@@ -130,15 +130,15 @@ def test_it_is_another_cache_than_of_clips_alone(run, tmp_path):
 def test_groups_are_of_one_shape_split_and_variant():
     wide, high = Shape(5, 32, 64), Shape(5, 64, 32)
     rows = [
-        ("train", 0, wide, "a"),
-        ("train", 1, wide, "b"),
-        ("train", 0, high, "c"),
-        ("held_out", 0, wide, "d"),
-        ("train", 0, wide, "a"),  # the same clip again
-        ("train", 0, wide, "e"),
-        ("train", 0, wide, "f"),
+        ("train", 0, wide, "a", "text"),
+        ("train", 1, wide, "b", "text"),
+        ("train", 0, high, "c", "text"),
+        ("held_out", 0, wide, "d", "text"),
+        ("train", 0, wide, "a", "another"),  # the same clip again
+        ("train", 1, wide, "a", "text"),  # and with nothing that is new
+        ("train", 0, wide, "e", "text"),
+        ("train", 0, wide, "f", "text"),
     ]
-    items = [Item(split, i, variant, shape, clip, "") for i, (split, variant, shape, clip) in enumerate(rows)]
-    told = ["".join(item.clip for item in group) for group in grouped(items, 2)]
-    assert told == ["a", "ae", "b", "c", "d", "f"]
-    assert [[item] for item in items] == list(grouped(items, 1))
+    items = [Item(split, i, variant, shape, *keys) for i, (split, variant, shape, *keys) in enumerate(rows)]
+    told = [["".join(item.clip for item in group) for group in grouped(items, count)] for count in (1, 2)]
+    assert told == [["a", "b", "c", "d", "e", "f", "a"], ["ae", "b", "c", "d", "f", "a"]]

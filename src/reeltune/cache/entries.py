@@ -91,21 +91,26 @@ def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
     left.
 
     A function of the items alone, whatever there is of them in the cache. Those of one variant are together, so that a
-    cache of more variants keeps the groups that it has. A clip that comes again is a group by itself.
+    cache of more variants keeps the groups that it has. A clip that comes again, as all variants of a still do, is left
+    out; with another caption it comes last, by itself.
     """
     known: set[str] = set()
     open_groups: dict[tuple[Split, int, Shape], list[Item]] = {}
+    again: list[Item] = []
     for item in items:
         if item.clip in known:
-            yield [item]
+            if item.text not in known:
+                again.append(item)
+                known.add(item.text)
             continue
-        known.add(item.clip)
+        known |= {item.clip, item.text}
         kind = item.split, item.variant, item.shape
         group = open_groups.setdefault(kind, [])
         group.append(item)
         if len(group) == count:
             yield open_groups.pop(kind)
     yield from open_groups.values()
+    yield from ([item] for item in again)
 
 
 @dataclass
