@@ -144,6 +144,17 @@ def data(tmp_path_factory) -> Path:
     return data_set(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture
+def measured_here(monkeypatch) -> None:
+    """Files are measured in this process: to start another takes longer than to read a small clip."""
+    from reeltune.data import measuring  # here: tests without clips need not wait for its libraries
+
+    def here(files, numbers, decode_check, *_):
+        return ((number, measuring._examine(files[number], decode_check)) for number in numbers)
+
+    monkeypatch.setattr(measuring, "_run", here)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     """A checkpoint of the toy family."""
