@@ -75,10 +75,17 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, found, scope="module")
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config, items):
-    """Of tests that run over families, those of the marker `family` stay with theirs."""
-    others = set()
+    """Of tests that run over families, those of the marker `family` stay with theirs; of those of `quick_by_family` the
+    first checkpoint and mode of each family stay quick."""
+    others, first = set(), {}
     for item in items:
+        if item.get_closest_marker("quick_by_family"):
+            params = item.callspec.params
+            pair = params.get("pair") or params["any_checkpoint"]
+            if first.setdefault((item.path, pair.family), pair) != pair:
+                item.add_marker("slow")
         family = item.get_closest_marker("family")
         if family and item.callspec.params["one_of_a_family"].family not in family.args:
             others.add(item)

@@ -1,17 +1,18 @@
 """What `reeltune plan` foretells, against what then happens."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from reeltune.config.recipe import Recipe
-from reeltune.core.types import Crop, Draw, Shape
+from reeltune.core.types import Crop, Draw, Encoded, Shape
 from reeltune.distributed.engine import Engine
 from reeltune.estimate import estimator as estimator_module
 from reeltune.estimate import memory_tracker
@@ -20,6 +21,7 @@ from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.result import StepEstimate
 from reeltune.memory.size import size_bytes
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.precision import encoder_dtype
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
@@ -28,6 +30,7 @@ from tests.runs.small_run import recipe
 
 CAPTIONS = ["a red kite", "a dog on a beach"]
 NEAR = 0.05  # the count and the allocator's
+CPU = torch.device("cpu")
 
 
 def draws(shape: Shape) -> list[Draw]:
@@ -43,6 +46,7 @@ class Tiny:
     folder: Path
     settings: dict[str, Any]
     estimators: dict[int, Estimator] = field(default_factory=dict)  # one for each context_parallel
+    encodings: dict[Any, tuple[Encoded, dict[str, Tensor]]] = field(default_factory=dict)  # real ones
 
     def recipe(self, **more) -> Recipe:
         return recipe(self.folder, self.folder, self.folder / "out", **{**self.settings, **more})
@@ -53,6 +57,17 @@ class Tiny:
         if count not in self.estimators:
             self.estimators[count] = Estimator(run)
         return self.estimators[count].step(run, draws(shape), CAPTIONS, preview=False)
+
+    def encoded(self, run: Recipe, shape: Shape) -> tuple[Encoded, dict[str, Tensor]]:
+        """What its frozen networks make of a batch, and the blank values beside."""
+        key = shape, encoder_dtype(run)
+        if key not in self.encodings:
+            family, mode, objective = choose_family(run)
+            parts = load_parts(run, family, CPU, network=False)
+            setup = Setup(family, mode, parts, objective, options=encode_options(run))
+            batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
+            self.encodings[key] = setup.encode(batch), parts.null
+        return self.encodings[key]
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +109,16 @@ class Allocated:
         self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def real_step(run, shape: Shape) -> dict[str, int]:
+def real_step(tiny: Tiny, run: Recipe, shape: Shape) -> dict[str, int]:
     """Bytes by part of a step with real weights, by the allocator's count."""
+    encoded, null = tiny.encoded(run, shape)
     family, mode, objective = choose_family(run)
     engine = Engine(run.training.mixed_precision)
-    parts = load_parts(run, family, engine.device)
+    parts = replace(load_parts(run, family, engine.device, encoders=False), null=null)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
     checkpointing = run.training.gradient_checkpointing
     learner = learner_of(run, family, parts, engine, batch=2, accumulate=1)
-    batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
-    encoded = setup.encode(batch)
-    forward_pass = partial(training_loss, setup, learner.net, encoded, batch.draws, run.loss)
+    forward_pass = partial(training_loss, setup, learner.net, encoded, draws(shape), run.loss)
     forward_pass()  # what is made once and kept, such as tables
     gc.collect()
     with Allocated() as forward:
@@ -127,7 +141,7 @@ def real_step(run, shape: Shape) -> dict[str, int]:
 def compare(tiny: Tiny, monkeypatch, **settings) -> None:
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)  # of this allocator
     shape = Shape(9, 32, 64)
-    found, real = tiny.estimate(shape, **settings), real_step(tiny.recipe(**settings), shape)
+    found, real = tiny.estimate(shape, **settings), real_step(tiny, tiny.recipe(**settings), shape)
     weights = found.peaks["step"]["weights"] + found.peaks["step"].get("still", 0)
     assert weights + found.swapped_bytes == pytest.approx(real["weights"], rel=NEAR)
     assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
@@ -135,6 +149,7 @@ def compare(tiny: Tiny, monkeypatch, **settings) -> None:
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
+@pytest.mark.quick_by_family
 @pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("bf16", "attention_kept")])
 def test_an_estimate_counts_what_the_allocator_gives(any_tiny, precision, checkpointing, monkeypatch):
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
@@ -157,6 +172,7 @@ def test_adapters_take_what_the_allocator_gives(wide, settings, monkeypatch):
     compare(wide, monkeypatch, rank=8, **settings)
 
 
+@pytest.mark.slow
 def test_what_recipes_have_in_common_is_computed_once(small, tmp_path):
     """And comes to what each of them takes by itself."""
     model = small.folder

@@ -315,11 +315,17 @@ def hasty(monkeypatch, measured_here):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+QUICK = ("checkpoint", "cache", "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPERATIONS]
+)
 def test_old_or_new(name, tmp_path):
     assert sweep(OPERATIONS[name], tmp_path) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, {"rank": 4, "target_name": ["text"], "train_mode": None}], ids=["whole", "adapter"]
 )
