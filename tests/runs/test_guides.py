@@ -86,7 +86,7 @@ def command(goldens, media, seeds, tmp_path):
 
 
 @pytest.fixture
-def start(monkeypatch, reports):
+def start(monkeypatch, reports, measured_here):
     """Runs a command's script in this process, with the words and the environment that accelerate launch would give
     it; gives its exit code."""
 
