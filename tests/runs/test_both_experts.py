@@ -344,6 +344,7 @@ def test_both_are_looked_at_before_the_first_step(model, data, tmp_path):
     assert any("normal" in line for line in check(recipe(model, data, tmp_path / "out", **SMALL)))
 
 
+@pytest.mark.slow
 def test_plan_counts_the_one_whose_turn_it_is_not(model, data, tmp_path):
     """Of what is not shared both have a place in the host's memory; shares stay on the device."""
     looked_at = {**SMALL, "cache_folder": str(tmp_path), "cache_variants": 1, "preview_count": 0}

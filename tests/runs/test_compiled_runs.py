@@ -68,6 +68,7 @@ def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operato
     )
 
 
+@pytest.mark.slow
 def test_sizes_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators, wan, data, tmp_path):
     settings = {**BLOCKS, **OF_SIZES, **ADAPTER, "max_train_steps": 6}
     unbroken, ours = tmp_path / "unbroken", tmp_path / "ours"

@@ -166,7 +166,7 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_of_an_adapter(tmp_path, capsys):
+def test_the_demo_of_an_adapter(tmp_path, capsys, measured_here):
     assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
     out = tmp_path / "demo/run"
     assert (out / "checkpoint-8/adapter/adapter_model.safetensors").is_file()
@@ -221,7 +221,7 @@ def test_models_of_wan_are_written_as_released(name, found, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(cli.DEMOS) - {"wan_fun"}))
-def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys):
+def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys, measured_here):
     clips, last = (24, 60) if family == "toy" else (4, 8)
     assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
     out = tmp_path / "demo/run"

@@ -10,6 +10,8 @@ from reeltune.core.errors import UserError
 from reeltune.data.scan import scan
 from tests.unit.listed import CONTROL, PLAIN, lay_out, write_list
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
