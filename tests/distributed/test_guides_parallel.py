@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -145,20 +146,25 @@ def argv_of(goldens, media, seeds, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(argv_of, seeds, tmp_path_factory):
-    """Every command trained in the same two processes, as starting them is what takes long."""
-    commands = []
+    """Every command trained in the same two processes, as starting them is what takes long. The first measures the
+    clips, for which it starts processes; the others find them measured, as does a second run with these flags."""
+    commands, measured = [], None
     for name in [name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]:
         launch, script, _ = printed(seeds, name)
         environ = environ_of(launch, pytest.MonkeyPatch())
         for given in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
             environ.pop(given, None)
-        commands.append(partial(command, environ, script, argv_of(name)[0]))
+        argv, out = argv_of(name)
+        commands.append(partial(command, environ, script, argv, out, measured))
+        measured = out
     return train(commands, 2, tmp_path_factory.mktemp("commands")).told[0].read_text()
 
 
-def command(environ: dict[str, str], script: str, argv: list[str]) -> int:
-    """In a process that the launcher would have told so."""
+def command(environ: dict[str, str], script: str, argv: list[str], out: Path, measured: Path | None) -> int:
+    """In a process that the launcher would have told so. measured: a run's folder with an index of the same clips."""
     before = dict(os.environ)
+    if measured is not None and before["RANK"] == "0":
+        shutil.copytree(measured / "index", out / "index")
     os.environ.update(environ)
     os.chdir(ROOT)
     code = compat.train(script, argv)
