@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from reeltune import compat
 from reeltune.checkpoint.folder import is_shared
 from reeltune.distributed.launch import Parallelism, chosen
 from reeltune.families import weights
-from tests.distributed.processes import end, ends, environment, free_port, start, train
+from tests.distributed.processes import Launched, end, ends, environment, free_port, start, train
 from tests.runs.test_guides import SMALL
 from tests.unit.test_compat import ROOT, command_of
 
@@ -235,7 +234,7 @@ def test_two_machines(guide, argv_of, seeds, goldens):
     argv, out = argv_of(name, " on two machines")
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NUM_PROCESS": "2"}
 
-    def machine(rank: int) -> subprocess.Popen:
+    def machine(rank: int) -> Launched:
         ours = command_of(line, told | {"RANK": str(rank)})
         launch = [str(Path(sys.executable).parent / "accelerate"), *ours.launch[1:], "--multi_gpu"]
         exported = environment(**told, RANK=str(rank))  # as the page exports them
