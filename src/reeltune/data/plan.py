@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class Measures(Protocol):
     width: np.ndarray
 
     def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Record: ...  # asked for with variants, and of those that are left out
+    def __getitem__(self, row: int, /) -> Record: ...  # asked for with variants alone
 
 
 def sampled_lengths(records: Measures, rules: SizeRules) -> np.ndarray:
@@ -56,7 +57,7 @@ def sampled_lengths(records: Measures, rules: SizeRules) -> np.ndarray:
     return np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
 
 
-def refuse_empty(plan: Plan, records: Measures) -> None:
+def refuse_empty(plan: Plan, records: Sequence[Record]) -> None:
     """Raises UserError with the reason of each of its records, if none gives a sample."""
     if not plan.micro_steps_before(1):
         reasons = [f"{records[record].path}: {reason}" for record, reason in plan.left_out]
