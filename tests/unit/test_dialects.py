@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.dialects import read_adapter
@@ -336,16 +335,15 @@ def test_only_safetensors_are_read(tmp_path):
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
     (tmp_path / "none").mkdir()
-    (tmp_path / "run/checkpoint-2/adapter").mkdir(parents=True)
-    (tmp_path / "run/checkpoint-2/adapter/adapter_model.safetensors").touch()
-    save_file({f"blocks.{i}.weight": torch.ones(1) for i in range(9)}, tmp_path / "net.safetensors")
+    for part in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "both" / part / "adapter").mkdir(parents=True)
+        (tmp_path / "both" / part / "adapter/adapter_model.safetensors").touch()
     for name, words in {
         "a.pt": "is a file of torch.save; adapters are read from safetensors files",
         "empty.safetensors": "is empty",
         "page.safetensors": "is a saved web page",
         "none": "has no adapters in it; give the path of one file",
-        "run": "has no adapters in it; give .*run/checkpoint-2$",
-        "net.safetensors": "weight is no part of an adapter that is known, nor is any other of its 9 tensors; perhaps",
+        "both": "has no adapters in it; give .*both/high_noise_model or .*both/low_noise_model$",
         "absent.safetensors": "is missing",
     }.items():
         with pytest.raises(UserError, match=words):
