@@ -82,7 +82,7 @@ def test_ranks_are_numbers_of_a_checkpoint(tmp_path, capsys):
         cli.main(["rank", str(tmp_path), "--ranks", "4,x"])
     assert "'4,x' is not whole numbers, as 4,8,16" in capsys.readouterr().err
     assert cli.main(["rank", str(tmp_path / "gone")]) == 2
-    assert "gone' is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
+    assert "gone is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
 
 
 def test_words_that_are_no_flags(tmp_path):
