@@ -344,9 +344,10 @@ def _rank(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the adapter of the smallest that is as good")
     options, rest = parser.parse_known_args(argv)
     words, given, problems = flags(rest)
-    if options.base is not None:
-        given["pretrained_model_name_or_path"] = options.base
+    given |= {} if options.base is None else {"pretrained_model_name_or_path": options.base}
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
+    if not options.checkpoint.is_dir():
+        raise UserError("rank", f"{options.checkpoint} is no folder; give a checkpoint-N folder of a run")
     file = recipe_beside(options.checkpoint)
     tree = {} if file is None else in_its_folder(file, read(file))
     recipe = build(tree, given, where="rank", required=REQUIRED["train"], before=problems)

@@ -327,6 +327,37 @@ def test_what_is_of_one_of_them_is_refused(runs, model, data, tmp_path):
         train(one)
 
 
+def test_what_is_of_both_is_taken_for_one(runs, model, data, tmp_path):
+    """adapter_path of a checkpoint of both is that of the expert that learns; of an adapter alone is told whose."""
+    checkpoint = runs["adapters"][1] / "checkpoint-6"
+    one = {**SMALL, "expert": "high", "rank": 4, "max_train_steps": 1, "held_out_share": 0}
+    ends = []
+    for name, path in (("both", checkpoint), ("own", checkpoint / "high_noise_model")):
+        asked = recipe(model, data, tmp_path / name, **one, adapter_path=str(path), train_whole=["head"])
+        assert train(asked) == 0
+        ends.append(load_file(tmp_path / name / "checkpoint-1/adapter/adapter_model.safetensors"))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    wrong = {
+        "adapter_path": (checkpoint / "low_noise_model", "adapter_path is .* those of expert low, and high is meant"),
+        "other_expert_adapter": (tmp_path / "gone", "other_expert_adapter is .*gone': is missing"),
+    }
+    for name, (path, words) in wrong.items():
+        asked = recipe(model, data, tmp_path / name, **one, **{name: str(path)}, train_whole=["head"])
+        with pytest.raises(UserError, match=words):
+            train(asked)
+
+
+def test_an_adapter_of_weights_that_are_not_there_is_refused(runs, model, data, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(model, alone, ignore=shutil.ignore_patterns("low_noise_model"))
+    adapter = str(runs["adapters"][1] / "checkpoint-6/low_noise_model")
+    asked = recipe(alone, data, tmp_path / "out", **{**SMALL, "expert": "high"}, other_expert_adapter=adapter)
+    with pytest.raises(UserError, match="holds the weights of high alone; give those that it changes"):
+        choose_family(asked)
+    with pytest.raises(UserError, match="weights of high alone; give expert high, or a checkpoint with both"):
+        choose_family(recipe(alone, data, tmp_path / "out", **SMALL))
+
+
 def test_both_are_looked_at_before_the_first_step(model, data, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -196,6 +196,9 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()
+    assert "nothing is left to train" not in (out / "metrics.jsonl").read_text()
+    assert run(settings_of("toy", **{**more, "max_train_steps": 1}), *where) == 0
+    assert "it is of step 7, and the run is to have 1: nothing is left to train" in (out / "metrics.jsonl").read_text()
 
 
 def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):

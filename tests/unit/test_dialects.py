@@ -335,11 +335,15 @@ def test_only_safetensors_are_read(tmp_path):
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
     (tmp_path / "none").mkdir()
+    for part in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "both" / part / "adapter").mkdir(parents=True)
+        (tmp_path / "both" / part / "adapter/adapter_model.safetensors").touch()
     for name, words in {
         "a.pt": "is a file of torch.save; adapters are read from safetensors files",
         "empty.safetensors": "is empty",
         "page.safetensors": "is a saved web page",
-        "none": "has no adapters in it",
+        "none": "has no adapters in it; give the path of one file",
+        "both": "has no adapters in it; give .*both/high_noise_model or .*both/low_noise_model$",
         "absent.safetensors": "is missing",
     }.items():
         with pytest.raises(UserError, match=words):

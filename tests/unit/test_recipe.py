@@ -146,6 +146,10 @@ def test_what_must_be_more_than_zero(name):
         ({"use_came": True, "use_adafactor": True}, "use_came and use_adafactor are true"),
         ({"use_prodigy": True, "use_muon": True, "learning_rate": 1}, "use_prodigy and use_muon are true"),
         ({"use_prodigy": True}, "multiplies the rate that it finds; write 1, or at least 0.1"),
+        (
+            {"use_prodigy": True, "learning_rate": 1, "expert": "both", "low_expert_learning_rate": 1e-4},
+            "low_expert_learning_rate is 0.0001, by which it multiplies the rate that it finds; write 1",
+        ),
         ({"use_prodigy": True, "learning_rate": 1, "rank": 8, "lora_plus_ratio": 16}, "one rate for all weights"),
         ({"use_prodigy": True, "learning_rate": 1, "engine": "fsdp"}, "use_prodigy is true and engine is fsdp"),
         ({"use_prodigy": True, "learning_rate": 1, "step_in_backward": True}, "from all weights at once"),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reeltune.core.errors import UserError
-from reeltune.core.reading import as_user_error, beginning, brief, read_table
+from reeltune.core.reading import as_user_error, beginning, brief, few, read_table
 from reeltune.families.tensor_files import header_of
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter/adapter_model.safetensors")
@@ -49,7 +49,9 @@ def file_of(path: Path) -> Path:
         return there[0]
     if steps := sorted(path.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name)):
         raise UserError(str(path), f"is a run's folder; give one of its checkpoints, as {steps[-1]}")
-    raise UserError(str(path), f"has {'several' if there else 'no'} adapters in it; give the path of one file")
+    inside = [str(folder) for folder in sorted(path.glob("*/")) if any((folder / name).is_file() for name in FILES)]
+    remedy = f"give {' or '.join(few(inside, 3))}" if inside else "give the path of one file"
+    raise UserError(str(path), f"has {'several' if there else 'no'} adapters in it; {remedy}")
 
 
 def stored_in(file: Path, *, outline: bool) -> Stored:

@@ -50,8 +50,11 @@ WEIGHTS = ("transformer", ADAPTER, SHARES, *PARTS.values())  # beginnings of the
 
 def complete(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
-    return sorted((path for path in folders if (path / "progress.json").is_file()), key=step_of)
+    return sorted(filter(is_complete, Path(output_dir).glob("checkpoint-*")), key=step_of)
+
+
+def is_complete(path: Path) -> bool:
+    return NAME.match(path.name) is not None and (path / "progress.json").is_file()
 
 
 def step_of(checkpoint: Path) -> int:

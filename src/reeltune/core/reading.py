@@ -78,8 +78,7 @@ def foreign(head: bytes) -> tuple[str, str] | None:
 
 def beginning(path: Path, count: int = 512) -> bytes:
     """Raises UserError for what is no file or cannot be opened."""
-    if not path.is_file():
-        raise UserError(str(path), absent(path))
+    refuse_absent(path)
     with as_user_error(path, "cannot be read", "look at its rights, and at the disk"), path.open("rb") as file:
         return file.read(count)
 
@@ -93,6 +92,12 @@ def absent(path: Path) -> str:
     return (
         "is no regular file" if path.exists() else "is missing (No such file); look at its path, or download it again"
     )
+
+
+def refuse_absent(path: Path) -> None:
+    """Raises UserError for what is something else than a file."""
+    if not path.is_file():
+        raise UserError(str(path), absent(path))
 
 
 def refuse_foreign(path: Path, expected: str, remedy: str = AGAIN) -> None:

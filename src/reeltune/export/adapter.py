@@ -24,6 +24,7 @@ from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
+from reeltune.export.main import within_checkpoint
 from reeltune.run.base import Base
 
 
@@ -114,6 +115,7 @@ def _problems(source: Path, out: Path) -> Iterator[str]:
         yield f"{source} is missing; give a checkpoint-N folder, or a file of an adapter"
     if out.suffix != ".safetensors":
         yield f"{out} is to be a file that ends in .safetensors"
+    yield from within_checkpoint(out)
     if out.exists():
         yield f"{out} is there already; give another"
 

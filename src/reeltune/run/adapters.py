@@ -82,7 +82,8 @@ def read(path: Path, base: Mapping[str, Tensor]) -> Given:
     """Any tool's file, a folder that PEFT wrote, a checkpoint-N folder, or its folder `adapter`. Raises UserError."""
     inside = path.parent if path.name == ADAPTER else path
     if both := checkpoint.parts(inside):
-        raise UserError("adapters", f"{path} has those of both experts; give {' or '.join(map(str, both.values()))}")
+        own = " or ".join(map(str, both.values()))
+        raise UserError("adapters", f"{path} has what is of both experts; give {own}, or adapter_path {path} for both")
     if checkpoint.is_ours(inside):
         return of_checkpoint(inside, base)
     adapter, found = read_adapter(path, base)
@@ -96,7 +97,9 @@ def of_checkpoint(folder: Path, base: Mapping[str, Tensor], *, ema: bool = False
     """
     if not checkpoint.is_adapter(folder):
         raise UserError(
-            "adapters", f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it"
+            "adapters",
+            f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it, and "
+            "other_expert_path takes that of the other expert",
         )
     checkpoint.verify(folder, under=checkpoint.WEIGHTS)
     if ema and not has_average(folder):

@@ -18,7 +18,7 @@ from reeltune.adapters.apply import merge, parameters_of
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Loss, Model, Recipe
-from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.errors import UserError, named_by, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
 from reeltune.families import weights
@@ -216,8 +216,9 @@ def load_other_expert(
     if shared and network:
         Shared(Path(path or "")).fill_network(net, names)
     if (adapter := own_part(model.other_expert_adapter, other.expert)) is not None:
-        given = adapters.read(Path(adapter), parameters_of(net, names))
-        refuse_adapters({given.path: given.adapter}, other)
+        with named_by("other_expert_adapter", adapter):
+            given = adapters.read(Path(adapter), parameters_of(net, names))
+            refuse_adapters({given.path: given.adapter}, other)
         if network:
             merge(net, names, [(given.adapter, strength)])
     if network and device.type != "cpu":

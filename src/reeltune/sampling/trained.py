@@ -20,7 +20,7 @@ from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
 from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
-from reeltune.run.experts import of_expert, refuse_adapters, refuse_other_expert
+from reeltune.run.experts import of_expert, own_part, refuse_adapters, refuse_other_expert
 from reeltune.run.model import choose_family, load_parts
 
 
@@ -88,7 +88,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
     _swap(parts.net, recipe.memory.blocks_to_swap, family, device)
     base = parameters_of(parts.net, names)
-    begun_with = recipe.adapter.adapter_path
+    begun_with = own_part(recipe.adapter.adapter_path, family.expert)
     if begun_with is not None and not (adapters or chosen):
         given = [read(Path(begun_with), base)]
     else:

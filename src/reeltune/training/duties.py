@@ -94,6 +94,11 @@ class Duties:
             self.compilations = self.compiled[0].count
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
+            if step >= run.total_steps:
+                self.log.notice(
+                    f"it is of step {step}, and the run is to have {run.total_steps}: nothing is left to train; raise "
+                    "max_train_steps or num_train_epochs to go on"
+                )
         elif run.recipe.output.resume_from_checkpoint is not None:
             self.log.notice(f"{self.out} has no complete checkpoint yet: a new run starts")
         if step == 0 or is_due(run.recipe.validation.validation_steps, step):
@@ -115,9 +120,9 @@ class Duties:
 
     def _tell_compilations(self) -> None:
         """Of the pass before, if it was compiled anew."""
-        if self.compiled and self.compiled[0].count > self.compilations:
+        if self.compiled and self.shape is not None and self.compiled[0].count > self.compilations:
             self.compilations = self.compiled[0].count
-            F, H, W = self.shape or (0, 0, 0)
+            F, H, W = self.shape
             self.log.warn(f"{F}x{H}x{W} was compiled anew, in its step; that makes {self.compilations} compilations")
 
     def _show(self, batch: Batch) -> None:

@@ -21,12 +21,12 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import refuse
+from reeltune.core.errors import named_by, refuse
 from reeltune.core.reading import few, grouped
 from reeltune.distributed.engine import DTYPES, Engine
 from reeltune.families.spec import Family
 from reeltune.run.base import base_of
-from reeltune.run.experts import refuse_adapters
+from reeltune.run.experts import own_part, refuse_adapters
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def put_adapters(
         **({"expert": recipe.model.expert} if recipe.model.expert is not None else {}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(wanted).items()},
     }
-    if wanted.adapter_path is not None and not resumed:
-        adapter, _ = read_adapter(wanted.adapter_path, base)
-        refuse_adapters({wanted.adapter_path: adapter}, family)
+    if (begun_with := own_part(wanted.adapter_path, family.expert)) is not None and not resumed:
         weights = {names[name]: weight for name, weight in net.named_parameters()}
-        notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
+        with named_by("adapter_path", begun_with):
+            adapter, _ = read_adapter(begun_with, base)
+            refuse_adapters({begun_with: adapter}, family)
+            notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=begun_with)
     return names, TrainedAdapter(alphas, about, notices)
 
 
