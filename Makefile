@@ -16,7 +16,7 @@ setup: .venv/ready
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# Another family: make demo FAMILY=easyanimate (or hunyuan_video, cogvideox_fun, toy); an adapter: make demo ADAPTER=1
+# Another model: make demo FAMILY=easyanimate (reeltune demo --help lists them); an adapter: make demo ADAPTER=1
 demo: setup
 	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY)) $(if $(ADAPTER),--adapter)
 

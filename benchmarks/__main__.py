@@ -43,6 +43,7 @@ MODULES = (
     "engines",
     "memory",
     "optimizer",
+    "encoding",
     "base_weights",
     "adapter_save",
 )  # each has main() -> {name: number}
@@ -114,6 +115,14 @@ MEANING = {  # name: (what it is, goal)
     "optimizer_fused_ratio": ("the same, fused, whose last bits are others on the CPU", None),
     "optimizer_norm_ratio": ("norm of 800 gradients by foreach over one by one on the CPU", None),
     "optimizer_bf16_ratio": ("AdamW's step of bf16 weights, rounded, over that of fp32 ones", None),
+    **{
+        f"encoding_{family}_{size}_{count}": (
+            f"VAE of {family}, {size}: processor time of {count} clips together over that one by one",
+            None,
+        )
+        for family in FAMILIES
+        for size, count in (("small", 2), ("small", 4), ("large", 2))
+    },
     **{f"base_weights_bytes_{kind}": (f"bytes per frozen parameter of a block, {kind}", None) for kind in BASES},
     **{
         f"base_weights_read_peak_{kind}": (

@@ -105,11 +105,11 @@ def writing(given: Recipe) -> float:
     work = Work.of(keys, inputs, Store(folder), rank=0, world=1)
     encoder, opened = Encoder(given, family, mode, inputs, torch.device("cpu")), Opened(inputs)
     clips = replace(work, null=None, texts={})
-    batches = [opened[item] for item in clips.items]
+    groups = [opened[items] for items in clips.groups]
 
     def bare() -> None:
-        for item, batch in batches:
-            list(encoder.of_clip(item, batch))
+        for group in groups:
+            list(encoder.of_group(group))
 
     def whole() -> None:
         writer = Writer(folder, keys.facts)
@@ -117,7 +117,7 @@ def writing(given: Recipe) -> float:
             writer.add(*entry)
         writer.close()
 
-    list(encoder.of_clip(*batches[0]))  # loads the networks
+    list(encoder.of_group(groups[0]))  # loads the networks
     bare_s, whole_s = by_turns(bare, whole)
     return bare_s / whole_s
 

@@ -75,10 +75,17 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, found, scope="module")
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config, items):
-    """Of tests that run over families, those of the marker `family` stay with theirs."""
-    others = set()
+    """Of tests that run over families, those of the marker `family` stay with theirs; of those of `quick_by_family` the
+    first checkpoint and mode of each family stay quick."""
+    others, first = set(), {}
     for item in items:
+        if item.get_closest_marker("quick_by_family"):
+            params = item.callspec.params
+            pair = params.get("pair") or params["any_checkpoint"]
+            if first.setdefault((item.path, pair.family), pair) != pair:
+                item.add_marker("slow")
         family = item.get_closest_marker("family")
         if family and item.callspec.params["one_of_a_family"].family not in family.args:
             others.add(item)
@@ -142,6 +149,17 @@ def data(tmp_path_factory) -> Path:
     from tests.runs.small_run import data_set
 
     return data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def measured_here(monkeypatch) -> None:
+    """Files are measured in this process: to start another takes longer than to read a small clip."""
+    from reeltune.data import measuring  # here: tests without clips need not wait for its libraries
+
+    def here(files, numbers, decode_check, *_):
+        return ((number, measuring._examine(files[number], decode_check)) for number in numbers)
+
+    monkeypatch.setattr(measuring, "_run", here)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from reeltune.demo.checkpoint import write_checkpoint
 from reeltune.demo.clips import write_data_set
 from reeltune.estimate.estimator import Estimator
 from reeltune.memory import attention
+from reeltune.memory.attention_trial import Call, soonest, tried
 from reeltune.memory.quantized import QuantizedLinear
 from reeltune.run.model import choose_family, load_parts
 from tests.families.tiny_wan import tiny_checkpoint
@@ -85,6 +86,15 @@ def test_the_host_does_not_wait_within_a_step(checkpoint, changes):
 @pytest.mark.parametrize("kernel", attention.KERNELS)
 def test_torch_has_every_kernel_of_attention(kernel):
     attention.refuse_missing(kernel, CUDA, torch.bfloat16)
+
+
+def test_a_trial_of_kernels_takes_one_that_is_there():
+    made = torch.Generator(CUDA).manual_seed(0)
+    given = [torch.randn(1, 12, 4096, 128, generator=made, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+    found = tried([Call((given[0], given[1], given[2]), {}, 1)], attention.CANDIDATES["cuda"])
+    assert "flash" in found.passes_s and {*found.passes_s, *found.left_out} == {*attention.CANDIDATES["cuda"]}
+    assert soonest(found.passes_s) in found.passes_s and all(found.left_out.values())
+    assert all(0 < seconds < 0.5 for passes in found.passes_s.values() for seconds in passes)
 
 
 def weights_and_losses(checkpoint, **changes):

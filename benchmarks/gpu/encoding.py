@@ -17,6 +17,7 @@ from reeltune.families.wan_fun import conditions
 from reeltune.sampling.sample import Setup
 from reeltune.training.prefetch import Prefetcher
 
+TOGETHER = (1, 2, 4)  # clips of a call of the VAE (`vae_mini_batch`)
 CAPTION = "A red kite over a beach, seen from below, its tail in the wind, while the camera pans from left to right."
 
 
@@ -43,9 +44,12 @@ def _apart(part: Part, setup: Setup, scale: Scale, device: torch.device) -> None
     counts = {"warm_up": 1, "rounds": scale.rounds}
     batch = _batch(scale, 0).to(device)
     vae = setup.parts.frozen["vae"]
-    with part.attempt("VAE, one clip"):
-        seconds = median_s(lambda: conditions.encode_clip(vae, batch.pixels_BFCHW), device, **counts)
-        part.row("VAE, one clip", seconds=seconds, frames_s=scale.clip.frames / seconds)
+    for clips in TOGETHER:
+        name = f"VAE, clips together: {clips}"
+        with part.attempt(name):
+            pixels_BFCHW = batch.pixels_BFCHW.expand(clips, -1, -1, -1, -1).contiguous()
+            seconds = median_s(lambda given=pixels_BFCHW: conditions.encode_clip(vae, given), device, **counts)
+            part.row(name, seconds=seconds, a_clip_s=seconds / clips, frames_s=clips * scale.clip.frames / seconds)
     with part.attempt("text, one caption"):
         part.row(
             "text, one caption",

@@ -168,7 +168,7 @@ def recipe_of(argv: Sequence[str], command: str) -> Recipe:
         given = adopted({**tree, **given}) | given
     problems += [f"{word} is neither a flag nor the recipe {files[0]}; flags begin with --" for word in files[1:]]
     where = files[0] if files else "command line"
-    return build(tree, given, where=where, required=REQUIRED[command], found=problems)
+    return build(tree, given, where=where, required=REQUIRED[command], before=problems)
 
 
 def recipe_help(command: str) -> str:
@@ -344,12 +344,13 @@ def _rank(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the adapter of the smallest that is as good")
     options, rest = parser.parse_known_args(argv)
     words, given, problems = flags(rest)
-    if options.base is not None:
-        given["pretrained_model_name_or_path"] = options.base
+    given |= {} if options.base is None else {"pretrained_model_name_or_path": options.base}
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
+    if not options.checkpoint.is_dir():
+        raise UserError("rank", f"{options.checkpoint} is no folder; give a checkpoint-N folder of a run")
     file = recipe_beside(options.checkpoint)
     tree = {} if file is None else in_its_folder(file, read(file))
-    recipe = build(tree, given, where="rank", required=REQUIRED["train"], found=problems)
+    recipe = build(tree, given, where="rank", required=REQUIRED["train"], before=problems)
 
     from reeltune.export.rank import measure_ranks
 
@@ -357,10 +358,16 @@ def _rank(argv: Sequence[str]) -> int:
 
 
 def _whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, as 4,8,16") from None
 
 
-DEMOS = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun", "toy")
+DEMOS = (
+    *("wan_fun", "wan2.1_t2v", "wan2.1_i2v", "wan2.2_a14b", "wan2.2_5b"),
+    *("easyanimate", "hunyuan_video", "cogvideox_fun", "toy"),
+)
 
 
 def _demo(argv: Sequence[str]) -> int:

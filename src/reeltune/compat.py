@@ -154,7 +154,7 @@ def recipe_of(script: str, argv: Sequence[str]) -> Recipe:
         problems.append(f"{name} is {given.pop(name)}; {refused[name]}")
     tree = {"train_mode": original.train_mode, **(LORA if original.trains_adapters else {})}
     given = adopted({**tree, **given}) | given
-    return build(tree, given, where="command line", required=REQUIRED["train"], found=problems)
+    return build(tree, given, where="command line", required=REQUIRED["train"], before=problems)
 
 
 def _take_boundary(given: dict[str, Any]) -> list[str]:

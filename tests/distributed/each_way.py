@@ -1,4 +1,7 @@
-"""Small runs of two processes in several ways, each way with every value of a setting."""
+"""Small runs of two processes in several ways, each way with every value of a setting.
+
+They read their clips from a cache: what differs is how the network is computed.
+"""
 
 import importlib.util
 import json
@@ -6,12 +9,19 @@ import json
 import pytest
 import torch
 
+from reeltune.cache.fill import fill
 from tests.distributed.processes import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-SETTINGS = {"train_mode": "control", "max_train_steps": 2, "mixed_precision": "bf16", "fix_sample_size": (32, 64)}
+SETTINGS = {
+    "train_mode": "control",
+    "max_train_steps": 2,
+    "mixed_precision": "bf16",
+    "fix_sample_size": (32, 64),
+    "cache_variants": 1,
+}
 
 
 def run_each(ways, setting, values, tmp_path_factory, before=None):
@@ -20,12 +30,14 @@ def run_each(ways, setting, values, tmp_path_factory, before=None):
     folder = tmp_path_factory.mktemp("engines")
     (folder / "model").mkdir()
     model, data = tiny_checkpoint(folder / "model", "control_v1.1"), data_set(tmp_path_factory.mktemp("data"), clips=4)
+    settings = {**SETTINGS, "cache_folder": str(folder / "cache")}
     recipes = [
-        recipe(model, data, folder / f"{name}-{value}", **{setting: value}, **SETTINGS, **way)
+        recipe(model, data, folder / f"{name}-{value}", **{setting: value}, **settings, **way)
         for name, way in ways.items()
         for value in values
         if WITH_DEEPSPEED or name != "zero2"
     ]
+    assert fill(recipes[0]) == 0
     train(recipes, 2, folder, before=before)
     return folder
 

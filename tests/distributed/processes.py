@@ -31,6 +31,7 @@ SILENCE_SECONDS = 300.0  # of a busy machine; the whole of a run may take as lon
 FOUND_SECONDS = 120.0  # silence after which a rank that is gone, late or lost must have been missed by the others
 LOOK_SECONDS = 0.5  # between two looks at what is written
 NAP_SECONDS = 0.01  # between two looks at whether it has ended: a processor has other things to do meanwhile
+SHORT_NAP_SECONDS = 0.002  # between two looks at what is to be met under way; a save on a slow disk takes 0.05 at least
 
 
 def wait(
@@ -125,6 +126,7 @@ FORKS.set_forkserver_preload(
         *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
         *(["deepspeed"] if find_spec("deepspeed") else []),
         *("tests.distributed.gathered", "tests.families.every_family"),  # what tests tell their forks to do is beside
+        "tests.distributed.warmed",
         "tests.distributed.frozen",  # last
     ]
 )
@@ -149,7 +151,7 @@ class Run:
 
     def until(self, true: Callable[[], object], silence_seconds: float = SILENCE_SECONDS) -> None:
         """AssertionError, and an end to all, if rank 0 ends before, or if none writes for `silence_seconds`."""
-        self._wait(lambda: true() or not self.forks[0].is_alive(), silence_seconds, 0.0005)
+        self._wait(lambda: true() or not self.forks[0].is_alive(), silence_seconds, SHORT_NAP_SECONDS)
         if not true():
             self.kill()
             raise AssertionError(self.print())

@@ -35,7 +35,7 @@ of_engines = pytest.mark.parametrize("engine", EVERY)
 class Runs:
     """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two.
 
-    `alone` and ddp encode their clips as they train, the others read them from a cache, as in test_engines.py.
+    LIVE encode their clips as they train, the others read them from a cache, as in test_engines.py.
     """
 
     def __init__(self, pair, data, folder):
@@ -48,7 +48,7 @@ class Runs:
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
-            "cache_folder": None if engine in LIVE else str(self.folder / "cache"),
+            "cache_folder": None if name in LIVE else str(self.folder / "cache"),
             "cache_variants": 1,
             "engine": None if engine == "alone" else engine,
             "train_mode": self.mode,

@@ -27,11 +27,13 @@ of_engines = pytest.mark.parametrize("engine", ENGINES)
 pytestmark = pytest.mark.slow
 ADAPTER = {"rank": 4}
 HIGH = {"expert": "high", "max_train_steps": 2}
+SHARED = {"context_parallel": 2, "train_batch_size": 4}  # each clip by both processes
 LOOKED_AT = {"held_out_share": 0.25, "preview_count": 1, "preview_steps": 2, "guidance_scale": 1.0}
 
 
 class Runs:
-    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter` and `engine-high` in two."""
+    """`alone` in one process; `engine`, `engine-from-other`, `engine-adapter`, `engine-high` and `fsdp-shared` in
+    two."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -44,7 +46,7 @@ class Runs:
             "expert": "both",
             "engine": None if engine == "alone" else engine,
             "train_mode": "normal",
-            "fix_sample_size": (32, 48),
+            "fix_sample_size": (32, 64),
             "cache_folder": str(self.folder / "cache"),
             "cache_variants": 1,
             "train_batch_size": 4 // processes,
@@ -75,6 +77,7 @@ def runs(tmp_path_factory):
         recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
         recipes.append(made.recipe(f"{engine}-adapter", **ADAPTER))
         recipes.append(made.recipe(f"{engine}-high", **HIGH))
+    recipes.insert(0, made.recipe("fsdp-shared", **SHARED))
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
     assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
@@ -91,6 +94,13 @@ def test_the_losses_are_those_of_one_process(what, engine, runs):
     for row, one in zip(*(runs.rows(f"{name}{what}", "validation") for name in (engine, "alone")), strict=True):
         for band, other in zip(row["per_band"], one["per_band"], strict=True):
             assert band["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_each_clip_is_shared_in_both_experts_turns(runs):
+    ours, alone = runs.rows("fsdp-shared"), runs.rows("alone")
+    assert {row["expert"] for row in ours} == {"high", "low"}
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in alone], rel=1e-4)
 
 
 @of_engines

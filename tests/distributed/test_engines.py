@@ -7,6 +7,7 @@ import shutil
 import signal
 import statistics
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from reeltune.export.main import export
 from reeltune.families import MODULES, configs, weights
 from reeltune.training import loop as module
 from tests.distributed.gathered import leave_gathered
-from tests.distributed.processes import FOUND_SECONDS, forked, hasty, train
+from tests.distributed.processes import FOUND_SECONDS, Run, forked, hasty, train
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
@@ -33,7 +34,7 @@ BAND_OF_TOY = 2e-3  # at most 3.5e-4 (both on a CPU, torch 2.13, 2026-11-21)
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if with_deepspeed else EVERY[:2]
-LIVE = ("alone", "ddp")
+LIVE = ("alone", "ddp", "ddp-killed")  # runs that encode their clips as they train
 of_engines = pytest.mark.parametrize("engine", EVERY)
 KILLED = ("all", "one", "all within a save", "one within a save")  # of the processes; `one` is either by chance
 
@@ -42,8 +43,8 @@ class Runs:
     """Of one family: `engine`, `engine-bf16`, and `engine-from-other`, the second half of what another engine began;
     in two processes, `alone` in one.
 
-    `alone` and ddp encode their clips as they train; the others, whose networks alone are another matter, read them
-    from a cache. Encoding them takes two thirds of a tiny run's step (measured, 2026-11-26).
+    LIVE encode their clips as they train; the others, whose networks alone are another matter, read them from a
+    cache. Encoding them takes two thirds of a tiny run's step (measured, 2026-11-26).
     """
 
     def __init__(self, pair, data, folder):
@@ -57,9 +58,9 @@ class Runs:
 
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
-        live, dtype = engine in LIVE, "bf16" if changes.get("mixed_precision") == "bf16" else "fp32"
+        dtype = "bf16" if changes.get("mixed_precision") == "bf16" else "fp32"
         settings = {
-            "cache_folder": None if live else str(self.folder / f"cache-{dtype}"),
+            "cache_folder": None if name in LIVE else str(self.folder / f"cache-{dtype}"),
             "cache_variants": 1,
             "engine": None if engine == "alone" else engine,
             "train_mode": self.mode,
@@ -75,10 +76,10 @@ class Runs:
 
     def make(self):
         torch.set_num_threads(1)
-        assert module.train(self.recipe("alone", processes=1)) == 0
-        assert module.train(self.recipe("alone-bf16", processes=1, **BF16)) == 0
         for changes in ({}, BF16):
             assert fill(self.recipe("fsdp", **changes)) == 0
+        assert module.train(self.recipe("alone", processes=1)) == 0
+        assert module.train(self.recipe("alone-bf16", processes=1, **BF16)) == 0
         recipes = []
         for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
             recipes.append(self.recipe(engine))
@@ -93,6 +94,10 @@ class Runs:
         """The first half of that engine's run, in a folder of its own. Returns the folder."""
         ours = shutil.ignore_patterns(f"checkpoint-{STEPS}")
         return shutil.copytree(self.folder / engine, self.folder / name, ignore=ours)
+
+    def after_kill(self, engine):
+        """As it is started before it is killed and after: with a save every two steps."""
+        return self.recipe(f"{engine}-killed", checkpointing_steps=2, resume_from_checkpoint="latest")
 
     def rows(self, name, kind="step"):
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -183,33 +188,56 @@ def on_a_slow_disk(rank):
     os.fsync = fsync
 
 
-@of_engines
-def test_killed_and_started_again_it_ends_in_the_same_bits(engine, runs):
-    made_by(engine)
+@dataclass
+class Killed:
+    kind: str
+    rank: int  # that was killed, if one was
+    codes: list[int]
+    run: Run
+    was_saved: bool
+
+
+def kill(runs, engine):
+    """Half of that engine's run goes on in a folder of its own until it is killed."""
     kind, chance = kind_of(runs.family, engine), dice(4, "kill", runs.family, engine)
-    name = f"{engine}-killed"
-    out = runs.begin(engine, name)
-    recipes = [runs.recipe(name, checkpointing_steps=2, resume_from_checkpoint="latest")]
+    out = runs.begin(engine, f"{engine}-killed")
     step, rank = HALF + 2 * chance.randint(1, 2), chance.randrange(2)
     saved, partial = out / f"checkpoint-{step}", out / f".checkpoint-{step}.partial"
-
-    run = forked(recipes, 2, runs.folder, on_a_slow_disk if "save" in kind else hasty)
+    run = forked([runs.after_kill(engine)], 2, runs.folder, on_a_slow_disk if "save" in kind else hasty)
     run.until(partial.exists if "save" in kind else saved.exists)
     if "save" not in kind:
         time.sleep(chance.uniform(0, 4) * statistics.median(row["step_s"] for row in runs.rows(engine)))
-    if "all" in kind:
-        run.kill()
-        assert run.end() == [-signal.SIGKILL] * 2
-        assert ("save" in kind) == (not saved.exists())
+    run.kill(*(() if "all" in kind else [rank]))
+    return Killed(kind, rank, run.end(FOUND_SECONDS), run, saved.exists())
+
+
+@pytest.fixture(scope="module")
+def killed(runs):
+    """By engine. All are started again in the same two processes, as starting them is what takes long."""
+    found = {engine: kill(runs, engine) for engine in ENGINES}
+    train([runs.after_kill(engine) for engine in ENGINES], 2, runs.folder)
+    return found
+
+
+@of_engines
+def test_killed_all_end_and_are_told_how_to_go_on(engine, killed):
+    made_by(engine)
+    one = killed[engine]
+    if "all" in one.kind:
+        assert one.codes == [-signal.SIGKILL] * 2
+        assert ("save" in one.kind) == (not one.was_saved)
     else:
-        run.kill(rank)
-        codes = run.end(FOUND_SECONDS)
+        rank, codes, run = one.rank, one.codes, one.run
         assert codes[rank] == -signal.SIGKILL and codes[1 - rank] in (2, EXIT_CODE), run.print()
         told = run.told[1 - rank].read_text()
         assert f"rank {rank}" in told.replace(f"rank {1 - rank} stops", ""), told
         assert "resume_from_checkpoint latest" in told, told
 
-    train(recipes, 2, runs.folder)
+
+@of_engines
+def test_killed_and_started_again_it_ends_in_the_same_bits(engine, runs, killed):
+    made_by(engine)
+    out = runs.folder / f"{engine}-killed"
     assert not list(out.glob(".checkpoint*"))
     assert_same_end(out, runs.folder / engine, STEPS)
 

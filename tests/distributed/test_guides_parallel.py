@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from reeltune import compat
 from reeltune.checkpoint.folder import is_shared
 from reeltune.distributed.launch import Parallelism, chosen
 from reeltune.families import weights
-from tests.distributed.processes import end, ends, environment, free_port, start, train
+from tests.distributed.processes import Launched, end, ends, environment, free_port, start, train
 from tests.runs.test_guides import SMALL
 from tests.unit.test_compat import ROOT, command_of
 
@@ -145,20 +145,25 @@ def argv_of(goldens, media, seeds, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(argv_of, seeds, tmp_path_factory):
-    """Every command trained in the same two processes, as starting them is what takes long."""
-    commands = []
+    """Every command trained in the same two processes, as starting them is what takes long. The first measures the
+    clips, for which it starts processes; the others find them measured, as does a second run with these flags."""
+    commands, measured = [], None
     for name in [name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]:
         launch, script, _ = printed(seeds, name)
         environ = environ_of(launch, pytest.MonkeyPatch())
         for given in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
             environ.pop(given, None)
-        commands.append(partial(command, environ, script, argv_of(name)[0]))
+        argv, out = argv_of(name)
+        commands.append(partial(command, environ, script, argv, out, measured))
+        measured = out
     return train(commands, 2, tmp_path_factory.mktemp("commands")).told[0].read_text()
 
 
-def command(environ: dict[str, str], script: str, argv: list[str]) -> int:
-    """In a process that the launcher would have told so."""
+def command(environ: dict[str, str], script: str, argv: list[str], out: Path, measured: Path | None) -> int:
+    """In a process that the launcher would have told so. measured: a run's folder with an index of the same clips."""
     before = dict(os.environ)
+    if measured is not None and before["RANK"] == "0":
+        shutil.copytree(measured / "index", out / "index")
     os.environ.update(environ)
     os.chdir(ROOT)
     code = compat.train(script, argv)
@@ -229,7 +234,7 @@ def test_two_machines(guide, argv_of, seeds, goldens):
     argv, out = argv_of(name, " on two machines")
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NUM_PROCESS": "2"}
 
-    def machine(rank: int) -> subprocess.Popen:
+    def machine(rank: int) -> Launched:
         ours = command_of(line, told | {"RANK": str(rank)})
         launch = [str(Path(sys.executable).parent / "accelerate"), *ours.launch[1:], "--multi_gpu"]
         exported = environment(**told, RANK=str(rank))  # as the page exports them

@@ -15,7 +15,7 @@ from reeltune.checkpoint.folder import complete
 from reeltune.distributed import watchdog
 from reeltune.distributed.watchdog import EXIT_CODE, Watchdog
 from reeltune.training.background_save import Saving
-from tests.distributed.processes import FOUND_SECONDS, forked, hasty
+from tests.distributed.processes import FOUND_SECONDS, forked, hasty, train
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
@@ -167,14 +167,12 @@ def test_no_number_in_one_stops_all(engine, to_do, tmp_path):
 def test_one_told_to_stop_ends_all_with_one_checkpoint_and_they_go_on_to_the_same_bits(engine, to_do, tmp_path):
     out, settings = tmp_path / "run", {"engine": engine, "checkpointing_steps": 100}
     run = forked([to_do(**settings)], 2, tmp_path, At(be_told_to_stop))
-    unbroken = forked([to_do("unbroken", **settings)], 2, tmp_path)
     assert run.end() == [128 + signal.SIGTERM] * 2, run.print()
     assert [path.name for path in complete(out)] == ["checkpoint-3"]
     assert [row["step"] for row in lines(out, "save")] == [3]
     assert [row["step"] for row in lines(out)] == [1, 2, 3]
 
-    run = forked([to_do(**settings, resume_from_checkpoint="latest")], 2, tmp_path)
-    assert unbroken.end() == run.end() == [0, 0], run.print()
+    train([to_do(**settings, resume_from_checkpoint="latest"), to_do("unbroken", **settings)], 2, tmp_path)
     assert_same_end(out, tmp_path / "unbroken", STEPS)
 
 

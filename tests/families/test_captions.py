@@ -3,6 +3,8 @@
 import re
 
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reeltune import families
 from reeltune.families import captions, tokenizers
@@ -59,3 +61,19 @@ def test_what_is_cut_does_not_reach_the_encoder(tmp_path):
     kept, cut = "b" * 511 + "c", "b" * 511 + "d" * 40
     one, other = (family.describe(parts, [text], None).cond["text"] for text in (kept, cut))
     assert torch.equal(one, other)
+
+
+def test_captions_are_cut_as_tokenizer_json_says(tmp_path, monkeypatch):
+    """Whatever class the files name: before transformers 5.22 the one that they do name cuts by Llama 2's rules."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(vocab={**letters, "re": 256, "red": 257}, merges=[("r", "e"), ("re", "d")]))
+    plain.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(transformers, "AutoTokenizer", None)
+    ours, caption = tokenizers.load_tokenizer(tmp_path), "a red fox, 2 of them: jumping"
+    ids = plain.encode(caption).ids
+    assert ours(caption, add_special_tokens=False).input_ids == ids
+    assert 257 in ids and len(ids) == len(caption) - 2

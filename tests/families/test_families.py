@@ -1,6 +1,7 @@
 """What every family and variant must do, whatever it is."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,8 +16,10 @@ from reeltune.diffusion.loss import diffusion_loss, settle
 from reeltune.families import tokenizers, weights
 from reeltune.families.spec import check_mode
 from reeltune.optim.trainable import released_names, select
+from reeltune.sampling.sample import Setup
 
 SHAPE = Shape(5, 32, 64)
+NEAR = 1e-5  # of a tensor's norm: clips encoded together and alone, in fp32
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,53 @@ def test_a_condition_has_one_shape_for_all_captions(family_and_parts):
     ]
     assert shapes[0] == shapes[1]
     assert all(shape[0] == 1 for shape in shapes[0].values())
+
+
+def three_clips(family):
+    """As a reader gives them. They differ in all that any mode sees of them."""
+    chance = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, SHAPE.frames, 3, *SHAPE[1:]), generator=chance, dtype=torch.uint8)
+    crop, frames = Crop(*SHAPE[1:], 0, 0), tuple(range(SHAPE.frames))
+    return Batch(
+        draws=[Draw(i, SHAPE, crop, frames, ref_frame=i, seed=i) for i in range(3)],
+        text=["a red bird", "", "a dog on a beach"],
+        pixels_BFCHW=pixels,
+        ref_frame_B=torch.arange(3),
+        keep={name: torch.tensor([True, False, True]) for name in ("text", *family.drop)},
+        control_BFCHW=pixels.flip(1),
+        camera_BFCHW=torch.randn(3, SHAPE.frames, 6, *SHAPE[1:], generator=chance),
+        mask_BFHW=torch.arange(SHAPE.frames)[:, None, None].ge(torch.arange(3)[:, None, None, None]).expand(3, *SHAPE),
+    )
+
+
+def test_clips_encoded_together_are_those_alone_to_within_rounding(family_and_parts):
+    family, parts = family_and_parts
+
+    def encoded(mode, **more):
+        """(tensors, clips of each call)"""
+        calls = []
+
+        def noted(parts, batch, *how):
+            calls.append(len(batch.text))
+            return family.encode_clips(parts, batch, *how)
+
+        chosen = options(family) | more
+        setup = Setup(replace(family, encode_clips=noted), mode, parts, family.objective, options=chosen)
+        return setup.encode(three_clips(family)).tensors(), calls
+
+    for mode in family.modes:
+        (alone, singly), (together, in_groups) = encoded(mode), encoded(mode, vae_mini_batch=2)
+        assert (singly, in_groups) == ([1, 1, 1], [2, 1]) and alone.keys() == together.keys()
+        captions = {f"{part}.{name}" for part in ("cond", "null") for name in family.caption}
+        for name, ours in together.items():
+            theirs = alone[name]
+            assert ours.shape == theirs.shape and torch.equal(ours[2], theirs[2]), name  # alone in its group
+            if name in captions or not theirs.is_floating_point():
+                assert torch.equal(ours, theirs), name
+                continue
+            finite = theirs.isfinite()  # not of a mask, which is known exactly: its variance is 0
+            assert torch.equal(ours[~finite], theirs[~finite]), name
+            assert (ours - theirs)[finite].norm() <= NEAR * theirs[finite].norm(), (mode, name)
 
 
 def test_the_files_that_encoding_reads_are_named(family_and_parts):

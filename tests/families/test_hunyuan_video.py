@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from diffusers import HunyuanVideoTransformer3DModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reeltune import families
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw, Shape
 from reeltune.diffusion.loss import settle
 from reeltune.estimate.check import check
-from reeltune.families import configs, tokenizers, weights
+from reeltune.families import configs, weights
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
 from reeltune.memory.blocks import blocks_of, recompute
@@ -206,22 +204,6 @@ def test_templates_are_cropped_at_the_caption(loaded):
         ids, _ = prompts.tokens_of(tokenizer, template, ["a red fox"], crop + 40)
         caption = tokenizer("a red fox<|eot_id|>", add_special_tokens=False).input_ids
         assert ids[0, crop : crop + len(caption)].tolist() == caption
-
-
-def test_captions_are_cut_as_tokenizer_json_says(tmp_path, monkeypatch):
-    """Whatever class the files name: before transformers 5.22 the one that they do name cuts by Llama 2's rules."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    plain = Tokenizer(models.BPE(vocab={**letters, "re": 256, "red": 257}, merges=[("r", "e"), ("re", "d")]))
-    plain.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    plain.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    monkeypatch.setattr(transformers, "AutoTokenizer", None)
-    ours, caption = tokenizers.load_tokenizer(tmp_path), "a red fox, 2 of them: jumping"
-    ids = plain.encode(caption).ids
-    assert ours(caption, add_special_tokens=False).input_ids == ids
-    assert 257 in ids and len(ids) == len(caption) - 2
 
 
 @pytest.mark.parametrize("mode", ["normal", "i2v"])

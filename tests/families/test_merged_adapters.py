@@ -9,7 +9,7 @@ import torch
 from reeltune import families
 from reeltune.adapters import saved
 from reeltune.adapters.apply import applied, check
-from reeltune.adapters.layers import inject
+from reeltune.adapters.layers import begin, inject
 from reeltune.adapters.targets import targets
 from reeltune.diffusion.loss import blank, gaussian, settle
 from reeltune.export.forward_check import black_clip
@@ -60,6 +60,7 @@ def test_merged_it_answers_as_in_training(use_dora, setup, answer):
     around = targets(net, family.blocks, names, rank=1, alpha=3.0, ranks=["0=1"])
     unmerged = copy.deepcopy(net)
     own_names = inject(unmerged, around, names, dtype=torch.float32, use_dora=use_dora)
+    begin(unmerged, own_names, how="uniform", seed=0)
     weights = {own_names[name]: weight.data for name, weight in unmerged.named_parameters()}
     learnt = {name: weight for name, weight in weights.items() if name not in shapes}
     generator = torch.Generator().manual_seed(1)

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from reeltune.core.types import Batch, Draw
-from reeltune.families.wan_fun import sizes as sizes_of
-from reeltune.families.wan_fun.layout import EXPERTS, save_transformer, write_released
+from reeltune.demo.tiny.wan import vae_2_2
+from reeltune.families.wan_fun.layout import write_released
 from reeltune.families.wan_fun.net import WanFunTransformer
 
 CHANNELS = 16
@@ -85,33 +85,18 @@ def tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0, text: int = 24
         hidden_size=image, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16, patch_size=14
     )
     has_image = (VARIANTS | NEXT_VARIANTS)[variant][1]
-    of_48 = {
-        **sizes_of.LATENTS_2_2,
-        **{"z_dim": OF_48, "decoder_base_dim": 4, "is_residual": True},
-        **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
-    }
+    seeds = {"low": seed, "high": seed + 4} if "a14b" in variant else {"": seed}
+    networks = {name: filled(network(variant, text=text, image=image, **sizes), own) for name, own in seeds.items()}
     with TemporaryDirectory() as tokenizer:
         write_released(
             folder,
-            filled(network(variant, text=text, image=image, **sizes), seed),
-            filled(AutoencoderKLWan(base_dim=4, **(of_48 if "_5b_" in variant else {})), seed + 1),
+            networks,
+            filled(vae_2_2(base_dim=4) if "_5b_" in variant else AutoencoderKLWan(base_dim=4), seed + 1),
             filled(UMT5EncoderModel(t5), seed + 2),
             filled(CLIPVisionModel(clip), seed + 3) if has_image else None,
             tokenizer_in(Path(tokenizer)),
         )
-    if "a14b" in variant:
-        _part(folder, variant, seed, text, image, **sizes)
     return folder
-
-
-def _part(folder: Path, variant: str, seed: int, text: int, image: int, **sizes) -> None:
-    """Two networks in place of the one."""
-    low, high = (folder / EXPERTS[name] for name in ("low", "high"))
-    low.mkdir()
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        (folder / name).rename(low / name)
-    net = filled(network(variant, text=text, image=image, **sizes), seed + 4)
-    save_transformer(high, net.state_dict(), sizes_of.released_config(net.config))
 
 
 def batch(mode, count=2, ref_frames=(0, 3), keep=None) -> Batch:

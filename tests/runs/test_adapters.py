@@ -142,9 +142,9 @@ def test_it_may_begin_on_a_base_of_4_bits(adapter_run, data, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("plain", {"rank": 8}, "has rank 4 for blocks.0.text and the recipe 8"),
+        ("plain", {"rank": 8}, r"blocks.0.text \(and 1 more\) has rank 4 in it and 8 in the recipe"),
         ("plain", {"target_name": ["time"], "rank": 1}, "it changes blocks.0.text, which gets no adapter"),
-        ("plain", {"use_dora": True}, "it has no magnitudes for blocks.0.text; set use_dora to false"),
+        ("plain", {"use_dora": True}, r"blocks.0.text .*has no magnitudes in it; set use_dora to false"),
         ("dora", {}, "set use_dora to true"),
         ("whole", {}, "it changes all of patch_embedding.bias, which does not learn; name it in train_whole"),
     ],

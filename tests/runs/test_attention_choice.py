@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_what_one_block_of_a_kind_asks_all_of_them_ask(name, precision, wan, dat
     found = []
 
     def look(run):
-        blocks, forward = run.turns.now.learner.network.attention.blocks, forward_pass(run, 0)
+        turn = run.turns.now
+        blocks, forward = turn.learner.network.attention.blocks, partial(forward_pass(run, 0), turn)
         own = [block.forward for block in blocks]
         at_once, one_by_one = asked(blocks, forward), [call for one in blocks for call in asked([one], forward)]
         assert own == [block.forward for block in blocks]

@@ -34,7 +34,6 @@ from tests.runs.small_run import data_set, recipe
 
 STEPS = 6
 ENGINES = ["ddp", "fsdp", *(["zero2", "zero3"] if find_spec("deepspeed") else [])]
-FIRST = ["ddp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +133,7 @@ def test_a_checkpoint_holds_the_state_of_its_step(to_do, tmp_path, monkeypatch):
     assert_held_at_their_steps(tmp_path / "run", tmp_path / "waited")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_several_processes_holds_the_state_of_its_step(waited, to_do, tmp_path):
     run = forked([to_do(name, engine=name) for name in ENGINES], 2, tmp_path, HeldBack())
     assert run.end() == [0, 0], run.print()
@@ -169,7 +169,8 @@ def assert_ended_by_a_full_disk(out, *, last_step):
     assert len(lines(out)) == 1 and lines(out, "step")[-1]["step"] <= last_step
 
 
-@pytest.mark.parametrize("engine", FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_full_disk_ends_all_at_the_next_step(engine, to_do, tmp_path):
     task = to_do(engine=engine, checkpointing_steps=20, max_train_steps=1000)
     run = forked([task], 2, tmp_path, Full(engine))
@@ -253,7 +254,8 @@ class Stalled:
         setattr(owner, name, write)
 
 
-@pytest.mark.parametrize("engine", FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_with_a_save_under_way_it_ends_in_the_same_bits(engine, waited, to_do, tmp_path):
     out = tmp_path / "run"
     run = forked([to_do(engine=engine)], 2, tmp_path, Stalled(engine))

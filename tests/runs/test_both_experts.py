@@ -1,6 +1,7 @@
 """Both networks of a model learn in one run, in turns, each as it would in a run of its own."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from reeltune.estimate.main import Machines, forecast
 from reeltune.export.adapter import export_adapter
 from reeltune.export.main import export
 from reeltune.export.merge import export_merged
+from reeltune.export.rank import measure_ranks
 from reeltune.families import weights
 from reeltune.reporting import report
 from reeltune.run.model import choose_family
@@ -237,6 +239,20 @@ def test_export_writes_both(runs, model, tmp_path):
     assert all(torch.equal(low[name], one[name]) for name in low)
 
 
+def test_ranks_are_measured_of_each_at_its_own_levels(runs, tmp_path):
+    asked, out = runs["whole"]
+    told = list(measure_ranks(asked, out / "checkpoint-6", [2], tmp_path / "ranks"))
+    of = {one["expert"]: one for one in rows(out, "validation")[-1]["experts"]}
+    for name in ("high", "low"):
+        first, *_ = [line for line in told if line.startswith(f"expert {name}: ")]
+        before, after = re.search(r"loss ([\d.]+) of the base, ([\d.]+) of the fine-tune", first).groups()
+        assert (float(before), float(after)) == pytest.approx((of[name]["loss_start"], of[name]["loss"]), abs=6e-5)
+        adapter = saved.load(parts(tmp_path / "ranks")[name])
+        assert {layer.rank for layer in adapter.layers.values()} == {2} and adapter.about["expert"] == name
+    with pytest.raises(UserError, match="keeps an adapter already"):
+        list(measure_ranks(runs["adapters"][0], runs["adapters"][1] / "checkpoint-6", [2]))
+
+
 def test_of_an_export_that_fails_nothing_is_left(runs, tmp_path):
     checkpoint = tmp_path / "checkpoint-6"
     shutil.copytree(runs["whole"][1] / "checkpoint-6", checkpoint)
@@ -311,6 +327,37 @@ def test_what_is_of_one_of_them_is_refused(runs, model, data, tmp_path):
         train(one)
 
 
+def test_what_is_of_both_is_taken_for_one(runs, model, data, tmp_path):
+    """adapter_path of a checkpoint of both is that of the expert that learns; of an adapter alone is told whose."""
+    checkpoint = runs["adapters"][1] / "checkpoint-6"
+    one = {**SMALL, "expert": "high", "rank": 4, "max_train_steps": 1, "held_out_share": 0}
+    ends = []
+    for name, path in (("both", checkpoint), ("own", checkpoint / "high_noise_model")):
+        asked = recipe(model, data, tmp_path / name, **one, adapter_path=str(path), train_whole=["head"])
+        assert train(asked) == 0
+        ends.append(load_file(tmp_path / name / "checkpoint-1/adapter/adapter_model.safetensors"))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    wrong = {
+        "adapter_path": (checkpoint / "low_noise_model", "adapter_path is .* those of expert low, and high is meant"),
+        "other_expert_adapter": (tmp_path / "gone", "other_expert_adapter is .*gone': is missing"),
+    }
+    for name, (path, words) in wrong.items():
+        asked = recipe(model, data, tmp_path / name, **one, **{name: str(path)}, train_whole=["head"])
+        with pytest.raises(UserError, match=words):
+            train(asked)
+
+
+def test_an_adapter_of_weights_that_are_not_there_is_refused(runs, model, data, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(model, alone, ignore=shutil.ignore_patterns("low_noise_model"))
+    adapter = str(runs["adapters"][1] / "checkpoint-6/low_noise_model")
+    asked = recipe(alone, data, tmp_path / "out", **{**SMALL, "expert": "high"}, other_expert_adapter=adapter)
+    with pytest.raises(UserError, match="holds the weights of high alone; give those that it changes"):
+        choose_family(asked)
+    with pytest.raises(UserError, match="weights of high alone; give expert high, or a checkpoint with both"):
+        choose_family(recipe(alone, data, tmp_path / "out", **SMALL))
+
+
 def test_both_are_looked_at_before_the_first_step(model, data, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -328,6 +375,7 @@ def test_both_are_looked_at_before_the_first_step(model, data, tmp_path):
     assert any("normal" in line for line in check(recipe(model, data, tmp_path / "out", **SMALL)))
 
 
+@pytest.mark.slow
 def test_plan_counts_the_one_whose_turn_it_is_not(model, data, tmp_path):
     """Of what is not shared both have a place in the host's memory; shares stay on the device."""
     looked_at = {**SMALL, "cache_folder": str(tmp_path), "cache_variants": 1, "preview_count": 0}
@@ -341,6 +389,8 @@ def test_plan_counts_the_one_whose_turn_it_is_not(model, data, tmp_path):
     assert both.host_bytes["experts between their turns"] == 2 * network
     assert both.disk_bytes["one checkpoint"] == 2 * one.disk_bytes["one checkpoint"]
     assert "the other expert, for previews" not in both.host_bytes
+    assert one.expert_changes is None and both.expert_changes is not None
+    assert both.expert_changes.sent_bytes == 2 * network and both.expert_changes.seconds is None
     for engine in ("ddp", "fsdp", "zero2", "zero3"):
         parts, _ = sharding.peaks(step, engine, 2)
         shared = sum(parts["forward"].get(part, 0) for part in kept)

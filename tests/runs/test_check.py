@@ -126,6 +126,14 @@ def test_what_training_would_refuse(given, tmp_path):
         lines_of(given, tmp_path, train_mode="control_ref")
 
 
+def test_clips_that_are_all_too_short(given, tmp_path):
+    clips = [{"file_path": f"{i}.mp4", "text": "a ramp", "type": "video"} for i in range(2)]
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    with pytest.raises(UserError, match="nothing to train on: 2 problems") as told:
+        lines_of(given, tmp_path, train_data_meta=tmp_path / "clips.json", video_sample_stride=1000)
+    assert all("video_sample_stride needs at least 1000" in line for line in told.value.problems)
+
+
 def test_weights_that_training_would_refuse(given, tmp_path):
     """Also those that training would only meet after the scan."""
     with pytest.raises(UserError, match="nowhere"):

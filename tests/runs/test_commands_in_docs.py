@@ -4,6 +4,7 @@ there."""
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -67,21 +68,30 @@ def reeltune_words(command: str) -> list[str] | None:
     return None
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory):
     """A folder in which the paths that the documents name are there."""
-    tiny_checkpoint(tmp_path / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
-    tiny_checkpoint(tmp_path / "models" / "Wan2.2-T2V-A14B", "2.2_a14b_t2v")
-    data_set(tmp_path / "datasets" / "mine")
+    folder = tmp_path_factory.mktemp("documents")
+    tiny_checkpoint(folder / "models" / "Wan2.1-Fun-V1.1-1.3B-Control", "control_v1.1")
+    tiny_checkpoint(folder / "models" / "Wan2.2-T2V-A14B", "2.2_a14b_t2v")
+    data_set(folder / "datasets" / "mine")
     pair = {"A": torch.ones(2, 48), "B": torch.ones(48, 2)}  # of another tool, without an alpha
     named = {f"diffusion_model.blocks.0.self_attn.q.lora_{one}.weight": weight for one, weight in pair.items()}
-    save_file(named, tmp_path / "theirs.safetensors")
+    save_file(named, folder / "theirs.safetensors")
     for name in ("recipes", "config"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def place(laid_out, tmp_path, monkeypatch, measured_here):
+    """Where a page's commands are run, one after the other."""
+    shutil.copytree(laid_out, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=name_of)
 def test_commands_run(page, place):
     for command in commands_of(page):

@@ -68,6 +68,7 @@ def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operato
     )
 
 
+@pytest.mark.slow
 def test_sizes_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators, wan, data, tmp_path):
     settings = {**BLOCKS, **OF_SIZES, **ADAPTER, "max_train_steps": 6}
     unbroken, ours = tmp_path / "unbroken", tmp_path / "ours"
@@ -81,6 +82,25 @@ def test_sizes_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators,
     assert train(recipe(wan, data, ours, **settings, resume_from_checkpoint="latest")) == 0
     assert len(operators) == 3 * count
     assert_same_end(ours, unbroken)
+
+
+def test_two_experts_share_a_compilation_and_a_resume_ends_in_the_same_bits(operators, data, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "2.2_a14b_t2v")
+    both = {"expert": "both", "train_mode": "normal", "fix_sample_size": (32, 48), "max_train_steps": 4}
+    plain, unbroken, ours = (tmp_path / name for name in ("plain", "unbroken", "ours"))
+    assert train(recipe(model, data, plain, **both)) == 0
+    assert train(recipe(model, data, unbroken, compile="blocks", **both)) == 0
+    count = len(operators)
+    (line,) = notices(unbroken)
+    assert line.startswith(f"both networks' blocks are compiled: {count} compilation") and count <= 2
+    lines = map(json.loads, (unbroken / "metrics.jsonl").read_text().splitlines())
+    assert {line["expert"] for line in lines if line["kind"] == "step"} == {"high", "low"}
+    for a, b in zip(*(rows(out, ("step", "validation")) for out in (unbroken, plain)), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    with StopAfter(3):
+        assert train(recipe(model, data, ours, compile="blocks", **both)) == 143
+    assert train(recipe(model, data, ours, compile="blocks", **both, resume_from_checkpoint="latest")) == 0
+    assert_same_end(ours, unbroken, 4)
 
 
 def test_what_cannot_be_compiled_is_told_in_words(wan, data, tmp_path, monkeypatch):

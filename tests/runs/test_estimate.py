@@ -1,13 +1,18 @@
 """What `reeltune plan` foretells, against what then happens."""
 
 import gc
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from reeltune.core.types import Crop, Draw, Shape
+from reeltune.config.recipe import Recipe
+from reeltune.core.types import Crop, Draw, Encoded, Shape
 from reeltune.distributed.engine import Engine
 from reeltune.estimate import estimator as estimator_module
 from reeltune.estimate import memory_tracker
@@ -16,6 +21,7 @@ from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.result import StepEstimate
 from reeltune.memory.size import size_bytes
 from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.precision import encoder_dtype
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import learner_of
 from reeltune.training.loss import training_loss
@@ -24,6 +30,7 @@ from tests.runs.small_run import recipe
 
 CAPTIONS = ["a red kite", "a dog on a beach"]
 NEAR = 0.05  # the count and the allocator's
+CPU = torch.device("cpu")
 
 
 def draws(shape: Shape) -> list[Draw]:
@@ -31,15 +38,61 @@ def draws(shape: Shape) -> list[Draw]:
     return [Draw(0, shape, crop, tuple(range(shape.frames)), 0, seed) for seed in range(2)]
 
 
-def estimate(run, shape: Shape) -> StepEstimate:
-    return Estimator(run).step(run, draws(shape), CAPTIONS, preview=False)
+@dataclass
+class Tiny:
+    """A checkpoint, and what recipes for it say. Its steps are estimated by one Estimator for all tests, which computes
+    anew only what a recipe changes; that this comes to the same is a test of its own."""
+
+    folder: Path
+    settings: dict[str, Any]
+    estimators: dict[int, Estimator] = field(default_factory=dict)  # one for each context_parallel
+    encodings: dict[Any, tuple[Encoded, dict[str, Tensor]]] = field(default_factory=dict)  # real ones
+
+    def recipe(self, **more) -> Recipe:
+        return recipe(self.folder, self.folder, self.folder / "out", **{**self.settings, **more})
+
+    def estimate(self, shape: Shape, **more) -> StepEstimate:
+        run = self.recipe(**more)
+        count = run.parallel.context_parallel
+        if count not in self.estimators:
+            self.estimators[count] = Estimator(run)
+        return self.estimators[count].step(run, draws(shape), CAPTIONS, preview=False)
+
+    def encoded(self, run: Recipe, shape: Shape) -> tuple[Encoded, dict[str, Tensor]]:
+        """What its frozen networks make of a batch, and the blank values beside."""
+        key = shape, encoder_dtype(run)
+        if key not in self.encodings:
+            family, mode, objective = choose_family(run)
+            parts = load_parts(run, family, CPU, network=False)
+            setup = Setup(family, mode, parts, objective, options=encode_options(run))
+            batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
+            self.encodings[key] = setup.encode(batch), parts.null
+        return self.encodings[key]
 
 
 @pytest.fixture(scope="module")
-def model(any_checkpoint, tmp_path_factory):
-    """(folder, what a recipe must say)"""
-    (folder := tmp_path_factory.mktemp("model")).mkdir(exist_ok=True)
-    return any_checkpoint.lay_out(folder), any_checkpoint.asked
+def any_tiny(any_checkpoint, tmp_path_factory):
+    return Tiny(any_checkpoint.lay_out(tmp_path_factory.mktemp("any")), any_checkpoint.asked)
+
+
+def control(tmp_path_factory, settings, **sizes):
+    return Tiny(tiny_checkpoint(tmp_path_factory.mktemp("control"), "control_v1.1", **sizes), settings)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return control(tmp_path_factory, {"mixed_precision": "bf16"})
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return control(tmp_path_factory, {"mixed_precision": "bf16"}, width=96, heads=4)
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory):
+    settings = {"mixed_precision": "bf16", "trainable_modules": ["patch_embedding"]}
+    return control(tmp_path_factory, settings, width=192, heads=4, layers=6)
 
 
 class Allocated:
@@ -56,17 +109,16 @@ class Allocated:
         self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def real_step(run, shape: Shape) -> dict[str, int]:
+def real_step(tiny: Tiny, run: Recipe, shape: Shape) -> dict[str, int]:
     """Bytes by part of a step with real weights, by the allocator's count."""
+    encoded, null = tiny.encoded(run, shape)
     family, mode, objective = choose_family(run)
     engine = Engine(run.training.mixed_precision)
-    parts = load_parts(run, family, engine.device)
+    parts = replace(load_parts(run, family, engine.device, encoders=False), null=null)
     setup = Setup(family, mode, parts, objective, engine.autocast, encode_options(run))
     checkpointing = run.training.gradient_checkpointing
     learner = learner_of(run, family, parts, engine, batch=2, accumulate=1)
-    batch = empty_batch(family, mode, draws(shape), CAPTIONS, torch.no_grad())
-    encoded = setup.encode(batch)
-    forward_pass = partial(training_loss, setup, learner.net, encoded, batch.draws, run.loss)
+    forward_pass = partial(training_loss, setup, learner.net, encoded, draws(shape), run.loss)
     forward_pass()  # what is made once and kept, such as tables
     gc.collect()
     with Allocated() as forward:
@@ -86,9 +138,10 @@ def real_step(run, shape: Shape) -> dict[str, int]:
     }
 
 
-def compare(run, shape: Shape, monkeypatch) -> None:
+def compare(tiny: Tiny, monkeypatch, **settings) -> None:
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)  # of this allocator
-    found, real = estimate(run, shape), real_step(run, shape)
+    shape = Shape(9, 32, 64)
+    found, real = tiny.estimate(shape, **settings), real_step(tiny, tiny.recipe(**settings), shape)
     weights = found.peaks["step"]["weights"] + found.peaks["step"].get("still", 0)
     assert weights + found.swapped_bytes == pytest.approx(real["weights"], rel=NEAR)
     assert found.gradient_bytes == pytest.approx(real["gradients"], rel=NEAR)
@@ -96,11 +149,11 @@ def compare(run, shape: Shape, monkeypatch) -> None:
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
+@pytest.mark.quick_by_family
 @pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("bf16", "attention_kept")])
-def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision, checkpointing, monkeypatch):
+def test_an_estimate_counts_what_the_allocator_gives(any_tiny, precision, checkpointing, monkeypatch):
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
-    folder, asked = model
-    compare(recipe(folder, tmp_path, tmp_path / "out", **settings, **asked), Shape(9, 32, 64), monkeypatch)
+    compare(any_tiny, monkeypatch, **settings, encoder_weights="bf16")  # the same in all three: encoded once
 
 
 @pytest.mark.parametrize(
@@ -115,17 +168,14 @@ def test_an_estimate_counts_what_the_allocator_gives(model, tmp_path, precision,
         {"lora_init": "pissa", "base_weights": "int8", "blocks_to_swap": 2},
     ],
 )
-def test_adapters_take_what_the_allocator_gives(tmp_path, settings, monkeypatch):
-    (folder := tmp_path / "model").mkdir()
-    model = tiny_checkpoint(folder, variant="control_v1.1", width=96, heads=4)
-    settings = {"rank": 8, "mixed_precision": "bf16", **settings}
-    compare(recipe(model, tmp_path, tmp_path / "out", **settings), Shape(9, 32, 64), monkeypatch)
+def test_adapters_take_what_the_allocator_gives(wide, settings, monkeypatch):
+    compare(wide, monkeypatch, rank=8, **settings)
 
 
-def test_what_recipes_have_in_common_is_computed_once(tmp_path):
+@pytest.mark.slow
+def test_what_recipes_have_in_common_is_computed_once(small, tmp_path):
     """And comes to what each of them takes by itself."""
-    (folder := tmp_path / "model").mkdir()
-    model = tiny_checkpoint(folder, variant="control_v1.1")
+    model = small.folder
     settings = {"mixed_precision": "bf16", "use_ema": True, "gradient_checkpointing": True}
     shape = Shape(5, 32, 32)
     base = recipe(model, tmp_path, tmp_path / "out", **settings)
@@ -134,6 +184,7 @@ def test_what_recipes_have_in_common_is_computed_once(tmp_path):
     changes = [
         {"gradient_checkpointing": False},
         {"low_vram": True, "vae_tiling": True},
+        {"vae_mini_batch": 2},
         {"cache_folder": str(tmp_path / "cache"), "cache_variants": 1, "use_ema": False},
         {"gradient_accumulation_steps": 2, "trained_weights": "bf16_stochastic"},
     ]
@@ -143,10 +194,8 @@ def test_what_recipes_have_in_common_is_computed_once(tmp_path):
         assert among_others == alone, change
 
 
-def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(tmp_path, monkeypatch):
-    (folder := tmp_path / "model").mkdir()
-    model = tiny_checkpoint(folder, variant="control_v1.1")
-    called = []
+def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(small, tmp_path, monkeypatch):
+    model, called = small.folder, []
     for name in ("encode", "decode", "passes", "optimizer_step"):
         made = getattr(estimator_module, name)
         monkeypatch.setattr(estimator_module, name, lambda *a, n=name, f=made, **k: (called.append(n), f(*a, **k))[1])
@@ -158,34 +207,30 @@ def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(tmp_path, monk
     for run in (plain, other, visiting, recomputed):
         estimator.step(run, draws(Shape(5, 32, 32)), CAPTIONS)
     assert called == ["encode", "passes", "optimizer_step", "decode", "optimizer_step", "encode", "decode", "passes"]
+    called.clear()
+    apart, together = (
+        estimator.step(run, draws(Shape(5, 32, 32)), CAPTIONS)
+        for run in (plain, recipe(model, tmp_path, tmp_path / "out", vae_mini_batch=2))
+    )
+    assert called == ["encode"]
+    at_work = [found.peaks["encode"]["encode"] for found in (apart, together)]
+    assert 1.7 < at_work[1] / at_work[0] < 2.3 and apart.peaks["forward"] == together.peaks["forward"]
 
 
 @pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
-def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(tmp_path, optimizer):
-    (folder := tmp_path / "model").mkdir()
-    model = tiny_checkpoint(folder, variant="control_v1.1")
-    settings = {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic", optimizer: True}
-    plain, inside = (
-        estimate(recipe(model, tmp_path, tmp_path / "out", step_in_backward=on, **settings), Shape(5, 32, 32))
-        for on in (False, True)
-    )
+def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(small, optimizer):
+    settings = {"trained_weights": "bf16_stochastic", optimizer: True}
+    plain, inside = (small.estimate(Shape(5, 32, 32), step_in_backward=on, **settings) for on in (False, True))
     assert inside.state_bytes == plain.state_bytes
     assert inside.gradient_bytes == 0 < plain.gradient_bytes
     assert "gradients" not in inside.peaks["step"]
     assert plain.peaks["step"]["gradients"] == plain.gradient_bytes
 
 
-def lean(tmp_path, shape, **settings):
-    (folder := tmp_path / "-".join(f"{name}={value}" for name, value in settings.items())).mkdir()
-    model = tiny_checkpoint(folder, variant="control_v1.1", width=192, heads=4, layers=6)
-    settings = {"mixed_precision": "bf16", "trainable_modules": ["patch_embedding"], **settings}
-    return estimate(recipe(model, tmp_path, tmp_path / "out", **settings), shape)
-
-
-def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(tmp_path, monkeypatch):
+def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     shape = Shape(5, 32, 32)
-    plain, swapped = (lean(tmp_path, shape, blocks_to_swap=n, gradient_checkpointing=True) for n in (0, 6))
+    plain, swapped = (lean.estimate(shape, blocks_to_swap=n, gradient_checkpointing=True) for n in (0, 6))
     assert plain.still_blocks == 6
     assert (plain.swapped_bytes, swapped.swapped_bytes) == (0, 6 * 4 * plain.block_parameters)
     for phase in plain.peaks:
@@ -195,11 +240,11 @@ def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(tmp_path
     assert both == pytest.approx(2 * 4 * plain.block_parameters, rel=0.1)  # a block at work, and the next
 
 
-def test_attention_that_is_kept_is_counted_in_bytes_and_arithmetic(tmp_path, monkeypatch):
+def test_attention_that_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     tokens, width, heads, layers, batch = 3 * 32 * 32 // 4, 192, 4, 6, 2  # more tokens than text and picture have
     ways = (False, "attention_kept", True)
-    none, kept, full = (lean(tmp_path, Shape(9, 256, 256), gradient_checkpointing=way) for way in ways)
+    none, kept, full = (lean.estimate(Shape(9, 256, 256), gradient_checkpointing=way) for way in ways)
     given = batch * tokens * width * 2  # in bf16
     sums = batch * heads * tokens * 4  # logarithms of sums of exponentials, in fp32
     assert kept.saved_bytes - full.saved_bytes == layers * (given + sums)
@@ -208,26 +253,27 @@ def test_attention_that_is_kept_is_counted_in_bytes_and_arithmetic(tmp_path, mon
     assert full.flops["backward"] - kept.flops["backward"] == layers * 4 * batch * tokens**2 * width
 
 
-def test_kernels_of_other_devices_are_counted_as_the_fused_one_here_and_math_as_itself(tmp_path):
+def test_kernels_of_other_devices_are_counted_as_the_fused_one_here_and_math_as_itself(lean, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     shape, found = Shape(9, 64, 96), {}
     for kernel in ("auto", "cudnn", "math"):
-        found[kernel] = lean(tmp_path, shape, attention=kernel).saved_bytes
+        found[kernel] = lean.estimate(shape, attention=kernel).saved_bytes
     assert found["cudnn"] == found["auto"] < found["math"]
 
 
-def test_offloaded_activations_are_on_the_host_and_come_back(tmp_path, monkeypatch):
+def test_offloaded_activations_are_on_the_host_and_come_back(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     monkeypatch.setattr("reeltune.memory.blocks.LEAST_BYTES", 2**10)
-    plain, away = (lean(tmp_path, Shape(9, 64, 96), offload_activations=on) for on in (False, True))
+    plain, away = (lean.estimate(Shape(9, 64, 96), offload_activations=on) for on in (False, True))
     assert plain.offloaded_bytes == 0
     assert away.saved_bytes < 0.2 * plain.saved_bytes
     assert away.offloaded_bytes > 0.8 * plain.saved_bytes
     assert away.peaks["backward"]["backward"] > 0  # they are on the device while they are needed
 
 
-def test_devices_that_share_a_clip_have_their_part_of_the_activations(tmp_path, monkeypatch):
+def test_devices_that_share_a_clip_have_their_part_of_the_activations(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
-    alone, two, four = (lean(tmp_path, Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
+    alone, two, four = (lean.estimate(Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))
     assert not torch.distributed.is_initialized()
     work = [found.flops["forward"] for found in (alone, two, four)]
     room = [found.peaks["forward"]["forward"] for found in (alone, two, four)]

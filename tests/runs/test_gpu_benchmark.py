@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -12,8 +14,10 @@ from benchmarks.golden import Row
 from benchmarks.gpu import command, exact, forecast, goldens, networks, page, processes, step, steps
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import FULL, TINY, Network
+from reeltune import cli
 from reeltune.demo.checkpoint import write_checkpoint
 from reeltune.demo.clips import write_data_set
+from tests.distributed.processes import FORKS
 from tests.families.full_size import released
 
 CPU = torch.device("cpu")
@@ -44,7 +48,12 @@ def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
     network = TINY.networks["1.3b"]
     done = measured[steps.WAYS[0].name]
     assert done["tflops"] * done["step_s"] * 1e12 == pytest.approx(step.flops(network, TINY.clip, TINY.encoders))
-    assert {"VAE, one clip", "step with encode_ahead"} <= rows(found, "encoding").keys()
+    encoded = rows(found, "encoding")
+    assert "step with encode_ahead" in encoded
+    for clips in (1, 2, 4):
+        told = encoded[f"VAE, clips together: {clips}"]
+        assert told["a_clip_s"] * clips == told["seconds"]
+        assert told["frames_s"] * told["a_clip_s"] == pytest.approx(TINY.clip.frames)
     copied = rows(found, "saving")["whole network, second copy"]["gb"] * 1e9
     sizes = {name: w.numel() for name, w in networks.transformer(network, TINY.encoders).named_parameters()}
     learned = sum(size for name, size in sizes.items() if not name.startswith("ref_conv"))  # which this mode leaves out
@@ -146,9 +155,41 @@ def test_settings_of_tf32_are_put_back():
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 
 
+class Forked:
+    """In the place of a launch (subprocess.Popen), which reads the libraries anew."""
+
+    def __init__(self, command, *, stdout, **_):
+        self.fork = FORKS.Process(target=begin, args=(command[3:], stdout.name))
+        self.fork.start()
+        self.pid = self.fork.pid
+
+    def poll(self):
+        return self.fork.exitcode
+
+    def wait(self, timeout=None):
+        self.fork.join(timeout)
+        if self.fork.exitcode is None:
+            raise subprocess.TimeoutExpired("a fork", timeout)
+        return self.fork.exitcode
+
+    def kill(self):
+        self.fork.kill()
+
+
+def begin(words, log):
+    torch.set_num_threads(1)
+    os.setsid()  # so that a kill takes its reading processes with it
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    raise SystemExit(cli.main(words))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", exact.KERNELS)
-def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path):
+def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path, monkeypatch):
+    if not deterministic:  # the other is launched
+        monkeypatch.setattr(exact.subprocess, "Popen", Forked)
     meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
     runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", deterministic)
     found = runs.compared(timeout_s=600)

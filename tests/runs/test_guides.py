@@ -86,7 +86,7 @@ def command(goldens, media, seeds, tmp_path):
 
 
 @pytest.fixture
-def start(monkeypatch, reports):
+def start(monkeypatch, reports, measured_here):
     """Runs a command's script in this process, with the words and the environment that accelerate launch would give
     it; gives its exit code."""
 
@@ -128,7 +128,12 @@ def assert_trained(out: Path, checkpoint: Path, run: Run, media: Path):
     assert json.loads((out / "run.json").read_text())["mode"] == run.mode
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("V1.1", "EasyAnimate V5.1", "HunyuanVideo", "CogVideoX-Fun 2b")  # one a guide
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_command(name, command, start, media, tmp_path):
     ours, checkpoint = command(name)
     assert start(ours) == 0

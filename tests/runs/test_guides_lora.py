@@ -68,7 +68,7 @@ RUNS = {
 
 
 @pytest.fixture
-def start(goldens, media, tmp_path, monkeypatch):
+def start(goldens, media, tmp_path, monkeypatch, measured_here):
     """Runs a command with our paths and small sizes, by its script, in this process; gives its exit code."""
 
     def go(run: Run, *more: str) -> int:

@@ -105,11 +105,25 @@ def test_a_network_that_is_read_later_is_named(run, wan, tmp_path, full):
         ({"engine": "fsdp", "low_vram": True}, True, True, ["cache_folder, which"]),
         ({"cache_folder": "x", "cache_variants": 1}, True, False, ["low_vram: true"]),
         ({"cache_folder": "x", "cache_variants": 1, "mixed_precision": "no"}, False, False, ["encoder_weights: bf16"]),
+        ({"vae_mini_batch": 4}, False, False, []),  # loading is the same
     ],
 )
 def test_what_can_be_changed(tree, on_device, network, lines):
     told = list(remedies(build(tree), on_device=on_device, network=network))
     assert [line.split(" `")[0] for line in told] == lines
+
+
+def test_where_encoding_finds_no_memory_fewer_clips_together_are_told(run, toy, tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(fill.Encoder, "_clips", full)
+    told = []
+    for count in (1, 2):
+        with pytest.raises(UserError, match="the host is full while clips are encoded") as error:
+            fill.fill(cached(run("run", toy, vae_mini_batch=count), tmp_path / "cache"))
+        told.append("vae_mini_batch: 1; " in str(error.value))
+    assert told == [False, True]
 
 
 def test_other_errors_pass(run, wan, full):

@@ -23,6 +23,7 @@ from tests.runs.same_run import assert_equal
 from tests.runs.small_run import data_set, recipe
 from tests.unit.test_attention import Operators
 
+pytestmark = pytest.mark.quick_by_family
 STEPS = 3
 KINDS = {
     "fp32": {"use_ema": True, "max_grad_norm": 1e-3},

@@ -196,6 +196,9 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()
+    assert "nothing is left to train" not in (out / "metrics.jsonl").read_text()
+    assert run(settings_of("toy", **{**more, "max_train_steps": 1}), *where) == 0
+    assert "it is of step 7, and the run is to have 1: nothing is left to train" in (out / "metrics.jsonl").read_text()
 
 
 def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
@@ -223,6 +226,21 @@ def test_a_flipped_bit_is_noticed_before_a_step_is_taken(checkpoints, data, tmp_
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint-2 is damaged.*\n.*safetensors has other bytes"):
         run(more, checkpoints / "toy", data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("given", ["", "transformer", "transformer/diffusion_pytorch_model.safetensors"])
+def test_a_flipped_bit_is_noticed_in_weights_that_a_run_begins_with(given, checkpoints, data, tmp_path):
+    stopped_at_2(checkpoints, data, tmp_path / "run")
+    kept = tmp_path / "run/checkpoint-2"
+    (kept / "optimizer.pt").unlink()  # of no use here, and large
+    begun = settings_of("toy", max_train_steps=1, transformer_path=str(kept / given))
+    assert run(begun, checkpoints / "toy", data, tmp_path / "sound") == 0
+    path = kept / "transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(0.7 * len(content))] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint-2 is damaged.*\n.*safetensors has other bytes"):
+        run(begun, checkpoints / "toy", data, tmp_path / "other")
 
 
 def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_said(checkpoints, data, tmp_path):

@@ -306,6 +306,13 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
     (made,) = sample_clips(resumed)
     told = json.loads(made.with_suffix(".json").read_text())
     assert told["weights"] == {"path": str(saved), "sha256": digest(dict(parts.net.named_parameters()))}
+    for kept in saved.glob("[ts]*/*"):  # transformer or shares
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        if not is_shared:
+            with pytest.raises(UserError, match="checkpoint-4 is damaged"):
+                sample_clips(replace(asked, model=replace(asked.model, transformer_path=str(saved))))
+        kept.write_bytes(whole)
     both = replace(resumed, model=replace(asked.model, transformer_path=str(saved)))
     with pytest.raises(UserError, match="two answers to whose weights are meant"):
         sample_clips(both)

@@ -18,7 +18,7 @@ from reeltune.core.types import Shape
 from reeltune.distributed import sharded_io
 from reeltune.run.adapters import parsed
 from reeltune.sampling.clips import sample_clips
-from reeltune.sampling.sheet import GAP, LINE
+from reeltune.sampling.sheet import GAP, LINE, write_sheet
 from tests.runs.small_run import write_array
 
 SHAPE = Shape(5, 32, 32)
@@ -102,14 +102,25 @@ def test_a_clip_for_each_strength_and_a_picture_of_them(adapter_run, sample):
     assert (picture[:LINE] < 128).any() and (picture[LINE + LINE + H + GAP :][:LINE] < 128).any()  # letters
 
 
-def test_adapters_add_up(adapter_run, sample):
+def test_adapters_add_up(adapter_run, sample, caplog):
     checkpoint = str(adapter_run / "checkpoint-4")
     (half, whole, three) = (
         sample(adapters=texts)[0]
         for texts in ([f"{checkpoint}:0.5"] * 2, [checkpoint], [f"{checkpoint}:1.5", f"{checkpoint}:-0.5"])
     )
+    twice = [text for text in caplog.messages if text.startswith(checkpoint) and "given 2 times" in text]
+    assert any(text.endswith("it counts with strength 1, the sum of theirs") for text in twice)
     assert apart(half, whole) < 0.5 and apart(three, whole) < 0.5
     assert [one["strength"] for one in told(three)["adapters"]] == [1.5, -0.5]
+
+
+def test_a_narrow_column_is_labelled_by_its_last_word(tmp_path):
+    frames = [[np.zeros((8, 40, 3), np.uint8)] * 2]
+    pictures = []
+    for columns in (["strength 0.5", "strength 2"], ["0.5", "2"], ["strength", "strength"]):
+        write_sheet(tmp_path / "sheet.png", frames, rows=["a"], columns=columns)
+        pictures.append(np.asarray(Image.open(tmp_path / "sheet.png")))
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
 
 
 def test_a_negative_prompt_is_what_the_clip_is_guided_away_from(sample):
@@ -156,7 +167,7 @@ def test_what_is_refused(adapter_run, sample, tmp_path):
     ]
     with pytest.raises(UserError) as error:
         sample(adapters=[f"{checkpoint}:much", f"{tmp_path / 'gone.safetensors'}", ":2"])
-    assert len(error.value.problems) == 2 and "'much' is no strength" in error.value.problems[0]
+    assert len(error.value.problems) == 3 and "'much' is no strength" in error.value.problems[0]
     with pytest.raises(UserError, match=r"gone\.safetensors"):
         sample(adapters=[f"{tmp_path / 'gone.safetensors'}:1"])
     other = tmp_path / "other/checkpoint-4"

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_script_trains_its_models(case, data, tmp_path):
+def test_a_script_trains_its_models(case, data, tmp_path, measured_here):
     script, variant, flags, said = CASES[case]
     meta = "metadata_camera.json" if "camera" in flags else "metadata_control.json"
     model, out = tiny_checkpoint(tmp_path / "model", variant), tmp_path / "out"

@@ -310,21 +310,22 @@ OPERATIONS = {
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch):
+def hasty(monkeypatch, measured_here):
     """Nothing is truly flushed to the disk, and no process is started."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
-    def measured(files, numbers, decode_check, *_):
-        return ((number, measuring._examine(files[number], decode_check)) for number in numbers)
 
-    monkeypatch.setattr(measuring, "_run", measured)
+QUICK = ("checkpoint", "cache", "metrics.jsonl")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPERATIONS]
+)
 def test_old_or_new(name, tmp_path):
     assert sweep(OPERATIONS[name], tmp_path) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, {"rank": 4, "target_name": ["text"], "train_mode": None}], ids=["whole", "adapter"]
 )

@@ -8,7 +8,7 @@ import pytest
 from reeltune import cli
 from reeltune.adapters import writing
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.dialects import stored_in
+from reeltune.adapters.files import stored_in
 from reeltune.adapters.loaders import BY_TOOL, applied
 from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import prove

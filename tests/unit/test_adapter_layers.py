@@ -90,7 +90,7 @@ def test_ranks_and_alphas_of_some_layers(net):
         ({"wanted": ["to_kq"]}, "to_q"),
         ({"skipped": ["norm"]}, "lora_skip_name has 'norm'"),
         ({"ranks": ["proj=4"]}, "rank_pattern has 'proj'"),
-        ({"rank": 9}, "rank is 9 for blocks.0.to_q, whose rank is 8 at most"),
+        ({"rank": 9}, r"blocks.0.to_q \(and \d+ more\) gets rank 9, and its own is 8 at most"),
         ({"wanted": ["q"], "skipped": ["to_q"]}, "no linear layer is left"),
     ],
 )
@@ -155,13 +155,26 @@ def test_what_learns_and_at_which_rate(net):
     assert len(one["params"]) == 16
 
 
+def test_each_layer_has_its_own_rank_and_alpha(net):
+    found = chosen(net, ranks=["ffn=2", "blocks.1.q=3"], alphas=["k=12"])
+    inject(net, found, names_of(net), dtype=torch.bfloat16)
+    made = {name: (layer.lora_A["default"].weight, layer.scaling["default"]) for name, layer in adapted(net).items()}
+    assert {name: (len(A_RI), scale) for name, (A_RI, scale) in made.items()} == {
+        **{f"blocks.{i}.{name}": (2, 1.0) for i in range(2) for name in ("ffn.0", "ffn.2")},
+        **{f"blocks.{i}.k": (4, 3.0) for i in range(2)},
+        **{"blocks.0.q": (4, 1.0), "blocks.1.q": (3, 1.0)},
+    }
+    assert all(A_RI.dtype == torch.bfloat16 and not A_RI.any() for A_RI, _ in made.values())
+
+
 def test_its_change_is_that_of_the_paper():
     for stabilised, scale in ((False, 3.0 / 4), (True, 3.0 / 2)):
         net = Net()
         found = chosen(net, alpha=3.0, wanted=["head"])
         inject(net, found, names_of(net), dtype=torch.float32, rank_stabilised=stabilised)
         layer, x_BD = net.head, torch.randn(3, 8)
-        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        for part in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(part["default"].weight)
         change_OI = scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         expected = nn.functional.linear(x_BD, layer.base_layer.weight + change_OI, layer.base_layer.bias)
         torch.testing.assert_close(layer(x_BD), expected, rtol=1e-5, atol=1e-6)

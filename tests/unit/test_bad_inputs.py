@@ -14,7 +14,7 @@ from reeltune.core.types import Crop, Shape
 from reeltune.data.media import MediaError, measure, read_frames
 from reeltune.data.scan import scan
 
-SECONDS = 120  # a case may take, on a busy machine; each needs under one, most of it to start a process
+SECONDS = 120  # a case may take, on a busy machine; each needs under one
 
 # What `measure` finds: (kind, frames, height, width, words of a note), or the words of a refusal.
 FILES = {
@@ -160,7 +160,7 @@ def test_file(bad_inputs, name):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_list(bad_inputs, name):
+def test_list(bad_inputs, name, measured_here):
     meta, answer = present(bad_inputs / "metadata" / name), LISTS[name]
     settings = {"needs": needs_of(name), "workers": 1}
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import __main__ as benchmarks
 from benchmarks.__main__ import MEANING, Goal, table, write
 
@@ -29,6 +31,7 @@ def test_what_is_no_benchmark_stays_too(tmp_path):
         assert told.count("## ") == 3
 
 
+@pytest.mark.slow
 def test_every_benchmark_can_be_read_as_it_is_run():
     read = "import importlib; from benchmarks.__main__ import MODULES; "
     read += "[importlib.import_module(f'benchmarks.{name}').main for name in MODULES]"

@@ -3,10 +3,12 @@
 import os
 from dataclasses import replace
 
+import pytest
 import torch
 
 from reeltune.cache import store
 from reeltune.cache.keys import Keys
+from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
 
 
@@ -53,6 +55,21 @@ def test_shards_are_bounded(tmp_path):
     assert [shard.bytes for shard in shards] == [(tmp_path / "shards" / shard.name).stat().st_size for shard in shards]
     held = store.Store(tmp_path)
     assert all(torch.equal(held.read(key, "train")["x0.mean"], entries[key]["x0.mean"]) for key in entries)
+
+
+def test_folders_in_the_place_of_its_files_are_told(tmp_path):
+    writer = store.Writer(tmp_path, {"how": 1})
+    writer.add("0", "train", {"x": torch.zeros(1)})
+    writer.close()
+    (shard,) = (tmp_path / "shards").iterdir()
+    shard.unlink()
+    shard.mkdir()
+    assert store.set_aside_damaged(tmp_path) == [] and not store.Store(tmp_path).entries  # as one that is gone
+    (part,) = store.parts(tmp_path)
+    part.unlink()
+    part.mkdir()
+    with pytest.raises(UserError, match=r"cannot be read .*Is a directory.*; remove it, and reeltune cache"):
+        store.read_manifest(tmp_path)
 
 
 def test_an_entry_is_known_by_all_that_it_is_made_of(tmp_path):

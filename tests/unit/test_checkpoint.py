@@ -135,6 +135,22 @@ def test_a_checkpoint_without_digests_is_taken_as_it_is(tmp_path):
         checkpoint.load(path)
 
 
+def test_weights_are_known_by_the_checkpoint_that_they_lie_in(tmp_path):
+    path, _ = save(tmp_path, 1)
+    inner = path / "transformer"
+    inner.mkdir()
+    (inner / "model.safetensors").write_bytes(b"1")
+    assert checkpoint.holder_of(path) == (path, checkpoint.WEIGHTS)
+    assert checkpoint.holder_of(inner) == (path, ("transformer/",))
+    assert checkpoint.holder_of(inner / "model.safetensors") == (path, ("transformer/model.safetensors",))
+    assert checkpoint.holder_of(tmp_path) is None and checkpoint.holder_of(tmp_path / "nowhere") is None
+    flip(path / "weights.bin")
+    checkpoint.verify_weights(inner)  # of which it is not
+    checkpoint.verify_weights(None)
+    with pytest.raises(UserError, match=r"weights\.bin has other bytes"):
+        checkpoint.verify_weights(path / "weights.bin")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -65,6 +65,26 @@ def test_flags_that_are_wrong_are_told_together():
     ]
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--deterministic", "yes"], "deterministic is 'yes'; expected true or false"),
+        (["--gradient_checkpointing", "attention"], "is 'attention'; expected true or false or attention_kept"),
+    ],
+)
+def test_a_word_behind_a_switch_is_its_value(argv, words):
+    with pytest.raises(UserError, match=words):
+        made(*argv)
+
+
+def test_ranks_are_numbers_of_a_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["rank", str(tmp_path), "--ranks", "4,x"])
+    assert "'4,x' is not whole numbers, as 4,8,16" in capsys.readouterr().err
+    assert cli.main(["rank", str(tmp_path / "gone")]) == 2
+    assert "gone is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
+
+
 def test_words_that_are_no_flags(tmp_path):
     (tmp_path / "r.yaml").touch()
     with pytest.raises(UserError, match="extra is neither a flag nor the recipe"):

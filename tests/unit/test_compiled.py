@@ -65,6 +65,17 @@ def test_all_blocks_share_a_graph_and_all_sizes_of_several(keep, graphs):
     assert {*ours[0].state_dict()} == {"linear.weight", "linear.bias"}
 
 
+def test_networks_alike_share_a_graph_wherever_their_weights_have_been():
+    ours, other, theirs = blocks(), blocks(), blocks()
+    made, beside = Compiled(ours), Compiled(other)
+    made.begin(1, "first", beside)
+    for net in (ours, other, ours, other):
+        torch.testing.assert_close(passed(net), passed(theirs))
+        for weight in (weight for block in net for weight in block.parameters()):
+            weight.data = weight.data.clone()  # as it comes back to the device, in another place
+    assert made.count == beside.count == 1
+
+
 def test_of_one_size_another_is_compiled_too_up_to_a_bound():
     made = Compiled(blocks()[:1])
     net = [*made._functions]

@@ -133,6 +133,8 @@ def test_the_new_list_is_the_old_one_with_controls(made_once):
     assert [row["file_path"] for row in rows] == list(CASES) and {row["status"] for row in rows} == {"made"}
     assert all(0 < float(row["lines_share"]) < 0.5 for row in rows)
     page = (made_once / "new.html").read_text()
+    clips = [name for name in CASES if not is_picture(name)]
+    assert page.count("<span>steady share") == len(clips) < len(CASES)  # of a picture it tells nothing
     assert page.count("data:image/jpeg") == 3 * len(CASES) and "http:" not in page and "https:" not in page
 
 

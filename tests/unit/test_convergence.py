@@ -2,6 +2,7 @@
 
 import statistics
 
+import pytest
 import torch
 
 from reeltune.diffusion.objective import Flow
@@ -67,6 +68,7 @@ def learned(kind, seed):
     return before, held_out(net)
 
 
+@pytest.mark.slow
 def test_within_the_band_of_fp32_where_plain_rounding_stalls(monkeypatch):
     torch.set_num_threads(1)
     found = {kind: [learned(kind, seed) for seed in SEEDS] for kind in ("fp32", "bf16_stochastic")}

@@ -202,8 +202,11 @@ Q = "diffusion_model.blocks.0.self_attn.q"
 BAD = {
     "alpha 0": ({f"{Q}.alpha": torch.tensor(0.0)}, "alpha of blocks.0.self_attn.q is 0"),
     "alpha negative": ({f"{Q}.alpha": torch.tensor(-1.0)}, "alpha of blocks.0.self_attn.q is -1"),
-    "alpha no number": ({f"{Q}.alpha": torch.tensor(math.nan)}, "alpha of blocks.0.self_attn.q is nan"),
-    "alpha of two": ({f"{Q}.alpha": torch.ones(2)}, "alpha of blocks.0.self_attn.q is nan"),
+    "alpha no number": (
+        {f"{Q}.alpha": torch.tensor(math.nan)},
+        "alpha of blocks.0.self_attn.q is nan in it; expected",
+    ),
+    "alpha of two": ({f"{Q}.alpha": torch.ones(2)}, r"alpha of blocks.0.self_attn.q is \[1.0, 1.0\]"),
     "rank": (
         {f"{Q}.lora_A.weight": torch.ones(25, 24), f"{Q}.lora_B.weight": torch.ones(24, 25)},
         "has rank 25, and its layer has 24 at most",
@@ -228,7 +231,7 @@ BAD = {
         {"diffusion_model.blocks.0.self_attn.z.diff": torch.ones(2)},
         "blocks.0.self_attn.z is no layer of Wan",
     ),
-    "LoKr": ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "is LoKr; low-rank pairs"),
+    "LoKr": ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "is LoKr, which is not read; give an adapter of low-rank pairs"),
     "text encoder": ({"lora_te_layers_0_q.lora_down.weight": torch.ones(2, 2)}, "is of a text encoder"),
     "two forms": ({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24)}, "names of several forms"),
     "one thing twice": ({f"{Q}.lora_down.weight": torch.ones(2, 24)}, "are one thing under two names"),
@@ -247,6 +250,48 @@ def test_what_is_wrong_with_a_file_is_told(change, words, tmp_path):
     assert len(told.value.problems) == 1 and str(file) in str(told.value)
 
 
+def test_what_is_wrong_with_every_layer_is_told_once(tmp_path):
+    tensors = named(made("wan_fun"), "wan_fun", "diffusion_model.")
+    silent = {name: torch.tensor(0.0) if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
+    count = len(silent) // 3
+    with pytest.raises(UserError) as told:
+        read_adapter(written_to(tmp_path, silent))
+    (problem,) = told.value.problems
+    assert problem.startswith(
+        f"alpha of blocks.0.cross_attn.k (and {count - 1} more) is 0 in it; expected a number above"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"lora_alpha": "eight"}, "is 'eight' in adapter_config.json; expected a number above 0"),
+        ({"lora_alpha": True}, "is True in adapter_config.json; expected a number above 0"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, r"alpha_pattern has '\(', which is no pattern"),
+    ],
+)
+def test_what_is_wrong_with_pefts_settings_is_told_with_their_file(config, words, tmp_path):
+    tensors = named(made("wan_fun"), "wan_fun", "base_model.model.", alpha=False)
+    written_to(tmp_path, tensors, name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    with pytest.raises(UserError, match=words) as told:
+        read_adapter(tmp_path)
+    assert str(tmp_path) in told.value.where and len(told.value.problems) == 1
+
+
+def test_settings_in_metadata_that_are_no_table(tmp_path):
+    file = written_to(tmp_path, named(made("wan_fun"), "wan_fun", "transformer."), {"lora_adapter_metadata": "[1]"})
+    with pytest.raises(UserError, match=r"lora_adapter_metadata in its metadata is \[1\], and no table of settings"):
+        read_adapter(file)
+
+
+def test_a_runs_folder_is_told_from_its_checkpoints(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(UserError, match=r"is a run's folder; give one of its checkpoints, as .*checkpoint-10"):
+        read_adapter(tmp_path)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     tensors = named(made("wan_fun"), "wan_fun", "diffusion_model.")
     tensors |= {f"{Q}.alpha": torch.tensor(0.0), "diffusion_model.blocks.1.ffn.0.lora_A.weight": torch.ones(3, 24)}
@@ -262,9 +307,11 @@ def test_an_adapter_of_another_model_or_family_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"of another model \(Wan, width 24\); give one that was trained on this one"):
         read_adapter(file, larger)
     without = {name: one for name, one in base_of(adapter).items() if "_img" not in name}
-    with pytest.raises(UserError, match=r"blocks.0.cross_attn.k_img.weight is in it and not in the model") as told:
+    with pytest.raises(
+        UserError, match=r"blocks.0.cross_attn.k_img.weight \(and 3 more\) is in it and not in the model"
+    ) as told:
         read_adapter(file, without)
-    assert len(told.value.problems) == 4
+    assert len(told.value.problems) == 1
     with pytest.raises(UserError, match="is an adapter of Wan, and this is HunyuanVideo"):
         read_adapter(file, base_of(made("hunyuan_video")))
     with pytest.raises(UserError, match="is no adapter of Wan and CogVideoX and EasyAnimate V5 and HunyuanVideo"):
@@ -288,11 +335,15 @@ def test_only_safetensors_are_read(tmp_path):
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
     (tmp_path / "none").mkdir()
+    for part in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "both" / part / "adapter").mkdir(parents=True)
+        (tmp_path / "both" / part / "adapter/adapter_model.safetensors").touch()
     for name, words in {
         "a.pt": "is a file of torch.save; adapters are read from safetensors files",
         "empty.safetensors": "is empty",
         "page.safetensors": "is a saved web page",
-        "none": "has no adapters in it",
+        "none": "has no adapters in it; give the path of one file",
+        "both": "has no adapters in it; give .*both/high_noise_model or .*both/low_noise_model$",
         "absent.safetensors": "is missing",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,10 +13,12 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
-from reeltune.estimate import sharding, throughput
+from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import forecast_data
+from reeltune.estimate.page import expert_rows
 from reeltune.estimate.remedies import MARGIN, Change, judge, search
 from reeltune.estimate.result import StepEstimate
+from reeltune.training.turns import Turns
 from tests.unit import metrics_rows
 from tests.unit.test_plan import RULES, Measured, mixed
 
@@ -96,6 +100,27 @@ def estimate(**changes) -> StepEstimate:
         buffer_bytes=0,
     )
     return replace(step, **changes)
+
+
+def test_experts_that_change_places_send_what_they_hold():
+    step = estimate(peaks={"backward": STEP | {"still": 40 * PSI}})
+    found = turns.changes_in(1000, 0.358, step, "one", "H100")
+    assert found is not None and found.seconds is not None
+    assert found.sent_bytes == 2 * 12 * PSI + 40 * PSI  # what does not learn is in the host's memory already
+    least, most = found.seconds
+    assert (found.count, least) == (716, pytest.approx(716 * 64 * PSI / 63e9)) and most == pytest.approx(1.26 * least)
+    learner = SimpleNamespace(rest=lambda: None, wake=lambda: None)
+    both = Turns([SimpleNamespace(learner=learner) for _ in range(2)], share=0.358, offset=0.2)
+    whose = [both.at(step)[0] for step in range(1000)]
+    assert abs(sum(a is not b for a, b in pairwise(whose)) - found.count) <= 2
+    assert turns.changes_in(1000, 0.358, step, "ddp", "48GB") == replace(found, seconds=None)
+    gigabytes = replace(found, sent_bytes=2 * GB, seconds=(60.0, 75.0))
+    assert [row[:2] for row in expert_rows(gigabytes)] == [
+        ("experts change places 716 times, between device and host", "2.0 GB each time"),
+        ("time for that, beside the steps", "60.0 s to 75.0 s"),
+    ]
+    assert len(expert_rows(replace(found, seconds=None))) == 1
+    assert turns.changes_in(1000, 0.358, step, "fsdp", "H100") is None
 
 
 @pytest.mark.parametrize(

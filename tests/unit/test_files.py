@@ -53,6 +53,13 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
         pass
 
 
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(CannotWriteError, match=r"page\.html"), whole_file(tmp_path / "page.html"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "page"):
         raise ZeroDivisionError

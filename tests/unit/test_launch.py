@@ -146,6 +146,7 @@ def test_two_stages_are_refused(tmp_path):
     assert parallelism(zero(zero_stage="2", config_file=str(file))).engine == "zero2"
 
 
+@pytest.mark.slow
 def test_accelerate_launch_without_multi_gpu_is_refused_with_the_right_command(tmp_path):
     (tmp_path / "model").mkdir()
     asked = recipe(SHOWN["toy"].write(tmp_path / "model"), tmp_path, tmp_path / "run")

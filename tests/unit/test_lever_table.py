@@ -95,6 +95,7 @@ def test_what_one_device_is_offered():
     assert words({**tree, "low_vram": True}) == [*same[1:], *more, *lean, *shorter]
     assert "blocks_to_swap: 7" in words(tree, still_blocks=7)
     assert "vae_tiling: true" not in words(tree, tiles=False)
+    assert words({**tree, "vae_mini_batch": 2})[7:9] == ["vae_mini_batch: 1", "vae_tiling: true"]
     assert "step_in_backward: true" not in words({**tree, "gradient_accumulation_steps": 2})
     kept = words({"gradient_checkpointing": "attention_kept"})
     assert "gradient_checkpointing: true" in kept and "gradient_checkpointing: attention_kept" not in kept
@@ -189,11 +190,12 @@ STEPPED = {"step_in_backward": True, "train_batch_size": 2}
         ("step in backward", STEPPED, [*IN_THE_PASS[:3], *IN_THE_PASS[4:6], *IN_THE_PASS[7:]]),
         (
             "encode",
-            {"low_vram": True, "engine": "fsdp", "train_batch_size": 2},
+            {"low_vram": True, "engine": "fsdp", "train_batch_size": 2, "vae_mini_batch": 2},
             [
                 "train_batch_size: 1, gradient_accumulation_steps: 2",
                 IN_THE_PASS[2],
                 "offload: true",
+                "vae_mini_batch: 1",
                 "vae_tiling: true",
                 *IN_THE_PASS[-3:],
             ],

@@ -5,7 +5,8 @@ import torch
 
 from reeltune.adapters import writing
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.dialects import adapter_of, stored_in
+from reeltune.adapters.dialects import adapter_of
+from reeltune.adapters.files import stored_in
 from reeltune.adapters.loaders import BY_TOOL, KOHYA, LOADERS, PEFT, Applied, applied
 from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import inner, prove, strengths

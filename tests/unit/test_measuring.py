@@ -74,7 +74,7 @@ def test_other_processes_take_what_one_has_found_and_look_at_no_file(folder, mea
 
 def test_what_need_not_last_is_taken_by_other_processes_alone(folder, monkeypatch):
     def hurried(files, *given, real=measure_files, **more):
-        late = Finding(None, "takes more than 0 s to decode", lasting=False)
+        late = Finding(None, "ends the process that decodes it", lasting=False)
         return [
             late if file.path.endswith("3.png") else found
             for file, found in zip(files, real(files, *given, **more), strict=True)
@@ -145,23 +145,40 @@ def test_too_many_open_files_are_not_taken_for_a_full_disk(folder, monkeypatch):
 # Processes that measure
 
 
-def serve_badly(link, decode_check):
-    """In the place of measuring._serve: "hang" never answers, "die" ends the process."""
+def serve_badly(link, decode_check, seconds):
+    """In the place of measuring._serve, by a file's name: "hang" never answers, "spin" computes for ever, "die" ends
+    the process, "slow" answers after a while of which it computes a small part."""
     link.send(None)
     while True:
         file = link.recv()
+        measuring.end_after(seconds)
         name = os.path.basename(file.path)
         if "hang" in name:
             time.sleep(1000)
+        while "spin" in name:
+            pass
         if "die" in name:
             os._exit(9)
+        if "slow" in name:
+            wait_computing(2.5)
         link.send(measuring._examine(file, decode_check))
 
 
-def test_a_decoder_that_hangs_or_dies_costs_one_file(tmp_path, monkeypatch):
+def wait_computing(seconds):
+    """About 20 ms in 150, which the system counts in hundredths of a second."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        begun = time.process_time()
+        while time.process_time() < begun + 0.02:
+            pass
+        time.sleep(0.13)
+
+
+def test_a_decoder_that_hangs_spins_or_dies_costs_one_file_and_a_busy_machine_none(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "_serve", serve_badly)
+    monkeypatch.setattr(measuring, "STILL_SECONDS", 1.0)
     files = []
-    for name in ("a", "hang", "b", "die", "hang2", "c"):
+    for name in ("a", "hang", "b", "die", "spin", "slow", "c"):
         Image.new("RGB", (32, 16)).save(tmp_path / f"{name}.png")
         files.append(File(str(tmp_path / f"{name}.png"), "image"))
     done = []
@@ -176,27 +193,28 @@ def test_a_decoder_that_hangs_or_dies_costs_one_file(tmp_path, monkeypatch):
     )
     assert [finding.reason for finding in found] == [
         None,
-        "takes more than 1 s to decode",
+        "stands still: nothing of it has come for 1 s",
         None,
         "ends the process that decodes it",
-        "takes more than 1 s to decode",
+        "takes more than 1 s of processor time to decode",
+        None,
         None,
     ]
-    assert done == [(n, 6) for n in range(1, 7)]
+    assert done == [(n, 7) for n in range(1, 8)]
     held = json.loads(next((tmp_path / "index").iterdir()).read_text())
-    assert sorted(os.path.basename(key) for key in held) == ["a.png", "b.png", "c.png"]  # the others are tried again
+    assert sorted(os.path.basename(key) for key in held) == ["a.png", "b.png", "c.png", "slow.png"]  # others: once more
 
 
-def serve_once_started(link, decode_check):
+def serve_once_started(link, decode_check, seconds):
     """In its place: whoever makes the mark first ends before it has begun."""
     try:
         os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        measuring._serve(link, decode_check)
+        measuring._serve(link, decode_check, seconds)
     os._exit(9)
 
 
-def never_begins(link, decode_check):
+def never_begins(link, decode_check, seconds):
     os._exit(9) if os.environ["MARK"] == "dies" else time.sleep(1000)
 
 
@@ -249,4 +267,4 @@ def test_a_process_whose_parent_is_gone_ends_without_a_word(monkeypatch):
             theirs.send(what)
             ours.close()
 
-    assert measuring._serve(Left(), "ends") is None
+    assert measuring._serve(Left(), "ends", 60) is None

@@ -10,6 +10,8 @@ from reeltune.core.errors import UserError
 from reeltune.data.scan import scan
 from tests.unit.listed import CONTROL, PLAIN, lay_out, write_list
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
@@ -49,6 +51,9 @@ def test_three_forms_say_the_same(folder, ending):
         ("a.csv", 'file_path,text\na,"b\n', "line 2: not CSV"),
         ("a.csv", "file_path,text\n", "the list is empty"),
         ("a.json", "[\0]", "byte 0x00 at offset 1"),
+        ("a.json", "<html>", "is a saved web page; download the file itself"),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        ("a.json", '{"a": 1, "a": 2}', "expected a list of objects, found an object"),
     ],
 )
 def test_unreadable_lists(tmp_path, name, text, words):
@@ -201,6 +206,32 @@ def test_a_path_that_nearly_exists_names_the_file(tmp_path, there, named, words)
     (tmp_path / "train").mkdir()
     (tmp_path / there).write_bytes(b"x")
     assert words in near(tmp_path, named.replace("{folder}", tmp_path.name))
+
+
+def test_a_folder_that_is_not_there_is_told_once(folder):
+    with pytest.raises(UserError) as caught:
+        scan(folder / "list.json", folder / "gone", needs=PLAIN)
+    assert "train_data_dir" in caught.value.problems[0] and "gone', where their paths begin" in caught.value.problems[0]
+
+
+def test_a_list_that_nearly_exists_is_named(folder):
+    with pytest.raises(UserError, match=r"No such file or directory; near are list\.json"):
+        scan(folder / "lists.json", folder, needs=PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"file_path": "0.png", "text": "a", "text": "b"}', "gives text more than once. Leave all but one out"),
+        ('{"file_path": "0.png", "text": {"a": 1, "a": 2}}', "text is an object, not a string"),
+        ('{"file_path": "0.png", "text": "a", "type": ""}', "type is ''. Give type"),
+    ],
+)
+def test_what_a_row_says_twice_or_not_at_all(folder, row, words):
+    (folder / "rows.json").write_text(f"[{row}]")
+    with pytest.raises(UserError) as caught:
+        scan(folder / "rows.json", folder, needs=PLAIN)
+    assert words in caught.value.problems[1]
 
 
 @pytest.mark.parametrize(

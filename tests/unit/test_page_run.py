@@ -65,6 +65,20 @@ def test_rows_are_read_as_they_come_and_a_cut_line_once_it_is_whole(tmp_path):
     assert vars(tail.read()) == vars(read_metrics(path))
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    two_runs(served)
+    (served / "one" / "metrics.jsonl").unlink()
+    (served / "one" / "metrics.jsonl").mkdir()
+    id = Shelf(served).id_of(served / "one")
+    with TestClient(make_app(served, "token"), base_url=HOST) as client:
+        home = client.get("/?token=token")
+        assert home.status_code == 200 and "It cannot be read." in home.text and "two" in home.text
+        head = client.get(f"/runs/{id}/head")
+        assert head.status_code == 422 and "cannot be read (Is a directory)" in head.text
+
+
 def test_what_was_read_does_not_grow(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(step(0)))

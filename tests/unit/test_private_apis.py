@@ -28,6 +28,10 @@ class Use(NamedTuple):
 
 
 FAKE = "plan runs a training step on tensors that have sizes and no values", "a public way to fake tensors"
+FAKE_BELOW = (
+    "whether fake tensors' own mode is below another one",
+    "nothing: plan would take longer",
+)
 TREE = "leaves of an optimizer's state, whatever its nesting", "torch.utils.pytree, once every supported torch has it"
 SCHEMA = "which operators write to what they are given, whatever library they are of", "a public schema of an operator"
 OPERATOR = "the operator's own name, as a dispatch mode is handed it", "nothing: torch writes these to no one's account"
@@ -36,6 +40,8 @@ FOREACH = "many small tensors are one operation, as in torch's own optimizers", 
 PRIVATE = {
     "torch._subclasses.fake_tensor.FakeTensor": Use("torch._subclasses.fake_tensor:FakeTensor", *FAKE),
     "torch._subclasses.fake_tensor.FakeTensorMode": Use("torch._subclasses.fake_tensor:FakeTensorMode", *FAKE),
+    "torch._C._get_dispatch_mode": Use("torch._C:_get_dispatch_mode", *FAKE_BELOW),
+    "torch._C._TorchDispatchModeKey": Use("torch._C:_TorchDispatchModeKey", *FAKE_BELOW),
     "torch._inductor.compile_fx.compile_fx": Use(
         "torch._inductor.compile_fx:compile_fx",
         "compilations are counted, and made by settings under which a resume ends in the same bits",

@@ -15,6 +15,7 @@ from reeltune.core.reading import (
     bare_name,
     brief,
     few,
+    grouped,
     json_value,
     read_json,
     read_table,
@@ -188,3 +189,8 @@ def test_what_is_shown_obeys_no_escape():
 def test_a_cell_is_no_formula(begin):
     assert cell(f"{begin}cmd()") == f"'{begin}cmd()"
     assert cell("clips/a=b.mp4") == "clips/a=b.mp4"
+
+
+def test_what_is_wrong_with_many_is_told_once():
+    problems = [("a", "is 0"), ("", "has nothing"), ("b", "is 0"), ("c", "is 1"), ("d", "is 0")]
+    assert grouped(problems) == ["a (and 2 more) is 0", "has nothing", "c is 1"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reeltune.core.errors import UserError
 from reeltune.data.media import write_clip
 from reeltune.reporting import charts, report
 from reeltune.reporting.metrics import read_metrics
@@ -353,6 +354,12 @@ def test_a_run_that_is_writing_has_a_page(tmp_path):
     lines = ['{"kind": "step", "step": 1, "loss": 0.5, "samples": 2}\n', '{"kind": "step", "step": 2, "lo']
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert read_metrics(tmp_path / "metrics.jsonl").steps["step"] == [1]
+
+
+def test_a_folder_in_the_place_of_its_metrics_is_told(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        report.write(tmp_path)
 
 
 def test_clips_beyond_the_bound_are_linked(tmp_path, monkeypatch):

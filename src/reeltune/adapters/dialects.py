@@ -5,33 +5,26 @@ The change of a layer is alpha / rank * B @ A; a file without alpha means rank (
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from reeltune.adapters import fused
 from reeltune.adapters.adapter import Adapter, LowRank
+from reeltune.adapters.files import Stored, file_of, stored_in
 from reeltune.adapters.names import Form, Kind, Named, form_of, parse
 from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
 from reeltune.adapters.sizes import Sizes, solve
 from reeltune.adapters.writing import OURS
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import as_user_error, beginning, few, read_table
-from reeltune.families.tensor_files import header_of
-
-FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter/adapter_model.safetensors")
-CONFIG = "adapter_config.json"
-ONLY = "adapters are read from safetensors files, which hold no code"
-PEFT_IN_DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a file's metadata
+from reeltune.core.reading import brief, few, grouped
 
 
 @dataclass(frozen=True)
@@ -63,18 +56,6 @@ class Found:
         return " or ".join(network.title_of(self.width) for network in self.networks)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A file as it is, or what several processes keep of one."""
-
-    file: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    settings: dict[str, Any] = field(default_factory=dict)
-    """PEFT's of the adapter, where they are beside or in the file."""
-    settings_from: str = ""
-
-
 def read_adapter(
     path: str | Path, base: Mapping[str, Tensor] | None = None, *, alpha: float | None = None, outline: bool = False
 ) -> tuple[Adapter, Found]:
@@ -88,55 +69,6 @@ def read_adapter(
     return adapter_of(stored_in(file_of(Path(path)), outline=outline), base, alpha=alpha)
 
 
-# ---- files
-
-
-def file_of(path: Path) -> Path:
-    """Raises UserError for a folder without one."""
-    if not path.is_dir():
-        return path
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    if (path.parent if path.name == "adapter" else path).joinpath("shares").is_dir():
-        remedy = f"`reeltune export {path} FILE --adapter --for comfyui` makes one file of them"
-        raise UserError(str(path), f"holds the shares of several processes; {remedy}")
-    there = sorted(path.glob("*.safetensors"))
-    if len(there) == 1:
-        return there[0]
-    raise UserError(str(path), f"has {'several' if there else 'no'} adapters in it; give the path of one file")
-
-
-def stored_in(file: Path, *, outline: bool) -> Stored:
-    """outline: all but alphas on the meta device."""
-    head = beginning(file, 9)
-    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):  # a length may begin so, too
-        raise UserError(str(file), f"is a file of torch.save; {ONLY}; have its tool save it as such")
-    outlines = header_of(file)
-    where = "cannot be read"
-    with as_user_error(file, where), safe_open(file, "pt", device="cpu") as opened:
-        metadata = opened.metadata() or {}
-        wanted = [name for name, tensor in outlines.items() if not outline or tensor.numel() == 1]
-        tensors = outlines | {name: opened.get_tensor(name) for name in wanted}
-    settings, settings_from = _settings(file, metadata)
-    return Stored(file, tensors, metadata, settings, settings_from)
-
-
-def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    beside = file.parent / CONFIG
-    if beside.is_file() and file.name == FILES[0]:
-        table = read_table(beside, "restore it, or take it away and give --alpha")
-        return (table, CONFIG) if "peft_type" in table else ({}, "")
-    if PEFT_IN_DIFFUSERS not in metadata:
-        return {}, ""
-    with as_user_error(file, f"its metadata has no JSON in {PEFT_IN_DIFFUSERS}"):
-        table = json.loads(metadata[PEFT_IN_DIFFUSERS])
-        return {key.removeprefix("transformer."): value for key, value in table.items()}, "its metadata"
-
-
-# ---- what is in them
-
-
 def adapter_of(
     stored: Stored, base: Mapping[str, Tensor] | None = None, *, alpha: float | None = None
 ) -> tuple[Adapter, Found]:
@@ -145,10 +77,10 @@ def adapter_of(
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
     parsed = {key: parse(key) for key in stored.tensors}
-    refuse(where, few([f"{key} {one}" for key, one in parsed.items() if isinstance(one, str)]))
+    refuse(where, few(grouped((key, one) for key, one in parsed.items() if isinstance(one, str))))
     named = [one for one in parsed.values() if isinstance(one, Named)]
     if not named:
-        raise UserError(where, "has no tensors in it")
+        raise UserError(where, "has no tensors in it; give the file that training wrote")
     form = form_of(named)
     if isinstance(form, str):
         raise UserError(where, form)
@@ -160,12 +92,14 @@ def adapter_of(
     layers, changes = reader.low_rank(modules), reader.changes(modules)
     whole = reader.whole(modules)
     if not (layers or changes or whole or reader.problems):
-        reader.problems.append("has nothing that changes a layer")
+        reader.wrong("has nothing that changes a layer; give the file that training wrote")
     sizes = solve(networks[0], layers)
     found_in = [network for network in networks if network is networks[0] or not solve(network, layers).problems]
-    reader.problems += [] if base is not None or reader.problems else sizes.problems
+    if base is None and not reader.problems:
+        for problem in sizes.problems:
+            reader.wrong(problem)
     reader.check(layers, changes | whole, sizes)
-    refuse(where, few(reader.problems))
+    refuse(where, few(reader.told()))
     about = {key: value for key, value in stored.metadata.items() if key != "format"}
     found = Found(
         stored.file,
@@ -228,7 +162,7 @@ def _knows(network: Network, text: str, spelling: Spelling, form: Form) -> bool:
 
 
 class _Reader:
-    """Of one file: makes layers of its tensors, and keeps what is wrong with it as `problems`."""
+    """Of one file: makes layers of its tensors, and keeps what is wrong with it."""
 
     def __init__(
         self,
@@ -242,19 +176,25 @@ class _Reader:
         self.stored, self.network, self.form = stored, network, form
         self.spelling: Spelling = spelling
         self.base, self.given_alpha = base, alpha
-        self.problems: list[str] = []
+        self.problems: list[tuple[str, str]] = []  # as `grouped` takes them
         self.own_alphas = 0
+
+    def wrong(self, rule: str, what: str = "") -> None:
+        self.problems.append((what, rule))
+
+    def told(self) -> list[str]:
+        return grouped(self.problems)
 
     def take(self, module: dict[Kind, str], one: Named) -> None:
         if one.kind in module:
-            self.problems.append(f"{one.key} and {module[one.kind]} are one thing under two names")
+            self.wrong(f"{one.key} and {module[one.kind]} are one thing under two names; take one of them out")
         module[one.kind] = one.key
         tensor = self.stored.tensors[one.key]
         if not tensor.is_floating_point() and one.kind != "alpha":
             dtype = str(tensor.dtype).removeprefix("torch.")
-            self.problems.append(f"{one.key} is stored as {dtype}; give the adapter in fp32, bf16 or fp16")
+            self.wrong(f"is stored as {dtype}; give the adapter in fp32, bf16 or fp16", one.key)
         elif one.kind != "alpha" and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
-            self.problems.append(f"{one.key} has numbers that are not finite; give an earlier checkpoint's")
+            self.wrong("has numbers that are not finite; give an earlier checkpoint's", one.key)
 
     def low_rank(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, LowRank]:
         """By released name."""
@@ -264,15 +204,15 @@ class _Reader:
                 continue
             if not {"A", "B"} <= keys.keys():
                 half = keys.get("A") or next(iter(keys.values()))
-                self.problems.append(
-                    f"{half} has no {'B' if 'A' in keys else 'A'} to go with it; the file is not whole"
+                self.wrong(
+                    f"has no {'B' if 'A' in keys else 'A'} to go with it; the file is not whole; save it again", half
                 )
                 continue
             if (pair := self._pair(text, keys)) is None:
                 continue
             found = self.network.find(text, self.spelling, self.form.joined)
             if not found:
-                self.problems.append(f"{keys['A']} is a low-rank change of what is no linear layer")
+                self.wrong("is a low-rank change of what is no linear layer; these alone are read", keys["A"])
             elif len(found) == 1:
                 out[found[0][1]] = pair
             else:
@@ -282,7 +222,7 @@ class _Reader:
     def _split(self, out: dict[str, LowRank], pair: LowRank, found: list[tuple[Layer, str]], key: str) -> None:
         outputs, rows, width = fused.outputs_of(pair, len(found)), pair.B_OR.shape[0], pair.A_RI.shape[1]
         if sum(outputs) != rows or min(outputs) <= 0:
-            self.problems.append(f"{key} has {rows} outputs, which are not {len(found)} layers of {width} inputs")
+            self.wrong(f"has {rows} outputs, which are not {len(found)} layers of {width} inputs", key)
             return
         pieces = fused.split(pair, outputs)
         out |= {released: piece for layer, released in found if (piece := pieces[layer.part]) is not None}
@@ -291,39 +231,49 @@ class _Reader:
         A, B = (self.stored.tensors[keys[kind]] for kind in ("A", "B"))
         if A.ndim != 2 or B.ndim != 2:
             what = "a low-rank change of a convolution; linear layers are read"
-            self.problems.append(f"{keys['A']} is {tuple(A.shape)}: {what}")
+            self.wrong(f"is {tuple(A.shape)}: {what}", keys["A"])
             return None
         if A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
-            self.problems.append(f"{keys['A']} {tuple(A.shape)} and its B {tuple(B.shape)} have not one rank")
+            rule = f"is {tuple(A.shape)} and its B {tuple(B.shape)}, which have not one rank; save the adapter again"
+            self.wrong(rule, keys["A"])
             return None
         rank = A.shape[0]
         least = min(A.shape[1], B.shape[0])
         if rank > least:
-            self.problems.append(f"{keys['A']} has rank {rank}, and its layer has {least} at most")
-        alpha = self._alpha(text, keys, rank)
-        if not (math.isfinite(alpha) and alpha > 0):
-            self.problems.append(f"alpha of {text} is {alpha:g}: it would change nothing; give a file with its own")
+            self.wrong(f"has rank {rank}, and its layer has {least} at most; train with a rank up to that", keys["A"])
+        if (alpha := self._alpha(text, keys, rank)) is None:
             return None
         magnitude = None
         if "magnitude" in keys:
             magnitude = self.stored.tensors[keys["magnitude"]]
             if magnitude.numel() != B.shape[0] or magnitude.shape[0] != B.shape[0]:
-                self.problems.append(f"{keys['magnitude']} is {tuple(magnitude.shape)} for {B.shape[0]} outputs")
+                self.wrong(f"is {tuple(magnitude.shape)} for {B.shape[0]} outputs", keys["magnitude"])
                 return None
             magnitude = magnitude.reshape(-1)
         stabilised = bool(self.stored.settings.get("use_rslora")) and "alpha" not in keys
         return LowRank(A, B, alpha, stabilised, magnitude)
 
-    def _alpha(self, text: str, keys: Mapping[Kind, str], rank: int) -> float:
+    def _alpha(self, text: str, keys: Mapping[Kind, str], rank: int) -> float | None:
+        """None, with the problem told, of what is no number above 0."""
+        settings = self.stored.settings
+        said: Any
         if "alpha" in keys:
             self.own_alphas += 1
-            stored = self.stored.tensors[keys["alpha"]]
-            return float(stored.reshape(-1)[0]) if stored.numel() == 1 else math.nan
-        settings = self.stored.settings
-        if settings:
+            said = self.stored.tensors[keys["alpha"]].tolist()
+            said = said[0] if isinstance(said, list) and len(said) == 1 else said
+            where = "in it"
+        elif settings:
             said = _by_pattern(settings.get("alpha_pattern"), text, settings.get("lora_alpha"))
-            return float(said) if isinstance(said, int | float) else math.nan
-        return float(rank) if self.given_alpha is None else self.given_alpha
+            where = f"in {self.stored.settings_from}"
+        else:
+            return float(rank) if self.given_alpha is None else self.given_alpha
+        is_number = isinstance(said, int | float) and not isinstance(said, bool)
+        if is_number and math.isfinite(said) and said > 0:
+            return float(said)
+        shown = f"{said:g}" if is_number else brief(said)
+        rule = "expected a number above 0, by which its change is scaled; save the adapter again with its own"
+        self.wrong(f"is {shown} {where}; {rule}", f"alpha of {text}")
+        return None
 
     def alpha_from(self) -> str:
         if self.own_alphas:
@@ -339,7 +289,7 @@ class _Reader:
                     continue
                 module = self.network.module(text, self.spelling, self.form.joined)
                 if module is None:
-                    self.problems.append(f"{keys[kind]} changes several layers that are one there, which is not read")
+                    self.wrong("changes several layers that are one there, which is not read", keys[kind])
                     continue
                 tensor = self.stored.tensors[keys[kind]]
                 if kind == "bias":
@@ -355,9 +305,9 @@ class _Reader:
     def check(self, layers: Mapping[str, LowRank], tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         """Against the alpha that was given, and the base."""
         if self.given_alpha is not None and (self.own_alphas or self.stored.settings):
-            self.problems.append("says its alpha itself; --alpha is for files that do not")
+            self.wrong("says its alpha itself; --alpha is for files that do not")
         elif self.given_alpha is not None and OURS in self.stored.metadata:
-            self.problems.append("was written by reeltune, with the scale in B; --alpha is for files of other tools")
+            self.wrong("was written by reeltune, with the scale in B; --alpha is for files of other tools")
         if self.base is None:
             return
         shapes = {f"{name}.weight": (pair.B_OR.shape[0], pair.A_RI.shape[1]) for name, pair in layers.items()}
@@ -366,25 +316,22 @@ class _Reader:
         unlike = {
             n: tuple(self.base[n].shape) for n in shapes if n in self.base and tuple(self.base[n].shape) != shapes[n]
         }
+        of = self.network.title_of(sizes.of.get("D"))
         if 2 * len(unlike) > len(shapes):
-            of = self.network.title_of(sizes.of.get("D"))
-            self.problems.append(f"is of another model ({of}); give one that was trained on this one")
-        self.problems += few(
-            [f"{name} is {shapes[name]} in it and {shape} in the model" for name, shape in unlike.items()]
-        )
-        self.problems += few([f"{name} is in it and not in the model" for name in missing])
+            (name, shape), others = next(iter(unlike.items())), len(unlike) - 1
+            like = f"{name} (and {others:,} more) is {shapes[name]} in it and {shape} there"
+            self.wrong(f"is of another model ({of}); give one that was trained on this one: {like}")
+        else:
+            for name, shape in unlike.items():
+                self.wrong(f"is {shapes[name]} in it and {shape} in the model", name)
+        for name in missing:
+            self.wrong("is in it and not in the model; give one that was trained on this one", name)
 
 
 def _by_pattern(patterns: Any, name: str, otherwise: Any) -> Any:
     """PEFT's rule: a key matches the whole name, or what of it stands behind a dot."""
     table = patterns if isinstance(patterns, dict) else {}
-    for pattern, value in table.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error:
-            raise UserError(CONFIG, f"alpha_pattern has {pattern!r}, which is no pattern") from None
-    return otherwise
+    return next((value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
 
 
 def counted(layers: Mapping[str, LowRank]) -> Iterator[tuple[int, float, int]]:

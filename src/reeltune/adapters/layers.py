@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from reeltune.adapters.principal import put_gained
 from reeltune.adapters.targets import Target, in_full
 from reeltune.core.errors import refuse
 from reeltune.core.imports import lean_imports
-from reeltune.core.reading import few
+from reeltune.core.reading import few, grouped
 from reeltune.core.rng import seed_of
 
 if TYPE_CHECKING:
@@ -43,30 +43,35 @@ def inject(
     """Puts an adapter around each target, in place. Returns the names of all parameters as they are now, ours ->
     released, those of adapters among them ("blocks.0.self_attn.q.lora_A.weight").
 
-    names: as they were. dtype: of adapters, which are not begun yet: A is as torch makes linear layers, B is zero.
+    names: as they were. dtype: of adapters, which are not begun yet: B is zero.
     start_dtype: of what adapters of PiSSA begin with; None: they are none of PiSSA.
     """
     with lean_imports():
         from peft import LoraConfig, inject_adapter_in_model
 
-    exact = {target.name: f"^{re.escape(target.name)}$" for target in targets}
+    first, exact = targets[0], {target: f"^{re.escape(target.name)}$" for target in targets}
     config = LoraConfig(
-        r=targets[0].rank,
-        lora_alpha=targets[0].alpha,  # pyright: ignore[reportArgumentType] any number will do
+        r=first.rank,
+        lora_alpha=first.alpha,  # pyright: ignore[reportArgumentType] any number will do
         target_modules="|".join(re.escape(target.name) for target in targets),
-        rank_pattern={exact[target.name]: target.rank for target in targets},
-        alpha_pattern={exact[target.name]: target.alpha for target in targets},
+        # Only of those that differ: PEFT tries every pattern of these on every layer.
+        rank_pattern={name: target.rank for target, name in exact.items() if target.rank != first.rank},
+        alpha_pattern={name: target.alpha for target, name in exact.items() if target.alpha != first.alpha},
         use_rslora=rank_stabilised,
         use_dora=use_dora,
         lora_dropout=dropout,
     )
-    inject_adapter_in_model(config, net, SLOT)
+    # Without values at first, which PEFT would draw three times over; DoRA's magnitudes are of values, though.
+    inject_adapter_in_model(config, net, SLOT, low_cpu_mem_usage=not use_dora)
     released = {target.name: target.released for target in targets}
     for layer in adapted(net).values():
         layer.cast_input_dtype_enabled = False  # autocast does; a copy in fp32 would only cost memory
+        base = cast("Tensor", layer.get_base_layer().weight)
         for kind in KINDS:
-            for parameter in getattr(layer, kind).parameters():
-                parameter.data = parameter.data.to(dtype)
+            for part in getattr(layer, kind).values():
+                weight = part.weight.detach()
+                zeros = base.new_zeros(weight.shape, dtype=dtype)
+                part.weight = nn.Parameter(zeros if weight.is_meta else weight.to(dtype))
         if start_dtype is not None:
             put_gained(layer, SLOT, start_dtype)
     return {name: _released(name, released, names) for name, _ in net.named_parameters()}
@@ -115,8 +120,7 @@ def begin_from(
     weights: all of the network's now, by released name. alphas: of its layers; B is scaled where the file's differ.
     whole: parts of released names of weights that learn in full. Raises UserError for what finds no place.
     """
-    problems = list(_misplaced(adapter, weights, alphas, whole))
-    refuse(where, few(problems))
+    refuse(where, few(grouped(_misplaced(adapter, weights, alphas, whole))))
     A, B, magnitude = KINDS.values()
     for layer, pair in adapter.layers.items():
         ratio = pair.scale / (alphas[layer] / pair.rank)
@@ -134,21 +138,22 @@ def begin_from(
 
 def _misplaced(
     adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], whole: Sequence[str]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    """As `grouped` takes them."""
     for layer, pair in adapter.layers.items():
         if layer not in alphas:
-            yield f"it changes {layer}, which gets no adapter; name it in target_name"
+            yield "", f"it changes {layer}, which gets no adapter; name it in target_name"
             continue
         rank = weights[f"{layer}.{KINDS['lora_A']}"].shape[0]
         if pair.rank != rank:
-            yield f"it has rank {pair.rank} for {layer} and the recipe {rank}; set rank or rank_pattern"
+            yield layer, f"has rank {pair.rank} in it and {rank} in the recipe; set rank or rank_pattern"
         has_magnitude = pair.magnitude_O is not None
         if has_magnitude != (f"{layer}.{KINDS['lora_magnitude_vector']}" in weights):
             has = "magnitudes (DoRA)" if has_magnitude else "no magnitudes"
-            yield f"it has {has} for {layer}; set use_dora to {str(has_magnitude).lower()}"
+            yield layer, f"has {has} in it; set use_dora to {str(has_magnitude).lower()}"
     for name in {**adapter.whole, **adapter.changes}:
         if not in_full(name, whole):
-            yield f"it changes all of {name}, which does not learn; name it in train_whole"
+            yield "", f"it changes all of {name}, which does not learn; name it in train_whole"
 
 
 def groups(net: nn.Module, names: Mapping[str, str], *, whole: Sequence[str], ratio: float) -> list[dict[str, Any]]:

@@ -78,9 +78,9 @@ class Named:
 def parse(key: str) -> Named | str:
     """What the tensor is, or in words what it is that is not read."""
     if key.startswith(OF_TEXT):
-        return "is of a text encoder, which stays as it is here"
+        return "is of a text encoder, which stays as it is here; give a file without such tensors"
     if other := next((what for mark, what in OTHER_KINDS.items() if mark in key), None):
-        return f"is {other}; low-rank pairs, .diff and .diff_b are read"
+        return f"is {other}, which is not read; give an adapter of low-rank pairs, .diff and .diff_b"
     form = next(form for form in FORMS if key.startswith(form.prefix))
     module = key.removeprefix(form.prefix)
     if module.endswith(".diff_m"):
@@ -92,7 +92,7 @@ def parse(key: str) -> Named | str:
             return Named(key, form, module.removesuffix(suffix), kind)
     if form == PEFT and module.endswith((".weight", ".bias")):  # of modules_to_save
         return Named(key, form, module, "whole")
-    return "is no part of an adapter that is known"
+    return "is no part of an adapter that is known; give a file without it"
 
 
 def form_of(named: Iterable[Named]) -> Form | str:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from reeltune.core.errors import refuse
-from reeltune.core.reading import few
+from reeltune.core.reading import few, grouped
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def targets(
         if not any(_any((part,), *pair) for pair in everything.items())
     ]
     refuse("recipe", problems)
-    out = []
+    out, wide = [], []
     sizes = {
         name: min(one.in_features, one.out_features) for name, one in net.named_modules() if isinstance(one, nn.Linear)
     }
@@ -77,8 +77,8 @@ def targets(
         own_alpha = _last(own_alphas, name, released, float(own_rank) if alpha is None else alpha)
         out.append(Target(name, released, own_rank, own_alpha))
         if own_rank > sizes[name]:
-            problems.append(f"rank is {own_rank} for {released}, whose rank is {sizes[name]} at most; lower it there")
-    refuse("recipe", few(problems))
+            wide.append((released, f"gets rank {own_rank}, and its own is {sizes[name]} at most; lower rank there"))
+    refuse("recipe", few(grouped(wide)))
     if not out:
         refuse("recipe", ["no linear layer is left for an adapter; change target_name or lora_skip_name"])
     return out

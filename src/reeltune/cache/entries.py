@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.files import CannotWriteError, whole_file
-from reeltune.core.types import Draw, Encoded, Record
+from reeltune.core.types import Draw, Encoded, Record, Shape
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.measuring import stamps
 from reeltune.data.media import MediaError
@@ -32,11 +32,12 @@ from reeltune.run.precision import encoder_facts
 
 
 class Item(NamedTuple):
-    """One way of reading one record, and the keys of its two entries."""
+    """One way of reading one record, and the keys of its two entries; "" for one that is not to be made."""
 
     split: Split
     row: int  # of the split's records
     variant: int
+    shape: Shape
     clip: str
     text: str
 
@@ -82,7 +83,34 @@ def items_of(keys: Keys, inputs: Inputs) -> Iterator[Item]:
                     clip = keys.clip(record, draw, split)
                 except OSError as gone:
                     raise UserError("train_data_meta", f"{gone.filename} cannot be opened: {gone.strerror}") from gone
-                yield Item(split, row, variant, clip, keys.text(record, clip))
+                yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip))
+
+
+def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """Items that are encoded together: so many of one shape, split and variant, in their order, the last of what is
+    left.
+
+    A function of the items alone, whatever there is of them in the cache. Those of one variant are together, so that a
+    cache of more variants keeps the groups that it has. A clip that comes again, as all variants of a still do, is left
+    out; with another caption it comes last, by itself.
+    """
+    known: set[str] = set()
+    open_groups: dict[tuple[Split, int, Shape], list[Item]] = {}
+    again: list[Item] = []
+    for item in items:
+        if item.clip in known:
+            if item.text not in known:
+                again.append(item)
+                known.add(item.text)
+            continue
+        known |= {item.clip, item.text}
+        kind = item.split, item.variant, item.shape
+        group = open_groups.setdefault(kind, [])
+        group.append(item)
+        if len(group) == count:
+            yield open_groups.pop(kind)
+    yield from open_groups.values()
+    yield from ([item] for item in again)
 
 
 @dataclass

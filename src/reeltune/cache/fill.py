@@ -11,11 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from reeltune.cache.entries import Item, items_of, keys_of, splits, ways
+from reeltune.cache.entries import Item, grouped, items_of, keys_of, splits, ways
 from reeltune.cache.keys import Keys, Split
 from reeltune.cache.progress import ProgressBar
 from reeltune.cache.store import Store, Tensors, Writer
@@ -32,6 +33,7 @@ from reeltune.run.loading_memory import told_when_full
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts, outlines
 
+AT_WORK = ("vae_mini_batch",)  # levers that make less at once of what is encoded
 Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
 
 
@@ -46,13 +48,16 @@ def fill(recipe: Recipe) -> int:
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
     folder = Path(str(recipe.cache.cache_folder))
     keys = keys_of(recipe, family, mode, show_progress=rank == 0)
-    work = Work.of(keys, inputs, Store(folder), rank, world)
+    together = max(recipe.training.vae_mini_batch, 1)
+    work = Work.of(keys, inputs, Store(folder), rank, world, together=together)
     encoder = Encoder(recipe, family, mode, inputs, device)
     ends = "ends after this entry" if rank == 0 else ""
     with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
         for notice in [*inputs.scan.notices, *machine_notices(recipe, only_encoding=True)]:
             bar.say(notice)
-        full = told_when_full(recipe, device, partial(outlines, recipe, family), "clips are encoded", network=False)
+        full = told_when_full(
+            recipe, device, partial(outlines, recipe, family), "clips are encoded", network=False, besides=AT_WORK
+        )
         with full, closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):
                 if isinstance(made, str):
@@ -73,12 +78,16 @@ class Work:
 
     null: str | None = None  # key
     texts: dict[str, str] = field(default_factory=dict)  # key -> caption, where a text depends on nothing else
-    items: list[Item] = field(default_factory=list)  # with "" for an entry that is not to be made
+    groups: list[list[Item]] = field(default_factory=list)  # what is read and encoded together
     there: int = 0  # entries of all processes that need not be made
 
     @classmethod
-    def of(cls, keys: Keys, inputs: Inputs, store: Store, rank: int, world: int) -> Work:
-        """Entries that are not in the store, or whose files could not be read when last tried."""
+    def of(cls, keys: Keys, inputs: Inputs, store: Store, rank: int, world: int, *, together: int = 1) -> Work:
+        """Entries that are not in the store, or whose files could not be read when last tried.
+
+        together: clips of a group. One that lacks a clip is encoded whole, and no process shares it with another, so
+        that its bits do not depend on what was there before, or on the number of processes.
+        """
         work, seen = cls(), set()
 
         def to_do(key: str) -> bool:
@@ -93,24 +102,31 @@ class Work:
 
         if to_do(keys.null) and mine(keys.null):
             work.null = keys.null
-        for item in items_of(keys, inputs):
+
+        def missing(item: Item) -> Item:
             clip, text = to_do(item.clip), to_do(item.text)
             if text and not keys.text_of_clip:
                 if mine(item.text):
                     work.texts[item.text] = splits(inputs)[item.split][item.row].text
                 text = False
-            if (clip or text) and mine(item.clip):
-                work.items.append(item._replace(clip=item.clip if clip else "", text=item.text if text else ""))
+            return item._replace(clip=item.clip if clip else "", text=item.text if text else "")
+
+        for group in grouped(items_of(keys, inputs), together):
+            left = [missing(item) for item in group]
+            whole = any(item.clip for item in left)
+            if (whole or any(item.text for item in left)) and mine(group[0].clip):
+                work.groups.append([item for item in left if whole or item.text])
         return work
 
     @property
     def count(self) -> int:
         """Entries to make."""
-        return (self.null is not None) + len(self.texts) + sum(bool(i.clip) + bool(i.text) for i in self.items)
+        of_clips = sum(bool(item.clip) + bool(item.text) for group in self.groups for item in group)
+        return (self.null is not None) + len(self.texts) + of_clips
 
 
 class Encoder:
-    """Batches of one through the functions that train. Networks are read when the first entry needs them."""
+    """Groups through the functions that train. Networks are read when the first entry needs them."""
 
     def __init__(self, recipe: Recipe, family: Family, mode: str, inputs: Inputs, device: torch.device):
         self.recipe, self.family, self.mode, self.inputs, self.device = recipe, family, mode, inputs, device
@@ -124,30 +140,35 @@ class Encoder:
             yield work.null, "text", self.family.blank_caption(self.parts)
         for key, caption in work.texts.items():
             yield key, "text", self._text(caption, None)
-        if work.items:
-            opened = read_ahead(Opened(self.inputs), work.items, self.recipe.data.dataloader_num_workers)
-            for item, batch in opened:
-                yield from self.of_clip(item, batch)
+        if work.groups:
+            opened = read_ahead(Opened(self.inputs), work.groups, self.recipe.data.dataloader_num_workers)
+            for group in opened:
+                yield from self.of_group(group)
 
-    def of_clip(self, item: Item, batch: Batch | str) -> Iterator[Entry]:
-        if isinstance(batch, str):
-            yield from ((key, item.split, batch) for key in (item.clip, item.text) if key)
+    def of_group(self, group: Group) -> Iterator[Entry]:
+        for item, reason in group.failed:
+            yield from ((key, item.split, reason) for key in (item.clip, item.text) if key)
+        if group.batch is None:
             return
-        batch = batch.to(self.device)
-        if item.clip:
-            yield item.clip, item.split, self._clip(batch)
-        if item.text:
-            yield item.text, "text", self._text(batch.text[0], batch.pixels_BFCHW[:, 0])
+        batch = group.batch.to(self.device)
+        clips = self._clips(batch) if any(item.clip for item in group.items) else []
+        for i, item in enumerate(group.items):
+            if item.clip:
+                yield item.clip, item.split, clips[i]
+            if item.text:
+                yield item.text, "text", self._text(batch.text[i], batch.pixels_BFCHW[i : i + 1, 0])
 
-    def _clip(self, batch: Batch) -> Tensors:
-        """All but the text; of what is kept, the answer if the draw drops it, then if the draw keeps it."""
+    def _clips(self, batch: Batch) -> list[Tensors]:
+        """Of each, all but the text; of what is kept, the answer if the draw drops it, then if the draw keeps it."""
         answers = []
         for drawn in (False, True):
             batch.keep = {name: torch.full_like(keep_B, drawn) for name, keep_B in batch.keep.items()}
             answers.append(self.family.keep(batch, self.mode))
         options = encode_options(self.recipe)
         made = self.family.encode(self.parts, batch, self.mode, options=options, described=Described({}))
-        return made.tensors() | {f"keep.{name}": torch.cat([answer[name] for answer in answers]) for name in made.keep}
+        kept = {f"keep.{name}": torch.stack([answer[name] for answer in answers], 1).flatten() for name in made.keep}
+        rows = {name: tensor.chunk(len(batch.text)) for name, tensor in (made.tensors() | kept).items()}
+        return [{name: cut[i] for name, cut in rows.items()} for i in range(len(batch.text))]
 
     def _text(self, caption: str, picture_BCHW: torch.Tensor | None) -> Tensors:
         described = self.family.describe(self.parts, [caption], picture_BCHW)
@@ -155,16 +176,28 @@ class Encoder:
         return {f"{part}.{name}": value for part, table in tables.items() for name, value in table.items()}
 
 
-class Opened(Dataset[tuple[Item, Batch | str]]):
-    """(item, its batch of one, or why it cannot be read)"""
+class Group(NamedTuple):
+    """Items that are encoded together, read."""
+
+    items: list[Item]  # in the order of the batch
+    batch: Batch | None  # None: none could be read
+    failed: list[tuple[Item, str]]  # and why
+
+
+class Opened(Dataset[Group]):
+    """Items -> Group"""
 
     def __init__(self, inputs: Inputs):
         self.inputs, self.plan = inputs, inputs.plan(0)
         self.readers: dict[Split, Reader] = {"train": inputs.reader, "held_out": inputs.held_out_reader}
 
-    def __getitem__(self, item: Item) -> tuple[Item, Batch | str]:
-        draw = ways(self.inputs, self.plan, item.split, item.row)[item.variant]
-        try:
-            return item, collate([self.readers[item.split].open(draw)])
-        except (MediaError, CameraError) as error:
-            return item, str(error)
+    def __getitem__(self, items: list[Item]) -> Group:
+        read, failed = [], []
+        for item in items:
+            draw = ways(self.inputs, self.plan, item.split, item.row)[item.variant]
+            try:
+                read.append((item, self.readers[item.split].open(draw)))
+            except (MediaError, CameraError) as error:
+                failed.append((item, str(error)))
+        batch = collate([sample for _, sample in read]) if read else None
+        return Group([item for item, _ in read], batch, failed)

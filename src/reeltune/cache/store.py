@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import flush_folder, whole_file, writing
-from reeltune.core.reading import bare_name, few, json_value, reason_of
+from reeltune.core.reading import as_user_error, bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
@@ -72,7 +72,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     manifest, problems = Manifest(), []
     for part in parts(folder):
-        *lines, _ = part.read_bytes().split(b"\n")
+        with as_user_error(part, "cannot be read", "remove it, and reeltune cache encodes again what it named"):
+            *lines, _ = part.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 _take(manifest, json_value(line))
@@ -256,7 +257,7 @@ def _mapped(path: str, blake2b: str) -> tuple[Any, dict[str, list[str]]]:
 def size_of(path: Path) -> int:
     """-1 where there is no file."""
     try:
-        return path.stat().st_size
+        return path.stat().st_size if path.is_file() else -1
     except OSError:
         return -1
 

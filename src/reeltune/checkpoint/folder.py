@@ -51,8 +51,11 @@ WEIGHTS = ("transformer", ADAPTER, SHARES, *PARTS.values())  # beginnings of the
 
 def complete(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.match(path.name)]
-    return sorted((path for path in folders if (path / "progress.json").is_file()), key=step_of)
+    return sorted(filter(is_complete, Path(output_dir).glob("checkpoint-*")), key=step_of)
+
+
+def is_complete(path: Path) -> bool:
+    return NAME.match(path.name) is not None and (path / "progress.json").is_file()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -305,6 +308,24 @@ def verify(checkpoint: Path, *, under: tuple[str, ...] = ("",)) -> None:
         under = (checkpoint.name,)
     if lines := digests.damages(inside, under=under):
         raise damaged(inside, lines)
+
+
+def holder_of(weights: Path) -> tuple[Path, tuple[str, ...]] | None:
+    """Of a folder or file of weights: the checkpoint of ours that it is or lies in, and beginnings of the names of its
+    files there. None for weights of elsewhere."""
+    path = weights.absolute()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "progress.json").is_file():
+            inside = path.relative_to(folder).as_posix()
+            return folder, WEIGHTS if folder == path else (inside if path.is_file() else f"{inside}/",)
+    return None
+
+
+def verify_weights(weights: Path | None) -> None:
+    """As `verify`, of the given weights alone; None, and weights of elsewhere, are taken as they are."""
+    if weights is not None and (held := holder_of(weights)) is not None:
+        folder, under = held
+        verify(folder, under=under)
 
 
 def damaged(checkpoint: Path, lines: list[str]) -> UserError:

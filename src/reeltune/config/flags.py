@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reeltune.config.parse import TRUTH, Setting, settings
+from reeltune.config.parse import Setting, settings
 
 
 def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
@@ -38,8 +38,8 @@ def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
 def _taken(setting: Setting | None, left: list[str]) -> list[str]:
     """Takes from `left` the words that belong to a flag."""
     count = next((i for i, token in enumerate(left) if token.startswith("--")), len(left))
-    if setting is not None and setting.stands_alone:
-        count = int(count > 0 and (left[0].lower() in TRUTH or left[0] in setting.choices))
+    if setting is not None and setting.stands_alone:  # what is behind it may be the recipe
+        count = int(count > 0 and not left[0].endswith((".yaml", ".yml")))
     elif setting is None or not setting.is_list:
         count = min(count, 1)
     taken, left[:] = left[:count], left[count:]

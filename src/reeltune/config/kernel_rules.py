@@ -52,12 +52,6 @@ def _compile(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     parallel = recipe.parallel
     if recipe.training.compile == "none":
         return
-    if recipe.model.expert == "both":
-        yield (
-            ("compile", "expert"),
-            "compile is blocks and expert is both; torch keeps what is compiled for one of two networks of a kind; "
-            "train them in two runs, or set compile to none",
-        )
     if recipe.adapter.use_dora:
         yield (
             ("compile", "use_dora"),

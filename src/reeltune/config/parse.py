@@ -91,26 +91,26 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """All fields of a Recipe by name, in the order in which they are written down."""
-    found: dict[str, Setting] = {}
+    by_name: dict[str, Setting] = {}
     for section, kind in get_type_hints(Recipe).items():
         hints = get_type_hints(kind)
         for field in fields(kind):
-            assert field.name not in found, f"{field.name} is in two sections"
-            found[field.name] = Setting(section, field.name, hints[field.name], field.default)
-    return found
+            assert field.name not in by_name, f"{field.name} is in two sections"
+            by_name[field.name] = Setting(section, field.name, hints[field.name], field.default)
+    return by_name
 
 
 @cache
 def sentences() -> dict[str, str]:
     """The sentence under each field, which is its help text."""
-    found: dict[str, str] = {}
+    by_field: dict[str, str] = {}
     for section in ast.parse(Path(inspect.getfile(Recipe)).read_text(encoding="utf-8")).body:
         body = section.body if isinstance(section, ast.ClassDef) else []
         for field, below in pairwise(body):
             match field, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
-                    found[name] = " ".join(sentence.split())  # in one line
-    return found
+                    by_field[name] = " ".join(sentence.split())  # in one line
+    return by_field
 
 
 # ---- building
@@ -122,16 +122,16 @@ def build(
     *,
     where: str = "recipe",
     required: Iterable[str] = (),
-    found: Iterable[str] = (),
+    before: Iterable[str] = (),
 ) -> Recipe:
     """A Recipe of the flat `tree`, with `overrides` on top. Values are typed, or text as in YAML and flags.
 
-    Raises UserError with the problems `found` before, every unknown key, wrong type, broken rule, and every
+    Raises UserError with the problems seen `before`, every unknown key, wrong type, broken rule, and every
     `required` field that is not given.
     """
     known = settings()
     values: dict[str, Any] = {}
-    problems = list(found)
+    problems = list(before)
     given = {**tree, **(overrides or {})}
     unknown = [name for name in given if name not in known]
     for name, value in given.items():

@@ -153,13 +153,15 @@ class Training:
     """Recompute activations in the backward pass: less memory, about a third more time. With attention_kept, what
     attention gave is kept, and all else recomputed."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Kernel of the trained network's attention, of those that torch has. auto: as torch chooses for each shape."""
+    """Kernel of the trained network's attention, of those that torch has. auto: on a GPU the soonest of a trial before
+    the first step, which checkpoints keep."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch compiles the network's repeated blocks before the first step, for training alone."""
     low_vram: bool = False
     """VAE and encoders wait in the CPU's memory between uses."""
     vae_mini_batch: int = 0
-    """Accepted and ignored: clips are encoded one at a time, so that none depends on its neighbours."""
+    """Clips of a batch, and of a cache that is filled, that the VAE and the picture encoder take at once. 0 and 1: each
+    alone, so that no bit of it depends on its neighbours; with more, the last bits do."""
     allow_tf32: bool = False
     """Use TF32 for fp32 matrix products and convolutions on NVIDIA GPUs."""
     deterministic: bool = False

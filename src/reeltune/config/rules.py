@@ -310,13 +310,14 @@ def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """It finds one rate for all weights, from all of them at once."""
     if not recipe.optimization.use_prodigy:
         return
-    rate = recipe.optimization.learning_rate
-    if rate < LEAST_OF_PRODIGY:
-        yield (
-            ("use_prodigy", "learning_rate"),
-            f"use_prodigy is true and learning_rate is {rate}, by which it multiplies the rate that it finds; write 1, "
-            f"or at least {LEAST_OF_PRODIGY}",
-        )
+    for name in ("learning_rate", "low_expert_learning_rate"):
+        rate = getattr(recipe.optimization, name)
+        if rate is not None and rate < LEAST_OF_PRODIGY:
+            yield (
+                ("use_prodigy", name),
+                f"use_prodigy is true and {name} is {rate}, by which it multiplies the rate that it finds; write 1, "
+                f"or at least {LEAST_OF_PRODIGY}",
+            )
     others = {
         "lora_plus_ratio": (recipe.adapter.lora_plus_ratio, Adapter.lora_plus_ratio),
         "trainable_modules_low_learning_rate": (recipe.model.trainable_modules_low_learning_rate, ()),

@@ -76,8 +76,8 @@ class Judge:
     def unmeasured(self) -> str:
         """What to tell where it is None for every clip."""
         return (
-            f"obedience is not measured: of no preview is there a control of kind {self.kind} to hold against what is "
-            "found on it; is control_kind what the controls are?"
+            f"obedience is not measured: of no preview is there a control of kind {self.kind}, and on it what the "
+            "detector finds; is control_kind what the controls are? are previews large and long enough?"
         )
 
 

@@ -71,7 +71,8 @@ def write_list(out: Path, found: Sequence[Outcome]) -> int:
     ]
     if not rows:
         told = [f"entry {one.entry.number}, {one.entry.named}: {one.reason}" for one in found[:8]]
-        raise UserError(str(out), [f"{out} is not written, as no entry got a control", *told])
+        why = f"{out} is not written, as no entry got a control; {page_of(out).name} shows them"
+        raise UserError(str(out), [why, *told])
     with whole_file(out) as file:
         json.dump(rows, file, indent=2, ensure_ascii=False)
         file.write("\n")

@@ -69,7 +69,11 @@ def _card(kind: Kind, data_dir: Path, one: Outcome) -> Card:
     return Card(
         named=one.entry.named or f"entry {one.entry.number}",
         score="" if one.score is None else f"{one.score:.2f}",
-        facts=[(name.replace("_", " "), f"{value:.3g}") for name, value in facts.items()],
+        facts=[
+            (name.replace("_", " "), f"{value:.3g}")
+            for name, value in facts.items()
+            if (one.entry.media, name) != ("image", "steady_share")
+        ],
         reason=one.reason,
         pictures=_pictures(kind, data_dir, one),
     )

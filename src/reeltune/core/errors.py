@@ -43,6 +43,16 @@ def refuse(where: str, problems: Sequence[str]) -> None:
 
 
 @contextmanager
+def named_by(setting: str, path: str) -> Iterator[None]:
+    """Within, what is wrong with a file is told of the recipe's setting that names it."""
+    try:
+        yield
+    except UserError as error:
+        inside = "" if error.where == path or "/" not in error.where else f"{error.where}: "
+        raise UserError("recipe", [f"{setting} is {path!r}: {inside}{line}" for line in error.problems]) from error
+
+
+@contextmanager
 def together(where: str) -> Iterator[Callable[..., Any]]:
     """Gives `attempt(f, *args)`: f(*args), or None where it raised UserError. At the end all problems are raised."""
     problems: list[str] = []

@@ -22,6 +22,7 @@ REFUSED = (
     errno.EPERM,
     errno.EIO,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
 )

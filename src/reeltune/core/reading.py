@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,8 +78,7 @@ def foreign(head: bytes) -> tuple[str, str] | None:
 
 def beginning(path: Path, count: int = 512) -> bytes:
     """Raises UserError for what is no file or cannot be opened."""
-    if not path.is_file():
-        raise UserError(str(path), absent(path))
+    refuse_absent(path)
     with as_user_error(path, "cannot be read", "look at its rights, and at the disk"), path.open("rb") as file:
         return file.read(count)
 
@@ -95,6 +94,12 @@ def absent(path: Path) -> str:
     )
 
 
+def refuse_absent(path: Path) -> None:
+    """Raises UserError for what is something else than a file."""
+    if not path.is_file():
+        raise UserError(str(path), absent(path))
+
+
 def refuse_foreign(path: Path, expected: str, remedy: str = AGAIN) -> None:
     """Raises UserError if the file is empty, or plainly something else than `expected`."""
     head = beginning(path)
@@ -108,6 +113,17 @@ def few(items: Sequence[str], most: int = 8) -> list[str]:
     """The first of them, and a count of the others."""
     more = len(items) - most
     return [*items[:most], f"and {more:,} more"] if more > 1 else list(items)
+
+
+def grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """(what, its rule) each, or ("", all of it): one line for each rule, with the first that breaks it."""
+    by_rule: dict[str, list[str]] = {}
+    for what, rule in problems:
+        by_rule.setdefault(rule, []).append(what)
+    return [
+        f"{whats[0]}{f' (and {len(whats) - 1:,} more)' if len(whats) > 1 else ''} {rule}".lstrip()
+        for rule, whats in by_rule.items()
+    ]
 
 
 def brief(value: Any, most: int = 120) -> str:

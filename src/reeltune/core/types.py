@@ -189,8 +189,8 @@ class Batch:
         """For `encode`, in modes that need a mask; elsewhere what it makes must not depend on chance."""
         return [draw.seen_seed for draw in self.draws]
 
-    def singles(self) -> list[Batch]:
-        """Its samples, each a batch of one."""
+    def groups(self, count: int) -> list[Batch]:
+        """Batches of so many of its samples, the last of what is left."""
 
         def cut(tensor: Tensor | None, at: slice) -> Tensor | None:
             return None if tensor is None else tensor[at]
@@ -207,7 +207,7 @@ class Batch:
                 camera_BFCHW=cut(self.camera_BFCHW, at),
                 mask_BFHW=cut(self.mask_BFHW, at),
             )
-            for at in (slice(i, i + 1) for i in range(len(self.text)))
+            for at in (slice(i, i + count) for i in range(0, len(self.text), count))
         ]
 
     def pin_memory(self) -> Batch:

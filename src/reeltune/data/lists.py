@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import io
 import json
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
+from reeltune.core.reading import foreign
 
 ENDINGS = (".json", ".jsonl", ".csv")
 COLUMNS = ("file_path", "text")  # that a CSV header must name
@@ -29,7 +32,6 @@ OTHER_KEYS = {
 }  # fmt: skip
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
 _FOREIGN_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -40,6 +42,24 @@ _FOREIGN_MARKS = {
 
 class Misshapen(str):
     """A row that has no fields, and why."""
+
+
+class Twice(dict[str, Any]):
+    """An object that gives some names more than once; of each the last value is in it."""
+
+    names: tuple[str, ...] = ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    twice, counts = Twice(fields), Counter(name for name, _ in pairs)
+    twice.names = tuple(name for name, count in counts.items() if count > 1)
+    return twice
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_list(meta: Path) -> bytes:
@@ -54,7 +74,17 @@ def read_list(meta: Path) -> bytes:
             raise UserError(str(meta), f"is {size} large, and a list may have {most}; leave out what is not needed")
         return meta.read_bytes()
     except OSError as error:
-        raise UserError(str(meta), f"cannot be read: {error.strerror}") from None
+        raise UserError(str(meta), f"cannot be read: {error.strerror}{_near(meta)}") from None
+
+
+def _near(meta: Path) -> str:
+    """Lists beside it that may be what is meant."""
+    try:
+        lists = [path.name for path in meta.parent.iterdir() if path.suffix.lower() in ENDINGS and path != meta]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(meta.name, lists, n=3)
+    return f"; near are {', '.join(close)}" if close else ""
 
 
 def renames(keys: Iterable[Any]) -> list[tuple[str, str]]:
@@ -82,6 +112,8 @@ def rows(meta: Path, data: bytes) -> Iterator[Any]:
 
 
 def _decoded(meta: Path, data: bytes) -> str:
+    if known := foreign(data[:512]):
+        raise UserError(str(meta), f"the file is {known[0]}; {known[1]}")
     remedy = "save the file as UTF-8"
     for mark, name in _FOREIGN_MARKS.items():
         if data.startswith(mark):
@@ -199,5 +231,7 @@ def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     if value is None:
         return "null"
-    names = {bool: "true or false", str: "a string", list: "a list", dict: "an object", int: "a number"}
+    if isinstance(value, dict):
+        return "an object"
+    names = {bool: "true or false", str: "a string", list: "a list"}
     return names.get(type(value), "a number")

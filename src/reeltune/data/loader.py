@@ -25,7 +25,7 @@ from reeltune.core.types import Batch, Draw, Encoded, MaskLaw, Progress, Record,
 from reeltune.data.camera import CameraError, rays, read_poses, resample
 from reeltune.data.masks import draw_mask
 from reeltune.data.media import MediaError, frames_on_show, read_frames
-from reeltune.data.plan import Plan
+from reeltune.data.plan import Plan, refuse_empty
 
 FILES_A_WORKER = 20  # open at once: pipes, and two batches of shared tensors on their way
 ATTEMPTS = 8  # files tried in one place of a batch before the run is stopped
@@ -188,9 +188,7 @@ def stream(
     Raises UserError where no record can be used, where no file can be read, and where a worker process dies.
     """
     plan = reader.plan(start.epoch)
-    if not plan.micro_steps_before(1):
-        reasons = [f"{reader.records[record].path}: {reason}" for record, reason in plan.left_out]
-        raise UserError("train_data_meta: nothing to train on", reasons or ["it has no usable entry"])
+    refuse_empty(plan, reader.records)
     places = _Places(start, plan.micro_steps_before, rank, world, passes)
     for (epoch, k, _, _), batch in zip(places, read_ahead(_Handed(reader), places, workers), strict=False):
         if isinstance(batch, UserError):

@@ -1,10 +1,15 @@
-"""Every file measured once: in parallel, within a time limit, and remembered until it changes.  (no torch)"""
+"""Every file measured once: in parallel, within a time limit, and remembered until it changes.  (no torch)
+
+What is limited is processor time, so that how busy the machine is decides about no file.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
@@ -23,6 +29,8 @@ from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measu
 INDEX_VERSION = 2  # raise it when a Measure is found otherwise
 SAVE_SECONDS = 30.0  # between saves while measuring
 START_SECONDS = 1200.0  # that a process may take to import what it needs: of a busy machine's share, hundreds
+# In which a process that reads a file waits and does not compute at all: its disk or network share does not answer.
+STILL_SECONDS = 60.0
 ABSENT = [-1, -1]  # stamp of a file that is not there
 
 
@@ -77,8 +85,8 @@ def measure_files(
 ) -> list[Finding]:
     """A Finding for each file. Those in the index with the same stamp are not opened.
 
-    A file that takes longer than `seconds_per_file`, or kills its process, is found unusable. `progress(done, total)`.
-    Raises UserError if no process can be started.
+    A file that takes more processor time than `seconds_per_file`, stands still, or kills its process, is found
+    unusable. `progress(done, total)`. Raises UserError if no process can be started.
     """
     index = _load_index(index_dir, decode_check)
     keys = [":".join(filter(None, (file.kind, file.path, file.clip))) for file in files]
@@ -177,40 +185,72 @@ def _examine(file: File, decode_check: DecodeCheck) -> Finding:
         return Finding(None, str(error), error.lasting, error.remedy)
 
 
-def _serve(link: Connection, decode_check: DecodeCheck) -> None:
+def _serve(link: Connection, decode_check: DecodeCheck, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     try:
         link.send(None)  # ready: imports do not count against a file
         while True:
-            link.send(_examine(link.recv(), decode_check))
+            file = link.recv()
+            end_after(seconds)
+            link.send(_examine(file, decode_check))
     except (EOFError, ConnectionError):  # the parent is gone; reset where something that we sent was not read
         return
+
+
+def end_after(seconds: float) -> None:
+    """The system ends this process, by SIGXCPU, once it has computed for so long from now: no decoder prevents it."""
+    most = math.ceil(time.process_time() + seconds)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # which that signal would write
 
 
 class _Worker:
     """A process that can be killed when a decoder hangs, as a thread or a pool's process cannot."""
 
-    def __init__(self, decode_check: DecodeCheck):
+    def __init__(self, decode_check: DecodeCheck, seconds: float):
+        self.seconds = seconds  # of processor time, of a file
         context = multiprocessing.get_context("spawn")  # the parent may hold threads and devices
         self.link, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, decode_check), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, decode_check, seconds), daemon=True)
         self.process.start()
         theirs.close()
         self.file: int | None = None
-        self.deadline = time.monotonic() + START_SECONDS
+        self.computed_s = 0.0  # when it was last looked at
+        self.look_at = time.monotonic() + START_SECONDS
 
     def receive(self) -> tuple[Finding | None, bool]:
         """(its finding, or None if it has only just started; whether it lives)."""
         try:
             return self.link.recv(), True
         except (EOFError, ConnectionError):
-            return Finding(None, "ends the process that decodes it", lasting=False), False
+            self.process.join()
+            if self.process.exitcode == -signal.SIGXCPU:
+                reason = f"takes more than {self.seconds:g} s of processor time to decode"
+            else:
+                reason = "ends the process that decodes it"
+            return Finding(None, reason, lasting=False), False
 
-    def give(self, number: int, files: Sequence[File], seconds: float) -> None:
+    def give(self, number: int, files: Sequence[File]) -> None:
         self.file = number
         with suppress(ConnectionError):  # it has died since: `receive` finds out
             self.link.send(files[number])
-        self.deadline = time.monotonic() + seconds
+        self.computed_s, self.look_at = -1.0, time.monotonic() + STILL_SECONDS
+
+    def stands_still(self) -> bool:
+        """Whether it waits, and has not computed since it was last looked at; else it is looked at again later. A busy
+        machine may give it no time to compute, but then it does not wait."""
+        if self.file is None:  # it has not begun
+            return True
+        before = self.computed_s
+        with suppress(psutil.NoSuchProcess):  # it has just ended: `receive` finds out
+            process = psutil.Process(self.process.pid)
+            times = process.cpu_times()
+            self.computed_s = times.user + times.system
+            if self.computed_s == before and process.status() != psutil.STATUS_RUNNING:
+                return True
+        self.look_at = time.monotonic() + STILL_SECONDS
+        return False
 
     def close(self) -> None:
         self.process.kill()
@@ -233,16 +273,18 @@ def _run(
     """(number, finding) as they come. Processes that do not start are done without. Raises UserError if all do not."""
     todo = iter(numbers)
     left = len(numbers)
-    crew = [_Worker(decode_check) for _ in range(min(workers, left))]
+    crew = [_Worker(decode_check, seconds) for _ in range(min(workers, left))]
     try:
         while left:
-            timeout = max(min(worker.deadline for worker in crew) - time.monotonic(), 0)
+            timeout = max(min(worker.look_at for worker in crew) - time.monotonic(), 0)
             wait([worker.link for worker in crew], timeout)
             for worker in list(crew):
                 if worker.link.poll():
                     finding, alive = worker.receive()
-                elif time.monotonic() >= worker.deadline:
-                    finding, alive = Finding(None, f"takes more than {seconds:g} s to decode", lasting=False), False
+                elif time.monotonic() >= worker.look_at and worker.stands_still():
+                    reason = f"stands still: nothing of it has come for {STILL_SECONDS:g} s"
+                    remedy = "see that its disk or network share answers"
+                    finding, alive = Finding(None, reason, lasting=False, remedy=remedy), False
                 else:
                     continue
                 given = worker.file
@@ -251,12 +293,12 @@ def _run(
                     left -= 1
                 number = next(todo, None) if alive else None
                 if number is not None:
-                    worker.give(number, files, seconds)
+                    worker.give(number, files)
                     continue
                 worker.close()
                 crew.remove(worker)
                 if given is not None and not alive and left:
-                    crew.append(_Worker(decode_check))
+                    crew.append(_Worker(decode_check, seconds))
                 if left and not crew:
                     raise _not_started(worker.process.exitcode)
     finally:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reeltune.core.types import Kind
-from reeltune.data.lists import Misshapen, kind_of, renames
+from reeltune.data.lists import Misshapen, Twice, kind_of, renames
 from reeltune.data.records import Records
 
 __all__ = ["Folder", "LeftOut", "Problem", "Records", "Row", "check_row", "shown"]
@@ -87,7 +87,7 @@ class Folder:
 
 def shown(value: Any) -> str:
     """A value in a message: one line, escaped, cut to SHOWN characters."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) and value.strip() and value.isprintable() else repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
@@ -100,6 +100,9 @@ def check_row(fields: Any, folder: Folder, needs: frozenset[str]) -> Row:
     if not isinstance(fields, dict):
         row.problems.append(Problem(f"is {kind_of(fields)}, not an object", 'Write {"file_path": ..., "text": ...}'))
         return row
+    if isinstance(fields, Twice):
+        names = ", ".join(map(shown, fields.names))
+        row.problems.append(Problem(f"gives {names} more than once", "Leave all but one out"))
     named = fields.get("file_path")
     row.named = named if isinstance(named, str) else ""
     if named is None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from reeltune.core.errors import UserError
+from reeltune.core.reading import few
 from reeltune.core.rng import dice, permutation, seed_of, uniform
 from reeltune.core.types import Draw, Kind, Record, Shape
 from reeltune.data.shapes import (
@@ -47,6 +50,18 @@ class Measures(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int, /) -> Record: ...  # asked for with variants alone
+
+
+def sampled_lengths(records: Measures, rules: SizeRules) -> np.ndarray:
+    """int[records]: frames that each gives: 1 of a picture, 0 of a clip that is too short for any."""
+    return np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
+
+
+def refuse_empty(plan: Plan, records: Sequence[Record]) -> None:
+    """Raises UserError with the reason of each of its records, if none gives a sample."""
+    if not plan.micro_steps_before(1):
+        reasons = [f"{records[record].path}: {reason}" for record, reason in plan.left_out]
+        raise UserError("train_data_meta: nothing to train on", few(reasons) or ["it has no usable entry"])
 
 
 def strata_over(group: int, steps: int = 1000) -> int:
@@ -93,7 +108,7 @@ class Plan:
         self._records, self._rules, self._variants = records, rules, variants
         self.group, self._strata, self._seed, self._epoch, self._runs_on = group, strata, seed, epoch, runs_on
         video = np.asarray(records.kind_video)
-        lengths = np.where(video, clip_length(rules, records.frames, records.fps), 1)
+        lengths = sampled_lengths(records, rules)
         self.left_out = [(i, self._too_short(i)) for i in np.flatnonzero(lengths == 0).tolist()]
         times = np.where(lengths == 0, 0, np.where(video, max(video_repeat, 1), 1))
         items = np.repeat(np.arange(len(records), dtype=np.int32), times)

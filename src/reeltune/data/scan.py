@@ -63,6 +63,7 @@ def scan(
     needs             what the mode cannot do without, of "control" and "camera"; controls of no use are not opened
     index_dir         where to remember findings; a second start then reads changed files alone
     workers           processes that measure
+    seconds_per_file  of processor time; a file that takes more is left out
     progress          called with (files done, files)
     just_scanned      another process of this run has put it into index_dir: files are not looked at again
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
@@ -96,11 +97,11 @@ def scan(
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(str(meta), f"cannot be checked: {error.strerror}; raise that limit (ulimit -n)") from error
         raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
-    _refuse_bad(meta, found, max_bad_share)
+    _refuse_bad(meta, data_dir, found, max_bad_share)
     return found
 
 
-def _refuse_bad(meta: Path, found: Scan, max_bad_share: float) -> None:
+def _refuse_bad(meta: Path, data_dir: Path, found: Scan, max_bad_share: float) -> None:
     bad, total = len(found.left_out), found.entries
     if total == 0:
         raise UserError(str(meta), "the list is empty: there is nothing to train on")
@@ -108,6 +109,8 @@ def _refuse_bad(meta: Path, found: Scan, max_bad_share: float) -> None:
         rule = "nothing is left to train on"
         if bad < total:
             rule = f"max_bad_share allows {max_bad_share:.2%}; mend them, or raise max_bad_share to train without them"
+        elif not data_dir.is_dir():
+            rule += f"; train_data_dir {str(data_dir)!r}, where their paths begin, is no folder; mend it"
         head = f"{bad} of {total} entries ({bad / total:.2%}) cannot be used; {rule}"
         raise UserError(str(meta), [head, *map(str, found.left_out)])
 

@@ -30,7 +30,7 @@ def write_checkpoint(folder: Path) -> Path:
         tokenizer().save_pretrained(tokenizer_dir)
         write_released(
             folder,
-            shipped(transformer(), "transformer"),
+            {"": shipped(transformer(), "transformer")},
             shipped(vae(), "vae"),
             text_encoder(),
             image_encoder(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from reeltune.cache.fill import fill
 from reeltune.config.recipe import (
@@ -27,6 +28,8 @@ from reeltune.config.recipe import (
 from reeltune.core.errors import UserError
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
+from reeltune.demo.tiny import wan
+from reeltune.families.wan_fun.sizes import CHANNELS_2_2
 from reeltune.reporting import report
 from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
@@ -44,6 +47,7 @@ class Shown:
     recipe: str = ""  # with which to go on
     adapter_recipe: str = ""  # with which to go on from --adapter
     model: str = ""  # on the Hugging Face Hub
+    expert: Literal["both"] | None = None  # of two networks, which learn
 
 
 def run(
@@ -69,7 +73,7 @@ def run(
     model.mkdir()
     recipe = recipe_of(data, meta, held_out_meta, shown.write(model), out_dir / "run", steps=steps or 450)
     if shown.about:
-        recipe = of_untrained(recipe, steps=steps or 60)
+        recipe = of_untrained(recipe, steps=steps or 60, expert=shown.expert)
     if adapter:
         recipe = replace(recipe, adapter=Adapter(rank=16, train_whole=() if shown.about else CONTROL_IN))
     code = (fill(recipe) if recipe.cache.cache_folder else 0) or train(recipe)
@@ -99,6 +103,7 @@ def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
             f"--pretrained_model_name_or_path FOLDER_OF_{shown.model.partition('/')[2]} --train_data_dir YOUR_CLIPS "
             "--train_data_meta YOUR_CLIPS/metadata_control.json"
         )
+        then += f" --expert {shown.expert}" if shown.expert else ""
     return [*lines, then]
 
 
@@ -137,7 +142,9 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
             image_sample_size=SIDE,
         ),
         cache=Cache(cache_folder=str(run_dir.with_name("cache")), cache_variants=VARIANTS),
-        training=Training(train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no"),
+        training=Training(
+            train_batch_size=4, max_train_steps=steps, num_train_epochs=1000, mixed_precision="no", vae_mini_batch=4
+        ),
         loss=Loss(uniform_sampling=True),
         optimization=Optimization(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=10),
         output=Output(output_dir=str(run_dir), checkpointing_steps=steps, logging_steps=20, report_to=("none",)),
@@ -145,11 +152,11 @@ def recipe_of(data: Path, meta: Path, held_out_meta: Path, model: Path, run_dir:
     )
 
 
-def of_untrained(recipe: Recipe, *, steps: int) -> Recipe:
+def of_untrained(recipe: Recipe, *, steps: int, expert: Literal["both"] | None) -> Recipe:
     """Smaller and shorter, in the checkpoint's own mode."""
     return replace(
         recipe,
-        model=Model(pretrained_model_name_or_path=recipe.model.pretrained_model_name_or_path),
+        model=Model(pretrained_model_name_or_path=recipe.model.pretrained_model_name_or_path, expert=expert),
         sizes=replace(recipe.sizes, video_sample_n_frames=9, video_sample_size=64, image_sample_size=64),
         cache=Cache(),
         training=replace(recipe.training, max_train_steps=steps),
@@ -168,7 +175,11 @@ def _untrained(family: str, folder: Path) -> Path:
 
 
 def _of(family: str, recipe: str, model: str) -> Shown:
-    return Shown(partial(_untrained, family), RANDOM, recipe, recipe.replace(".yaml", "_lora.yaml"), model)
+    return _random(partial(_untrained, family), recipe, model)
+
+
+def _random(write: Callable[[Path], Path], recipe: str, model: str, expert: Literal["both"] | None = None) -> Shown:
+    return Shown(write, RANDOM, recipe, recipe.replace(".yaml", "_lora.yaml"), model, expert)
 
 
 FAMILIES = {
@@ -177,6 +188,19 @@ FAMILIES = {
         recipe="wan2.1_fun_v1.1_1.3b_control.yaml",
         adapter_recipe="wan2.1_fun_v1.1_1.3b_control_lora_12gb.yaml",
         model="alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
+    ),
+    "wan2.1_t2v": _random(wan.write_checkpoint, "wan2.1_1.3b_t2v.yaml", "Wan-AI/Wan2.1-T2V-1.3B"),
+    "wan2.1_i2v": _random(
+        partial(wan.write_checkpoint, sees_picture=True), "wan2.1_14b_i2v.yaml", "Wan-AI/Wan2.1-I2V-14B-480P"
+    ),
+    "wan2.2_a14b": _random(
+        partial(wan.write_checkpoint, experts=("high", "low")),
+        "wan2.2_a14b_t2v.yaml",
+        "Wan-AI/Wan2.2-T2V-A14B",
+        expert="both",
+    ),
+    "wan2.2_5b": _random(
+        partial(wan.write_checkpoint, channels=CHANNELS_2_2), "wan2.2_5b_ti2v.yaml", "Wan-AI/Wan2.2-TI2V-5B"
     ),
     "easyanimate": _of("easyanimate", "easyanimate_v5.1_7b_control.yaml", "alibaba-pai/EasyAnimateV5.1-7b-zh-Control"),
     "hunyuan_video": _of("hunyuan_video", "hunyuan_video_t2v.yaml", "hunyuanvideo-community/HunyuanVideo"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
@@ -50,11 +49,10 @@ def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times:
         hook.remove()
 
 
-def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, times: Times, fake: FakeTensorMode) -> None:
+def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, times: Times) -> None:
     """As a backward pass would have left them."""
     for parameter in parameters:
-        with fake:
-            parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.empty_like(parameter)
         tracker.own([parameter.grad], "gradients", times(parameter))
 
 

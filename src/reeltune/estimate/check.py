@@ -40,13 +40,13 @@ def check(recipe: Recipe) -> Iterator[str]:
 
 
 def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
-    found, data = inputs.scan, recipe.data
-    videos = int(found.records.kind_video.sum())
-    yield f"data     {data.train_data_meta}: {_count(found.entries, 'entry', 'entries')}; usable: " + (
-        f"{_count(videos, 'video')} and {_count(len(found.records) - videos, 'image')}"
+    scan, data = inputs.scan, recipe.data
+    videos = int(scan.records.kind_video.sum())
+    yield f"data     {data.train_data_meta}: {_count(scan.entries, 'entry', 'entries')}; usable: " + (
+        f"{_count(videos, 'video')} and {_count(len(scan.records) - videos, 'image')}"
     )
-    yield f"left out {len(found.left_out)} ({len(found.left_out) / found.entries:.1%}; up to {data.max_bad_share:.1%})"
-    yield from (f"         {row}" for row in found.left_out)
+    yield f"left out {len(scan.left_out)} ({len(scan.left_out) / scan.entries:.1%}; up to {data.max_bad_share:.1%})"
+    yield from (f"         {row}" for row in scan.left_out)
     if plan.left_out:
         yield f"short    {_count(len(plan.left_out), 'entry', 'entries')} of too few frames"
     for record, reason in plan.left_out:
@@ -55,7 +55,7 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
         yield f"unused   {_count(len(inputs.unsuited), 'entry', 'entries')} that teach this model nothing"
         yield from (f"         {row}" for row in inputs.unsuited)
     stale = stale_controls(inputs.train, inputs.held_out)
-    yield from (f"notice   {notice}" for notice in [*found.notices, *stale, *machine_notices(recipe)])
+    yield from (f"notice   {notice}" for notice in [*scan.notices, *stale, *machine_notices(recipe)])
     yield f"held out {_count(len(inputs.held_out), 'clip')}"
 
 

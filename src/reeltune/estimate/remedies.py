@@ -15,7 +15,7 @@ from reeltune.memory.lever import ALL
 from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
-TOLD = 3  # sets of changes named
+MOST_OFFERS = 3  # sets of changes named
 TRIES = 8  # sets of several changes that are estimated for one of them
 PCIE_BYTES_PER_S = 25e9  # of a x16 PCIe 4 link in practice; 31.5e9 by its standard
 
@@ -111,27 +111,26 @@ def search(
     try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]],
     before: tuple[Verdict, StepEstimate],
 ) -> list[Offer]:
-    """Up to TOLD sets of changes that make it fit with room to spare; none, if it has that. candidates: the cheapest
-    first.
+    """Up to MOST_OFFERS sets of changes that make it fit with room to spare; none, if it has that.
 
-    Each set does without the cheapest change of those before it, and without what includes that. Last come more
-    devices: the fewest that are enough by themselves, else the most, with changes beside.
+    candidates: the cheapest first. Each set does without the cheapest change of those before it, and without what
+    includes that. Last come more devices: the fewest that are enough by themselves, else the most, with changes beside.
     """
     if before[0].safe:
         return []
     tries = Tries(candidates, goes, try_out, {NONE: before})
     machines = frozenset(i for i, change in enumerate(candidates) if "gpus" in change.settings)
-    found: list[Chosen] = []
+    offered: list[Chosen] = []
     barred = machines
-    while len(found) < TOLD - bool(machines) and (grown := tries.grow(NONE, barred)) is not None:
-        found.append(grown)
+    while len(offered) < MOST_OFFERS - bool(machines) and (grown := tries.grow(NONE, barred)) is not None:
+        offered.append(grown)
         cheapest = candidates[min(grown)].settings.items()
         barred |= {i for i, change in enumerate(candidates) if cheapest <= change.settings.items()}
     if machines:
         enough = next((frozenset({i}) for i in sorted(machines) if tries.verdict(frozenset({i})).safe), None)
         grown = enough or tries.grow(frozenset({max(machines)}), machines)
-        found += [] if grown is None else [grown]
-    return [tries.offer(chosen) for chosen in found]
+        offered += [] if grown is None else [grown]
+    return [tries.offer(chosen) for chosen in offered]
 
 
 @dataclass

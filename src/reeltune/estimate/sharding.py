@@ -119,11 +119,6 @@ ENGINES = {
 }
 
 
-def name_of(engine: str | None, gpus: int) -> str:
-    """engine: that of the recipe. One process has nothing to shard."""
-    return "one" if gpus == 1 else engine or "ddp"
-
-
 def resting(step: StepEstimate, engine: str, gpus: int, *, offload: bool = False) -> tuple[int, int]:
     """Of a network of the same sizes whose turn it is not, where two learn in one run: (bytes on each GPU, bytes that
     each process has in the machine's own memory).

@@ -39,10 +39,6 @@ class Throughput:
     source: str
 
 
-def given(flops_per_s: float) -> Throughput:
-    return Throughput(flops_per_s, flops_per_s, "as given, taken as exact")
-
-
 def of_peak(peak_flops: float, device: str) -> Throughput:
     low, high = (share * peak_flops for share in REACHED)
     return Throughput(low, high, f"{REACHED[0]:.0%} to {REACHED[1]:.0%} of {device}'s peak; not measured")

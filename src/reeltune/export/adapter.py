@@ -14,7 +14,8 @@ from safetensors.torch import save
 
 from reeltune.adapters import saved, writing
 from reeltune.adapters.adapter import Adapter
-from reeltune.adapters.dialects import Found, Stored, adapter_of, counted, file_of, read_adapter, stored_in
+from reeltune.adapters.dialects import Found, adapter_of, counted, read_adapter
+from reeltune.adapters.files import Stored, file_of, stored_in
 from reeltune.adapters.loaders import BY_TOOL, LOADERS, Applied, applied
 from reeltune.adapters.networks import Network
 from reeltune.adapters.proof import Proof, prove, strengths
@@ -23,6 +24,7 @@ from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
+from reeltune.export.main import within_checkpoint
 from reeltune.run.base import Base
 
 
@@ -97,11 +99,12 @@ def tell(
     for key in (writing.OURS, "ss_base_model_version", "ss_sd_model_name", "modelspec.trigger_phrase"):
         if key in found.metadata:
             yield f"{key}: {found.metadata[key][:200]}"
-    for network in found.networks:
-        for loader in LOADERS:
-            if network.name in loader.names:
-                its = applied(loader, found.stored, network)
-                yield f"{loader.tool:16} {_strength(adapter, its)}"
+    yield from dict.fromkeys(  # of networks that are not told apart, many tools make one thing
+        f"{loader.tool:16} {_strength(adapter, applied(loader, found.stored, network))}"
+        for network in found.networks
+        for loader in LOADERS
+        if network.name in loader.names
+    )
 
 
 # ---- reading
@@ -112,6 +115,7 @@ def _problems(source: Path, out: Path) -> Iterator[str]:
         yield f"{source} is missing; give a checkpoint-N folder, or a file of an adapter"
     if out.suffix != ".safetensors":
         yield f"{out} is to be a file that ends in .safetensors"
+    yield from within_checkpoint(out)
     if out.exists():
         yield f"{out} is there already; give another"
 

@@ -186,8 +186,16 @@ def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
 
 def taken(out: Path) -> Iterator[str]:
     """Why nothing can be written there."""
+    yield from within_checkpoint(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield f"{out} is there already and is not an empty folder; give another"
+
+
+def within_checkpoint(out: Path) -> Iterator[str]:
+    """Why nothing is to be written there, though it could."""
+    whole = next((folder for folder in out.absolute().parents if checkpoints.is_complete(folder)), None)
+    if whole is not None:
+        yield f"{out} is within {whole}, which goes once the run has checkpoints_total_limit newer ones; give another"
 
 
 def _source(checkpoint: Path, ema: bool) -> Any:
@@ -239,7 +247,8 @@ def _tried(recipe: Recipe, folder: Path, outline: Mapping[str, Tensor]) -> str:
     model = recipe.model.pretrained_model_name_or_path
     if not model or not Path(model).is_dir():
         remedy = "--pretrained_model_name_or_path says where it is"
-        return f"no forward pass: the model that was trained is not at {model!r}; {remedy}"
+        why = f"the model that was trained is not at {model!r}" if model else "no recipe says what model this is of"
+        return f"no forward pass: {why}; {remedy}"
     needed, room = forward_check.needed_bytes(Path(model), folder), room_bytes()
     if needed > room:
         return f"no forward pass: it takes {needed / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB are free"

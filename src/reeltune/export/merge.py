@@ -160,10 +160,12 @@ def _inputs(source: Path, texts: Sequence[str], ema: bool, model: str | None) ->
     if ema and not of_run:
         problems.append(f"ema is of a run's adapter, and {source} keeps the whole network; leave it out")
     refuse("export", problems)
+    weights = other if of_run else str(source)
+    checkpoints.verify_weights(None if weights is None else Path(weights))
     base = Base(
         where,
         config_path=recipe.model.config_path,
-        transformer_path=other if of_run else str(source),
+        transformer_path=weights,
         expert=recipe.model.expert,
     )
     own = [of_checkpoint(source, base.outline, ema=ema)] if of_run else []

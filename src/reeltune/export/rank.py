@@ -22,9 +22,11 @@ from reeltune.core.files import writing
 from reeltune.core.reading import few
 from reeltune.distributed.engine import Engine
 from reeltune.export.main import taken
+from reeltune.families.spec import Family, learning
 from reeltune.run.base import Base, base_of
-from reeltune.run.data import gather
-from reeltune.run.model import choose_family, encode_options
+from reeltune.run.data import Inputs, gather
+from reeltune.run.experts import of_expert
+from reeltune.run.model import choose_family, chosen_objective, encode_options
 from reeltune.sampling.paired import band95
 from reeltune.sampling.sample import Setup
 from reeltune.sampling.trained import load_trained
@@ -65,16 +67,31 @@ class Measured:
 def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: Path | None = None) -> Iterator[str]:
     """Yields a line for each rank, and which is the smallest as good as the whole fine-tune; its adapter goes to `out`.
 
-    recipe: the run's, which names the base, the held-out clips and the levels of noise. Raises UserError for a
-    checkpoint of adapters, a run without held-out clips, and for `out` that is there already.
+    recipe: the run's, which names the base, the held-out clips and the levels of noise. Where both of two experts
+    learnt, each is measured at its own levels, and its adapter goes to a folder of its name in `out`. Raises UserError
+    for a checkpoint of adapters, a run without held-out clips, and for `out` that is there already.
     """
     refuse("rank", list(_problems(checkpoint, ranks, out)))
-    family, mode, objective = choose_family(recipe)
+    family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode)
     if not inputs.held_out_reader.records:
         raise UserError(
             "rank", "no clips are held out, so there is nothing to measure with; give --validation_data_meta FILE"
         )
+    for one in learning(family):
+        own = of_expert(recipe, one.expert)
+        if family.expert == one.expert:
+            yield from _of_network(own, one, mode, inputs, checkpoint, ranks, out)
+            continue
+        place = None if out is None else checkpoints.part_in(out, one.expert)
+        for line in _of_network(own, one, mode, inputs, checkpoint, ranks, place):
+            yield f"expert {one.expert}: {line}"
+
+
+def _of_network(
+    recipe: Recipe, family: Family, mode: str, inputs: Inputs, checkpoint: Path, ranks: Sequence[int], out: Path | None
+) -> Iterator[str]:
+    """As measure_ranks, of the recipe and the family of one that learnt."""
     training = recipe.training
     engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
     tuned = replace(
@@ -84,14 +101,14 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
         output=replace(recipe.output, resume_from_checkpoint=str(checkpoint)),
     )
     trained = load_trained(tuned, family, engine.device)
+    objective = chosen_objective(family, recipe.loss)
     setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe))
     levels, net = recipe.validation.held_out_levels, trained.parts.net
     held_out = HeldOut.build(
         setup, inputs.held_out_reader, inputs.rules, held_out_levels=levels, output_dir=checkpoint.parent
     )
     full = held_out.losses(net)
-    model = recipe.model
-    extracted = take_apart(net, trained.names, base_of(model), max(ranks))
+    extracted = take_apart(net, trained.names, base_of(recipe.model), max(ranks))
     before = held_out.losses(net)
     yield from _beginning(before, full, extracted)
     rows = []
@@ -107,15 +124,20 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
         rank = max(ranks) if chosen is None else chosen.rank
-        about = {
-            "family": family.name,
-            "base_model": model.pretrained_model_name_or_path,
-            "transformer_path": model.transformer_path,
-            "extracted_from": str(checkpoint),
-        }
         with writing(out):
-            saved.save(out, extracted.adapter(rank), about)
+            saved.save(out, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
         yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"
+
+
+def _about(model: recipes.Model, family: Family, checkpoint: Path) -> dict[str, str | None]:
+    """Of the adapter."""
+    told = {
+        "family": family.name,
+        "base_model": model.pretrained_model_name_or_path,
+        "transformer_path": model.transformer_path,
+        "extracted_from": str(checkpoint),
+    }
+    return told if family.expert is None else {**told, "expert": family.expert}
 
 
 @torch.no_grad()
@@ -140,8 +162,6 @@ def take_apart(net: nn.Module, names: dict[str, str], base: Base, most_rank: int
 def _problems(checkpoint: Path, ranks: Sequence[int], out: Path | None) -> Iterator[str]:
     if not (checkpoint / "progress.json").is_file():
         yield f"{checkpoint} is no complete checkpoint-N folder of a run"
-    elif checkpoints.parts(checkpoint):
-        yield f"{checkpoint} keeps two networks, and ranks are measured of one; train each in a run of its own"
     elif checkpoints.is_adapter(checkpoint):
         yield f"{checkpoint} keeps an adapter already; give a checkpoint of a run that trained the network"
     if not ranks or min(ranks) < 1:

@@ -292,7 +292,8 @@ def check_expert(family: Family, expert: str | None) -> Family:
     if expert == "both" and len(family.experts) == 2:
         return family
     there = " and ".join(family.experts)
-    raise UserError("recipe", f"expert is {expert!r}, but the checkpoint holds the weights of {there} alone")
+    remedy = f"give expert {there}, or a checkpoint with both" if there else "download it again"
+    raise UserError("recipe", f"expert is {expert!r}, but the checkpoint holds the weights of {there} alone; {remedy}")
 
 
 def learning(family: Family) -> list[Family]:

@@ -14,12 +14,15 @@ from reeltune.core.reading import AGAIN, as_user_error, brief, refuse_foreign
 from reeltune.families.configs import from_files, read_config
 
 MOST = 10_000  # of a number in tokenizer_config.json: so many tokens of its own T5's may make
-TEMPLATE_S = 10  # seconds that a chat template may take for one caption; the slowest released takes 0.01
+TEMPLATE_S = 10  # of processor time, which a chat template may take for one caption; the slowest released takes 0.01
 TEMPLATE_BYTES = 2**30
 RENDER = """
-import resource, sys
+import resource, sys, time
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-resource.setrlimit(resource.RLIMIT_AS, ({most}, {most}))
+most_s = int(time.process_time() + {most_s}) + 1
+resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_AS, ({most_bytes}, {most_bytes}))
 how = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 environment = ImmutableSandboxedEnvironment(**how)
 turns = [dict(role="user", content=[dict(type="text", text="a cat")])]
@@ -109,13 +112,8 @@ def as_turns(tokenizer: Any, captions: Sequence[str]) -> list[str]:
 @cache
 def _ends(template: str) -> bool:
     """In a process of its own, because neither its loops nor its powers can be interrupted."""
-    code = RENDER.format(most=TEMPLATE_BYTES)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", code], input=template.encode(), capture_output=True, timeout=TEMPLATE_S
-        )
-    except subprocess.TimeoutExpired:
-        return False
+    code = RENDER.format(most_bytes=TEMPLATE_BYTES, most_s=TEMPLATE_S)
+    done = subprocess.run([sys.executable, "-I", "-c", code], input=template.encode(), capture_output=True)
     return done.returncode == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +49,22 @@ def refuse_missing(device_type: str) -> None:
         )
 
 
+Pass = Callable[..., Any]
+
+
+class Graphs:
+    """What the forward passes of blocks become: compiled when they are called, counted, for all blocks of a class."""
+
+    def __init__(self, functions: Iterable[Pass], *, dynamic: bool):
+        self.count = 0  # each of a forward and a backward pass
+        compiled = partial(torch.compile, backend=self._counted, fullgraph=True, dynamic=dynamic)
+        self.passes: dict[Pass, Pass] = {function: compiled(function) for function in functions}
+
+    def _counted(self, graph: Any, inputs: Sequence[Any]) -> Pass:
+        self.count += 1
+        return inductor(graph, inputs)
+
+
 class Compiled:
     """These blocks, whose forward pass is compiled with its backward pass wherever it is to have one.
 
@@ -59,9 +75,8 @@ class Compiled:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, again: bool = False):
-        self.count = 0  # graphs, each of a forward and a backward pass
         self._again = again
-        self._passes: dict[Callable[..., Any], Callable[..., Any]] | None = None
+        self._graphs: Graphs | None = None
         self._functions = {block: type(block).forward for block in blocks}
         for block in blocks:
             block.forward = partial(self._forward, block, block.forward)
@@ -70,36 +85,40 @@ class Compiled:
         """These recompute all but what attention gave (attention.kept), which is compiled with them."""
         self._functions |= {block: with_attention_kept(type(block).forward) for block in blocks}
 
-    def begin(self, sizes: int, label: str) -> None:
+    @property
+    def count(self) -> int:
+        """Of graphs, those of networks that share them included."""
+        return 0 if self._graphs is None else self._graphs.count
+
+    def begin(self, sizes: int, label: str, *others: Compiled) -> None:
         """From here on blocks are compiled: for one size as it is, for several with sides that are left open.
 
-        label: the size that comes first. What torch remembers on the disk is kept apart by it, as open sides are
-        compiled with the first size in view; and by whether a backward pass may run twice, which torch forgets: it gave
-        such a pass the code of one that writes over activations (torch 2.13, 2026-11-26).
+        others: of networks of the same sizes, of which what is compiled serves all. label: the size that comes first.
+        What torch remembers on the disk is kept apart by it, as open sides are compiled with the first size in view;
+        and by whether a backward pass may run twice, which torch forgets: it gave such a pass the code of one that
+        writes over activations (torch 2.13, 2026-11-26).
         """
         import torch._dynamo.config as graphs
         import torch._functorch.config as passes
 
         torch.compiler.reset()
         torch.compiler.config.cache_key_tag = f"{label}, backward twice: {self._again}"
-        graphs.recompile_limit = len(self._functions) * sizes
+        functions = [function for one in (self, *others) for function in one._functions.values()]
+        graphs.recompile_limit = len(functions) * sizes
         graphs.optimize_ddp = False  # it cuts up whole networks, and these are blocks
         graphs.specialize_float = True  # sides are left open, and not a block's constants
         passes.donated_buffer = not self._again
-        compiled = partial(torch.compile, backend=self._counted, fullgraph=True, dynamic=sizes > 1)
-        self._passes = {function: compiled(function) for function in {*self._functions.values()}}
-
-    def _counted(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.count += 1
-        return inductor(graph, inputs)
+        shared = Graphs({*functions}, dynamic=sizes > 1)
+        for one in (self, *others):
+            one._graphs = shared
 
     def _forward(self, block: nn.Module, plain: Callable, *given: Any, **named: Any) -> Any:
-        if self._passes is None or not torch.is_grad_enabled():
+        if self._graphs is None or not torch.is_grad_enabled():
             return plain(*given, **named)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return self._passes[self._functions[block]](block, *given, **named)
+            return self._graphs.passes[self._functions[block]](block, *given, **named)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(

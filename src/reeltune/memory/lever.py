@@ -49,6 +49,28 @@ def prodigy(remedy: str) -> Exclusion:
     return Exclusion("use_prodigy", f"; it finds its rate from all weights at once; {remedy}", refused=(True,))
 
 
+WHERE_ATTENTION_IS_NOT_KEPT = (
+    Exclusion(
+        "step_in_backward",
+        "; what is kept is given back once, and the backward pass may run twice there; set gradient_checkpointing to "
+        "true",
+        refused=(True,),
+    ),
+    Exclusion(
+        "attention",
+        ", which is many operations and none of its own; set gradient_checkpointing to true, or attention to another "
+        "kernel",
+        refused=("math",),
+    ),
+    Exclusion(
+        "engine",
+        ", which gathers weights within the blocks, and otherwise when they are recomputed; set gradient_checkpointing "
+        "to true, or engine to fsdp",
+        refused=("zero3",),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Lever:
     setting: str
@@ -147,6 +169,11 @@ def a_coarser_base(values: Values) -> Iterator[Settings]:
     if values["rank"]:
         yield {"base_weights": "int8"}
         yield {"base_weights": "nf4"}
+
+
+def one_by_one(vae_mini_batch: int) -> bool:
+    """Clips are encoded one by one."""
+    return vae_mini_batch <= 1
 
 
 def tiles(values: Values) -> Iterator[Settings]:

@@ -13,6 +13,7 @@ from reeltune.memory.lever import (
     SHORT,
     TRAINED,
     VARIANTS,
+    WHERE_ATTENTION_IS_NOT_KEPT,
     Exclusion,
     Lever,
     Settings,
@@ -28,6 +29,7 @@ from reeltune.memory.lever import (
     keep_attention,
     more_devices,
     not_in,
+    one_by_one,
     prodigy,
     several,
     sharded_by,
@@ -143,26 +145,7 @@ LEVERS: tuple[Lever, ...] = (
         "1.28 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
-        excludes=(
-            Exclusion(
-                "step_in_backward",
-                "; what is kept is given back once, and the backward pass may run twice there; set "
-                "gradient_checkpointing to true",
-                refused=(True,),
-            ),
-            Exclusion(
-                "attention",
-                ", which is many operations and none of its own; set gradient_checkpointing to true, or attention to "
-                "another kernel",
-                refused=("math",),
-            ),
-            Exclusion(
-                "engine",
-                ", which gathers weights within the blocks, and otherwise when they are recomputed; set "
-                "gradient_checkpointing to true, or engine to fsdp",
-                refused=("zero3",),
-            ),
-        ),
+        excludes=WHERE_ATTENTION_IS_NOT_KEPT,
         changes=keep_attention,
     ),
     Lever(
@@ -267,6 +250,16 @@ LEVERS: tuple[Lever, ...] = (
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),
         ),
+    ),
+    Lever(
+        "vae_mini_batch",
+        1,
+        "what VAE and picture encoder are working on, of all clips but one",
+        "a call for each clip",
+        phases=frozenset({"encode"}),
+        same_bits=False,
+        unless=("cache_folder",),
+        in_use=one_by_one,
     ),
     Lever(
         "vae_tiling",

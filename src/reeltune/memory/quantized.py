@@ -108,11 +108,11 @@ def quantize_linears(net: nn.Module, how: Quantisation) -> dict[str, QuantizedLi
         _bitsandbytes()
     blocks = [(name, module) for name, module in net.named_modules() if type(module).__name__ in how.blocks]
     meant = [one for name, block in blocks for one in _linears(block, name)]
-    found = {}
+    layers = {}
     for name, parent, child in meant:
-        found[f"{name}.weight"] = layer = QuantizedLinear(getattr(parent, child), how.kind)
+        layers[f"{name}.weight"] = layer = QuantizedLinear(getattr(parent, child), how.kind)
         setattr(parent, child, layer)
-    return found
+    return layers
 
 
 def _linears(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str]]:

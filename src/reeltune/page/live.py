@@ -38,13 +38,17 @@ class Tail:
         self._metrics, self._inode, self._offset, self._before, self._lines = Metrics(), inode, 0, b"", 0
 
     def read(self) -> Metrics:
-        """All rows so far, empty where there is no file yet. Raises UserError for a line that no run has written."""
+        """All rows so far, empty where there is no file yet. Raises UserError for a line that no run has written,
+        and for what cannot be read."""
         with self._lock:
             try:
                 file = self.path.open("rb")
             except FileNotFoundError:
                 self._begin(())
                 return Metrics()
+            except OSError as refused:
+                reason = f"cannot be read ({refused.strerror}); look at what is there, and at its rights"
+                raise UserError(str(self.path), reason) from refused
             with file:
                 status = os.fstat(file.fileno())
                 inode = status.st_dev, status.st_ino

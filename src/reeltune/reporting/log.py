@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file, writing
-from reeltune.core.reading import as_user_error, json_value
+from reeltune.core.reading import as_user_error, json_value, refuse_absent
 from reeltune.reporting.metrics import PARTS
 from reeltune.reporting.time_verdict import verdict
 
@@ -335,6 +335,7 @@ def _cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
+    refuse_absent(path)
     with path.open("rb") as old, whole_file(path, "wb") as new:
         for number, line in enumerate(old, 1):
             if not line.endswith(b"\n"):

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
-from reeltune.core.reading import NUMBER, REAL, TEXT, WHOLE, Kind, as_user_error, json_value, require_fields
+from reeltune.core.reading import (
+    NUMBER,
+    REAL,
+    TEXT,
+    WHOLE,
+    Kind,
+    as_user_error,
+    json_value,
+    refuse_absent,
+    require_fields,
+)
 
 PARTS = ("data_s", "encode_s", "forward_backward_s", "optimizer_s")  # what a step's time is spent on, in order
 REMEDY = "delete that line"
@@ -67,6 +77,7 @@ def read_metrics(path: Path) -> Metrics:
     found = Metrics()
     if not path.exists():
         return found
+    refuse_absent(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # a run that was killed, or writes it just now

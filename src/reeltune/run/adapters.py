@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from reeltune.adapters.dialects import read_adapter
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared, has_average
-from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.errors import UserError, refuse
+from reeltune.families.tensor_files import notice
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,20 @@ def read_all(texts: Sequence[str], base: Mapping[str, Tensor]) -> list[Given]:
 
     Raises UserError with all that is wrong: files that are not there or damaged, no numbers, other networks.
     """
-    with together("adapters") as attempt:
-        pairs = [attempt(parsed, text) for text in texts]
     found, problems = [], []
-    for path, strength in pairs:
+    for text in texts:
         try:
+            path, strength = parsed(text)
             found.append(read(path, base).times(strength))
         except UserError as error:
-            problems += [f"{error.where}: {problem}" for problem in error.problems]
+            said = "" if error.where == "adapters" else f"{error.where}: "
+            problems += [f"{said}{problem}" for problem in error.problems]
     refuse("adapters", problems)
+    for sha256, count in Counter(one.sha256 for one in found).items():
+        if count > 1:
+            same = [one for one in found if one.sha256 == sha256]
+            total = sum(one.strength for one in same)
+            notice(f"{same[0].path} is given {count} times; it counts with strength {total:g}, the sum of theirs")
     return found
 
 
@@ -75,7 +82,8 @@ def read(path: Path, base: Mapping[str, Tensor]) -> Given:
     """Any tool's file, a folder that PEFT wrote, a checkpoint-N folder, or its folder `adapter`. Raises UserError."""
     inside = path.parent if path.name == ADAPTER else path
     if both := checkpoint.parts(inside):
-        raise UserError("adapters", f"{path} has those of both experts; give {' or '.join(map(str, both.values()))}")
+        own = " or ".join(map(str, both.values()))
+        raise UserError("adapters", f"{path} has what is of both experts; give {own}, or adapter_path {path} for both")
     if checkpoint.is_ours(inside):
         return of_checkpoint(inside, base)
     adapter, found = read_adapter(path, base)
@@ -89,7 +97,9 @@ def of_checkpoint(folder: Path, base: Mapping[str, Tensor], *, ema: bool = False
     """
     if not checkpoint.is_adapter(folder):
         raise UserError(
-            "adapters", f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it"
+            "adapters",
+            f"{folder} keeps the whole network and no adapter; transformer_path {folder} starts from it, and "
+            "other_expert_path takes that of the other expert",
         )
     checkpoint.verify(folder, under=checkpoint.WEIGHTS)
     if ema and not has_average(folder):

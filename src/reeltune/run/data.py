@@ -14,7 +14,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.data.held_out import refuse_shared, split
 from reeltune.data.loader import Reader
 from reeltune.data.metadata import LeftOut
-from reeltune.data.plan import Plan, strata_over
+from reeltune.data.plan import Plan, refuse_empty, sampled_lengths, strata_over
 from reeltune.data.records import Records
 from reeltune.data.scan import Scan, scan
 from reeltune.data.shapes import SizeRules, lone_frames
@@ -107,6 +107,8 @@ def gather(
         variants=recipe.cache.cache_variants,
         runs_on=groups_run_on,
     )
+    if not sampled_lengths(train, rules).any():
+        refuse_empty(plan(0), train)
     reader = partial(
         Reader, plan=plan, group=group, needs=frozenset(family.needs[mode]), mask_law=family.masks.get(mode)
     )

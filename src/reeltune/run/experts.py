@@ -107,6 +107,11 @@ def check_experts(family: Family, model: Model, adapter_path: str | None = None)
         found = None if path is None else whose(path, family)
         if found not in (None, meant):
             problems.append(_told(setting, path, found, meant))
+    if model.other_expert_adapter is not None and other is None and OTHER[family.expert] not in family.experts:
+        problems.append(
+            f"other_expert_adapter is {model.other_expert_adapter!r}, and the checkpoint holds the weights of "
+            f"{family.expert} alone; give those that it changes in other_expert_path, or leave it out"
+        )
     refuse("recipe", problems)
 
 

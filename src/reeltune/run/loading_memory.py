@@ -32,7 +32,7 @@ class told_when_full:
     """Within, lack of memory of the host or the device becomes UserError.
 
     doing: in words. outlines: gives the networks without their weights' values, of which the trained one is needed if
-    `network`, the frozen ones if `encoders`.
+    `network`, the frozen ones if `encoders`. besides: levers that spare what is done with them.
     """
 
     def __init__(
@@ -44,9 +44,10 @@ class told_when_full:
         *,
         network: bool,
         encoders: bool = True,
+        besides: tuple[str, ...] = (),
     ):
         self.recipe, self.device, self.outlines, self.doing = recipe, device, outlines, doing
-        self.network, self.encoders = network, encoders
+        self.network, self.encoders, self.besides = network, encoders, besides
 
     def __enter__(self) -> None:
         self.host_bytes, self.device_bytes = room_bytes(), free_bytes(self.device)
@@ -61,7 +62,8 @@ class told_when_full:
             place, had_bytes, on_device = str(self.device), self.device_bytes, True
         needed = needed_bytes(self.outlines(), network=self.network, encoders=self.encoders)
         parts = ", ".join(f"{name} {part_bytes / 1e9:.1f} GB" for name, part_bytes in needed.items())
-        changes = [*remedies(self.recipe, on_device=on_device, network=self.network), f"more memory for {place}"]
+        levers_told = remedies(self.recipe, on_device=on_device, network=self.network, besides=self.besides)
+        changes = [*levers_told, f"more memory for {place}"]
         first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
             "memory",
@@ -83,9 +85,9 @@ def needed_bytes(outlines: Parts, *, network: bool, encoders: bool) -> dict[str,
     return {WORDS.get(name, name): size_bytes(list(net.parameters())) for name, net in nets.items()}
 
 
-def remedies(recipe: Recipe, *, on_device: bool, network: bool) -> Iterator[str]:
+def remedies(recipe: Recipe, *, on_device: bool, network: bool, besides: tuple[str, ...] = ()) -> Iterator[str]:
     """What this recipe has not done yet and may, the cheapest first."""
-    helpful = {*(OF_NETWORKS if network else OF_ENCODERS), *(("low_vram",) if on_device else ())}
+    helpful = {*(OF_NETWORKS if network else OF_ENCODERS), *(("low_vram",) if on_device else ()), *besides}
     values: Mapping[str, object] = {**flat(recipe), "encodes_ahead": recipe.memory.encode_ahead}
     if not network:  # the cache is what is being made
         values = {**values, "cache_folder": None}

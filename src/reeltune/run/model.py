@@ -18,7 +18,7 @@ from reeltune.adapters.apply import merge, parameters_of
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Loss, Model, Recipe
-from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.errors import UserError, named_by, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
 from reeltune.families import weights
@@ -107,10 +107,12 @@ def with_levels(objective: Any, loss: Loss) -> Objective:
 
 
 def encode_options(recipe: Recipe) -> dict[str, Any]:
-    """Choices of the recipe that `encode` follows."""
+    """Choices of the recipe that change what is encoded; `vae_mini_batch` is one only where clips are together."""
+    together = recipe.training.vae_mini_batch
     return {
         "add_full_ref_image_in_self_attention": recipe.model.add_full_ref_image_in_self_attention,
         "vae_tiling": recipe.memory.vae_tiling,
+        **({"vae_mini_batch": together} if together > 1 else {}),
     }
 
 
@@ -214,8 +216,9 @@ def load_other_expert(
     if shared and network:
         Shared(Path(path or "")).fill_network(net, names)
     if (adapter := own_part(model.other_expert_adapter, other.expert)) is not None:
-        given = adapters.read(Path(adapter), parameters_of(net, names))
-        refuse_adapters({given.path: given.adapter}, other)
+        with named_by("other_expert_adapter", adapter):
+            given = adapters.read(Path(adapter), parameters_of(net, names))
+            refuse_adapters({given.path: given.adapter}, other)
         if network:
             merge(net, names, [(given.adapter, strength)])
     if network and device.type != "cpu":

@@ -10,6 +10,7 @@ import numpy as np
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.data.metadata import LeftOut
+from reeltune.data.plan import sampled_lengths
 from reeltune.data.records import Records
 from reeltune.data.scan import notice_of
 from reeltune.data.shapes import SizeRules, budget_frames, clip_length
@@ -63,7 +64,7 @@ def suited(records: Records, rules: SizeRules, least_frames: int) -> tuple[Recor
             f"the largest clips would be cut to {longest} frames, and this model learns nothing from fewer than "
             f"{least_frames}; raise video_sample_n_frames or token_sample_size, or lower image_sample_size",
         )
-    lengths = np.where(records.kind_video, clip_length(rules, records.frames, records.fps), 1)
+    lengths = sampled_lengths(records, rules)
     short = (lengths < least_frames) & (lengths > 0)
     if not short.any():
         return records, []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -40,15 +40,18 @@ class Setup:
     other: OtherExpert | BothExperts | None = None  # that makes clips together with the network, or in its place
 
     def encode(self, batch: Batch) -> Encoded:
-        """Sample by sample, because networks give other last bits in other batches; or as it came from the cache."""
+        """In groups of `vae_mini_batch`, by itself sample by sample, because networks give other last bits in other
+        batches; or as it came from the cache."""
         batch = batch.to(self.parts.device)
-        encoded = batch.encoded or joined([self._encode_one(one) for one in batch.singles()])
+        together = self.options.get("vae_mini_batch", 1)
+        encoded = batch.encoded or joined([self._encode_group(group) for group in batch.groups(together)])
         if "text" in encoded.keep:
             encoded.keep = encoded.keep | dict.fromkeys(self.family.caption, encoded.keep["text"])
         return encoded
 
-    def _encode_one(self, batch: Batch) -> Encoded:
-        described = self._described(batch.text, batch.pixels_BFCHW)
+    def _encode_group(self, batch: Batch) -> Encoded:
+        """Captions are encoded alone, whose bits are then the same in every group."""
+        described = joined_captions([self._described(one.text, one.pixels_BFCHW) for one in batch.groups(1)])
         return self.family.encode(self.parts, batch, self.mode, options=self.options, described=described)
 
     def guided_away(self, batch: Batch, negative_prompt: str) -> Cond:
@@ -98,6 +101,15 @@ class Setup:
         be spread over processes, is asked."""
         asked = net if self.other is None else self.other.answering(net, timestep_B, write=write)
         return torch.zeros_like(x_BCThw) if asked is None else self.denoise(asked, x_BCThw, timestep_B, cond)
+
+
+def joined_captions(each: Sequence[Described]) -> Described:
+    """One batch of several."""
+    cond, null = (
+        {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+        for tables in ([one.cond for one in each], [one.null for one in each])
+    )
+    return Described(cond, null)
 
 
 @contextmanager

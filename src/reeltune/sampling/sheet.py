@@ -17,8 +17,8 @@ LINE = LETTER + GAP
 def write_sheet(
     path: Path, frames: Sequence[Sequence[np.ndarray]], *, rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """A PNG of frames, uint8_HWC each, by row and column, at their own size; a column's label stands above it, a row's
-    above its frames. Raises CannotWriteError."""
+    """A PNG of frames, uint8_HWC each, by row and column, at their own size; a column's label stands above it, its last
+    word alone where no more fits, and a row's above its frames. Raises CannotWriteError."""
     widths = [max(row[column].shape[1] for row in frames) for column in range(len(columns))]
     heights = [max(frame.shape[0] for frame in row) for row in frames]
     lefts = [GAP + sum(widths[:column]) + GAP * column for column in range(len(columns))]
@@ -35,7 +35,8 @@ def write_sheet(
         draw.text((left, top), shown, "black", font)
 
     for label, left, width in zip(columns, lefts, widths, strict=True):
-        write(label, left, GAP // 2, width)
+        fits = draw.textlength(label, font) <= width
+        write(label if fits else label.rpartition(" ")[2], left, GAP // 2, width)
     for label, row, top in zip(rows, frames, tops, strict=True):
         write(label, GAP, top - LINE + GAP // 2, sheet.width - 2 * GAP)
         for frame, left in zip(row, lefts, strict=True):

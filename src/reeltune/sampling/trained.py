@@ -20,7 +20,7 @@ from reeltune.families.spec import Family, Parts
 from reeltune.memory.blocks import blocks_of, move, swap
 from reeltune.optim.trainable import released_names
 from reeltune.run.adapters import Given, digest, of_checkpoint, read, read_all
-from reeltune.run.experts import of_expert, refuse_adapters, refuse_other_expert
+from reeltune.run.experts import of_expert, own_part, refuse_adapters, refuse_other_expert
 from reeltune.run.model import choose_family, load_parts
 
 
@@ -68,14 +68,17 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     """adapters: FILE:strength each, beside that of a checkpoint which keeps one. Where neither is, the recipe's
     adapter_path counts. A checkpoint of any engine will do.
 
-    Raises UserError if resume_from_checkpoint names none, one that is damaged, or other weights than transformer_path,
-    and for adapters that cannot be read or are of another network.
+    Raises UserError if resume_from_checkpoint names none, or other weights than transformer_path; for checkpoints that
+    are damaged, those of transformer_path and other_expert_path too; and for adapters that cannot be read or are of
+    another network.
     """
     chosen = _checkpoint(recipe)
     if chosen is not None:
         refuse_other_expert("resume_from_checkpoint", chosen, family)
         chosen = checkpoint.part(chosen, family.expert)
     whole = None if chosen is not None and checkpoint.is_adapter(chosen) else chosen
+    for path in (None if whole else recipe.model.transformer_path, recipe.model.other_expert_path):
+        checkpoint.verify_weights(None if path is None else Path(path))
     source = None if whole is None else checkpoint.transformer_of(whole)
     parts = load_parts(recipe, family, device, source)
     names = released_names(parts.net, lambda state: family.to_released(state, parts.config))
@@ -85,7 +88,7 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
     weights = {"path": str(path), "sha256": digest(dict(parts.net.named_parameters()))}
     _swap(parts.net, recipe.memory.blocks_to_swap, family, device)
     base = parameters_of(parts.net, names)
-    begun_with = recipe.adapter.adapter_path
+    begun_with = own_part(recipe.adapter.adapter_path, family.expert)
     if begun_with is not None and not (adapters or chosen):
         given = [read(Path(begun_with), base)]
     else:

@@ -95,9 +95,10 @@ def _trial(run: Run, kernels: Sequence[str]) -> tuple[Trial | None, Shape]:
     """By the main process, of what all processes' blocks ask for the largest clip of epoch 0, and that clip's size;
     None if they ask nothing."""
     engine, (micro_step, shape) = run.engine, next(iter(Sizes.of(run.reader.plan(0)).first.items()))
-    blocks, forward = run.turns.now.learner.network.attention.blocks, forward_pass(run, micro_step)
+    turn = run.turns.now
+    forward = partial(forward_pass(run, micro_step), turn)
     with engine.same_bits():
-        calls = asked(blocks, forward)
+        calls = asked(turn.learner.network.attention.blocks, forward)
         return (from_first(engine, partial(tried, calls, kernels)) if calls else None), shape
 
 

@@ -43,7 +43,9 @@ class Duties:
         self.unseen: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
         self.shape: Shape | None = None  # that memory was last asked for
         self.validated_step = -1
-        self.compiled, self.compilations = run.turns.now.learner.network.compiled, 0
+        networks = [turn.learner.network for turn in run.turns.each]
+        self.compiled = [network.compiled for network in networks if network.compiled is not None]
+        self.compilations = 0
 
     def __enter__(self) -> Duties:
         return self
@@ -93,11 +95,16 @@ class Duties:
         kernel = self._choose_attention()
         if self.engine.main:
             describe(self.out, run.recipe, {**run.facts, "attention_kernel": kernel})
-        if self.compiled is not None:
+        if self.compiled:
             self.log.notice(warm_up(run, self.compiled))
-            self.compilations = self.compiled.count
+            self.compilations = self.compiled[0].count
         if run.resumed_from is not None:
             self.log.notice(f"goes on from {run.resumed_from}")
+            if step >= run.total_steps:
+                self.log.notice(
+                    f"it is of step {step}, and the run is to have {run.total_steps}: nothing is left to train; raise "
+                    "max_train_steps or num_train_epochs to go on"
+                )
         elif run.recipe.output.resume_from_checkpoint is not None:
             self.log.notice(f"{self.out} has no complete checkpoint yet: a new run starts")
         if step == 0 or is_due(run.recipe.validation.validation_steps, step):
@@ -129,9 +136,9 @@ class Duties:
 
     def _tell_compilations(self) -> None:
         """Of the pass before, if it was compiled anew."""
-        if self.compiled is not None and self.compiled.count > self.compilations:
-            self.compilations = self.compiled.count
-            F, H, W = self.shape or (0, 0, 0)
+        if self.compiled and self.shape is not None and self.compiled[0].count > self.compilations:
+            self.compilations = self.compiled[0].count
+            F, H, W = self.shape
             self.log.warn(f"{F}x{H}x{W} was compiled anew, in its step; that makes {self.compilations} compilations")
 
     def _show(self, batch: Batch) -> None:

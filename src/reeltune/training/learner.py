@@ -119,8 +119,8 @@ class Learner:
 
     def rates(self, rate: float) -> dict[str, float]:
         """Of a row: "lr", the recipe's, and of Prodigy "d", the estimate that it multiplies lr by in the next step."""
-        found = self.optimizer.param_groups[0].get("d")
-        return {"lr": rate} if found is None else {"lr": rate, "d": float(found)}
+        d = self.optimizer.param_groups[0].get("d")
+        return {"lr": rate} if d is None else {"lr": rate, "d": float(d)}
 
     @property
     def _most_norm(self) -> float:

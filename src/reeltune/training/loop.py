@@ -41,7 +41,13 @@ from reeltune.training.loss import training_loss
 from reeltune.training.meter import Meter
 from reeltune.training.parallelism import BatchSplit, parallelism_of, split_batch
 from reeltune.training.prefetch import Prefetcher, encodes_ahead
-from reeltune.training.rank_checks import from_first, refuse_apart, refuse_damaged, refuse_other_records
+from reeltune.training.rank_checks import (
+    from_first,
+    refuse_apart,
+    refuse_damaged,
+    refuse_damaged_weights,
+    refuse_other_records,
+)
 from reeltune.training.rate import rate_notices
 from reeltune.training.run import Run
 from reeltune.training.turns import Turn, looked_at, turns_of
@@ -79,6 +85,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     refuse_overwriting(out, resumed_from)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
     changes = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
+    refuse_damaged_weights(engine, recipe.model, resumed_from)
     split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)

@@ -53,14 +53,14 @@ class Meter:
         self._tokens += self._geometry.tokens(shape) * samples * self._engine.place[1]
         self._flops += self._flop_count.known.get(shape, 0) * self._engine.world
 
-    def row(self, progress: Progress, grad_norm: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the step that is done, for `Log.step`; tensors are still on the device. told: "lr", and others."""
+    def row(self, progress: Progress, grad_norm: Tensor, rates: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the step that is done, for `Log.step`; tensors are still on the device. rates: "lr", and others."""
         return {
             "step": progress.step,
             "epoch": progress.epoch,
             "loss": torch.stack(self._losses).mean(),
             "grad_norm": grad_norm,
-            **told,
+            **rates,
             "shape": list(self._shape),
             "samples": self._samples,
             "tokens": self._tokens,

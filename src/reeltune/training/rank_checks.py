@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from reeltune.checkpoint import digests
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import flat
-from reeltune.config.recipe import Recipe
+from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError, refuse
 from reeltune.data.records import Records
 from reeltune.distributed.engine import Engine
@@ -37,12 +37,24 @@ def refuse_damaged(engine: Engine, resumed_from: Path) -> list[str]:
 
     Each process reads its share of them. Returns notices.
     """
-    shares = engine.gather(digests.damages(resumed_from, part=engine.rank, parts=engine.world))
-    if lines := [line for share in shares for line in share]:
-        raise checkpoint.damaged(resumed_from, lines)
+    _refuse_damaged(engine, resumed_from, ("",))
     if digests.read(resumed_from) is None:
         return [f"{resumed_from} has no {digests.NAME}, so that a changed bit in it would not be noticed"]
     return []
+
+
+def refuse_damaged_weights(engine: Engine, model: Model, resumed_from: Path | None) -> None:
+    """The same of weights that the recipe names, where they are a checkpoint's. A resumed network has its own."""
+    own = None if resumed_from is not None and not checkpoint.is_adapter(resumed_from) else model.transformer_path
+    for path in filter(None, (own, model.other_expert_path)):
+        if (held := checkpoint.holder_of(Path(path))) is not None:
+            _refuse_damaged(engine, *held)
+
+
+def _refuse_damaged(engine: Engine, folder: Path, under: tuple[str, ...]) -> None:
+    shares = engine.gather(digests.damages(folder, part=engine.rank, parts=engine.world, under=under))
+    if lines := [line for share in shares for line in share]:
+        raise checkpoint.damaged(folder, lines)
 
 
 def from_first(engine: Engine, act: Callable[[], T]) -> T:

@@ -21,12 +21,12 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import ADAPTER
 from reeltune.checkpoint.state import Shared
 from reeltune.config.recipe import Recipe
-from reeltune.core.errors import refuse
-from reeltune.core.reading import few
+from reeltune.core.errors import named_by, refuse
+from reeltune.core.reading import few, grouped
 from reeltune.distributed.engine import DTYPES, Engine
 from reeltune.families.spec import Family
 from reeltune.run.base import base_of
-from reeltune.run.experts import refuse_adapters
+from reeltune.run.experts import own_part, refuse_adapters
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def put_adapters(
         start_dtype=DTYPES[recipe.training.mixed_precision] if is_principal(wanted.lora_init) else None,
     )
     notices: list[str] = []
-    if not (resumed or is_principal(wanted.lora_init)):
+    if not (resumed or is_principal(wanted.lora_init) or is_fake(net)):
         begin(net, names, how=wanted.lora_init, seed=recipe.training.seed)
     for name, weight in net.named_parameters():
         if in_full(names[name], wanted.train_whole):
@@ -99,12 +99,18 @@ def put_adapters(
         **({"expert": recipe.model.expert} if recipe.model.expert is not None else {}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(wanted).items()},
     }
-    if wanted.adapter_path is not None and not resumed:
-        adapter, _ = read_adapter(wanted.adapter_path, base)
-        refuse_adapters({wanted.adapter_path: adapter}, family)
+    if (begun_with := own_part(wanted.adapter_path, family.expert)) is not None and not resumed:
         weights = {names[name]: weight for name, weight in net.named_parameters()}
-        notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=wanted.adapter_path)
+        with named_by("adapter_path", begun_with):
+            adapter, _ = read_adapter(begun_with, base)
+            refuse_adapters({begun_with: adapter}, family)
+            notices += begin_from(adapter, weights, alphas, whole=wanted.train_whole, where=begun_with)
     return names, TrainedAdapter(alphas, about, notices)
+
+
+def is_fake(net: nn.Module) -> bool:
+    """Whether it has weights without values (torch's FakeTensor), beside which nothing is drawn or computed."""
+    return any(isinstance(weight, FakeTensor) for weight in net.parameters())
 
 
 def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | None, resumed_from: Path) -> None:
@@ -137,11 +143,9 @@ def take_principal_parts(
     """Of PiSSA: what adapters begin with, found by all processes together unless a checkpoint had it, and what is left
     of a base in fewer bits, which is read once more for it. Without values in `net` nothing is done."""
     how = recipe.adapter.lora_init
-    if not is_principal(how):
+    if not is_principal(how) or is_fake(net):
         return
     layers = {names[f"{name}.base_layer.weight"].removesuffix(".weight"): layer for name, layer in adapted(net).items()}
-    if any(isinstance(layer.get_base_layer().weight, FakeTensor) for layer in layers.values()):
-        return
     read = base_of(recipe.model) if recipe.adapter.base_weights else None
 
     def weight(name: str) -> Tensor:
@@ -160,10 +164,13 @@ def _refuse_wide(net: nn.Module, around: list[Target]) -> None:
     """Raises UserError where twice the rank, in which it is written, is over what a layer has."""
     layers = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
     sizes = {name: min(one.in_features, one.out_features) for name, one in layers.items()}
+    twice = "and lora_init is pissa, whose adapters are written in twice the rank"
     wide = [
-        f"rank is {target.rank} for {target.released} and lora_init is pissa, whose adapters are written in twice the "
-        f"rank, and the layer's is {sizes[target.name]} at most; lower it there"
+        (
+            target.released,
+            f"gets rank {target.rank} {twice}, and its own is {sizes[target.name]} at most; lower rank there",
+        )
         for target in around
         if 2 * target.rank > sizes[target.name]
     ]
-    refuse("recipe", few(wide))
+    refuse("recipe", few(grouped(wide)))

@@ -35,8 +35,8 @@ class Turn:
 
     def row(self, rate: float) -> dict[str, Any]:
         """Of the row of a step that was just taken, in metrics.jsonl."""
-        told = {} if self.expert is None else {"expert": self.expert}
-        return {**self.learner.rates(rate), **told}
+        expert = {} if self.expert is None else {"expert": self.expert}
+        return {**self.learner.rates(rate), **expert}
 
     @property
     def summary(self) -> str:

@@ -4,7 +4,7 @@ epoch 0, the largest before the others."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from reeltune.memory.compiled import Compiled
 from reeltune.training.dropout import seeded_dropout
 from reeltune.training.loss import training_loss
 from reeltune.training.run import Run
+from reeltune.training.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -41,34 +42,38 @@ class Sizes:
         return cls(len(np.unique(tokens)), {place[i]: shapes[i] for i in in_order})
 
 
-def warm_up(run: Run, compiled: Compiled) -> str:
-    """Compiles the network's blocks by passes whose gradients are thrown away. Returns what it came to, for the log.
+def warm_up(run: Run, compiled: Sequence[Compiled]) -> str:
+    """Compiles the blocks of each network that learns by passes whose gradients are thrown away. Returns what it came
+    to, for the log.
 
-    compiled: those blocks.
+    compiled: those blocks, in the order of run.turns.
     """
     engine, begun_s = run.engine, time.monotonic()
-    sizes = Sizes.of(run.reader.plan(0))
-    compiled.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()))
+    sizes, (first, *others) = Sizes.of(run.reader.plan(0)), compiled
+    first.begin(sizes.tokens, " ".join("x".join(map(str, shape)) for shape in sizes.first.values()), *others)
     for micro_step in sizes.first:
         forward = forward_pass(run, micro_step)
-        with engine.same_bits():
-            run.turns.now.learner.rehearse(forward().value)
+        for turn in run.turns.each:
+            run.turns.come(turn)
+            with engine.same_bits():
+                turn.learner.rehearse(forward(turn).value)
     named = ", ".join(f"{F}x{H}x{W}" for F, H, W in sizes.first.values())
+    whose = "both networks'" if others else "the network's"
     return (
-        f"the network's blocks are compiled: {compiled.count} compilation{'s' if compiled.count > 1 else ''} for "
+        f"{whose} blocks are compiled: {first.count} compilation{'s' if first.count > 1 else ''} for "
         f"{sizes.tokens} number{'s' if sizes.tokens > 1 else ''} of tokens, warmed up with {named}, in "
         f"{time.monotonic() - begun_s:.1f} s"
     )
 
 
-def forward_pass(run: Run, micro_step: int) -> Callable[[], Loss]:
-    """Of the network that learns first, over that batch of epoch 0, which is read and encoded here."""
-    recipe, engine, turn = run.recipe, run.engine, run.turns.now
+def forward_pass(run: Run, micro_step: int) -> Callable[[Turn], Loss]:
+    """Of a network that learns, over that batch of epoch 0, which is read and encoded here."""
+    recipe, engine = run.recipe, run.engine
     rank, world = (number * run.split.passes for number in engine.place)
     batch = run.reader[0, micro_step, rank, world]
     encoded = run.setup.encode(batch)
 
-    def forward() -> Loss:
+    def forward(turn: Turn) -> Loss:
         with seeded_dropout(recipe.adapter.lora_dropout, engine.device, recipe.training.seed, 0, 0, engine.rank):
             return training_loss(turn.setup, turn.learner.net, encoded, batch.draws, recipe.loss)
 

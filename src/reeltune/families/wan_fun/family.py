@@ -257,7 +257,10 @@ def find(folder: Path, settings: dict[str, Any]) -> Family | None:
     name, network = next(reversed(networks.items()))
     path, experts = places[name], bool(name)
     if any(other != network for other in networks.values()):
-        raise UserError(str(folder), f"its two networks ({' and '.join(places)} noise) are of different sizes")
+        remedy = "download again the one that is of another model"
+        raise UserError(
+            str(folder), f"its two networks ({' and '.join(places)} noise) are of different sizes; {remedy}"
+        )
     assert network is not None
     family = variant(network, str(path), experts=experts)
     assert isinstance(family.objective, Flow)

@@ -10,6 +10,7 @@ Tensor names may be of either form in either place: they are told apart by the n
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,18 +245,17 @@ def save_transformer(folder: Path, state: State, config: dict[str, Any], *, diff
 
 def write_released(
     folder: Path,
-    net: Any,
+    networks: Mapping[str, Any],
     vae: nn.Module,
     text: nn.Module,
     image: nn.Module | None,
     tokenizer_dir: Path,
-    config: dict[str, Any] | None = None,
 ) -> None:
-    """A whole checkpoint in the released layout. `image` holds the picture tower alone, without CLIP's text half.
-
-    Without `config` the released dialect is written from the network's own sizes.
-    """
-    save_transformer(folder, net.state_dict(), config or sizes.released_config(net.config))
+    """A whole checkpoint in the released layout. networks: as of `networks_in`, of "" alone or of both experts.
+    `image` holds the picture tower alone, without CLIP's text half."""
+    for name, net in networks.items():
+        place = folder / EXPERTS.get(name, RELEASED["transformer"])
+        save_transformer(place, net.state_dict(), sizes.released_config(net.config))
     vae_file = VAE_2_2 if keys.is_vae_2_2(vae.state_dict()) else RELEASED["vae"]
     torch.save(keys.vae_to_released(vae.state_dict()), folder / vae_file)
     torch.save(keys.text_to_released(text.state_dict()), folder / RELEASED["text"])

@@ -1,0 +1,43 @@
+"""What it takes that two experts change places on the device: how often they do, how much is sent, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reeltune.estimate.remedies import PCIE_BYTES_PER_S
+from reeltune.estimate.result import StepEstimate
+from reeltune.estimate.sharding import ENGINES, OF_A_NETWORK
+
+PCIE_4, PCIE_5 = 31.5e9, 63.0e9  # bytes/s one way: 16 lanes of 16 and 32 GT/s, 128 of 130 bits of them data
+LINKS = {  # of a device with the CPU's memory, from NVIDIA's data sheet of each
+    **dict.fromkeys(("B200", "H200", "H100"), PCIE_5),
+    **dict.fromkeys(("A100", "L40S", "L4", "RTX 6000 Ada", "RTX 4090", "RTX 3090"), PCIE_4),
+}
+REACHED = PCIE_BYTES_PER_S / PCIE_4  # of that at least, in practice
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Of the steps of a run in which both learn; those for previews and held-out losses are left out."""
+
+    count: int
+    sent_bytes: int  # by each device at each of them, there and back, one after the other
+    seconds: tuple[float, float] | None  # of all, at least and at most; None: the device's link is not known
+
+
+def changes_in(steps: int, share: float, step: StepEstimate, engine: str, device: str) -> Changes | None:
+    """share: of the levels of both, the first one's. device: as of Machines. None where nothing is sent: shards stay.
+
+    The expert with the smaller share has each of its turns alone (training/turns.py), so that two changes go with it.
+    """
+    kind, phase = ENGINES[engine], next(iter(step.peaks))
+    if kind.own_copies:
+        return None
+    parts = kind.share(step, phase, 1)
+    comes = sum(parts.get(part, 0) for part in OF_A_NETWORK)
+    leaves = comes - parts.get("still", 0)  # which is in the CPU's memory too, and does not change
+    count = round(2 * min(share, 1 - share) * steps)
+    sent = comes + leaves
+    link = LINKS.get(device)
+    seconds = None if link is None else (count * sent / link, count * sent / link / REACHED)
+    return Changes(count, sent, seconds)
