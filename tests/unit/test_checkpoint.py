@@ -214,6 +214,11 @@ def test_folders_of_other_tools_are_never_written_over(tmp_path):
     with pytest.raises(UserError, match=r"checkpoint-50 was made by another tool"):
         save(tmp_path, 50)
     assert (theirs / "diffusion_pytorch_model.safetensors").read_bytes() == b"theirs"
+    (tmp_path / "checkpoint-60").write_bytes(b"theirs")
+    assert checkpoint.of_other_tools(tmp_path) == [tmp_path / "checkpoint-50", tmp_path / "checkpoint-60"]
+    with pytest.raises(UserError, match=r"checkpoint-60 was made by another tool"):
+        save(tmp_path, 60)
+    assert (tmp_path / "checkpoint-60").read_bytes() == b"theirs"
 
 
 def test_a_deletion_that_is_cut_short_leaves_nothing_that_seems_to_be_a_checkpoint(tmp_path, monkeypatch):

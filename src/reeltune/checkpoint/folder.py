@@ -65,9 +65,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def of_other_tools(output_dir: Path) -> list[Path]:
-    """Folders with the name of a checkpoint that hold files and none of ours."""
-    named = (path for path in sorted(Path(output_dir).glob("checkpoint-*")) if NAME.match(path.name) and path.is_dir())
-    return [path for path in named if any(path.iterdir()) and not any((path / name).exists() for name in OURS)]
+    """Folders with the name of a checkpoint that hold files and none of ours, and files of such a name."""
+    named = [path for path in sorted(Path(output_dir).glob("checkpoint-*")) if NAME.match(path.name)]
+    return [path for path in named if not path.is_dir() or (any(path.iterdir()) and not _has_ours(path))]
+
+
+def _has_ours(folder: Path) -> bool:
+    return any((folder / name).exists() for name in OURS)
 
 
 def parts(checkpoint: Path) -> dict[str, Path]:
@@ -294,7 +298,7 @@ def sound_before(checkpoint: Path) -> str:
             with suppress(UserError):
                 _progress(earlier, "")
                 if not digests.damages(earlier):
-                    return f"go on from the one before it with resume_from_checkpoint {earlier.name}"
+                    return f"a sound one before it: its weights, or all of it by resume_from_checkpoint {earlier.name}"
     return "restore it from a copy; there is no sound checkpoint before it"
 
 
