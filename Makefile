@@ -20,15 +20,16 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY)) $(if $(ADAPTER),--adapter)
 
-# Files go to the two in the order of their folders: those that take long come first, and neither waits for one at the end
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three for two cores, as launches wait for one another. Files go to them in the order of their folders: those that take
+# long come first, and nobody waits for one at the end.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 # Without the slow half, which real launches and kills are
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 # The quick half with the oldest versions that are supported, in an environment of its own
 OLDEST := .venv/oldest
@@ -37,7 +38,7 @@ oldest: setup
 	@sed 's/==.*//;/^#/d' constraints-oldest.txt | grep -viwFf - constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
 	@touch $(OLDEST)/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TWO) -m "not slow"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -m "not slow"
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -285,7 +285,7 @@ def test_adapters_of_both_are_named_one_by_one(runs, tmp_path):
     asked, out = runs["adapters"]
     shown = replace(asked.validation, validation_prompts=("a cat.",))
     one = replace(asked, model=replace(asked.model, expert="high"), validation=shown)
-    with pytest.raises(UserError, match=r"has those of both experts; give .*high_noise_model or"):
+    with pytest.raises(UserError, match=r"has what is of both experts; give .*high_noise_model or"):
         sample_clips(one, adapters=[str(out / "checkpoint-6")])
 
 

@@ -128,13 +128,13 @@ def test_a_damaged_manifest_is_told(there, instead, tmp_path):
 def test_an_error_keeps_what_was_made(run, tmp_path, monkeypatch, capfd):
     given = cached(run("run"), tmp_path / "cache")
 
-    def fail(encoder, batch, real=fill.Encoder._clip, left=[5]):  # noqa: B006
+    def fail(encoder, batch, real=fill.Encoder._clips, left=[5]):  # noqa: B006
         left[0] -= 1
         if not left[0]:
             raise torch.OutOfMemoryError("out of memory")
         return real(encoder, batch)
 
-    monkeypatch.setattr(fill.Encoder, "_clip", fail)
+    monkeypatch.setattr(fill.Encoder, "_clips", fail)
     with pytest.raises(UserError, match=r"the host is full while clips are encoded \(out of memory\)"):
         fill.fill(given)
     held = store.Store(tmp_path / "cache")
