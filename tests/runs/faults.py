@@ -1,4 +1,4 @@
-"""Deaths and full disks at each change that an operation makes to a folder.
+"""Deaths and full disks at each change that an operation makes to a folder; and a flipped bit.
 
 Python tells of every file that it opens, renames or removes (sys.addaudithook, PEP 578), whichever library asks for it;
 LIBRARIES open theirs without Python. Each fault is tried in a forked process of its own:
@@ -181,3 +181,10 @@ def check_end(kind: str, code: int, said: Mapping, where: str, work: Path, event
         assert str(work) in told and " GB free" in told, f"{where}: {told}"
         assert told.count("\n") == 1, f"{where}: {told}"
         assert not partial(work), where
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """One bit, that far into the file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x40
+    path.write_bytes(content)

@@ -15,7 +15,6 @@ from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import parts
 from reeltune.config.parse import build
 from reeltune.core.errors import UserError
-from reeltune.diffusion.objective import Flow
 from reeltune.estimate import sharding
 from reeltune.estimate.check import check
 from reeltune.estimate.main import Machines, forecast
@@ -302,20 +301,6 @@ def test_a_run_begins_with_what_another_learnt_of_both(what, runs, model, data, 
     assert [band["loss"] for band in begun["per_band"]] == [band["loss"] for band in ended["per_band"]]
 
 
-@pytest.mark.parametrize(
-    ("said", "words"),
-    [
-        ({"expert": "high", "low_expert_learning_rate": 1e-5}, "low_expert_learning_rate is 1e-05 and expert is high"),
-        ({"low_expert_max_grad_norm": 1.0}, "low_expert_max_grad_norm is 1.0 and expert is none"),
-        ({"expert": "both", "other_expert_path": "x"}, "other_expert_path is x and expert is both"),
-        ({"expert": "both", "other_expert_adapter": "x"}, "other_expert_adapter is x and expert is both"),
-    ],
-)
-def test_what_does_not_go_together(said, words):
-    with pytest.raises(UserError, match=words):
-        build(said)
-
-
 def test_what_is_of_one_of_them_is_refused(runs, model, data, tmp_path):
     for name, path in (("transformer_path", model / "high_noise_model"), ("adapter_path", tmp_path)):
         more = {"rank": 4} if name == "adapter_path" else {}
@@ -400,25 +385,3 @@ def test_plan_counts_the_one_whose_turn_it_is_not(model, data, tmp_path):
         assert sharding.resting(step, engine, 2) == (shared, 0)
         here, host = sharding.resting(step, engine, 2, offload=True)
         assert host > 0 and here + host == shared
-
-
-@pytest.mark.parametrize(
-    ("settings", "share"),
-    [
-        ({"uniform_sampling": True}, 0.358),
-        ({}, 0.358),
-        ({"weighting_scheme": "logit_normal", "logit_mean": 0.5, "logit_std": 0.8}, None),
-        ({"weighting_scheme": "mode", "mode_scale": 0.8}, None),
-    ],
-)
-def test_the_share_of_an_expert_is_that_of_the_levels(settings, share):
-    """As a network for the whole schedule would draw them."""
-    whole = Flow(shift=5.0, **settings)
-    high, low = whole.parted(0.9)
-    assert high.share + low.share == pytest.approx(1) and whole.share == 1
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.tensor([whole.draw(generator, (i % 4, 4)) for i in range(20_000)])
-    drawn = float((levels * 1000 >= 900).float().mean())
-    assert high.share == pytest.approx(drawn, abs=0.012)  # 3.5 deviations
-    if share is not None:
-        assert high.share == share

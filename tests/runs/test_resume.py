@@ -20,6 +20,7 @@ from reeltune.run.lock import locked
 from reeltune.training.loop import train
 from tests.distributed.processes import FORKS, NAP_SECONDS, changes, wait
 from tests.families.tiny_wan import tiny_checkpoint
+from tests.runs.faults import flip
 from tests.runs.same_run import StopAfter, assert_same_end, rows, same_checkpoint
 from tests.runs.small_run import measured, recipe
 
@@ -220,10 +221,7 @@ def notices(out):
 
 def test_a_flipped_bit_is_noticed_before_a_step_is_taken(checkpoints, data, tmp_path):
     more = stopped_at_2(checkpoints, data, tmp_path / "run")
-    path = tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[int(0.7 * len(content))] ^= 0x40
-    path.write_bytes(content)
+    flip(tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors", 0.7)
     with pytest.raises(UserError, match=r"checkpoint-2 is damaged.*\n.*safetensors has other bytes"):
         run(more, checkpoints / "toy", data, tmp_path / "run")
 
@@ -235,10 +233,7 @@ def test_a_flipped_bit_is_noticed_in_weights_that_a_run_begins_with(given, check
     (kept / "optimizer.pt").unlink()  # of no use here, and large
     begun = settings_of("toy", max_train_steps=1, transformer_path=str(kept / given))
     assert run(begun, checkpoints / "toy", data, tmp_path / "sound") == 0
-    path = kept / "transformer/diffusion_pytorch_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[int(0.7 * len(content))] ^= 0x40
-    path.write_bytes(content)
+    flip(kept / "transformer/diffusion_pytorch_model.safetensors", 0.7)
     with pytest.raises(UserError, match=r"checkpoint-2 is damaged.*\n.*safetensors has other bytes"):
         run(begun, checkpoints / "toy", data, tmp_path / "other")
 

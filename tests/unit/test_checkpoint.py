@@ -8,6 +8,7 @@ from reeltune.checkpoint import digests
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
+from tests.runs.faults import flip
 
 
 def save(out, step, keep=None, weights=None):
@@ -88,12 +89,6 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
 
 
 # ---- bits
-
-
-def flip(path, place=0.5):
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * place)] ^= 0x40
-    path.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "optimizer.pt", "ledger.npz", "progress.json"])

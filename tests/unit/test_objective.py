@@ -256,3 +256,25 @@ def test_quantiles_of_a_range_are_its_own():
     low = Flow().parted(0.9)[1]
     assert low.quantile(0.0) == low.levels[358].item() and low.quantile(0.999999) == low.levels[999].item()
     assert low.quantile(0.5) == low.levels[358 + 321].item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"uniform_sampling": True}, 0.358),
+        ({}, 0.358),
+        ({"weighting_scheme": "logit_normal", "logit_mean": 0.5, "logit_std": 0.8}, None),
+        ({"weighting_scheme": "mode", "mode_scale": 0.8}, None),
+    ],
+)
+def test_the_share_of_an_expert_is_that_of_the_levels(settings, share):
+    """As a network for the whole schedule would draw them."""
+    whole = Flow(shift=5.0, **settings)
+    high, low = whole.parted(0.9)
+    assert high.share + low.share == pytest.approx(1) and whole.share == 1
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([whole.draw(generator, (i % 4, 4)) for i in range(20_000)])
+    drawn = float((levels * 1000 >= 900).float().mean())
+    assert high.share == pytest.approx(drawn, abs=0.012)  # 3.5 deviations
+    if share is not None:
+        assert high.share == share

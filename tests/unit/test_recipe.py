@@ -364,3 +364,17 @@ def test_literal_fields_list_their_choices():
         kinds = [kind for kind in setting.alternatives if get_origin(kind) is Literal]
         switch = {"true", "false"} if setting.stands_alone else set()
         assert all({*get_args(kind), *switch} == set(setting.choices) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"expert": "high", "low_expert_learning_rate": 1e-5}, "low_expert_learning_rate is 1e-05 and expert is high"),
+        ({"low_expert_max_grad_norm": 1.0}, "low_expert_max_grad_norm is 1.0 and expert is none"),
+        ({"expert": "both", "other_expert_path": "x"}, "other_expert_path is x and expert is both"),
+        ({"expert": "both", "other_expert_adapter": "x"}, "other_expert_adapter is x and expert is both"),
+    ],
+)
+def test_what_does_not_go_together_of_experts(said, words):
+    with pytest.raises(UserError, match=words):
+        build(said)

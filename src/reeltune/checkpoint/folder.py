@@ -298,7 +298,7 @@ def sound_before(checkpoint: Path) -> str:
             with suppress(UserError):
                 _progress(earlier, "")
                 if not digests.damages(earlier):
-                    return f"a sound one before it: its weights, or all of it by resume_from_checkpoint {earlier.name}"
+                    return f"go on from the sound one before it, resume_from_checkpoint {earlier.name}, or its weights"
     return "restore it from a copy; there is no sound checkpoint before it"
 
 
