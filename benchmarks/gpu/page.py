@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks.gpu.report import Report, Row, shown
 
-STEPS = ("step_s", "tokens_s", "tflops", "mfu", "of_product", "peak_gb", "first_step_s")
+STEPS = ("attention", "step_s", "tokens_s", "tflops", "mfu", "of_product", "peak_gb", "first_step_s")
+SHARES = tuple(f"{kind}_share" for kind in ("attention", "products", "compiled", "copies", "others", "idle"))
 PLAN = ("plan_gb", "measured_gb", "memory_ratio", "within_5_percent", "plan_s", "measured_s", "plan_holds", "hfu")
 
 
@@ -17,6 +18,8 @@ def page(report: Report) -> str:
         kept = {"steps": STEPS, "plan": PLAN}.get(name)
         if rows:
             tables.append(f"### {name}\n\n{table(rows, kept)}")
+        if any("kernels" in row for row in rows):
+            tables.append(f"### {name}: where the time goes\n\n{table(rows, SHARES)}")
     left = [f"- {name}: {row['row']} ({row['why']})" for name in parts for row in report.parts[name]["not_run"]]
     if left:
         tables.append("Not run:\n\n" + "\n".join(left))

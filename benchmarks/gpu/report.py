@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+UNSAID = "error", "kernels"  # of a row on the screen: long, and in the file
 
 
 class Report:
@@ -68,7 +69,7 @@ class Part:
 
     def row(self, name: str, **values: Any) -> None:
         self.rows.append({"row": name, **values})
-        told = "  ".join(f"{key} {shown(value)}" for key, value in values.items() if key != "error")
+        told = "  ".join(f"{key} {shown(value)}" for key, value in values.items() if key not in UNSAID)
         say(f"{name:<44}  {told}")
         self._report.flush()
 

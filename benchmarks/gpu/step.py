@@ -17,10 +17,12 @@ from benchmarks.gpu.sizes import CHANNELS, IMAGE_TOKENS, TEXT_TOKENS, Encoders, 
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe
 from reeltune.core.types import Crop, Draw, Encoded, Posterior, Shape
-from reeltune.diffusion.loss import settle
+from reeltune.diffusion.loss import Loss, settle
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun.family import CONTROL_V1_1
+from reeltune.memory.attention import AUTO, CANDIDATES, in_order
+from reeltune.memory.attention_trial import asked, soonest, tried
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
 from reeltune.training.learner import learner_of
@@ -83,14 +85,28 @@ class Step:
         self.encoded, self.count = encoded(scale.clip, scale.encoders, self.engine.device), 0
         self.draws = [draw_of(scale.clip)]
 
+    def choose_attention(self) -> str:
+        """The kernel, which `auto` finds as in a run from a cache."""
+        if (asked_for := self.recipe.training.attention) != AUTO:
+            return asked_for
+        attention, kernels = self.learner.network.attention, CANDIDATES[self.engine.device.type]
+        found = soonest(tried(asked(attention.blocks, self._loss), kernels).passes_s)
+        if found is None:
+            return AUTO
+        attention.prefer(in_order(found, kernels))
+        return f"{AUTO}, {found}"
+
     def __call__(self) -> Tensor:
         """The loss, still on the device."""
         self.count += 1
-        draws = [replace(draw, seed=self.count) for draw in self.draws]
-        loss = training_loss(self.setup, self.learner.net, self.encoded, draws, self.recipe.loss)
+        loss = self._loss()
         self.learner.backward(loss.value, last=True)
         self.learner.step(self.count, RATE)
         return loss.value.detach()
+
+    def _loss(self) -> Loss:
+        draws = [replace(draw, seed=self.count) for draw in self.draws]
+        return training_loss(self.setup, self.learner.net, self.encoded, draws, self.recipe.loss)
 
 
 def _parts(recipe: Recipe, family: Family, network: Network, scale: Scale, device: torch.device) -> Parts:

@@ -1,0 +1,49 @@
+"""Where a step's time goes on the device: attention, matrix products, all else, and waiting for the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.report import Row
+from benchmarks.gpu.timing import wait
+
+LONGEST = 12  # kernels that are listed
+KINDS = {  # parts of the names that kernels and CPU operations have; the first kind that fits
+    "copies": ("memcpy", "memset"),
+    "attention": ("flash", "fmha", "sdpa", "scaled_dot_product"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "addmm", "::mm", "::bmm"),
+    "compiled": ("triton_",),
+}
+
+
+def shares(work: Callable[[], object], device: torch.device, took_s: float) -> Row:
+    """Of one call of `work`: each kind's share of `took_s`, its seconds without the profiler, and the longest kernels.
+
+    `idle` is what no kernel fills: the device waits for the host.
+    """
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        work()
+        wait(device)
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    seconds: Counter[str] = Counter()
+    kernels = []
+    for event in profiler.key_averages():
+        if event.device_type != wanted:
+            continue
+        taken_s = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        seconds[_kind(event.key)] += taken_s
+        kernels.append({"kernel": event.key[:120], "seconds": taken_s, "calls": event.count})
+    kernels.sort(key=lambda kernel: -kernel["seconds"])
+    found: Row = {f"{kind}_share": seconds[kind] / took_s for kind in (*KINDS, "others")}
+    return {**found, "idle_share": max(0.0, 1 - seconds.total() / took_s), "kernels": kernels[:LONGEST]}
+
+
+def _kind(name: str) -> str:
+    lower = name.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "others")
