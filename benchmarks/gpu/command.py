@@ -139,10 +139,10 @@ def run(
         prepare()
     works: dict[str, Callable[[Part], None]] = {work.__name__: work for work in (ceilings, steps, plan, exact, parity)}
     works |= {work.__name__: work for work in (encoding, saving, processes)}
-    for name, share in PARTS.items():
-        if name in only:
-            with report.part(name, share) as part:
-                works[name](part)
+    shares = {name: share for name, share in PARTS.items() if name in only}
+    for name, share in shares.items():
+        with report.part(name, share / sum(shares.values())) as part:
+            works[name](part)
 
 
 def conclude(report: Report, scale: Scale) -> None:
