@@ -229,10 +229,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Tensors moved; 8-bit pixels become float32 in [-1, 1] (value / 255, minus 0.5, over 0.5, as released)."""
-        most = torch.full((), 255.0, device=device)  # by a plain number a GPU multiplies with its rounded reciprocal
 
         def pixels(x):
-            return None if x is None else x.to(device, non_blocking=True).float().div_(most).sub_(0.5).div_(0.5)
+            if x is None:
+                return None
+            found = x.to(device, non_blocking=True).float()
+            most = found.new_full((), 255.0)  # a plain number a GPU does not divide by: it multiplies with 1 / 255
+            return found.div_(most).sub_(0.5).div_(0.5)
 
         def plain(x):
             return None if x is None else x.to(device, non_blocking=True)
