@@ -301,6 +301,25 @@ def test_while_it_visits_a_block_computes_with_copies_on_the_device():
     assert len(seen) == 2 and not homes & set(seen)
 
 
+def test_nothing_but_what_is_sent_computes_in_either_pass():
+    """As on a GPU, which cannot compute with what waits: here it waits doubled."""
+
+    def gradients(*, doubled):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(3)])
+        for norm, layer in net:  # autograd keeps a norm's weights as they are, and of a layer's a view
+            nn.init.normal_(norm.weight.requires_grad_(False))
+            layer.weight.requires_grad_(False)
+        if doubled:
+            for block in swap(list(net), 3, torch.device("cpu"), copy=lambda there, home: there.copy_(home / 2)):
+                for tensor in waiting(block):
+                    tensor.mul_(2)
+        net(torch.randn(4, 8)).square().mean().backward()
+        return {name: weight.grad for name, weight in net.named_parameters() if weight.requires_grad}
+
+    assert_same(gradients(doubled=True), gradients(doubled=False))
+
+
 def test_a_swapped_block_is_left_where_it_is():
     net = partly_still()
     net.register_buffer("table", torch.ones(3))

@@ -135,14 +135,15 @@ def swap(
 class Visits:
     """Copies of what waits, on the device: those of the block that computes, and on their way those of the next.
 
-    On a GPU a stream of its own sends them. Room for them is of the computing stream, which waits for them to arrive;
-    the sending stream waits for what was computed before the room was had.
+    While a block computes they stand in the places of what waits, as tensors of their own: autograd keeps frozen
+    weights by reference, and would find what waits once the block has done. On a GPU a stream of its own sends them.
+    Room for them is of the computing stream, which waits for them to arrive; the sending stream waits for what was
+    computed before the room was had.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copy: Callable[[Tensor, Tensor], object]):
         self.blocks, self.device, self.copy = blocks, device, copy
-        self.tensors = [waiting(block) for block in blocks]
-        self.homes = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        self.homes = [waiting(block) for block in blocks]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recomputing = False
         self.sent: tuple[int, list[Tensor]] | None = None  # which block's, and the copies
@@ -164,16 +165,18 @@ class Visits:
     @contextmanager
     def _visiting(self, i: int) -> Iterator[None]:
         """What the backward pass needs of the copies it keeps itself."""
-        tensors, copies = self.tensors[i], self._arrived(i)
+        copies = self._arrived(i)
         self._send(i - 1 if self.recomputing else i + 1)
-        for tensor, copy in zip(tensors, copies, strict=True):
-            tensor.data = copy
-        del copies
+        visitors = {id(home): _as(home, copy) for home, copy in zip(self.homes[i], copies, strict=True)}
+        places = list(_places(self.blocks[i]))
+        for table, name, home in places:
+            table[name] = visitors[id(home)]
+        del copies, visitors
         try:
             yield
         finally:
-            for tensor, home in zip(tensors, self.homes[i], strict=True):
-                tensor.data = home
+            for table, name, home in places:
+                table[name] = home
 
     def _arrived(self, i: int) -> list[Tensor]:
         if self.sent is None or self.sent[0] != i:
@@ -196,8 +199,21 @@ class Visits:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             for there, home in zip(copies, self.homes[i], strict=True):
-                self.copy(there, home)
+                self.copy(there, home.detach())
         self.sent = i, copies
+
+
+def _places(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """(a module's table, the name in it, what waits there), of all its modules."""
+    for module in block.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.requires_grad:
+                    yield table, name, tensor
+
+
+def _as(home: Tensor, copy: Tensor) -> Tensor:
+    return nn.Parameter(copy, requires_grad=False) if isinstance(home, nn.Parameter) else copy
 
 
 @dataclass
