@@ -20,7 +20,7 @@ from torch import Tensor
 from reeltune.core.types import Shape
 from reeltune.demo import checkpoint
 from reeltune.demo.tiny import cogvideox_fun, easyanimate, hunyuan_video
-from reeltune.families.wan_fun.vae import with_quick_norms
+from reeltune.families.wan_fun.vae import with_quick_layers
 
 CLIPS = {"small": Shape(5, 64, 64), "large": Shape(5, 640, 16)}
 TOGETHER = {"small": (2, 4), "large": (2,)}
@@ -51,7 +51,7 @@ def networks(size: str) -> dict[str, Any]:
             "hunyuan_video": AutoencoderKLHunyuanVideo(**others),
             "cogvideox_fun": AutoencoderKLCogVideoX(**cogvideox),
         }
-    found["wan_fun"] = with_quick_norms(found["wan_fun"])
+    found["wan_fun"] = with_quick_layers(found["wan_fun"])
     return {name: net.requires_grad_(False).eval() for name, net in found.items()}
 
 

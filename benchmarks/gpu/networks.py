@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 from benchmarks.gpu.sizes import CHANNELS, Encoders, Network, Scale
 from reeltune.families.wan_fun import keys, layout, sizes
 from reeltune.families.wan_fun.net import WanFunTransformer
-from reeltune.families.wan_fun.vae import with_quick_norms
+from reeltune.families.wan_fun.vae import with_quick_layers
 from reeltune.memory.quantized import QuantizedLinear
 from tests.families.full_size import hollow
 from tests.families.tiny_wan import tokenizer_in
@@ -75,7 +75,7 @@ def frozen(scale: Scale, device: torch.device, dtype: torch.dtype) -> dict[str, 
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     words = filled(text(scale.encoders), device, dtype)
     words.encoder.embed_tokens.weight = words.shared.weight
-    clips = with_quick_norms(filled(vae(scale.encoders), device, dtype))
+    clips = with_quick_layers(filled(vae(scale.encoders), device, dtype))
     return {name: net.requires_grad_(False).eval() for name, net in (("vae", clips), ("text", words), ("image", tower))}
 
 

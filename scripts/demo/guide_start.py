@@ -23,7 +23,7 @@ from reeltune.demo.clips import scene
 from reeltune.families.text import embed
 from reeltune.families.wan_fun.conditions import denoise, encode_clip
 from reeltune.families.wan_fun.sizes import TEXT_LENGTH
-from reeltune.families.wan_fun.vae import with_quick_norms
+from reeltune.families.wan_fun.vae import with_quick_layers
 
 CONTROL_KEPT, REFERENCE_KEPT, CAPTION_KEPT = 0.65, 0.5, 0.9  # shares of samples
 AT_ONCE = 4
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=WEIGHTS / "transformer.safetensors")
     given = parser.parse_args()
 
-    scenes = encode(with_quick_norms(shipped(vae(), "vae")).eval().requires_grad_(False), given.scenes)
+    scenes = encode(with_quick_layers(shipped(vae(), "vae")).eval().requires_grad_(False), given.scenes)
     no_text = embed(tokenizer(), text_encoder(), [""], TOKENS)[0]
     net = shipped(transformer(), "transformer")
     unused = ("add_", "image_embedder", "ref_conv")

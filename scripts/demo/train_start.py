@@ -30,7 +30,7 @@ from reeltune.families.text import embed
 from reeltune.families.wan_fun.conditions import decode, encode_clip
 from reeltune.families.wan_fun.conditions import denoise as answer_of
 from reeltune.families.wan_fun.sizes import TEXT_LENGTH
-from reeltune.families.wan_fun.vae import with_quick_norms
+from reeltune.families.wan_fun.vae import with_quick_layers
 
 FIRST_SEED = 2_000_000  # scenes of the data set have smaller seeds
 OBJECTIVE = Flow(shift=5.0)
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--look", type=Path, help="folder for pictures on the way")
     given = parser.parse_args()
 
-    parts = Parts(transformer(), {"vae": with_quick_norms(shipped(vae(), "vae")).eval().requires_grad_(False)})
+    parts = Parts(transformer(), {"vae": with_quick_layers(shipped(vae(), "vae")).eval().requires_grad_(False)})
     if given.latents and given.latents.exists():
         scenes = torch.load(given.latents)
     else:

@@ -183,14 +183,14 @@ def load_vae(
     with lean_imports():
         from diffusers import AutoencoderKLWan
 
-        from reeltune.families.wan_fun.vae import with_quick_norms
+        from reeltune.families.wan_fun.vae import with_quick_layers
 
     state = keys.vae_from_released(weights.read(path, fake))
     arguments = sizes.vae(state, _own_config(path), str(path))
     if arguments["z_dim"] != channels:
         rule = f"has {arguments['z_dim']} latent channels, and the transformer {channels}; it is of another model"
         raise UserError(str(path), rule)
-    net = with_quick_norms(configs.build(AutoencoderKLWan, arguments, str(path)))
+    net = with_quick_layers(configs.build(AutoencoderKLWan, arguments, str(path)))
     return _frozen(net, state, path, dtype)
 
 
