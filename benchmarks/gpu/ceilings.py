@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -34,9 +35,20 @@ def measure(part: Part, scale: Scale, device: torch.device) -> None:
     for kernel in KERNELS:
         if kernel == "math" and not scale.is_rehearsal:
             continue  # it keeps a matrix of tokens times tokens
-        with part.attempt(f"attention alone, {kernel}"):
-            part.row(f"attention alone, {kernel}", **_attention(kernel, scale, device))
-        give_back(device)
+        for name, deterministic in ((kernel, False), (f"{kernel}, deterministic", True)):
+            with part.attempt(f"attention alone, {name}"), same_bits(deterministic):
+                part.row(f"attention alone, {name}", **_attention(kernel, scale, device))
+            give_back(device)
+
+
+@contextmanager
+def same_bits(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _product(side: int, device: torch.device) -> Row:
@@ -81,12 +93,15 @@ def _attention(kernel: str, scale: Scale, device: torch.device) -> Row:
             out = scaled_dot_product_attention(q, k, v)
             forward_s = median_s(lambda: scaled_dot_product_attention(q, k, v), device, warm_up=1, rounds=3)
             backward_s = median_s(lambda: _backward(out, [q, k, v]), device, warm_up=1, rounds=3)
+            pairs = zip(*(_backward(out, [q, k, v]) for _ in range(2)), strict=True)
+            repeats = all(torch.equal(one, other) for one, other in pairs)
     except RuntimeError as error:
         return {"not_there": str(error).splitlines()[0]}
     forward, backward = products / forward_s / 1e12, 2.5 * products / backward_s / 1e12
-    return {"forward_tflops": forward, "backward_tflops": backward, "tokens": tokens}
+    same = "yes" if repeats else "NO"
+    return {"forward_tflops": forward, "backward_tflops": backward, "backward_repeats": same, "tokens": tokens}
 
 
-def _backward(out: Tensor, given: list[Tensor]) -> None:
-    """Five products, one of them computed again (https://arxiv.org/abs/2307.08691, section 3.1)."""
-    torch.autograd.grad(out.sum(), given, retain_graph=True)
+def _backward(out: Tensor, given: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients, by five products, one of them computed again (https://arxiv.org/abs/2307.08691, section 3.1)."""
+    return torch.autograd.grad(out, given, out.detach(), retain_graph=True)

@@ -17,7 +17,7 @@ from reeltune.families.wan_fun import conditions
 from reeltune.sampling.sample import Setup
 from reeltune.training.prefetch import Prefetcher
 
-TOGETHER = (1, 2, 4)  # clips of a call of the VAE (`vae_mini_batch`)
+TOGETHER = (1, 2)  # clips of a call of the VAE (`vae_mini_batch`)
 CAPTION = "A red kite over a beach, seen from below, its tail in the wind, while the camera pans from left to right."
 
 

@@ -16,8 +16,8 @@ from typing import IO
 import torch
 
 from benchmarks.gpu import step
-from benchmarks.gpu.report import Part, Row
-from benchmarks.gpu.sizes import FULL, TINY, Scale
+from benchmarks.gpu.report import Part, Row, shown
+from benchmarks.gpu.sizes import FULL, PHASES, TINY, Scale
 from benchmarks.gpu.steps import WAYS
 from reeltune.distributed.engine import peak_flops
 from reeltune.estimate import throughput
@@ -73,7 +73,7 @@ def compare(part: Part, forecast: Forecast, measured: list[Row], device: torch.d
             told = foretold[name]
             rate = told["flops"] / row["step_s"]
             by_first = told["flops"] / reached.setdefault(row["network"], rate)
-            part.row(name, **_memory(told, row), **_time(told, row, sheet, by_first))
+            part.row(name, **_memory(told, row), **_by_phase(told, row), **_time(told, row, sheet, by_first))
 
 
 def _memory(told: Row, row: Row) -> Row:
@@ -83,6 +83,11 @@ def _memory(told: Row, row: Row) -> Row:
     ratio = told["peak_gb"] / real
     flag = "yes" if abs(ratio - 1) <= NEAR else "NO"
     return {"plan_gb": told["peak_gb"], "measured_gb": real, "memory_ratio": ratio, "within_5_percent": flag}
+
+
+def _by_phase(told: Row, row: Row) -> Row:
+    """The peaks of each phase in GB: the plan's, and the measured."""
+    return {phase: f"{shown(told['peaks_gb'][phase])} / {shown(row['peaks_gb'][phase])}" for phase in PHASES}
 
 
 def _time(told: Row, row: Row, sheet: float | None, by_first_s: float) -> Row:
@@ -111,11 +116,10 @@ def foretell(scale: Scale, checkpoints: Path, count: int) -> None:
         key = way.network, recipe.adapter.rank
         estimator = estimators.setdefault(key, Estimator(recipe))
         found = estimator.step(recipe, [step.draw_of(scale.clip)], [CAPTION], preview=False)
-        phases = ("forward", "backward", "step")
-        peaks = {phase: sum(found.peaks[phase].values()) for phase in phases}
-        flops = sum(found.flops.get(phase, 0) for phase in phases)
-        row = {"row": way.name, "peak_gb": max(peaks.values()) / 1e9, "flops": flops}
-        print(json.dumps({**row, "fullest": max(peaks, key=peaks.__getitem__)}), flush=True)
+        peaks_gb = {phase: sum(found.peaks[phase].values()) / 1e9 for phase in PHASES}
+        flops = sum(found.flops.get(phase, 0) for phase in PHASES)
+        row = {"row": way.name, "peak_gb": max(peaks_gb.values()), "peaks_gb": peaks_gb, "flops": flops}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

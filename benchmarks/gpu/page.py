@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from benchmarks.gpu.report import Report, Row, shown
+from benchmarks.gpu.sizes import PHASES
 
 STEPS = ("attention", "step_s", "tokens_s", "tflops", "mfu", "of_product", "peak_gb", "first_step_s")
 SHARES = tuple(f"{kind}_share" for kind in ("attention", "products", "compiled", "copies", "others", "idle"))
-PLAN = ("plan_gb", "measured_gb", "memory_ratio", "within_5_percent", "plan_s", "measured_s", "plan_holds", "hfu")
+PLAN = (
+    "plan_gb",
+    "measured_gb",
+    "memory_ratio",
+    "within_5_percent",
+    *PHASES,
+    "plan_s",
+    "measured_s",
+    "plan_holds",
+    "hfu",
+)
 
 
 def page(report: Report) -> str:

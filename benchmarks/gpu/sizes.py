@@ -7,6 +7,7 @@ from typing import Any
 
 from reeltune.core.types import Shape
 
+PHASES = "forward", "backward", "step"  # of a training step, as `plan` has them
 CHANNELS, TEXT_TOKENS, IMAGE_TOKENS = 16, 512, 257  # of Wan2.1's latents, captions and CLIP
 
 
@@ -38,7 +39,7 @@ class Scale:
     networks: dict[str, Network]
     encoders: Encoders
     clip: Shape
-    warm_up: int  # steps that are not counted, the first of them apart
+    warm_up: int  # steps that are not counted beside the first
     rounds: int  # steps that are
     matrix: int  # side of the square matrices that are multiplied
     copied_bytes: int
@@ -57,8 +58,8 @@ FULL = Scale(
         image={"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16},
     ),
     clip=Shape(81, 480, 832),
-    warm_up=1,
-    rounds=3,
+    warm_up=0,
+    rounds=2,
     matrix=8192,
     copied_bytes=2**32,
     rank=32,

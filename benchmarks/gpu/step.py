@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,15 @@ class Step:
         attention.prefer(in_order(found, kernels))
         return f"{AUTO}, {found}"
 
-    def __call__(self) -> Tensor:
-        """The loss, still on the device."""
+    def __call__(self, after: Callable[[str], object] = lambda _: None) -> Tensor:
+        """The loss, still on the device. after: called with each of PHASES that is over."""
         self.count += 1
         loss = self._loss()
+        after("forward")
         self.learner.backward(loss.value, last=True)
+        after("backward")
         self.learner.step(self.count, RATE)
+        after("step")
         return loss.value.detach()
 
     def _loss(self) -> Loss:

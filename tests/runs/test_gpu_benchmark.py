@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import parity_wan
 from benchmarks.golden import Row
-from benchmarks.gpu import command, exact, forecast, goldens, networks, page, processes, step, steps
+from benchmarks.gpu import command, exact, forecast, goldens, kernels, networks, page, processes, saving, step, steps
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import FULL, TINY, Network
 from reeltune import cli
@@ -43,6 +44,8 @@ def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
     measured = rows(found, "steps")
     assert list(measured) == [way.name for way in steps.WAYS[:2]]
     for row in measured.values():
+        assert row["attention"] == "auto, flash"
+        assert row["attention_share"] > 0 and row["products_share"] > 0 and row["compiled_share"] == 0
         assert row["tokens_s"] * row["step_s"] == pytest.approx(2 * 2 * 3)
         assert row["mfu"] == row["peak_gb"] == "unknown"
     network = TINY.networks["1.3b"]
@@ -50,7 +53,7 @@ def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
     assert done["tflops"] * done["step_s"] * 1e12 == pytest.approx(step.flops(network, TINY.clip, TINY.encoders))
     encoded = rows(found, "encoding")
     assert "step with encode_ahead" in encoded
-    for clips in (1, 2, 4):
+    for clips in (1, 2):
         told = encoded[f"VAE, clips together: {clips}"]
         assert told["a_clip_s"] * clips == told["seconds"]
         assert told["frames_s"] * told["a_clip_s"] == pytest.approx(TINY.clip.frames)
@@ -97,6 +100,35 @@ def test_a_part_has_what_earlier_ones_left(tmp_path):
         assert part.left_s() == 55
 
 
+def test_the_parts_that_are_asked_for_have_the_whole_budget(tmp_path, monkeypatch):
+    budgets = {}
+
+    def part(report, name, share):
+        budgets[name] = share
+        return nullcontext()
+
+    monkeypatch.setattr(Report, "part", part)
+    for module in (goldens, saving):
+        monkeypatch.setattr(module, "measure", lambda *_: None)
+    assert command.main(["--out", str(tmp_path), "--only", "parity", "saving"]) == 0
+    assert budgets == {"prepare": 0.0, "parity": 0.5, "saving": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_cga1x1x1", "attention"),
+        ("nvjet_sm90_tst_256x152_64x4_1x2_h_bz_coopA_bias_TNT", "products"),
+        ("triton_red_fused__to_copy_gelu_gelu_backward_sum_view_7", "compiled"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "others"),
+    ],
+)
+def test_kernels_are_known_by_their_names(kernel, kind):
+    """As an H100 had them (2026-11-27, torch 2.11)."""
+    assert kernels._kind(kernel) == kind
+
+
 def test_ways_for_which_no_time_is_left_are_named(tmp_path):
     report = Report(tmp_path / "gpu.json", {}, budget_s=0)
     with report.part("steps", 1.0) as part:
@@ -109,6 +141,9 @@ def test_memory_is_flagged_beyond_five_percent():
     told = {"peak_gb": 1.0, "flops": 100}
     flags = [forecast._memory(told, {"peak_gb": real})["within_5_percent"] for real in (0.94, 0.96, 1.05, 1.06)]
     assert flags == ["NO", "yes", "yes", "NO"]
+    peaks_gb = dict.fromkeys(forecast.PHASES, 1.0)
+    by_phase = forecast._by_phase({"peaks_gb": peaks_gb}, {"peaks_gb": {**peaks_gb, "step": 0.5}})
+    assert by_phase == {"forward": "1 / 1", "backward": "1 / 1", "step": "1 / 0.5"}
     found = forecast._time(told, {"step_s": 2.0}, 200.0, 1.5)
     assert found["hfu"] == 0.25 and found["plan_holds"] == "yes"
     assert forecast._time(told, {"step_s": 5.0}, 200.0, 1.5)["plan_holds"] == "NO"
