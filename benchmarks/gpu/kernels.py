@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.report import Row
 from benchmarks.gpu.timing import wait
 
-LONGEST = 12  # kernels that are listed
+LONGEST = 30  # kernels that are listed
 KINDS = {  # parts of the names that kernels and CPU operations have; the first kind that fits
     "copies": ("memcpy", "memset"),
     "attention": ("flash", "fmha", "sdpa", "scaled_dot_product"),
