@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -61,12 +62,21 @@ def _outline(block: nn.Module) -> list:
         (
             name,
             type(module).__name__,
-            "forward" in vars(module),  # it recomputes, or visits the device
+            _wrapped(module),
             sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float | str)),
             [(key, weight.shape, weight.dtype, weight.requires_grad) for key, weight in _own(module)],
         )
         for name, module in block.named_modules()
     ]
+
+
+def _wrapped(module: nn.Module) -> list[str]:
+    """What is around its forward pass, from without: that it recomputes, visits the device, or has a kernel chosen."""
+    forward, around = vars(module).get("forward"), []
+    while isinstance(forward, partial):
+        around.append(forward.func.__qualname__)
+        forward = next((given for given in forward.args if callable(given) and not isinstance(given, nn.Module)), None)
+    return [*around, getattr(forward, "__qualname__", "")]
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
