@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -89,7 +90,7 @@ def _attention(kernel: str, scale: Scale, device: torch.device) -> Row:
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     products = 4 * tokens**2 * network.width  # FLOPs of two products
     try:
-        with sdpa_kernel(KERNELS[kernel]):
+        with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(action="ignore"):  # why it is not there is told
             out = scaled_dot_product_attention(q, k, v)
             forward_s = median_s(lambda: scaled_dot_product_attention(q, k, v), device, warm_up=1, rounds=3)
             backward_s = median_s(lambda: _backward(out, [q, k, v]), device, warm_up=1, rounds=3)

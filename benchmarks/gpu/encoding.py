@@ -30,7 +30,8 @@ def measure(part: Part, scale: Scale, device: torch.device, checkpoint: Path, ne
     setup = replace(steps.setup, parts=parts)
     _apart(part, setup, scale, device)
     plain_s = median_s(steps, device, warm_up=scale.warm_up + 1, rounds=scale.rounds)
-    encode_s = median_s(lambda: setup.encode(_batch(scale, 0)), device, warm_up=1, rounds=scale.rounds)
+    batches = iter([_batch(scale, number) for number in range(1 + scale.rounds)])
+    encode_s = median_s(lambda: setup.encode(next(batches)), device, warm_up=1, rounds=scale.rounds)
     taken = {ahead: _trained(steps, setup, scale, device, ahead=ahead) for ahead in (False, True)}
     part.row("step alone", seconds=plain_s)
     part.row("encoding alone, caption new", seconds=encode_s, of_a_step=encode_s / plain_s)

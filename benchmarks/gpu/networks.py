@@ -20,7 +20,8 @@ from reeltune.memory.quantized import QuantizedLinear
 from tests.families.full_size import hollow
 from tests.families.tiny_wan import tokenizer_in
 
-BLOCK = 2**20  # random integers that are repeated
+BLOCK = 2**20 - 3  # random numbers that are repeated: a prime, so that no two rows of a matrix are alike
+INTEGERS = {torch.int8: (-127, 128), torch.uint8: (0, 120)}  # from, to; fp8's bits: 120 is 256
 
 # ---- outlines, on the meta device
 
@@ -81,25 +82,27 @@ def frozen(scale: Scale, device: torch.device, dtype: torch.dtype) -> dict[str, 
 
 @torch.no_grad()
 def fill(net: nn.Module, device: torch.device) -> None:
-    """Random values in the place of those that are there: of a size that keeps what passes through them."""
-    chances = {place: torch.Generator(place).manual_seed(0) for place in (device.type, "cpu")}
+    """Random values in the place of those that are there: of a size that keeps what passes through them, and the same
+    ones wherever a weight is, on the device or the host."""
+    chance = torch.Generator().manual_seed(0)
+    normals = torch.randn(BLOCK, generator=chance)
+    integers = {low: torch.randint(low, high, (BLOCK,), generator=chance) for low, high in INTEGERS.values()}
     for layer in net.modules():
         if isinstance(layer, QuantizedLinear):
-            _fill_integers(layer.weight, chances[layer.weight.device.type])
+            low, _ = INTEGERS[layer.weight.dtype]
+            _repeat(layer.weight, integers[low].to(layer.weight))
             layer.scale.fill_(math.sqrt(3 / layer.in_features) / 127)  # of evenly spread integers, 1 / sqrt(inputs)
     for name, weight in net.named_parameters():
         if not weight.is_floating_point():
             continue
         if weight.ndim > 1 and not name.endswith("gamma"):
-            weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=chances[weight.device.type])
+            _repeat(weight, (normals / math.sqrt(weight[0].numel())).to(weight))
         else:
             weight.fill_(float(name.endswith(("weight", "gamma"))))  # norms
 
 
-def _fill_integers(weight: Tensor, chance: torch.Generator) -> None:
-    low, high = (-127, 128) if weight.dtype == torch.int8 else (0, 120)  # fp8's bits: 120 is 256
-    some = torch.randint(low, high, (BLOCK,), dtype=weight.dtype, device=weight.device, generator=chance)
-    for part in weight.view(-1).split(BLOCK):
+def _repeat(weight: Tensor, some: Tensor) -> None:
+    for part in weight.view(-1).split(len(some)):
         part.copy_(some[: len(part)])
 
 
