@@ -144,9 +144,12 @@ def test_memory_is_flagged_beyond_five_percent():
     peaks_gb = dict.fromkeys(forecast.PHASES, 1.0)
     by_phase = forecast._by_phase({"peaks_gb": peaks_gb}, {"peaks_gb": {**peaks_gb, "step": 0.5}})
     assert by_phase == {"forward": "1 / 1", "backward": "1 / 1", "step": "1 / 0.5"}
-    found = forecast._time(told, {"step_s": 2.0}, 200.0, 1.5)
+    found = forecast._time(told, {"step_s": 2.0, "changes": {}}, 200.0, 1.5)
     assert found["hfu"] == 0.25 and found["plan_holds"] == "yes"
-    assert forecast._time(told, {"step_s": 5.0}, 200.0, 1.5)["plan_holds"] == "NO"
+    assert forecast._time(told, {"step_s": 5.0, "changes": {}}, 200.0, 1.5)["plan_holds"] == "NO"
+    faster = {"step_s": 1.0, "changes": {"compile": "blocks"}}  # 50 % of the peak
+    assert forecast._time(told, faster, 200.0, 1.5)["plan_holds"] == "yes"
+    assert forecast._time(told, {**faster, "changes": {}}, 200.0, 1.5)["plan_holds"] == "NO"
 
 
 @pytest.mark.golden("released_keys/Wan2.1-Fun-V1.1-14B-Control.json.gz", "released_keys/Wan2.1_VAE.json.gz")

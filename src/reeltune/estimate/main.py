@@ -155,7 +155,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         disk_bytes=disk_bytes(planned, largest, steps, data, sizes),
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * machines.gpus,
-        throughput=expected_throughput(machines, clip_flops, len(draws)),
+        throughput=expected_throughput(machines, clip_flops, len(draws), recipe.training.compile == "blocks"),
         expert_changes=expert_changes(planned, largest, steps),
         verdict=verdict,
         offers=offers(planned, verdict, largest),
@@ -373,7 +373,7 @@ def average_bytes(recipe: Recipe, step: StepEstimate) -> int:
 
 
 def expected_throughput(
-    machines: Machines, batch_flops: Callable[[float], float], batch_size: int
+    machines: Machines, batch_flops: Callable[[float], float], batch_size: int, compiled: bool
 ) -> throughput.Throughput | None:
     if machines.throughput_tflops is not None:
         rate = machines.throughput_tflops * 1e12
@@ -381,4 +381,4 @@ def expected_throughput(
     if machines.measured is not None:
         return throughput.measured(machines.measured, batch_flops, batch_size)
     peak = PEAK_FLOPS.get(machines.device)
-    return None if peak is None else throughput.of_peak(peak, machines.device)
+    return None if peak is None else throughput.of_peak(peak, machines.device, compiled=compiled)
