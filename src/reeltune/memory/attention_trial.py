@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from reeltune.memory.attention import in_order, preferring
 
 SECONDS, ROUNDS = 2.0, 20  # after which a trial ends, once each kernel was timed
-NEAR = 1.03  # of the least median, up to which the order of kernels decides, and not noise; not measured on a GPU yet
+NEAR = 1.03  # of the least median, up to which the order of kernels decides, and not noise
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
 TITLES = {"flash": "flash attention", "cudnn": "cudnn attention", "efficient": "memory efficient"}
 """As torch begins the line after which it says why a kernel is not taken (pytorch, aten/src/ATen/native/transformers/
