@@ -12,7 +12,7 @@ from benchmarks.gpu.goldens import GOLDENS, rows_of
 from benchmarks.gpu.sizes import FULL, TINY, Network
 from benchmarks.gpu.step import Step, draw_of, recipe_of
 from benchmarks.gpu.timing import give_back
-from reeltune.core.types import Shape
+from reeltune.core.types import Batch, Shape
 from reeltune.demo.checkpoint import write_checkpoint
 from reeltune.demo.clips import write_data_set
 from reeltune.estimate.estimator import Estimator
@@ -138,6 +138,13 @@ def test_parity_in_float32(file):
     finally:
         torch.use_deterministic_algorithms(True)
     assert found and [row for row in found if not row.ok] == []
+
+
+def test_pixels_have_the_bits_of_a_cpu():
+    """CLIP's pictures are cut to 8 bits again, where an ulp is a whole value."""
+    every_u8 = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16)
+    batch = Batch(draws=[], text=[], pixels_BFCHW=every_u8, ref_frame_B=torch.zeros(1, dtype=torch.int64), keep={})
+    assert torch.equal(batch.to(CUDA).pixels_BFCHW.cpu(), batch.to("cpu").pixels_BFCHW)
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "attention_kept"}, ADAPTER], ids=str)
