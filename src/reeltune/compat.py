@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from reeltune.cli import REQUIRED, guarded, printed
 from reeltune.config.flags import flags
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
+from reeltune.core.options import Options
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import exported, size
 
@@ -121,15 +121,15 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
 
 def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
     """scripts/zero_to_bf16.py. Returns the exit code."""
-    parser = argparse.ArgumentParser("zero_to_bf16.py", description="A checkpoint's weights in bf16, as safetensors.")
+    parser = Options("zero_to_bf16.py", "A checkpoint's weights in bf16, as safetensors.")
     parser.add_argument("checkpoint_dir", type=Path, help="a checkpoint-N folder, whichever engine wrote it")
     parser.add_argument("output_dir", type=Path, help="the folder to write")
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="one file up to this, else shards [5GB]")
     parser.add_argument("--safe_serialization", action="store_true", help="always so; without it a notice says so")
     parser.add_argument("-d", "--debug", action="store_true", help="changes nothing")
-    options = parser.parse_args(argv)
 
     def act() -> int:
+        options = parser.read(argv)
         if not options.safe_serialization:
             notices.warning("--safe_serialization was not given: weights are written as safetensors all the same")
         return printed(exported(options.checkpoint_dir, options.output_dir, max_shard_size=options.max_shard_size))

@@ -67,8 +67,7 @@ def test_the_command(run, capsys):
     checkpoint = f"{run.output.output_dir}/checkpoint-6"
     assert cli.main(["rank", checkpoint, "--ranks", "2,8"]) == 0
     assert "rank 8:" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["rank", checkpoint, "--ranks", "2,x"])
+    assert cli.main(["rank", checkpoint, "--ranks", "2,x"]) == 2
     assert cli.main(["rank", checkpoint, "--held_out_share", "0"]) == 2
     assert "no clips are held out" in capsys.readouterr().err
 

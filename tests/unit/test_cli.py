@@ -78,9 +78,8 @@ def test_a_word_behind_a_switch_is_its_value(argv, words):
 
 
 def test_ranks_are_numbers_of_a_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["rank", str(tmp_path), "--ranks", "4,x"])
-    assert "'4,x' is not whole numbers, as 4,8,16" in capsys.readouterr().err
+    assert cli.main(["rank", str(tmp_path), "--ranks", "4,x"]) == 2
+    assert "--ranks is '4,x'; expected whole numbers, as 4,8,16" in capsys.readouterr().err
     assert cli.main(["rank", str(tmp_path / "gone")]) == 2
     assert "gone is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
 
