@@ -18,7 +18,7 @@ from reeltune.checkpoint import folder as checkpoints
 from reeltune.config import recipe as recipes
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import writing
+from reeltune.core.files import whole_folder
 from reeltune.core.reading import few
 from reeltune.distributed.engine import Engine
 from reeltune.export.main import taken
@@ -124,8 +124,8 @@ def _of_network(
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
         rank = max(ranks) if chosen is None else chosen.rank
-        with writing(out):
-            saved.save(out, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
+        with whole_folder(out) as beside:
+            saved.save(beside, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
         yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"
 
 
