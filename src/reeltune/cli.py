@@ -5,6 +5,7 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import os
@@ -228,6 +229,9 @@ def _prune(recipe: Recipe) -> int:
 def _cache_command(argv: Sequence[str]) -> int:
     word = argv[0] if argv and argv[0] in CARE else None
     if word is None or {"-h", "--help"} & set(argv):
+        near = difflib.get_close_matches(argv[0], CARE, 1) if argv and not Path(argv[0]).exists() else []
+        if near:
+            raise UserError("cache", f"{argv[0]} is no recipe; the nearest of what reeltune cache does is {near[0]}")
         return of_recipe("cache")(argv)
     return CARE[word](recipe_of(argv[1:], "cache"))
 

@@ -99,6 +99,7 @@ REFUSED = {  # flags that would change a run in a way that ours has not -> what 
     "num_hidden_layers_to_skip": "captions are read as the checkpoint was trained to; leave it out",
     "scale_lr": "the rate is used as it is written; give learning_rate times processes, batch and accumulation",
     "tokenizer_max_length": "captions are cut at the length that the checkpoint was trained with; leave it out",
+    "selective_ac": "set gradient_checkpointing and gradient_checkpointing_share, the share of blocks, in its place",
     "train_text_encoder": "text encoders do not learn here; leave it out",
     "train_sampling_steps": "the schedule is the checkpoint's; for Wan, give num_train_timesteps in config_path's yaml",
     "vae_path": "the VAE is the checkpoint's; put another in its place there; for Wan, name it in config_path's yaml",

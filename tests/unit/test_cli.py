@@ -36,7 +36,7 @@ def made(*argv):
         (["--trainable_modules=attn"], ("attn",)),
         (["--fix_sample_size", "480", "832"], (480, 832)),
         (["--logit_mean", "-0.5"], -0.5),
-        (["--output_dir="], ""),
+        (["--negative_prompt="], ""),
         (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
     ],
 )
@@ -82,6 +82,12 @@ def test_ranks_are_numbers_of_a_checkpoint(tmp_path, capsys):
     assert "--ranks is '4,x'; expected whole numbers, as 4,8,16" in capsys.readouterr().err
     assert cli.main(["rank", str(tmp_path / "gone")]) == 2
     assert "gone is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
+
+
+def test_what_a_cache_is_to_do_misspelt(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["cache", "verfy", "recipe.yaml"]) == 2
+    assert "verfy is no recipe; the nearest of what reeltune cache does is verify" in capsys.readouterr().err
 
 
 def test_words_that_are_no_flags(tmp_path):

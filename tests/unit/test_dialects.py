@@ -206,7 +206,10 @@ BAD = {
         {f"{Q}.alpha": torch.tensor(math.nan)},
         "alpha of blocks.0.self_attn.q is nan in it; expected",
     ),
-    "alpha of two": ({f"{Q}.alpha": torch.ones(2)}, r"alpha of blocks.0.self_attn.q is \[2\] in it, numbers of that shape; expected a number"),
+    "alpha of two": (
+        {f"{Q}.alpha": torch.ones(2)},
+        r"alpha of blocks.0.self_attn.q is \[2\] in it, numbers of that shape; expected a number",
+    ),
     "rank": (
         {f"{Q}.lora_A.weight": torch.ones(25, 24), f"{Q}.lora_B.weight": torch.ones(24, 25)},
         "has rank 25, and its layer has 24 at most",
@@ -255,7 +258,9 @@ def test_what_is_wrong_with_a_file_is_told(change, words, tmp_path):
 
 def test_a_whole_network_is_no_adapter(tmp_path):
     file = written_to(tmp_path, {f"blocks.{n}.ffn.0.weight": torch.ones(2, 2) for n in range(3)})
-    with pytest.raises(UserError, match=r"is no adapter: it has blocks.0.ffn.0.weight, .*; give one, or whole weights to"):
+    with pytest.raises(
+        UserError, match=r"is no adapter: it has blocks.0.ffn.0.weight, .*; give one, or whole weights to"
+    ):
         read_adapter(file)
 
 

@@ -79,7 +79,7 @@ def test_a_folder_is_whole_before_it_is_seen_or_nothing_is_left(fails, tmp_path)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if fails:
-        with pytest.raises(CannotWriteError, match="out: .*(.|\\n)*No space left.*; nothing is left of it"):
+        with pytest.raises(CannotWriteError, match=r"out: .*(.|\n)*No space left.*; nothing is left of it"):
             write()
     else:
         write()

@@ -78,9 +78,8 @@ def adapter_of(
         raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
     parsed = {key: parse(key) for key in stored.tensors}
     if parsed and set(parsed.values()) == {UNKNOWN}:
-        raise UserError(
-            where, f"is no adapter: it has {', '.join(few(sorted(parsed), 2))}; give one, or whole weights to transformer_path"
-        )
+        names = ", ".join(few(sorted(parsed), 2))
+        raise UserError(where, f"is no adapter: it has {names}; give one, or whole weights to transformer_path")
     refuse(where, few(grouped((key, one) for key, one in parsed.items() if isinstance(one, str))))
     named = [one for one in parsed.values() if isinstance(one, Named)]
     if not named:
