@@ -297,6 +297,8 @@ RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, 
 
 # ---- the others
 
+RUN_FILES = ("metrics.jsonl", "run.json", "ledger.json")  # of which a run's folder has one at least
+
 
 def _report(argv: Sequence[str]) -> int:
     parser = Options("reeltune report", description="Writes report.html of a run's folder.")
@@ -307,6 +309,8 @@ def _report(argv: Sequence[str]) -> int:
 
     if not options.run.is_dir():
         raise UserError("report", f"{str(options.run)!r} is no folder; give the output_dir of a run")
+    if not any((options.run / name).exists() for name in RUN_FILES):
+        raise UserError("report", f"{options.run} has no {' and no '.join(RUN_FILES)}; give the output_dir of a run")
     print(write(options.run))
     return 0
 

@@ -92,6 +92,8 @@ def test_nothing_is_written_into_a_checkpoint_but_into_a_folder_of_such_a_name(r
     with pytest.raises(UserError, match=r"out is within .*checkpoint-3, which goes once the run has"):
         list(export(run / "checkpoint-3", inside))
     assert not inside.exists()
+    with pytest.raises(UserError, match=r"checkpoint-9 would stand among the checkpoints of a run"):
+        list(export(run / "checkpoint-3", run / "checkpoint-9"))
     for out in (tmp_path / "checkpoint-9", tmp_path / "checkpoint-8/out"):  # of no run
         assert list(taken(out)) == []
         list(export(run / "checkpoint-3", out))

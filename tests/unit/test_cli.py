@@ -248,3 +248,6 @@ def test_our_own_mistakes_keep_their_traceback():
 def test_report_needs_a_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no folder" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2  # as that of the data, where a page would be left
+    assert "has no metrics.jsonl and no run.json and no ledger.json; give the output_dir" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

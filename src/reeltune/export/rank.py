@@ -43,6 +43,11 @@ class Extracted:
     def adapter(self, rank: int) -> Adapter:
         return Adapter({name: factors.low_rank(rank) for name, factors in self.layers.items()})
 
+    @property
+    def full_rank(self) -> int:
+        """From which on an adapter holds all that linear layers learnt."""
+        return max(min(len(one.U_OR), len(one.V_IR)) for one in self.layers.values())
+
     def share(self, rank: int) -> float:
         """Of the square of all that was trained, what the adapter of that rank holds."""
         total = sum(one.square for one in self.layers.values()) + sum(self.others.values())
@@ -112,14 +117,16 @@ def _of_network(
     before = held_out.losses(net)
     yield from _beginning(before, full, extracted)
     rows = []
-    for rank in sorted(ranks):
+    for rank in sorted(set(ranks)):
         adapter = extracted.adapter(rank)
         with applied(net, trained.names, [(adapter, 1.0)]):
             rows.append(_measured(rank, adapter, extracted.share(rank), held_out.losses(net), full))
         yield _line(rows[-1], before, full)
     chosen = next((row for row in rows if row.is_as_good), None)
     if chosen is None:
-        yield f"none of these ranks is as good as the whole fine-tune; try more than {max(ranks)}"
+        all_of_it = "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
+        more = f"try more than {max(ranks)}" if max(ranks) < extracted.full_rank else all_of_it
+        yield f"none of these ranks is as good as the whole fine-tune; {more}"
     else:
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
