@@ -5,13 +5,14 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import io
 import logging
 import os
 import sys
 import tempfile
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
 from reeltune.core.imports import lean_imports
 from reeltune.core.interrupt import second_leaves
+from reeltune.core.options import Options, number, one_of, whole_number, whole_numbers
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
 from reeltune.page.command import serve
@@ -227,42 +229,33 @@ def _prune(recipe: Recipe) -> int:
 def _cache_command(argv: Sequence[str]) -> int:
     word = argv[0] if argv and argv[0] in CARE else None
     if word is None or {"-h", "--help"} & set(argv):
+        near = difflib.get_close_matches(argv[0], CARE, 1) if argv and not Path(argv[0]).exists() else []
+        if near:
+            raise UserError("cache", f"{argv[0]} is no recipe; the nearest of what reeltune cache does is {near[0]}")
         return of_recipe("cache")(argv)
     return CARE[word](recipe_of(argv[1:], "cache"))
 
 
-def _options(command: str) -> argparse.ArgumentParser:
-    """For what a command takes beside a recipe's settings."""
-    return argparse.ArgumentParser(f"reeltune {command}", add_help=False, allow_abbrev=False, exit_on_error=False)
-
-
-def _split(
-    argv: Sequence[str], command: str, parser: argparse.ArgumentParser
-) -> tuple[argparse.Namespace, Recipe] | None:
+def _split(argv: Sequence[str], command: str, parser: Options) -> tuple[Namespace, Recipe] | None:
     """(a command's own options, the recipe), None once help was asked for and given. Raises UserError."""
     if {"-h", "--help"} & set(argv):
         print(recipe_help(command) + "\n" + parser.format_help().partition("\n\n")[2], end="")
         return None
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as wrong:
-        raise UserError(
-            command, f"{wrong.argument_name}: {wrong.message}; reeltune {command} --help tells what it takes"
-        ) from wrong
+    options, rest = parser.read_known(argv)
     return options, recipe_of(rest, command)
 
 
 def _sample(argv: Sequence[str]) -> int:
     flags = [word.partition("=") for word in argv]
     argv = [SHORT.get(flag, flag) + equals + value for flag, equals, value in flags]
-    parser = _options("sample")
+    parser = Options("reeltune sample", add_help=False)
     parser.epilog = "Short: " + ", ".join(f"{short} for {flag}" for short, flag in SHORT.items())
     about = "adapters of any tool, or a checkpoint-N of a run that trained one; the strength is 1 if left out"
     parser.add_argument("--adapters", nargs="+", default=(), metavar="FILE:STRENGTH", help=about)
     about = "a clip for each of these strengths of all adapters, and a picture of them side by side"
-    parser.add_argument("--strengths", nargs="+", type=float, default=(), metavar="X", help=about)
+    parser.add_argument("--strengths", nargs="+", type=number, default=(), metavar="X", help=about)
     about = "a clip for each, in place of --seed and those that follow it"
-    parser.add_argument("--seeds", nargs="+", type=int, default=(), metavar="N", help=about)
+    parser.add_argument("--seeds", nargs="+", type=whole_number, default=(), metavar="N", help=about)
     found = _split(argv, "sample", parser)
     if found is None:
         return 0
@@ -277,12 +270,12 @@ def _sample(argv: Sequence[str]) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    parser = _options("plan")
+    parser = Options("reeltune plan", add_help=False)
     parser.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
+        "--gpus", type=whole_number, default=1, metavar="N", help="devices, which share the work as --engine says [1]"
     )
     parser.add_argument("--device", default="80GB", metavar="NAME", help="such as H100, or its memory [80GB]")
-    parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="TFLOP/s that each device reaches")
+    parser.add_argument("--throughput", type=number, metavar="TFLOPS", help="TFLOP/s that each device reaches")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="take it from an earlier run's steps")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with pictures, too")
     found = _split(argv, "plan", parser)
@@ -304,16 +297,20 @@ RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, 
 
 # ---- the others
 
+RUN_FILES = ("metrics.jsonl", "run.json", "ledger.json")  # of which a run's folder has one at least
+
 
 def _report(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("reeltune report", description="Writes report.html of a run's folder.")
+    parser = Options("reeltune report", description="Writes report.html of a run's folder.")
     parser.add_argument("run", type=Path, help="folder of the run (output_dir)")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
 
     from reeltune.reporting.report import write
 
     if not options.run.is_dir():
         raise UserError("report", f"{str(options.run)!r} is no folder; give the output_dir of a run")
+    if not any((options.run / name).exists() for name in RUN_FILES):
+        raise UserError("report", f"{options.run} has no {' and no '.join(RUN_FILES)}; give the output_dir of a run")
     print(write(options.run))
     return 0
 
@@ -332,17 +329,16 @@ def _control(argv: Sequence[str]) -> int:
 
 
 def _rank(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         "reeltune rank",
         description="Measures which rank an adapter needs to do what a full fine-tune did: takes its change apart, and "
         "gives the held-out loss at each rank beside the fine-tune's. Settings of the recipe can follow.",
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run that trained the network")
     parser.add_argument("--base", metavar="MODEL", help="the model that was trained, if not where the recipe says")
-    parser.add_argument("--ranks", type=_whole_numbers, default="4,8,16,32,64", help="[4,8,16,32,64]")
+    parser.add_argument("--ranks", type=whole_numbers, default="4,8,16,32,64", help="[4,8,16,32,64]")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the adapter of the smallest that is as good")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.read_known(argv)
     words, given, problems = flags(rest)
     given |= {} if options.base is None else {"pretrained_model_name_or_path": options.base}
     problems += [f"{word} belongs to no flag; flags begin with --" for word in words]
@@ -357,13 +353,6 @@ def _rank(argv: Sequence[str]) -> int:
     return printed(measure_ranks(recipe, options.checkpoint, options.ranks, options.out))
 
 
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, as 4,8,16") from None
-
-
 DEMOS = (
     *("wan_fun", "wan2.1_t2v", "wan2.1_i2v", "wan2.2_a14b", "wan2.2_5b"),
     *("easyanimate", "hunyuan_video", "cogvideox_fun", "toy"),
@@ -372,12 +361,12 @@ DEMOS = (
 
 def _demo(argv: Sequence[str]) -> int:
     about = "A small real run, on the CPU, in a few minutes."
-    parser = argparse.ArgumentParser("reeltune demo", description=about)
+    parser = Options("reeltune demo", description=about)
     parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
-    start = "of the tiny model; all but wan_fun start from random weights [wan_fun]"
-    parser.add_argument("--family", choices=DEMOS, default="wan_fun", help=start)
+    start = f"of the tiny model: {', '.join(DEMOS)}; all but wan_fun start from random weights [wan_fun]"
+    parser.add_argument("--family", type=one_of(DEMOS), metavar="NAME", default="wan_fun", help=start)
     parser.add_argument("--adapter", action="store_true", help="train an adapter (LoRA), not the network")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
 
     from reeltune.demo.main import run
 

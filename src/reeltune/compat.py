@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from reeltune.cli import REQUIRED, guarded, printed
 from reeltune.config.flags import flags
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
+from reeltune.core.options import Options
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import exported, size
 
@@ -99,6 +99,7 @@ REFUSED = {  # flags that would change a run in a way that ours has not -> what 
     "num_hidden_layers_to_skip": "captions are read as the checkpoint was trained to; leave it out",
     "scale_lr": "the rate is used as it is written; give learning_rate times processes, batch and accumulation",
     "tokenizer_max_length": "captions are cut at the length that the checkpoint was trained with; leave it out",
+    "selective_ac": "set gradient_checkpointing and gradient_checkpointing_share, the share of blocks, in its place",
     "train_text_encoder": "text encoders do not learn here; leave it out",
     "train_sampling_steps": "the schedule is the checkpoint's; for Wan, give num_train_timesteps in config_path's yaml",
     "vae_path": "the VAE is the checkpoint's; put another in its place there; for Wan, name it in config_path's yaml",
@@ -121,15 +122,15 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
 
 def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
     """scripts/zero_to_bf16.py. Returns the exit code."""
-    parser = argparse.ArgumentParser("zero_to_bf16.py", description="A checkpoint's weights in bf16, as safetensors.")
+    parser = Options("zero_to_bf16.py", "A checkpoint's weights in bf16, as safetensors.")
     parser.add_argument("checkpoint_dir", type=Path, help="a checkpoint-N folder, whichever engine wrote it")
     parser.add_argument("output_dir", type=Path, help="the folder to write")
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="one file up to this, else shards [5GB]")
     parser.add_argument("--safe_serialization", action="store_true", help="always so; without it a notice says so")
     parser.add_argument("-d", "--debug", action="store_true", help="changes nothing")
-    options = parser.parse_args(argv)
 
     def act() -> int:
+        options = parser.read(argv)
         if not options.safe_serialization:
             notices.warning("--safe_serialization was not given: weights are written as safetensors all the same")
         return printed(exported(options.checkpoint_dir, options.output_dir, max_shard_size=options.max_shard_size))

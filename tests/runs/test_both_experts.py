@@ -286,6 +286,11 @@ def test_adapters_of_both_are_named_one_by_one(runs, tmp_path):
     one = replace(asked, model=replace(asked.model, expert="high"), validation=shown)
     with pytest.raises(UserError, match=r"has what is of both experts; give .*high_noise_model or"):
         sample_clips(one, adapters=[str(out / "checkpoint-6")])
+    high = str(out / "checkpoint-6/high_noise_model")
+    with pytest.raises(
+        UserError, match=r"adapters is .*high_noise_model and expert is both(.|\n)*other_expert_adapter"
+    ):
+        sample_clips(replace(asked, validation=shown), adapters=[high])
 
 
 @pytest.mark.parametrize("what", ["whole", "adapters"])

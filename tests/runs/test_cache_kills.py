@@ -220,6 +220,12 @@ def test_prune_keeps_what_the_recipe_asks_for(run, tmp_path):
     assert_same_end(tmp_path / "few", tmp_path / "live", STEPS)
 
 
+def test_prune_of_no_folder_is_told(run, tmp_path):
+    with pytest.raises(UserError, match=r"mistyped is no folder; give that of a cache"):
+        maintenance.prune(cached(run("run"), tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_prune_waits_for_no_writer(run, tmp_path):
     given = cached(run("run"), tmp_path / "cache")
     fill.fill(given)

@@ -17,7 +17,7 @@ from reeltune.core.types import Batch, Crop, Draw, Posterior, Shape
 from reeltune.demo import clips
 from reeltune.demo.checkpoint import WEIGHTS, shipped, tokenizer, transformer, vae, write_checkpoint
 from reeltune.demo.clips import HELD_OUT_SEED, SIDE, draw_scene, scene, write_data_set
-from reeltune.demo.main import FAMILIES, clear, run
+from reeltune.demo.main import FAMILIES, MARK, clear, run
 from reeltune.demo.tiny import easyanimate, hunyuan_video
 from reeltune.families.hunyuan_video import prompts
 from reeltune.families.wan_fun.conditions import decode, encode_clip
@@ -145,13 +145,31 @@ def test_the_start_takes_no_notice_of_control_and_reference(checkpoint, drawn):
 
 
 def test_only_an_earlier_demo_is_cleared_away(tmp_path):
-    (tmp_path / "run").mkdir()
-    clear(tmp_path)
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "thesis.txt").write_text("years of work")
+    out = tmp_path / "demo"
+    clear(out)
+    (out / "run").mkdir()
+    clear(out)
+    assert [path.name for path in out.iterdir()] == [MARK]
+    (out / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.txt"):
+        clear(out)
+    assert (out / "thesis.txt").exists()
+    with pytest.raises(UserError, match=r"thesis\.txt is a file"):
+        clear(out / "thesis.txt")
+
+
+def test_data_of_no_demo_stay_though_their_folder_is_called_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=r"holds other files \(data\)"):
         clear(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / "run").mkdir()
+    for data, is_demo in ((tmp_path / "elsewhere", False), (tmp_path / "data", True)):  # an unmarked one, by its recipe
+        (tmp_path / "run/recipe.yaml").write_text(f"train_data_dir: {data}\n")
+        if not is_demo:
+            with pytest.raises(UserError, match="holds other files"):
+                clear(tmp_path)
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
 
 
 @pytest.mark.slow

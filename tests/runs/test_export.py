@@ -13,7 +13,7 @@ from reeltune.config.parse import dump
 from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError
 from reeltune.export import streamed
-from reeltune.export.main import export
+from reeltune.export.main import export, taken
 from reeltune.families import configs, tensor_files, weights
 from tests.families.tiny_wan import tiny_checkpoint
 
@@ -85,6 +85,19 @@ def test_what_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="use_ema"):
         list(export(run / "checkpoint-3", tmp_path / "out", ema=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_into_a_checkpoint_but_into_a_folder_of_such_a_name(run, tmp_path):
+    inside = run / "checkpoint-3/transformer/out"
+    with pytest.raises(UserError, match=r"out is within .*checkpoint-3, which goes once the run has"):
+        list(export(run / "checkpoint-3", inside))
+    assert not inside.exists()
+    with pytest.raises(UserError, match=r"checkpoint-9 would stand among the checkpoints of a run"):
+        list(export(run / "checkpoint-3", run / "checkpoint-9"))
+    for out in (tmp_path / "checkpoint-9", tmp_path / "checkpoint-8/out"):  # of no run
+        assert list(taken(out)) == []
+        list(export(run / "checkpoint-3", out))
+        assert weights.has_weights(out)
 
 
 def spoiled(run, folder, value):

@@ -9,7 +9,7 @@ from reeltune import cli
 from reeltune.adapters import saved
 from reeltune.adapters.factors import EXACT, factors
 from reeltune.core.errors import UserError
-from reeltune.export.rank import measure_ranks
+from reeltune.export.rank import Measured, measure_ranks
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe
@@ -63,12 +63,23 @@ def test_each_rank_is_measured_against_the_fine_tune(run, tmp_path):
     assert f"rank {chosen}" in written
 
 
+def test_more_than_all_is_not_advised(run, monkeypatch, tmp_path):
+    """And a rank that is given twice is measured once."""
+    monkeypatch.setattr(Measured, "is_as_good", False)
+    checkpoint = tmp_path.parent / run.output.output_dir / "checkpoint-6"
+    *_, row, less = measure_ranks(run, checkpoint, [1, 1])
+    assert row.startswith("rank 1:") and less.endswith("try more than 1")
+    *_, most = measure_ranks(run, checkpoint, [2 * WIDTH])
+    assert most.endswith(
+        "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
+    )
+
+
 def test_the_command(run, capsys):
     checkpoint = f"{run.output.output_dir}/checkpoint-6"
     assert cli.main(["rank", checkpoint, "--ranks", "2,8"]) == 0
     assert "rank 8:" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["rank", checkpoint, "--ranks", "2,x"])
+    assert cli.main(["rank", checkpoint, "--ranks", "2,x"]) == 2
     assert cli.main(["rank", checkpoint, "--held_out_share", "0"]) == 2
     assert "no clips are held out" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from reeltune.adapters import saved
@@ -18,6 +19,7 @@ from reeltune.core.types import Shape
 from reeltune.distributed import sharded_io
 from reeltune.run.adapters import parsed
 from reeltune.sampling.clips import sample_clips
+from reeltune.sampling.sample import Setup
 from reeltune.sampling.sheet import GAP, LINE, write_sheet
 from tests.runs.small_run import write_array
 
@@ -114,6 +116,15 @@ def test_adapters_add_up(adapter_run, sample, caplog):
     assert [one["strength"] for one in told(three)["adapters"]] == [1.5, -0.5]
 
 
+def test_a_clip_of_no_numbers_is_told(adapter_run, sample, caplog, monkeypatch):
+    real = Setup.denoise
+    monkeypatch.setattr(Setup, "denoise", lambda *words: real(*words) * torch.nan)
+    (made,) = sample()
+    (told_of,) = [text for text in caplog.messages if "no finite numbers" in text]
+    assert told_of.startswith(f"{made}: 100% of what was decoded") and "a lower strength" in told_of
+    assert not np.load(made).any()
+
+
 def test_a_narrow_column_is_labelled_by_its_last_word(tmp_path):
     frames = [[np.zeros((8, 40, 3), np.uint8)] * 2]
     pictures = []
@@ -155,6 +166,11 @@ def test_a_file_that_is_named_so_is_meant(tmp_path):
     assert parsed(f"{tmp_path}/a:0.5") == (tmp_path / "a:0.5", 1.0)
 
 
+def test_a_strength_that_is_a_slip():
+    with pytest.raises(UserError, match=r"'a.safetensors:-1e300': strength -1e300 is beyond 1000; 1 is as it was"):
+        parsed("a.safetensors:-1e300")
+
+
 def test_what_is_refused(adapter_run, sample, tmp_path):
     checkpoint = adapter_run / "checkpoint-4"
     with pytest.raises(UserError, match="strengths are given and no adapter"):
@@ -162,7 +178,7 @@ def test_what_is_refused(adapter_run, sample, tmp_path):
     with pytest.raises(UserError) as error:
         sample(adapters=[str(checkpoint)], strengths=[float("nan")], seeds=[1, 1])
     assert error.value.problems == [
-        "strengths has nan; give numbers",
+        "strengths has nan; give numbers up to 1000; 1 is as it was trained",
         "seeds is 1 1; give whole numbers from 0, none of them twice",
     ]
     with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 """Pose files, their rays and packing, against the released tools' numbers and against geometry."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -43,6 +44,8 @@ def test_any_white_space_and_blank_last_lines(tmp_path):
         ("\n" + "0 " * 19 + "\n" + ROW.format(x=0), "line 2: focal"),
         ("\n0 1 1 .5 .5 0 0" + " 0" * 12 + "\n" + ROW.format(x=0), "line 2: .*no inverse$"),
         (ROW.format(x=0) + "\n" + ROW.format(x=0), "line 1 is a pose"),
+        (LENS.format("1152 1152 640 360") + "\n" + ROW.format(x=0), "line 1 is a pose"),  # a bad one is no header
+        (ROW.format(x=0)[2:] + "\n" + ROW.format(x=0), "line 1 is a pose"),
         ("\n" + ROW.format(x=0) + "\n\n" + ROW.format(x=0), "line 3: 0 columns"),
         ("\n1 2\n1 2\n1 2", r"line 2: 2 columns.*\(2 more"),
         ("\n" + LENS.format("1152 1152 640 360"), r"line 2: focal lengths 1152, 1152 .*are these pixels\?"),
@@ -60,7 +63,8 @@ def test_any_white_space_and_blank_last_lines(tmp_path):
             r"line 5: times run back.*7 .* 9",
         ),
         ("header", "no pose"),
-        ("", "no pose"),
+        ("", "it is empty"),
+        ("\n\n", "no pose"),
     ],
 )
 def test_bad_files_name_their_line(tmp_path, text, says):
@@ -75,12 +79,18 @@ def test_what_is_sound(tmp_path):
     assert read_poses(write(tmp_path / "a.txt", text)).shape == (3, 19)
 
 
-def test_unreadable_files(tmp_path):
-    with pytest.raises(CameraError, match="cannot be read"):
+def test_unreadable_files(tmp_path, monkeypatch):
+    with pytest.raises(CameraError, match="cannot be read: it cannot be opened: No such file"):
         read_poses(tmp_path / "absent.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(CameraError, match="cannot be read"):
+    with pytest.raises(CameraError, match="cannot be read as text; write it in UTF-8"):
         read_poses(tmp_path / "b.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CameraError, match="it is not a regular file"):  # and nobody waits for what it brings
+        read_poses(tmp_path / "pipe.txt")
+    monkeypatch.setattr("reeltune.data.camera.MOST_BYTES", 300)
+    with pytest.raises(CameraError, match="more than 300 letters"):
+        read_poses(write(tmp_path / "long.txt", "\n" + "\n".join([ROW.format(x=0)] * 9)))
 
 
 @pytest.mark.parametrize(

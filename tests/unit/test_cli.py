@@ -36,7 +36,7 @@ def made(*argv):
         (["--trainable_modules=attn"], ("attn",)),
         (["--fix_sample_size", "480", "832"], (480, 832)),
         (["--logit_mean", "-0.5"], -0.5),
-        (["--output_dir="], ""),
+        (["--negative_prompt="], ""),
         (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
     ],
 )
@@ -78,11 +78,16 @@ def test_a_word_behind_a_switch_is_its_value(argv, words):
 
 
 def test_ranks_are_numbers_of_a_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["rank", str(tmp_path), "--ranks", "4,x"])
-    assert "'4,x' is not whole numbers, as 4,8,16" in capsys.readouterr().err
+    assert cli.main(["rank", str(tmp_path), "--ranks", "4,x"]) == 2
+    assert "--ranks is '4,x'; expected whole numbers, as 4,8,16" in capsys.readouterr().err
     assert cli.main(["rank", str(tmp_path / "gone")]) == 2
     assert "gone is no folder; give a checkpoint-N folder of a run" in capsys.readouterr().err
+
+
+def test_what_a_cache_is_to_do_misspelt(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["cache", "verfy", "recipe.yaml"]) == 2
+    assert "verfy is no recipe; the nearest of what reeltune cache does is verify" in capsys.readouterr().err
 
 
 def test_words_that_are_no_flags(tmp_path):
@@ -243,3 +248,6 @@ def test_our_own_mistakes_keep_their_traceback():
 def test_report_needs_a_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no folder" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2  # as that of the data, where a page would be left
+    assert "has no metrics.jsonl and no run.json and no ledger.json; give the output_dir" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -359,10 +359,12 @@ def test_verify_sets_nothing_aside_that_is_being_made_again(data, monkeypatch, c
         ((), ("hed",), "new.json", "hed needs the file ControlNetHED.pth"),
         ((), ("canny", "camera"), "new.json", "put {kind} into its name"),
         ((), ("canny",), "list.json", "the list itself"),
-        ((), ("canny",), "new.csv", "must end in .json"),
+        ((), ("canny",), "new.csv", "new.csv'; it must end in .json"),
         ((), ("canny",), None, "--out is missing"),
         (("--workers", "0"), ("canny",), "new.json", "--workers is 0"),
         (("--least_score", "2"), ("canny",), "new.json", "scores go from 0 to 1"),
+        (("--device", "gpu"), ("canny", "camera"), "{kind}.json", "--device is gpu, and canny, camera run no network"),
+        (("--canny_thresholds", "9", "3"), ("camera",), "new.json", "is 9 3, and --kind is camera; it is of canny"),
         (("--canny_thresholds", "9", "3"), ("canny",), "new.json", "lower comes first"),
         ((), ("depth",), "new.json", "depth needs a folder of Depth Anything"),
     ],
@@ -371,6 +373,13 @@ def test_bad_flags_are_answered_in_words(data, capsys, more, kinds, out, words):
     assert control(data, *more, kinds=kinds, out=out) == 2
     told = capsys.readouterr().err
     assert words in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("care", ["verify", "prune"])
+def test_what_makes_no_list_takes_no_words_of_lists(data, capsys, care):
+    assert control(data, care, "--workers", "2", "--least_score", "0.5") == 2
+    told = capsys.readouterr().err
+    assert all(f"{flag} is" in told for flag in ("--out", "--workers", "--least_score")) and f"{care} makes no" in told
 
 
 def test_a_list_of_controls_alone_is_refused(data, capsys):

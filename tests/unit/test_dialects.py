@@ -206,7 +206,10 @@ BAD = {
         {f"{Q}.alpha": torch.tensor(math.nan)},
         "alpha of blocks.0.self_attn.q is nan in it; expected",
     ),
-    "alpha of two": ({f"{Q}.alpha": torch.ones(2)}, r"alpha of blocks.0.self_attn.q is \[1.0, 1.0\]"),
+    "alpha of two": (
+        {f"{Q}.alpha": torch.ones(2)},
+        r"alpha of blocks.0.self_attn.q is \[2\] in it, numbers of that shape; expected a number",
+    ),
     "rank": (
         {f"{Q}.lora_A.weight": torch.ones(25, 24), f"{Q}.lora_B.weight": torch.ones(24, 25)},
         "has rank 25, and its layer has 24 at most",
@@ -248,6 +251,17 @@ def test_what_is_wrong_with_a_file_is_told(change, words, tmp_path):
     with pytest.raises(UserError, match=words) as told:
         read_adapter(file)
     assert len(told.value.problems) == 1 and str(file) in str(told.value)
+    if "not finite" not in words:  # by the header alone
+        with pytest.raises(UserError, match=words):
+            read_adapter(file, outline=True)
+
+
+def test_a_whole_network_is_no_adapter(tmp_path):
+    file = written_to(tmp_path, {f"blocks.{n}.ffn.0.weight": torch.ones(2, 2) for n in range(3)})
+    with pytest.raises(
+        UserError, match=r"is no adapter: it has blocks.0.ffn.0.weight, .*; give one, or whole weights to"
+    ):
+        read_adapter(file)
 
 
 def test_what_is_wrong_with_every_layer_is_told_once(tmp_path):

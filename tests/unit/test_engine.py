@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reeltune.core.errors import UserError
+from reeltune.core.types import Shape
 from reeltune.distributed.engine import Engine, choose_kernels, peak_flops
 from reeltune.training import duties
 
@@ -106,3 +107,12 @@ def test_a_loss_is_looked_at_when_it_has_come_to_the_host(monkeypatch):
     assert done == ["sent"]
     kept.check_finite(None)
     assert done == ["sent", "there"] and kept.unseen is None
+
+
+def test_a_compilation_is_told_of_the_clip_that_it_came_with_and_of_none_before_the_first():
+    told = []
+    kept = duties.Duties.__new__(duties.Duties)
+    kept.log, kept.compiled, kept.compilations = SimpleNamespace(warn=told.append), [SimpleNamespace(count=3)], 2
+    for kept.shape in (None, Shape(5, 32, 48), Shape(5, 64, 64)):
+        kept._tell_compilations()
+    assert told == ["5x32x48 was compiled anew, in its step; that makes 3 compilations"]

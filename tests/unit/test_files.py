@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from reeltune.core.files import CannotWriteError, whole_file, writing
+from reeltune.core.files import CannotWriteError, whole_file, whole_folder, writing
 
 
 def test_a_file_is_whole_before_it_is_seen(tmp_path):
@@ -63,3 +63,25 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "page"):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_whole_before_it_is_seen_or_nothing_is_left(fails, tmp_path):
+    out, left = tmp_path / "a/out", tmp_path / "a/.out.partial/left by a kill"
+    out.mkdir(parents=True)
+    left.mkdir(parents=True)
+
+    def write():
+        with whole_folder(out) as beside:
+            (beside / "one").write_text("1")
+            assert not list(out.iterdir()) and not left.exists()
+            if fails:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fails:
+        with pytest.raises(CannotWriteError, match=r"out: .*(.|\n)*No space left.*; nothing is left of it"):
+            write()
+    else:
+        write()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ([] if fails else ["one"])

@@ -40,6 +40,19 @@ def test_the_same_records_are_the_same_wherever_they_lie(folder, tmp_path_factor
     assert Identity.stored({"used": np.zeros(3)}) is None
 
 
+def test_a_camera_path_of_the_same_size_is_noticed(folder):
+    path = folder / "a.txt"
+    row = Record(0, str(folder / "a.mp4"), "a", "video", 9, 8.0, 64, 64, camera_path=str(path))
+    found = []
+    for text in ("0 0.5", "0 0.5", "0 0.6"):
+        path.write_text(text)
+        found.append(Identity.of(Records.of([row]), folder))
+    assert not changes(*found[:2]).any and changes(*found[1:]).replaced == [0]
+    arrays = found[1].arrays()
+    del arrays["record_camera"]  # as older checkpoints are
+    assert not changes(Identity.stored(arrays), found[2]).any
+
+
 @pytest.mark.parametrize(
     ("then", "now", "expected"),
     [

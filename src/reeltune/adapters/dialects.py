@@ -19,7 +19,7 @@ from torch import Tensor
 from reeltune.adapters import fused
 from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.files import Stored, file_of, stored_in
-from reeltune.adapters.names import Form, Kind, Named, form_of, parse
+from reeltune.adapters.names import UNKNOWN, Form, Kind, Named, form_of, parse
 from reeltune.adapters.networks import NETWORKS, SPELLINGS, Layer, Network, Spelling, general
 from reeltune.adapters.sizes import Sizes, solve
 from reeltune.adapters.writing import OURS
@@ -77,6 +77,9 @@ def adapter_of(
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
     parsed = {key: parse(key) for key in stored.tensors}
+    if parsed and set(parsed.values()) == {UNKNOWN}:
+        names = ", ".join(few(sorted(parsed), 2))
+        raise UserError(where, f"is no adapter: it has {names}; give one, or whole weights to transformer_path")
     refuse(where, few(grouped((key, one) for key, one in parsed.items() if isinstance(one, str))))
     named = [one for one in parsed.values() if isinstance(one, Named)]
     if not named:
@@ -259,9 +262,9 @@ class _Reader:
         said: Any
         if "alpha" in keys:
             self.own_alphas += 1
-            said = self.stored.tensors[keys["alpha"]].tolist()
-            said = said[0] if isinstance(said, list) and len(said) == 1 else said
-            where = "in it"
+            tensor = self.stored.tensors[keys["alpha"]]
+            said = tensor.item() if tensor.numel() == 1 else list(tensor.shape)  # of others values are not read
+            where = "in it" if tensor.numel() == 1 else "in it, numbers of that shape"
         elif settings:
             said = _by_pattern(settings.get("alpha_pattern"), text, settings.get("lora_alpha"))
             where = f"in {self.stored.settings_from}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["A", "B", "alpha", "magnitude", "diff", "diff_b", "bias", "whole"]
+UNKNOWN = "is no part of an adapter that is known; give a file without it"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def parse(key: str) -> Named | str:
             return Named(key, form, module.removesuffix(suffix), kind)
     if form == PEFT and module.endswith((".weight", ".bias")):  # of modules_to_save
         return Named(key, form, module, "whole")
-    return "is no part of an adapter that is known; give a file without it"
+    return UNKNOWN
 
 
 def form_of(named: Iterable[Named]) -> Form | str:

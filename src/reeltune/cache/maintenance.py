@@ -33,8 +33,11 @@ def verify(recipe: Recipe) -> str:
 
 
 def prune(recipe: Recipe) -> str:
-    """Deletes what the recipe does not ask for. Raises UserError if a process is writing to the cache."""
+    """Deletes what the recipe does not ask for. Raises UserError if a process is writing to the cache, or there is
+    none."""
     folder = Path(str(recipe.cache.cache_folder))
+    if not folder.is_dir():
+        raise UserError("cache_folder", f"{folder} is no folder; give that of a cache, or fill it by reeltune cache")
     keys, asked = _asked_for(recipe)
     freed_bytes = files.prune(folder, asked, keys.facts)
     return f"{folder}: {freed_bytes / 1e9:.3g} GB freed; {len(Store(folder).entries)} entries stay"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reeltune.config.parse import Setting, settings
+from reeltune.core.options import tell_repeated
 
 
 def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
@@ -18,6 +19,7 @@ def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
     given: dict[str, Any] = {}
     problems: list[str] = []
     left = list(argv)
+    tell_repeated(left, {f"--{name}" for name in known})
     while left:
         token = left.pop(0)
         if not token.startswith("--"):

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reeltune.control.kind import Settings
 from reeltune.control.kinds import KINDS, kind_named
-from reeltune.core.errors import UserError, together
+from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.options import Options, number, whole_number
 
 PLACE = "{kind}"  # in --out
 CARE = ("verify", "prune")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Options:
+    parser = Options(
         "reeltune control",
         description="Makes a control for every clip and picture of a list, below control/ of the data's folder, and a "
         "new list that names them, for reeltune check and train. Any number of processes share the work; what is there "
         "is not made again. With verify before the list: reads every control and sets damaged ones aside. With prune: "
         "deletes the controls of these kinds that the list does not ask for.",
         epilog="Kinds: " + "; ".join(f"{kind.name}: {kind.about}" for kind in KINDS.values()) + ".",
-        allow_abbrev=False,
     )
     parser.add_argument("list", type=Path, help="a metadata file (.json, .jsonl, .csv)")
     parser.add_argument("--kind", nargs="+", required=True, metavar="KIND", help=", ".join(KINDS))
@@ -33,27 +33,28 @@ def _parser() -> argparse.ArgumentParser:
     about = "that paths in the list begin at [the list's own]"
     parser.add_argument("--train_data_dir", type=Path, metavar="FOLDER", help=about)
     about = "below it a clip is left out of the new list, from 0 to 1 [by kind, docs/control.md]"
-    parser.add_argument("--least_score", type=float, metavar="X", help=about)
+    parser.add_argument("--least_score", type=number, metavar="X", help=about)
     about = "of canny [by the clip; released tools have 100 200]"
-    parser.add_argument("--canny_thresholds", nargs=2, type=float, metavar=("LOW", "HIGH"), help=about)
-    parser.add_argument("--device", default="cpu", help="where networks run, as cuda or cuda:1 [cpu]")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes [1]")
+    parser.add_argument("--canny_thresholds", nargs=2, type=number, metavar=("LOW", "HIGH"), help=about)
+    parser.add_argument("--device", help="where networks run, as cuda or cuda:1 [cpu]")
+    parser.add_argument("--workers", type=whole_number, metavar="N", help="processes [1]")
     return parser
 
 
 def control_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line. Raises UserError; exits with 128 + the signal that ended it."""
     care = argv[0] if argv and argv[0] in CARE else None
-    options = _parser().parse_args(argv[1:] if care else argv)
+    options = _parser().read(argv[1:] if care else argv)
     with together("control") as attempt:
         for name in options.kind:
             attempt(kind_named, name)
         detectors = attempt(_detectors, options.detector, options.kind)
         attempt(_check_numbers, options)
+        attempt(_refuse_idle, options, care)
         outs = {} if care else attempt(_outs, options.out, options.kind)
     kinds = tuple(dict.fromkeys(options.kind))
     low_high = options.canny_thresholds
-    settings = Settings(None if low_high is None else (low_high[0], low_high[1]), options.device)
+    settings = Settings(None if low_high is None else (low_high[0], low_high[1]), options.device or "cpu")
 
     from reeltune.control.care import prune, verify
     from reeltune.control.stage import Order
@@ -67,14 +68,33 @@ def control_lines(argv: Sequence[str]) -> Iterator[str]:
     else:
         from reeltune.control.run import run
 
-        yield from run(order, outs, options.workers, options.least_score)
+        yield from run(order, outs, options.workers or 1, options.least_score)
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    if options.workers < 1:
+def _check_numbers(options: Namespace) -> None:
+    if options.workers is not None and options.workers < 1:
         raise UserError("workers", f"--workers is {options.workers}; give 1 or more")
     if options.least_score is not None and not 0 <= options.least_score <= 1:
         raise UserError("least_score", f"--least_score is {options.least_score:g}; scores go from 0 to 1")
+
+
+def _refuse_idle(options: Namespace, care: str | None) -> None:
+    """Raises UserError for flags that would change nothing."""
+    named = ", ".join(dict.fromkeys(options.kind))
+    problems = []
+    if options.device is not None and not any(KINDS[kind].needs for kind in options.kind if kind in KINDS):
+        problems.append(f"--device is {options.device}, and {named} run no network, but on the CPU; leave it out")
+    if options.canny_thresholds is not None and "canny" not in options.kind:
+        low_high = " ".join(f"{value:g}" for value in options.canny_thresholds)
+        problems.append(f"--canny_thresholds is {low_high}, and --kind is {named}; it is of canny alone; leave it out")
+    if care:
+        of_lists = {name: getattr(options, name) for name in ("out", "workers", "least_score")}
+        problems += [
+            f"--{name} is {value}, and {care} makes no list; leave it out"
+            for name, value in of_lists.items()
+            if value is not None
+        ]
+    refuse("control", problems)
 
 
 def _outs(out: str | None, kinds: Sequence[str]) -> dict[str, Path]:

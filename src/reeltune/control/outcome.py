@@ -98,7 +98,9 @@ def write_ledger(path: Path, kind: Kind, found: Sequence[Outcome]) -> None:
 def require_new(out: Path, meta: Path, kinds: Sequence[str]) -> None:
     """Raises UserError for a list that would be written over another than an earlier one of this command."""
     if out.suffix.lower() != ".json":
-        raise UserError("out", f"{str(out)!r} must end in .json, which the guides' lists are")
+        raise UserError(
+            "out", f"--out is {str(out)!r}; it must end in .json, as the guides' lists; give {out.stem}.json"
+        )
     if out.exists() and (out.is_dir() or _is(out, meta)):
         what = "a folder" if out.is_dir() else "the list itself, which stays as it is"
         raise UserError("out", f"{str(out)!r} is {what}; give the new list a name of its own")

@@ -107,6 +107,27 @@ def whole_path(path: Path) -> Iterator[Path]:
         flush_folder(path.parent)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same of a folder: where what is to be in it is written. `path` is not there, or empty.
+
+    Raises CannotWriteError; nothing is left of it then.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    try:
+        with writing(path, "nothing is left of it"):
+            beside.mkdir(parents=True)
+            yield beside
+            flush_tree(beside)
+            if path.exists():
+                path.rmdir()
+            beside.rename(path)
+            flush_folder(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def flush_file(path: Path) -> None:
     """What is in it is on the disk."""
     with path.open("rb") as file:

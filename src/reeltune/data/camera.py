@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from reeltune.data.findings import MediaError, require_file
+
 COLUMNS = 19
+MATRIX = 12  # numbers of a row at least, with which it is no header
+MOST_BYTES = 2**26  # of a file: 250,000 poses, of clips of two hours
 POSE_ASPECT = 1280 / 720  # of the footage the poses were made on; assumed whatever the clip (as released)
 SINGULAR = 1e-6  # least determinant of the 3x3 part; a rotation has 1
 ORTHONORMAL = 0.01  # that R times its transpose may differ from 1 in any element: numbers of three digits do by less
@@ -30,11 +34,8 @@ def read_poses(path: str | Path) -> np.ndarray:
     Raises CameraError (with the line number) for a missing header line, a row that is not 19 finite numbers, lengths
     and centres that are no fractions of a picture, a matrix that is no rotation and shift, and times that run back.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CameraError(f"cannot be read as text: {error}") from error
-    if _row_problem(lines[0]) is None:
+    lines = _text(path).rstrip().split("\n")
+    if _is_row(lines[0]):
         raise CameraError("line 1 is a pose, but the first line is skipped as a header; put an empty line before it")
     problems = [(number, problem) for number, line in enumerate(lines[1:], 2) if (problem := _row_problem(line))]
     if problems:
@@ -50,6 +51,31 @@ def read_poses(path: str | Path) -> np.ndarray:
         times = f"{poses_N19[row + 1, 0]:g} comes after {poses_N19[row, 0]:g}"
         raise CameraError(f"line {row + 3}: times run backwards ({times}); put the poses in the order of the clip")
     return poses_N19
+
+
+def _text(path: str | Path) -> str:
+    try:
+        require_file(str(path))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except MediaError as error:
+        raise CameraError(f"cannot be read: it {error}") from None
+    except UnicodeDecodeError:
+        raise CameraError("cannot be read as text; write it in UTF-8") from None
+    except OSError as error:
+        raise CameraError(f"cannot be read: {error.strerror}") from error
+    if len(text) > MOST_BYTES:
+        raise CameraError(f"has more than {MOST_BYTES:,} letters; a camera path has a line for each frame")
+    return text
+
+
+def _is_row(line: str) -> bool:
+    """Whether it is meant for a pose, be it a good one or not."""
+    words = line.split()
+    try:
+        return len(words) >= MATRIX and bool(list(map(float, words)))
+    except ValueError:
+        return False
 
 
 def _row_problem(line: str) -> str | None:

@@ -26,23 +26,24 @@ class Identity:
     name: np.ndarray  # uint64: of the paths, from the data's folder
     content: np.ndarray  # uint64: of kind, frames, rate and size, and the files' bytes counted
     text: np.ndarray  # uint64
+    camera: np.ndarray | None = None  # uint64, of the camera path's bytes; None of checkpoints before 2026-11-27
 
     @classmethod
     def of(cls, records: Records, root: Path) -> Identity:
-        """Asks the system for the size of every file, and opens none but key points. root: of the data; a data set may
-        move."""
+        """Asks the system for the size of every file, and opens none but key points and camera paths, which are small
+        and may be mended without another size. root: of the data; a data set may move."""
         rows = np.array([_hashes(record, str(root.absolute()) + os.sep) for record in records], np.uint64)
-        name, content, text = rows.reshape(-1, 3).T
-        return cls(np.array(records.entry), name, content, text)
+        name, content, text, camera = rows.reshape(-1, 4).T
+        return cls(np.array(records.entry), name, content, text, camera)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {f"record_{name}": array for name, array in vars(self).items()}
+        return {f"record_{name}": array for name, array in vars(self).items() if array is not None}
 
     @classmethod
     def stored(cls, arrays: Mapping[str, np.ndarray]) -> Identity | None:
         """None of a checkpoint that has none, as versions before 0.2 wrote."""
         names = {name: f"record_{name}" for name in cls.__dataclass_fields__}
-        return cls(**{name: arrays[key] for name, key in names.items()}) if names["name"] in arrays else None
+        return cls(**{name: arrays.get(key) for name, key in names.items()}) if names["name"] in arrays else None
 
     def __len__(self) -> int:
         return len(self.name)
@@ -57,17 +58,26 @@ class Identity:
         return pairs
 
 
-def _hashes(record: Record, root: str) -> tuple[int, int, int]:
+def _hashes(record: Record, root: str) -> tuple[int, int, int, int]:
     paths = [path for path in (record.path, record.control_path, record.camera_path) if path]
     names = "\0".join(path.removeprefix(root) for path in paths)
     sizes = [_drawn(path) if is_keypoints(path) else _size_bytes(path) for path in paths]
     facts = record.kind, record.frames, record.fps, record.height, record.width, record.content
     content = f"{facts} {sizes}"
-    return _hash(names), _hash(content), _hash(record.text)
+    return _hash(names), _hash(content), _hash(record.text), _bytes_of(record.camera_path)
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _bytes_of(path: str | None) -> int:
+    """0 of a file that is not there."""
+    try:
+        data = Path(path).read_bytes() if path else b""
+    except OSError:
+        data = b""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") if data else 0
 
 
 def _drawn(path: str) -> str:
@@ -128,7 +138,10 @@ def changes(then: Identity, now: Identity) -> Changes:
     there = moved_to[stays]
     new = np.ones(len(now), bool)
     new[there] = False
-    replaced = there[now.content[there] != then.content[stays]]
+    other = now.content[there] != then.content[stays]
+    if now.camera is not None and then.camera is not None:
+        other |= now.camera[there] != then.camera[stays]
+    replaced = there[other]
     retold = there[now.text[there] != then.text[stays]]
     places = np.argsort(np.argsort(there))  # among those that both have
     reordered = there[places != np.arange(len(there))]

@@ -202,9 +202,9 @@ def _check_control(row: Row, fields: dict[str, Any], folder: Folder, needs: froz
         given = f"missing, but there is {', '.join(names)}: perhaps rename it"
     if "control" in needs and row.control is None:
         rule = "this mode needs a control clip or picture, or key points (.npz)"
-        row.problems.append(Problem(f"{key} is {given}; {rule}", f"Give {key}"))
+        row.problems.append(Problem(f"{key} is {given}; {rule}", f"Give one as {key}"))
     if "camera" in needs and row.camera is None:
-        row.problems.append(Problem(f"{key} is {given}; this mode needs a camera path (.txt)", f"Give {key}"))
+        row.problems.append(Problem(f"{key} is {given}; this mode needs a camera path (.txt)", f"Give one as {key}"))
 
 
 def _check_subjects(row: Row, fields: dict[str, Any], folder: Folder) -> None:

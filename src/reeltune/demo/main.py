@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from reeltune.cache.fill import fill
+from reeltune.config.parse import read
 from reeltune.config.recipe import (
     Adapter,
     Cache,
@@ -26,6 +27,7 @@ from reeltune.config.recipe import (
     Validation,
 )
 from reeltune.core.errors import UserError
+from reeltune.core.files import writing
 from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.demo.tiny import wan
@@ -34,6 +36,8 @@ from reeltune.reporting import report
 from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
 
+MARK = ".reeltune_demo"  # a file that says that the folder's other files are a demo's, which the next may delete
+PARTS = {MARK, "data", "model", "run", "cache"}
 TRAINED_FRAMES = 13  # of the 17 that a clip has
 RANDOM = "its weights were random, the VAE's too, so that previews are not to be recognised; the losses are real"
 
@@ -108,14 +112,30 @@ def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
 
 
 def clear(out_dir: Path) -> None:
-    """Removes an earlier demo. Raises UserError if the folder holds anything else."""
-    parts = {"data", "model", "run", "cache"}
+    """Removes an earlier demo, and marks the folder as one of a demo. Raises UserError if it holds anything else."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError("demo", f"{out_dir} is a file; give an empty folder or a new one")
+    mark = out_dir / MARK
     there = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
-    if there - parts:
-        other = ", ".join(sorted(there - parts)[:3])
-        raise UserError("demo", f"{out_dir} holds other files ({other}); give an empty folder or a new one")
-    for name in there:
+    others = there - PARTS if mark.exists() or _is_demo(out_dir) else there
+    if others:
+        raise UserError(
+            "demo", f"{out_dir} holds other files ({', '.join(sorted(others)[:3])}); give an empty folder or a new one"
+        )
+    for name in there - {MARK}:
         shutil.rmtree(out_dir / name)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _is_demo(out_dir: Path) -> bool:
+    """Of one before 2026-11-27, which left no mark: its recipe tells."""
+    recipe = out_dir / "run/recipe.yaml"
+    return recipe.is_file() and read(recipe).get("train_data_dir") in (
+        str(out_dir / "data"),
+        str(out_dir.absolute() / "data"),
+    )
 
 
 CONTROL_IN = ("patch_embedding", "ref_conv")  # layers of the start that take control in, whose weights are zero

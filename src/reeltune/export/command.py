@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
-import argparse
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
+from reeltune.core.options import Options, number, one_of
 
 DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
+DTYPES = ("as_stored", "bf16", "fp16", "fp32")
 
 
 def export_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command does, line by line as it is done."""
-    parser = argparse.ArgumentParser(
+    parser = Options(
         "reeltune export",
         description="Writes a checkpoint's weights into a folder of their own, whichever engine saved them, and proves "
         "the copy: every tensor is read back, and a forward pass made. With --adapter: writes an adapter into a file "
@@ -26,7 +28,10 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder; with --adapter any tool's file, too")
     parser.add_argument("out", type=Path, help="the folder to write; with --adapter the file")
     parser.add_argument(
-        "--dtype", choices=("as_stored", "bf16", "fp16", "fp32"), help="of the weights [bf16; as_stored with --adapter]"
+        "--dtype",
+        type=one_of(DTYPES),
+        metavar="TYPE",
+        help=f"of the weights: {', '.join(DTYPES)} [bf16; as_stored with --adapter]",
     )
     parser.add_argument("--max_shard_size", type=size, metavar="SIZE", help="one file up to this, else shards [80GB]")
     parser.add_argument(
@@ -43,9 +48,15 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
         help="put the checkpoint's adapter, or --adapters, into the whole weights",
     )
     parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
-    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool; needed with --adapter")
+    parser.add_argument(
+        "--for",
+        dest="dialect",
+        type=one_of(DIALECTS),
+        metavar="TOOL",
+        help=f"the tool, needed with --adapter: {', '.join(DIALECTS)}",
+    )
     parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
-    options = vars(parser.parse_args(argv))
+    options = vars(parser.read(argv))
     given = {name: value for name, value in options.items() if value is not None}
     alone, merges = given.pop("adapter"), given.pop("merge")
     if alone and merges:
@@ -77,7 +88,7 @@ def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any
 
 def import_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line."""
-    parser = argparse.ArgumentParser(
+    parser = Options(
         "reeltune import",
         description="Tells what an adapter is: of which tool and model, its rank, alpha and layers, and how strong it "
         "would be in each tool. Reads the file's header and alphas alone. With --out: writes it anew.",
@@ -86,10 +97,16 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
         "file", type=Path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
     )
     parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
-    parser.add_argument("--alpha", type=float, metavar="N", help="what it was trained with, if the file does not say")
+    parser.add_argument("--alpha", type=number, metavar="N", help="what it was trained with, if the file does not say")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
-    parser.add_argument("--for", dest="dialect", choices=DIALECTS, help="the tool to write it for; needed with --out")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--for",
+        dest="dialect",
+        type=one_of(DIALECTS),
+        metavar="TOOL",
+        help=f"the tool to write it for, needed with --out: {', '.join(DIALECTS)}",
+    )
+    options = parser.read(argv)
     if (options.out is None) != (options.dialect is None):
         raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")
 
@@ -109,6 +126,6 @@ def exported(checkpoint: Path, out: Path, **settings: Any) -> Iterator[str]:
 
 
 def size(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMGT]B", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+    if not re.fullmatch(r"0*[1-9]\d*[KMGT]B", text, re.ASCII):
+        raise ArgumentTypeError(f"is {text!r}; expected a size, as 500MB or 5GB")
     return text

@@ -187,6 +187,8 @@ def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
 def taken(out: Path) -> Iterator[str]:
     """Why nothing can be written there."""
     yield from within_checkpoint(out)
+    if checkpoints.NAME.match(out.name) and checkpoints.complete(out.absolute().parent):
+        yield f"{out} would stand among the checkpoints of a run, which has one of that name to write; give another"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield f"{out} is there already and is not an empty folder; give another"
 

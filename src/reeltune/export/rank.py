@@ -18,7 +18,7 @@ from reeltune.checkpoint import folder as checkpoints
 from reeltune.config import recipe as recipes
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import writing
+from reeltune.core.files import whole_folder
 from reeltune.core.reading import few
 from reeltune.distributed.engine import Engine
 from reeltune.export.main import taken
@@ -42,6 +42,11 @@ class Extracted:
 
     def adapter(self, rank: int) -> Adapter:
         return Adapter({name: factors.low_rank(rank) for name, factors in self.layers.items()})
+
+    @property
+    def full_rank(self) -> int:
+        """From which on an adapter holds all that linear layers learnt."""
+        return max(min(len(one.U_OR), len(one.V_IR)) for one in self.layers.values())
 
     def share(self, rank: int) -> float:
         """Of the square of all that was trained, what the adapter of that rank holds."""
@@ -112,20 +117,22 @@ def _of_network(
     before = held_out.losses(net)
     yield from _beginning(before, full, extracted)
     rows = []
-    for rank in sorted(ranks):
+    for rank in sorted(set(ranks)):
         adapter = extracted.adapter(rank)
         with applied(net, trained.names, [(adapter, 1.0)]):
             rows.append(_measured(rank, adapter, extracted.share(rank), held_out.losses(net), full))
         yield _line(rows[-1], before, full)
     chosen = next((row for row in rows if row.is_as_good), None)
     if chosen is None:
-        yield f"none of these ranks is as good as the whole fine-tune; try more than {max(ranks)}"
+        all_of_it = "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
+        more = f"try more than {max(ranks)}" if max(ranks) < extracted.full_rank else all_of_it
+        yield f"none of these ranks is as good as the whole fine-tune; {more}"
     else:
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
         rank = max(ranks) if chosen is None else chosen.rank
-        with writing(out):
-            saved.save(out, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
+        with whole_folder(out) as beside:
+            saved.save(beside, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
         yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import secrets
 import socket
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reeltune.core.errors import UserError
+from reeltune.core.options import Options, whole_number
 
 PORT = 8765
 LOOPBACK = "127.0.0.1"
@@ -18,17 +18,17 @@ LOOPBACK = "127.0.0.1"
 
 def serve(argv: Sequence[str]) -> int:
     """Until Ctrl-C. Returns the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Options(
         "reeltune serve",
         description="A page to look at data and runs, on this machine alone (127.0.0.1). Prints its address, with the "
         "token that it asks for. It reads files and changes none, without --edit or --run.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="what lies below it is shown [.]")
-    parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"0 takes a free one [{PORT}]")
+    parser.add_argument("--port", type=whole_number, default=PORT, metavar="N", help=f"0 takes a free one [{PORT}]")
     parser.add_argument("--open", action="store_true", help="open the browser, too")
     parser.add_argument("--edit", action="store_true", help="captions may be edited, into new lists, and recipes saved")
     parser.add_argument("--run", action="store_true", help="runs may be started, stopped and resumed")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     if not options.folder.is_dir():
         raise UserError("serve", f"{str(options.folder)!r} is no folder; give one with runs or data lists below it")
     if not 0 <= options.port < 65536:

@@ -23,6 +23,8 @@ from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.families.tensor_files import notice
 
+MOST_STRENGTH = 1000.0  # beyond it is a slip: adapters are used at up to a few times what was trained
+
 
 @dataclass(frozen=True)
 class Given:
@@ -75,6 +77,8 @@ def parsed(text: str) -> tuple[Path, float]:
         strength = math.nan
     if not path or not math.isfinite(strength):
         raise UserError("adapters", f"{text!r}: {number!r} is no strength; write FILE:number, as a.safetensors:0.8")
+    if abs(strength) > MOST_STRENGTH:
+        raise UserError("adapters", f"{text!r}: strength {number} is beyond {MOST_STRENGTH:g}; 1 is as it was trained")
     return Path(path), strength
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from reeltune.config.recipe import Recipe, Validation
 from reeltune.core.errors import UserError, refuse
 from reeltune.distributed.engine import Engine
+from reeltune.run.adapters import MOST_STRENGTH
 from reeltune.run.model import choose_family, encode_options
 from reeltune.run.sizes import size_rules
 from reeltune.sampling.other_expert import OtherExpert
@@ -32,7 +32,7 @@ def sample_clips(
     Returns the files of clips, and of the picture. Raises UserError.
     """
     validation, folder = recipe.validation, Path(recipe.output.output_dir) / "samples"
-    _refuse(validation, strengths, seeds)
+    _refuse(recipe, adapters, strengths, seeds)
     recipe = of_both(recipe)
     family, mode, objective = choose_family(recipe)
     drawn, _ = drawn_controls(recipe, family, mode)
@@ -64,11 +64,20 @@ def sample_clips(
     return [*made, sheet]
 
 
-def _refuse(validation: Validation, strengths: Sequence[float], seeds: Sequence[int]) -> None:
+def _refuse(recipe: Recipe, adapters: Sequence[str], strengths: Sequence[float], seeds: Sequence[int]) -> None:
     problems = []
-    if not validation.validation_prompts:
+    if not recipe.validation.validation_prompts:
         problems.append("validation_prompts is empty, so there is nothing to make; give a prompt or more")
-    problems += [f"strengths has {strength}; give numbers" for strength in strengths if not math.isfinite(strength)]
+    if adapters and recipe.model.expert == "both":
+        problems.append(
+            f"adapters is {' '.join(adapters)} and expert is both, which are two networks, and an adapter is of one; "
+            "set expert to the one that it is of, and give the other's in other_expert_adapter"
+        )
+    problems += [
+        f"strengths has {strength:g}; give numbers up to {MOST_STRENGTH:g}; 1 is as it was trained"
+        for strength in strengths
+        if not abs(strength) <= MOST_STRENGTH
+    ]
     if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds is {' '.join(map(str, seeds))}; give whole numbers from 0, none of them twice")
     refuse("sample", problems)

@@ -21,6 +21,7 @@ from reeltune.diffusion import denoise
 from reeltune.diffusion.loss import Cond, settle
 from reeltune.diffusion.objective import Objective
 from reeltune.families.spec import Family, Parts
+from reeltune.families.tensor_files import notice
 from reeltune.sampling.other_expert import BothExperts, OtherExpert
 from reeltune.sampling.prompts import Request
 
@@ -167,7 +168,7 @@ def make_clip(
         if not write:
             return None
         decoded_BFCHW = setup.family.decode(setup.parts, x0)
-    pixels_BFCHW = ((decoded_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    pixels_BFCHW = _pixels(decoded_BFCHW, path)
     write_pixels(path, pixels_BFCHW, request.fps)
     settings = {
         "prompt": request.prompt,
@@ -187,6 +188,19 @@ def make_clip(
     with whole_file(path.with_suffix(".json")) as file:
         file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return pixels_BFCHW
+
+
+def _pixels(decoded_BFCHW: Tensor, path: Path) -> Tensor:
+    """uint8, on the CPU, of numbers from -1 to 1. What is no number is black, which is said."""
+    is_number = torch.isfinite(decoded_BFCHW)
+    if not is_number.all():
+        share = 1 - is_number.float().mean().item()
+        notice(
+            f"{path}: {share:.0%} of what was decoded are no finite numbers, and black in the clip; the weights are "
+            "not sound, or an adapter is too strong: look at an earlier checkpoint, or at a lower strength"
+        )
+        decoded_BFCHW = decoded_BFCHW.nan_to_num(nan=-1, posinf=-1, neginf=-1)
+    return ((decoded_BFCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def write_pixels(path: Path, pixels_BFCHW: Tensor, fps: float) -> None:
