@@ -49,7 +49,8 @@ def test_a_run_imports_what_its_family_is_made_of_and_no_more(toy, tmp_path):
     assert not [name for name in of_wan if name.startswith("diffusers.pipelines.")]
 
     frozen, frozen_later, looked_through = garbage
-    assert frozen == frozen_later > 100 * looked_through  # with torch all was frozen, and nothing after it
+    assert frozen > 100 * looked_through  # all that came with torch
+    assert frozen_later <= frozen  # and none of the thousand lists that came later
 
 
 @pytest.fixture
