@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Or each of hundreds of processes would compile the package anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test quick oldest bench wheels lint parity docs
 

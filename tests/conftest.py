@@ -4,13 +4,14 @@ Each is taken from beside the folder of `--goldens`, else from beside the reposi
 holds a smaller set of each; media are made.
 """
 
-import gc
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from reeltune.core.imports import lean_imports
 
 HERE = Path(__file__).resolve().parent
 BESIDE = HERE.parents[1] / "shared"
@@ -50,10 +51,11 @@ def pytest_sessionfinish(session):
             reporter.write_line(f"\ntests left files in the working folder: {', '.join(left)}", red=True)
 
 
-def pytest_collection_finish(session):
-    """Libraries and thousands of tests stay to the end: collecting garbage need not look through them each time."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Libraries and thousands of tests stay to the end: no garbage is looked for in them, now or later."""
+    with lean_imports():
+        return (yield)
 
 
 def pytest_generate_tests(metafunc):

@@ -368,8 +368,8 @@ def _demo(argv: Sequence[str]) -> int:
     parser.add_argument("--adapter", action="store_true", help="train an adapter (LoRA), not the network")
     options = parser.read(argv)
 
-    from reeltune.demo.main import run
-
+    with lean_imports():
+        from reeltune.demo.main import run
     return run(options.out, family=options.family, adapter=options.adapter)
 
 

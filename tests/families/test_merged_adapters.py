@@ -16,6 +16,8 @@ from reeltune.export.forward_check import black_clip
 from reeltune.optim.trainable import released_names
 from reeltune.sampling.sample import Setup
 
+pytestmark = pytest.mark.quick_by_family
+
 
 @pytest.fixture(scope="module")
 def setup(pair, tmp_path_factory) -> Setup:

@@ -51,6 +51,7 @@ def checkpoint(any_checkpoint: Pair, tmp_path):
     return model, families.find(model)
 
 
+@pytest.mark.quick_by_family
 def test_tiles_lie_where_they_belong_or_are_refused(checkpoint):
     model, family = checkpoint
     if not family.vae_tiles:
@@ -76,6 +77,7 @@ def test_tiles_lie_where_they_belong_or_are_refused(checkpoint):
     assert most[0] == whole_area or vaes[0].use_tiling  # HunyuanVideo always has tiles
 
 
+@pytest.mark.quick_by_family
 def test_a_clip_of_one_tile_is_encoded_alike(checkpoint):
     model, family = checkpoint
     if not family.vae_tiles:

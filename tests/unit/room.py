@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import cv2
 import numpy as np
 
@@ -9,6 +11,7 @@ HALF = np.array([3.0, 2.0, 6.0])  # of the room, about its middle
 SIDE = 1024  # pixels of a wall's pattern
 
 
+@cache
 def _patterns() -> list[np.ndarray]:
     rng = np.random.default_rng(7)
     made = []
@@ -31,16 +34,13 @@ def view(centre_3: np.ndarray, to_camera_33: np.ndarray, focal_px: float, height
     axis = reach.argmin(-1)
     hit = centre_3 + way * reach.min(-1)[..., None]
     out = np.zeros((height, width, 3), np.float32)
-    for wall, pattern in enumerate(_PATTERNS):
+    for wall, pattern in enumerate(_patterns()):
         flat, upper = wall // 2, wall % 2
         here = (axis == flat) & ((np.take(way, flat, -1) > 0) == bool(upper))
         u, v = [(np.delete(hit / HALF, flat, -1)[..., n] + 1) / 2 * (SIDE - 1) for n in (0, 1)]
         drawn = cv2.remap(pattern, u.astype(np.float32), v.astype(np.float32), cv2.INTER_LINEAR)
         out[here] = drawn[here]
     return (out * 255 + 0.5).astype(np.uint8)
-
-
-_PATTERNS = _patterns()
 
 
 def walk(frames: int) -> tuple[np.ndarray, np.ndarray]:

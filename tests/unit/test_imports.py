@@ -21,10 +21,14 @@ NEVER = {  # where a run begins, whatever its family
 OF_NETWORKS = {"jinja2", "diffusers.models", "diffusers.pipelines", "transformers", "peft"}
 OF_FAMILIES = {f"reeltune.families.{name}.net" for name in ("wan_fun", "easyanimate", "cogvideox_fun")}
 PROGRAM = """
-import json, sys
+import gc, json, sys
 import reeltune.cli
 with reeltune.cli.lean_imports():
     import reeltune.training.loop
+frozen = gc.get_freeze_count()
+with reeltune.cli.lean_imports():
+    made = [[] for _ in range(1000)]
+print(json.dumps([frozen, gc.get_freeze_count(), len(gc.get_objects())]))
 from reeltune import families
 for folder in sys.argv[1:]:
     families.find(folder).load(folder)
@@ -35,13 +39,18 @@ for folder in sys.argv[1:]:
 def test_a_run_imports_what_its_family_is_made_of_and_no_more(toy, tmp_path):
     wan = tiny_checkpoint(tmp_path / "model", "control_t2v")
     done = subprocess.run([sys.executable, "-c", PROGRAM, toy, wan], capture_output=True, text=True, check=True)
-    of_toy, of_wan = (set(json.loads(line)) for line in done.stdout.splitlines())
+    garbage, *names = map(json.loads, done.stdout.splitlines())
+    of_toy, of_wan = map(set, names)
     assert sorted(of_toy & (NEVER | OF_NETWORKS | OF_FAMILIES)) == []
     assert sorted(of_wan & (NEVER | OF_FAMILIES)) == ["reeltune.families.wan_fun.net"]
     encoders = {name.split(".")[2] for name in of_wan if re.match(r"transformers\.models\.\w+\.modeling_", name)}
     assert "umt5" in encoders and not encoders & {"llama", "llava", "qwen2_vl", "t5"}
     assert "diffusers.models" in of_wan  # so that the name still is one
     assert not [name for name in of_wan if name.startswith("diffusers.pipelines.")]
+
+    frozen, frozen_later, looked_through = garbage
+    assert frozen > 100 * looked_through  # all that came with torch
+    assert frozen_later <= frozen  # and none of the thousand lists that came later
 
 
 @pytest.fixture

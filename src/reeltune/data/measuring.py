@@ -52,17 +52,20 @@ class Finding(NamedTuple):
 
 def stamps(paths: Iterable[str]) -> np.ndarray:
     """int64 N,2: bytes and time of change in nanoseconds; ABSENT where there is no file."""
-    found = np.array([_stamp(path) for path in paths], np.int64)
-    return found.reshape(-1, 2)
+    return np.fromiter(_stamped(paths), np.int64).reshape(-1, 2)
 
 
-def _stamp(path: str) -> list[int]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ABSENT
-    # From 2262 on, nanoseconds since 1970 pass 64 bits; they are told apart all the same.
-    return [status.st_size, (status.st_mtime_ns + 2**63) % 2**64 - 2**63]
+def _stamped(paths: Iterable[str]) -> Iterator[int]:
+    """Two numbers a file, and nothing that would be looked through for garbage."""
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            yield from ABSENT
+        else:
+            yield status.st_size
+            # From 2262 on, nanoseconds since 1970 pass 64 bits; they are told apart all the same.
+            yield (status.st_mtime_ns + 2**63) % 2**64 - 2**63
 
 
 def _why_absent(path: str) -> str:
