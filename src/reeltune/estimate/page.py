@@ -41,8 +41,8 @@ def tables(plan: Forecast) -> list[Table]:
     return [table for table in (make(plan) for make in made) if table.rows]
 
 
-def verdict_lines(plan: Forecast) -> tuple[str, str]:
-    """(the answer, its reason)"""
+def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
+    """(the answer, its reason, its tone: a key of TONES)"""
     verdict, machines = plan.verdict, plan.machines
     where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
     frames, height, width = plan.largest
@@ -51,15 +51,11 @@ def verdict_lines(plan: Forecast) -> tuple[str, str]:
         f"{width} x {height}), which takes {size(verdict.need_bytes)} of {size(verdict.have_bytes)} on {where}"
     )
     if verdict.safe:
-        return "It fits.", f"{needs}: {size(verdict.spare_bytes)} to spare."
+        return "It fits.", f"{needs}: {size(verdict.spare_bytes)} to spare.", "good"
     if verdict.fits:
-        return "It may fit.", f"{needs}: {size(verdict.spare_bytes)} to spare, less than the count's {MARGIN:.0%}."
-    return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much."
-
-
-def tone(plan: Forecast) -> str:
-    """A key of TONES."""
-    return "good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad"
+        less = f"{needs}: {size(verdict.spare_bytes)} to spare, less than the count's {MARGIN:.0%}."
+        return "It may fit.", less, "open"
+    return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much.", "bad"
 
 
 def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
@@ -197,8 +193,8 @@ def show(plan: Forecast, console: Console) -> None:
         console.print(_drawn(table))
         if table.note:
             console.print(table.note, style="dim", highlight=False)
-    answer, reason = verdict_lines(plan)
-    console.print(f"\n[bold {TONES[tone(plan)]}]{answer}[/] {reason}", highlight=False)
+    answer, reason, tone = verdict_lines(plan)
+    console.print(f"\n[bold {TONES[tone]}]{answer}[/] {reason}", highlight=False)
     if plan.offers:
         heads = ("what would make it fit, cheapest first", "then takes", "at the price of")
         console.print(_drawn(Table("", heads, offer_rows(plan), 3)))
@@ -218,35 +214,31 @@ def _drawn(table: Table) -> RichTable:
 # ---- as a page
 
 COLOURS = {  # colour -> (what it stands for, its parts)
-    "now": ("weights", ("weights", "masters", "still", "gathered", "casts")),
+    "now": ("weights", ("weights", "masters", "still", "gathered", "other", "casts")),
     "start": ("gradients", ("gradients", "buckets")),
     "optimizer": ("optimizer state and average", ("optimizer", "average")),
     "encode": ("frozen networks", ("frozen",)),
     "data": ("activations, and what is at work", ("activations", "encode", "forward", "backward", "step", "preview")),
     "muted": ("batch and conditions", ("batch",)),
 }
+LEGEND = [(colour, words) for colour, (words, _) in COLOURS.items()]
 
 
 def write_page(plan: Forecast, path: Path) -> Path:
     """The tables, and pictures of memory and sizes, in one file that needs no other."""
-    answer, reason = verdict_lines(plan)
-    page = (
-        report.environment()
-        .get_template("estimate/plan.html")
-        .render(
-            name=plan.model,
-            mode=plan.mode,
-            machines=plan.machines,
-            engine=ENGINES[plan.engine].words,
-            tone=tone(plan),
-            answer=answer,
-            reason=reason,
-            offers=offer_rows(plan),
-            memory=Markup(memory_chart(plan)),
-            legend=[(colour, words) for colour, (words, _) in COLOURS.items()],
-            sizes=Markup(size_chart(plan)),
-            tables=tables(plan),
-        )
+    answer, reason, tone = verdict_lines(plan)
+    template = report.environment().get_template("estimate/plan.html")
+    page = template.render(
+        plan=plan,
+        engine=ENGINES[plan.engine].words,
+        tone=tone,
+        answer=answer,
+        reason=reason,
+        offers=offer_rows(plan),
+        memory=Markup(memory_chart(plan)),
+        legend=LEGEND,
+        sizes=Markup(size_chart(plan)),
+        tables=tables(plan),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return report.write_whole(path, page)

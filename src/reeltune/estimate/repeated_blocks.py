@@ -17,9 +17,8 @@ from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from reeltune.estimate.memory_tracker import Tracker
+from reeltune.estimate.memory_tracker import Tracker, tensors_in
 
 LEFT = 4  # first, the one that stands for more, the one that frees what it hands on, last
 
@@ -127,4 +126,4 @@ def _hooks(stand: Stand, tracker: Tracker) -> Iterator[Any]:
 
 
 def _learned(out: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [tensor for tensor in tensors_in(out) if tensor.requires_grad]
