@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -61,13 +60,11 @@ def training_step(
         )
         with tracker, repeated_blocks.counted(learner.stands, tracker):
             kept = learner.forward_backward(setup, encoding.encoded, draws)
-            reached = [weight for weight in learner.plain.parameters() if weight.grad is not None]
-            learner.learner.optimizer.zero_grad()
+            if not recipe.memory.step_in_backward:
+                learner.optimizer_step()
             if preview:
                 with tracker.phase("preview"):
                     denoise(learner.plain, setup, encoding.encoded)
-            if not recipe.memory.step_in_backward:
-                learner.optimizer_step(reached)
     return StepEstimate(
         peaks=tracker.peaks,
         flops=dict(tracker.flops),
@@ -124,12 +121,13 @@ class FakeLearner:
             tracker.flops["backward"] = tracker.flops.pop("step")
         return kept
 
-    def optimizer_step(self, reached: Sequence[nn.Parameter]) -> None:
-        """Of a later step than the first, which makes the state. reached: what a backward pass gives gradients."""
-        for count, phase in enumerate((nullcontext(), self.tracker.phase("step"))):
-            attribution.give_gradients(reached, self.tracker, self.times)
-            with phase:
-                self.step(count)
+    def optimizer_step(self) -> None:
+        """Of the gradients that there are, which makes the state; and of as many once more, which is counted."""
+        reached = [weight for weight in self.plain.parameters() if weight.grad is not None]
+        self.step(0)
+        attribution.give_gradients(reached, self.tracker, self.times)
+        with self.tracker.phase("step"):
+            self.step(1)
 
     def step(self, count: int) -> None:
         self.learner.step(count, self.recipe.optimization.learning_rate)

@@ -74,11 +74,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Forecast:
-    model: str
-    mode: str
-    machines: Machines
-    engine: str  # a name of ENGINES
-    inputs: Inputs
+    planned: Planned
     left_out: list[tuple[str, str]]  # (path, reason) of entries that training will not use
     data: DataForecast
     largest: Shape
@@ -86,7 +82,6 @@ class Forecast:
     steps: int
     repeated: float  # share of the run's samples at most, which fill up its last groups
     rates: Rates  # of the optimizer, over those steps
-    ways: int  # cache_variants
     largest_step: StepEstimate  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
     kept_bytes: dict[str, int]  # with gradient checkpointing and without -> activations kept for the backward pass
@@ -135,11 +130,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     step_flops = mean_flops(data, sizes)
     clip_flops = throughput.curve(sizes, [together * sum(step.passes.values()) for step in sizes.values()])
     return Forecast(
-        model=family.name,
-        mode=mode,
-        machines=machines,
-        engine=planned.engine,
-        inputs=inputs,
+        planned=planned,
         left_out=left_out(inputs, plan),
         data=data,
         largest=draws[0].shape,
@@ -147,7 +138,6 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         steps=steps,
         repeated=repeated(plan, steps * accumulate),
         rates=Rates.of(rate_of(recipe.optimization, steps), steps),
-        ways=recipe.cache.cache_variants,
         largest_step=largest,
         peaks=peaks,
         kept_bytes=kept_bytes(planned, draws, largest),

@@ -43,7 +43,7 @@ def tables(plan: Forecast) -> list[Table]:
 
 def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
     """(the answer, its reason, its tone: a key of TONES)"""
-    verdict, machines = plan.verdict, plan.machines
+    verdict, machines = plan.verdict, plan.planned.machines
     where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
     frames, height, width = plan.largest
     needs = (
@@ -71,7 +71,7 @@ def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
 
 
 def data_table(plan: Forecast) -> Table:
-    data, inputs = plan.data, plan.inputs
+    data, inputs, ways = plan.data, plan.planned.inputs, plan.planned.recipe.cache.cache_variants
     mean, high, most = data.step_tokens
     rows = [
         (
@@ -84,7 +84,7 @@ def data_table(plan: Forecast) -> Table:
         ("tokens per optimizer step", f"{mean:,.0f} on average, 95 % up to {high:,.0f}, {most:,.0f} at most"),
         ("cropped", f"{data.cropped:.0%} of samples; {data.picture_lost:.1%} of the picture is lost on average"),
         ("footage seen in the first epoch", span(data.footage_s)),
-        ("ways of reading a clip", f"{plan.ways} (cache_variants)" if plan.ways else "new ones at every use"),
+        ("ways of reading a clip", f"{ways} (cache_variants)" if ways else "new ones at every use"),
         ("steps", f"{plan.steps:,}"),
         ("learning rate", str(plan.rates)),
     ]
@@ -127,9 +127,9 @@ def memory_table(plan: Forecast) -> Table:
     ]
     rows.append(("together", *(size(sum(plan.peaks[phase].values())) for phase in phases)))
     kept = ", ".join(f"{size(count)} {words}" for words, count in plan.kept_bytes.items())
-    engine = ENGINES[plan.engine].words
-    how = "" if plan.engine in ("one", "ddp") else ", sharded by arithmetic"
-    note = f"{engine}{how}. Activations kept for the backward pass: {kept}."
+    engine = plan.planned.engine
+    how = "" if engine in ("one", "ddp") else ", sharded by arithmetic"
+    note = f"{ENGINES[engine].words}{how}. Activations kept for the backward pass: {kept}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
 
@@ -148,7 +148,7 @@ def time_table(plan: Forecast) -> Table:
     rows.append((f"all {plan.steps:,} steps", f"{rounded(plan.run_flops / 1e15)} PFLOP", ""))
     note = "No throughput is known for this device: give --throughput or --measured for the time."
     if plan.throughput is not None:
-        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.machines.gpus)
+        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.planned.machines.gpus)
         time = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
         rows.append(("time for them", time, ""))
         rates = (plan.throughput.low, plan.throughput.high)
@@ -187,7 +187,7 @@ def span(seconds: float) -> str:
 
 
 def show(plan: Forecast, console: Console) -> None:
-    console.print(f"[bold]{plan.model}[/], train_mode {plan.mode}")
+    console.print(f"[bold]{plan.planned.estimator.family.name}[/], train_mode {plan.planned.estimator.mode}")
     for table in tables(plan):
         console.print()
         console.print(_drawn(table))
@@ -229,8 +229,8 @@ def write_page(plan: Forecast, path: Path) -> Path:
     answer, reason, tone = verdict_lines(plan)
     template = report.environment().get_template("estimate/plan.html")
     page = template.render(
-        plan=plan,
-        engine=ENGINES[plan.engine].words,
+        planned=plan.planned,
+        engine=ENGINES[plan.planned.engine].words,
         tone=tone,
         answer=answer,
         reason=reason,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Once(nn.Module):
         like = repr(tree_map(outline, (given, named, [*map(held, places)])))
         if like in self.known:
             rise, made = self.known[like]
-            out, left = self.tracker.again(rise, lambda: tree_map(tensor_of, made))
+            out, left = self.tracker.again(rise, lambda: tree_map(made_of, made))
             for place, values in zip(places, left, strict=True):
                 for key, value in values.items():
                     place[key] = value
@@ -67,22 +67,15 @@ def held(place: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
     return {key: value for key, value in pairs if isinstance(value, (Tensor, *PLAIN))}
 
 
-@dataclass(frozen=True)
-class Outline:
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def outline(value: Any) -> Any:
-    """What is not a tensor is its own."""
-    return Outline(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
-
-
-def tensor_of(value: Any) -> Any:
-    if not isinstance(value, Outline):
+    """What makes such a tensor; of all else the value."""
+    if not isinstance(value, Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride, dtype=value.dtype)
+    return partial(torch.empty_strided, value.shape, value.stride(), dtype=value.dtype)
+
+
+def made_of(outline: Any) -> Any:
+    return outline() if isinstance(outline, partial) else outline
 
 
 def can_be_made(made: Any, given: list[Tensor]) -> bool:
