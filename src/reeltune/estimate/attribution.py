@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in
+from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
 from reeltune.memory import blocks
 from reeltune.training.learner import Learner
 
@@ -66,8 +66,3 @@ def offload_activations(net: nn.Module, tracker: Tracker) -> None:
         return tensor.clone() if tracker.part_of(tensor) == HOST else tensor
 
     blocks.offload_activations(net, to_host=to_host, to_device=to_device)
-
-
-def weights_of(net: nn.Module) -> list[Tensor]:
-    """Each once, though it may have several names."""
-    return [*net.parameters(), *net.buffers()]

@@ -20,7 +20,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
-from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in
+from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
 from reeltune.estimate.result import StepEstimate
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import attention
@@ -175,7 +175,7 @@ def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
         "still_blocks": sum(map(can_wait, blocks)),
         "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),
         "kept_bytes": size_bytes(network.weights()),
-        "weight_bytes": {"network": size_bytes(attribution.weights_of(network.plain))},
+        "weight_bytes": {"network": size_bytes(weights_of(network.plain))},
     }
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.types import Batch, Encoded
-from reeltune.estimate.attribution import weights_of
-from reeltune.estimate.memory_tracker import ELSEWHERE, Tracker, Work, tensors_in
+from reeltune.estimate.memory_tracker import ELSEWHERE, Tracker, Work, tensors_in, weights_of
 from reeltune.estimate.repeated_calls import counted_once
 from reeltune.families.spec import Parts
 from reeltune.memory.size import size_bytes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,6 +206,11 @@ class Tracker(TorchDispatchMode):
 
 def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def weights_of(net: nn.Module, *, recurse: bool = True) -> list[Tensor]:
+    """Each once, though it may have several names."""
+    return [*net.parameters(recurse), *net.buffers(recurse)]
 
 
 def on_device(live: Counter[str]) -> dict[str, int]:
