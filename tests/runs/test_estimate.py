@@ -183,8 +183,7 @@ def test_what_recipes_have_in_common_is_computed_once(small, tmp_path):
     estimator.step(base, draws(shape), CAPTIONS)
     changes = [
         {"gradient_checkpointing": False, "vae_mini_batch": 2},
-        {"use_ema": False, "low_vram": True},
-        {"gradient_accumulation_steps": 2, "trained_weights": "bf16_stochastic", "vae_tiling": True},
+        {"gradient_accumulation_steps": 2, "trained_weights": "bf16_stochastic", "vae_tiling": True, "low_vram": True},
         {"use_ema": False, "cache_folder": str(tmp_path / "cache"), "cache_variants": 1},
     ]
     for change in changes:
