@@ -38,7 +38,8 @@ def predicted_over_measured(checkpoint: Path, mode: str, folder: Path) -> float:
     run = recipe(checkpoint, folder, folder / "out", train_mode=mode, mixed_precision="bf16")
     found = Estimator(run).step(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, preview=False)
     predicted = found.peaks["step"]["weights"] + found.gradient_bytes + found.state_bytes + found.saved_bytes
-    return predicted / sum(test_estimate.real_step(run, SHAPE).values())
+    real = test_estimate.real_step(test_estimate.Tiny(checkpoint, {}), run, SHAPE)
+    return predicted / sum(real.values())
 
 
 def main() -> dict[str, float]:

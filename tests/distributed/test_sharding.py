@@ -109,7 +109,7 @@ def test_each_process_holds_what_was_foretold(engine, beside_bytes, model, data,
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
     each, psi = held(engine, 2, model, data, tmp_path)
     parts = {"weights": 4 * psi, "gradients": 4 * psi, "optimizer": 8 * psi}
-    step = estimate(peaks={"backward": parts}, parameters=psi, trainable=psi, state_bytes=8 * psi)
+    step = estimate(peaks={"backward": parts}, parameters=psi, trainable=psi, resident={"optimizer": 8 * psi})
     foretold = sharding.peaks(step, engine, 2)[0]["backward"]
     gathered = foretold.pop("gathered", 0)  # ZeRO-3 gives it back when it needs the room, FSDP at once
     kept = gathered if engine == "zero3" else 0

@@ -12,9 +12,10 @@ import torch
 
 from reeltune import cli
 from reeltune.config.parse import build, flat, read
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.demo.main import FAMILIES as SHOWN
-from reeltune.estimate.main import Machines, forecast
+from reeltune.estimate.main import Forecast, Machines, forecast
 from reeltune.estimate.page import rounded, write_page
 from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
@@ -44,6 +45,13 @@ def toy(tmp_path_factory) -> Path:
 
 
 TOY = {"video_sample_n_frames": 9, "token_sample_size": 128, "video_sample_size": 128, "image_sample_size": 128}
+
+
+@pytest.fixture(scope="module")
+def whole(place, toy, tmp_path_factory) -> tuple[Recipe, Forecast]:
+    """A run of the toy, and its forecast on a device that has room for it."""
+    run = run_of(place, tmp_path_factory.mktemp("whole"), **{**TOY, "pretrained_model_name_or_path": str(toy)})
+    return run, forecast(run, Machines(device="1GB"))
 
 
 def run_of(place: Path, out: Path, **changes):
@@ -88,10 +96,9 @@ def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, ca
     assert "H100" in drawn
 
 
-def test_what_is_offered_stands_line_by_line_on_the_page(place, toy, tmp_path):
-    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
-    whole = forecast(run, Machines(device="1GB"))
-    found = replace(whole, offers=[Offer(tuple(Change({name: 1}, "") for name in "ab"), whole.verdict, ("x<", "y"))])
+def test_what_is_offered_stands_line_by_line_on_the_page(whole, tmp_path):
+    _, plan = whole
+    found = replace(plan, offers=[Offer(tuple(Change({name: 1}, "") for name in "ab"), plan.verdict, ("x<", "y"))])
     drawn = write_page(found, tmp_path / "plan.html").read_text()
     assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
     assert "<td>x&lt;<br>y</td>" in drawn
@@ -107,12 +114,11 @@ def as_flag(name, value) -> list[str]:
     return [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
 
 
-def test_what_is_offered_fits_when_it_is_done(place, toy, tmp_path):
-    run = run_of(place, tmp_path / "out", **{**TOY, "pretrained_model_name_or_path": str(toy)})
-    whole = forecast(run, Machines(device="1GB"))  # of any device
-    assert whole.verdict.safe
-    assert not whole.offers
-    tight = Machines(device=f"{whole.verdict.need_bytes * 0.75 / 1e9}GB")
+def test_what_is_offered_fits_when_it_is_done(whole):
+    run, plan = whole
+    assert plan.verdict.safe
+    assert not plan.offers
+    tight = Machines(device=f"{plan.verdict.need_bytes * 0.75 / 1e9}GB")
     found = forecast(run, tight)
     assert not found.verdict.fits
     assert len(found.offers) >= 2
@@ -155,15 +161,15 @@ def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, word
 
 @pytest.mark.slow
 @pytest.mark.golden("released_keys/Wan2.1-Fun-1.3B-Control.json.gz", "released_keys/umt5-xxl-enc.json.gz")
-def test_a_released_size_without_its_weights(goldens, place, tmp_path, monkeypatch):
+def test_a_released_size_without_its_weights(goldens, tmp_path, monkeypatch):
     """1.3 B parameters in files of nothing but holes: what AdamW in fp32 takes, and an outline of the time."""
     unread(monkeypatch)
     name = "Wan2.1-Fun-1.3B-Control"
     (folder := tmp_path / "model").mkdir()
     wan_checkpoint(folder, goldens, name)
-    run = recipe(
-        folder, place / "data", tmp_path / "out", mixed_precision="bf16", low_vram=True, gradient_checkpointing=True
-    )
+    data = data_set(tmp_path / "data", clips=2, stills=0)
+    settings = {"mixed_precision": "bf16", "low_vram": True, "gradient_checkpointing": True, "held_out_share": 0.0}
+    run = recipe(folder, data, tmp_path / "out", fix_sample_size=(32, 32), **settings)  # of one size
     began = time.process_time()
     found = forecast(run, Machines(device="A100"))
     assert time.process_time() - began < 60
@@ -273,8 +279,8 @@ def spoilt(name, run, folder):
         ("no weights", "supported family"),
         ("config", "is not JSON"),
         ("no model", "model"),
-        ("--gpus abc", "--gpus: invalid int value: 'abc'"),
-        ("--gpus", "--gpus: expected one argument"),
+        ("--gpus abc", "--gpus is 'abc'; expected a whole number"),
+        ("--gpus", "--gpus expected one argument"),
         ("--gpus 2 --engine zero9", "zero9"),
         ("--gpus 2 --engine fsdp --use_came true", "use_came is true and engine is fsdp"),
         ("--device H10", "'H10', not one of B200"),

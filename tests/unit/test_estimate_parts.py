@@ -15,9 +15,9 @@ from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import forecast_data
-from reeltune.estimate.page import expert_rows
+from reeltune.estimate.page import COLOURS, expert_rows
 from reeltune.estimate.remedies import MARGIN, Change, judge, search
-from reeltune.estimate.result import StepEstimate
+from reeltune.estimate.result import PARTS, StepEstimate
 from reeltune.training.turns import Turns
 from tests.unit import metrics_rows
 from tests.unit.test_plan import RULES, Measured, mixed
@@ -80,10 +80,9 @@ def estimate(**changes) -> StepEstimate:
     step = StepEstimate(
         peaks={"backward": STEP},
         flops={},
-        resident={},
+        resident={"optimizer": 8 * PSI},
         saved_bytes=700,
         gradient_bytes=4 * PSI,
-        state_bytes=8 * PSI,
         offloaded_bytes=0,
         swapped_bytes=0,
         parameters=PSI,
@@ -91,7 +90,6 @@ def estimate(**changes) -> StepEstimate:
         number_bytes=2,
         weight_bytes={"network": 4 * PSI},
         kept_bytes=4 * PSI,
-        reached=frozenset(),
         block_parameters=100,
         block_bytes=200,
         blocks=7,
@@ -144,7 +142,8 @@ def test_bytes_of_weights_gradients_and_state_on_each_device(engine, gpus, share
 def test_weights_in_8_bits_are_sharded_and_gathered_as_they_are(engine, gathered):
     """10 adapters' numbers of 100 of a block; scales, which are buffers, are whole in each process."""
     parts = {**STEP, "weights": 400, "gradients": 400, "optimizer": 800, "still": 950}
-    coarse = estimate(peaks={"backward": parts}, trainable=100, state_bytes=800, block_bytes=120, buffer_bytes=50)
+    coarse = estimate(peaks={"backward": parts}, trainable=100, block_bytes=120, buffer_bytes=50)
+    coarse = replace(coarse, resident={"optimizer": 800})
     found = sharding.peaks(coarse, engine, 4)[0]["backward"]
     assert found["still"] == 50 + 900 // 4
     assert found["gathered"] == gathered + (0 if engine == "zero3" else (2 + 4) * 10)
@@ -172,6 +171,11 @@ def test_what_is_offloaded_is_counted_elsewhere_and_what_stays_gathered_here():
     peaks, host = sharding.peaks(estimate(), "fsdp", 4, keep_gathered=True)
     assert host == 0
     assert peaks["backward"]["gathered"] == 2 * (PSI - 40) + 4 * 40 + 6 * 100
+
+
+def test_each_part_of_the_memory_has_a_colour():
+    drawn = [part for _, parts in COLOURS.values() for part in parts]
+    assert sorted(drawn) == sorted(PARTS)
 
 
 # ---- time

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker
+from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
 from reeltune.memory import blocks
 from reeltune.training.learner import Learner
 
@@ -68,12 +66,3 @@ def offload_activations(net: nn.Module, tracker: Tracker) -> None:
         return tensor.clone() if tracker.part_of(tensor) == HOST else tensor
 
     blocks.offload_activations(net, to_host=to_host, to_device=to_device)
-
-
-def weights_of(net: nn.Module) -> list[Tensor]:
-    """Each once, though it may have several names."""
-    return [*net.parameters(), *net.buffers()]
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reeltune.config.recipe import Optimization, Parallel, Recipe, Training
+from reeltune.config.recipe import Parallel, Recipe
 from reeltune.core.types import Draw
 from reeltune.estimate.fake_batch import empty_batch
-from reeltune.estimate.fake_step import optimizer_step, passes
+from reeltune.estimate.fake_step import training_step
 from reeltune.estimate.frozen_networks import Encoding, decode, encode
 from reeltune.estimate.memory_tracker import Work
 from reeltune.estimate.result import PHASES, StepEstimate
@@ -55,22 +55,16 @@ class Estimator:
         )
         based = network_dtype(recipe), recipe.adapter.base_weights
         network = once(("network", based), lambda: load(encoders=False))
-        trains = only_passes(recipe)
+        trains = only_training(recipe)
         step = once(
-            ("passes", trains, preview, sized),
-            lambda: passes(trains, setup, network, encoding, draws, fake, preview=preview),
+            ("step", trains, preview, sized),
+            lambda: training_step(trains, setup, network, encoding, draws, fake, preview=preview),
         )
-        optimizer = decoding = None
-        if not recipe.memory.step_in_backward:
-            learns = only_optimizer(recipe)
-            optimizer = once(
-                ("optimizer", learns, step.reached),
-                lambda: optimizer_step(learns, family, network, step.reached, fake),
-            )
+        decoding = None
         if preview:
             x0_BCThw = encoding.encoded.x0.mean
             decoding = once(("decode", frozen, visiting, shape), lambda: decode(setup, x0_BCThw, fake))
-        return together(recipe, step, optimizer, encoding, decoding)
+        return together(recipe, step, encoding, decoding)
 
     def _once(self, key: tuple, make: Callable[[], T]) -> T:
         if key not in self._known:
@@ -78,8 +72,8 @@ class Estimator:
         return self._known[key]
 
 
-def only_passes(recipe: Recipe) -> Recipe:
-    """What the passes of the trained network read of a recipe; all else as it is by default."""
+def only_training(recipe: Recipe) -> Recipe:
+    """What a step of the trained network reads of a recipe; all else as it is by default."""
     return Recipe(
         model=replace(recipe.model, encoder_weights=None),
         adapter=recipe.adapter,
@@ -87,35 +81,20 @@ def only_passes(recipe: Recipe) -> Recipe:
         memory=replace(recipe.memory, vae_tiling=False, encode_ahead=None),
         parallel=Parallel(context_parallel=recipe.parallel.context_parallel),
         loss=recipe.loss,
-        optimization=recipe.optimization if recipe.memory.step_in_backward else Optimization(),
-    )
-
-
-def only_optimizer(recipe: Recipe) -> Recipe:
-    """What the optimizer's step reads, where it is not in the backward pass."""
-    return Recipe(
-        model=replace(recipe.model, encoder_weights=None),
-        adapter=recipe.adapter,
-        training=Training(mixed_precision=recipe.training.mixed_precision),
         optimization=recipe.optimization,
     )
 
 
-def together(
-    recipe: Recipe, step: StepEstimate, optimizer: Work | None, encoding: Encoding, decoding: Work | None
-) -> StepEstimate:
-    """A step's passes with the optimizer's part, and what the frozen networks take before and after them.
+def together(recipe: Recipe, step: StepEstimate, encoding: Encoding, decoding: Work | None) -> StepEstimate:
+    """A step with what the frozen networks take before and after it.
 
     In each phase there is what later steps find: the optimizer's state, and under accumulation all gradients.
     """
-    resident, peaks, flops = step.resident, dict(step.peaks), dict(step.flops)
-    if optimizer is not None:
-        resident = resident | {part: optimizer.left[part] for part in ("average", "optimizer")}
-        peaks["step"] = optimizer.peak
-    beside = resident | {part: encoding.work.left[part] for part in ("batch", "frozen")}
-    peaks = {phase: peaks[phase] | beside for phase in PHASES if phase in peaks}
+    beside = step.resident | {part: encoding.work.left[part] for part in ("batch", "frozen")}
+    peaks = {phase: step.peaks[phase] | beside for phase in PHASES if phase in step.peaks}
+    flops = dict(step.flops)
     if recipe.cache.cache_folder is None:
-        peaks = {"encode": resident | encoding.work.peak, **peaks}
+        peaks = {"encode": step.resident | encoding.work.peak, **peaks}
         flops["encode"] = encoding.work.flops
     if decoding is not None:
         peaks["preview"] = max(peaks["preview"], beside | decoding.peak, key=lambda parts: sum(parts.values()))
@@ -123,12 +102,5 @@ def together(
     if recipe.training.gradient_accumulation_steps > 1:
         for phase in peaks.keys() & {"encode", "forward", "backward"}:
             peaks[phase]["gradients"] = step.gradient_bytes
-    return replace(
-        step,
-        peaks=peaks,
-        flops=flops,
-        resident=resident,
-        state_bytes=resident["optimizer"],
-        weight_bytes=step.weight_bytes | encoding.weight_bytes,
-        encoded_bytes=encoding.clip_bytes,
-    )
+    weight_bytes = step.weight_bytes | encoding.weight_bytes
+    return replace(step, peaks=peaks, flops=flops, weight_bytes=weight_bytes, encoded_bytes=encoding.clip_bytes)

@@ -1,4 +1,4 @@
-"""A training step in two parts, run by the very code that trains, on fake tensors: they have sizes and no values."""
+"""A training step, run by the very code that trains, on fake tensors: they have sizes and no values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
-from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, Work
+from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
 from reeltune.estimate.result import StepEstimate
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import attention
@@ -31,15 +31,10 @@ from reeltune.training.learner import with_optimizer
 from reeltune.training.loss import training_loss
 from reeltune.training.trained_network import TrainedNetwork, prepare_network
 
-RESIDENT = ("weights", "still", "average")  # parts that are there in every phase
+RESIDENT = ("weights", "still", "average", "optimizer")  # parts that are there in every phase
 
 
-def engine_of(recipe: Recipe) -> Engine:
-    asked = recipe.training.mixed_precision
-    return Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
-
-
-def passes(
+def training_step(
     recipe: Recipe,
     setup: Setup,
     network: Parts,
@@ -49,8 +44,10 @@ def passes(
     *,
     preview: bool,
 ) -> StepEstimate:
-    """Forward and backward pass of an encoded batch, with the optimizer's step if that is inside it; and with
-    `preview` a denoising pass. Frozen networks and the batch itself are not counted."""
+    """Of an encoded batch, and with `preview` a denoising pass. Frozen networks and the batch itself are not counted.
+
+    Raises UserError as a run does that prepares it.
+    """
     with first_of(recipe.parallel.context_parallel) as mesh:
         learner = FakeLearner(recipe, setup.family, network, fake, mesh)
         tracker = learner.tracker
@@ -63,72 +60,46 @@ def passes(
         )
         with tracker, repeated_blocks.counted(learner.stands, tracker):
             kept = learner.forward_backward(setup, encoding.encoded, draws)
-            learner.learner.optimizer.zero_grad()
+            if not recipe.memory.step_in_backward:
+                learner.optimizer_step()
             if preview:
                 with tracker.phase("preview"):
                     denoise(learner.plain, setup, encoding.encoded)
     return StepEstimate(
         peaks=tracker.peaks,
         flops=dict(tracker.flops),
-        resident=learner.resident | {"optimizer": tracker.live["optimizer"]},
-        state_bytes=tracker.live["optimizer"],
+        resident={part: tracker.live[part] for part in RESIDENT},
         number_bytes=learner.engine.dtype.itemsize,
         **kept,
         **learner.counts,
     )
 
 
-def optimizer_step(
-    recipe: Recipe, family: Family, network: Parts, reached: frozenset[str], fake: FakeTensorMode
-) -> Work:
-    """Of a later step than the first, which makes the state. reached: names of what a backward pass gives gradients."""
-    learner = FakeLearner(recipe, family, network, fake)
-    parameters = [weight for name, weight in learner.plain.named_parameters() if name in reached]
-    with learner.tracker as tracker:
-        attribution.give_gradients(parameters, tracker, learner.times)
-        learner.step(0)
-        attribution.give_gradients(parameters, tracker, learner.times)
-        with tracker.phase("step"):
-            learner.step(1)
-    return tracker.work("step")
-
-
 class FakeLearner:
-    """What learns, and the count of all that it does. Raises UserError as a run does that prepares it.
+    """What learns, and the count of all that it does.
 
     network: of which a copy is used, with few of its equal blocks (repeated_blocks.py). mesh: as of `first_of`.
     """
 
-    def __init__(
-        self, recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode, mesh: DeviceMesh | None = None
-    ):
-        self.recipe, self.engine, self.tracker = recipe, engine_of(recipe), Tracker(fake)
+    def __init__(self, recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode, mesh: DeviceMesh | None):
+        asked, training = recipe.training.mixed_precision, recipe.training
+        self.engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
+        self.recipe, self.tracker = recipe, Tracker(fake)
         self.parts = replace(network, net=fresh(network.net))
         if mesh is not None and family.split is not None:
             family.split(self.parts.net, mesh)
         prepared = prepare_network(family, self.parts, self.engine, as_here(recipe))
         self.plain, self.counts = prepared.plain, counts_of(prepared, self.engine.dtype.itemsize)
         self.stands = repeated_blocks.shorten(self.plain, family.blocks, swapped=bool(prepared.swapped))
-        prepared = as_counted(prepared, fake)
         self.times = repeated_blocks.times_of(self.stands)
         if recipe.memory.offload_activations:
             attribution.offload_activations(self.plain, self.tracker)
-        training = recipe.training
-        self.learner = with_optimizer(
-            prepared,
-            recipe,
-            self.engine,
-            batch=training.train_batch_size,
-            accumulate=training.gradient_accumulation_steps,
-        )
+        batch, accumulate = training.train_batch_size, training.gradient_accumulation_steps
+        prepared = as_counted(prepared, fake)
+        self.learner = with_optimizer(prepared, recipe, self.engine, batch=batch, accumulate=accumulate)
         attribution.own_network(self.tracker, self.learner, self.times)
-        self.resident = {part: self.tracker.live[part] for part in RESIDENT}
 
-    def step(self, count: int) -> None:
-        self.learner.step(count, self.recipe.optimization.learning_rate)
-        attribution.own_state(self.tracker, self.learner, self.times)
-
-    def forward_backward(self, setup: Setup, encoded: Encoded, draws: Sequence[Draw]) -> dict[str, Any]:
+    def forward_backward(self, setup: Setup, encoded: Encoded, draws: Sequence[Draw]) -> dict[str, int]:
         """Fields of StepEstimate: what the forward pass keeps, and the gradients."""
         tracker, learner, recipe = self.tracker, self.learner, self.recipe
         loss_of = partial(training_loss, setup, learner.net, encoded, draws, recipe.loss)
@@ -138,18 +109,29 @@ class FakeLearner:
             self.step(0)
         with tracker.phase("forward"):
             loss = loss_of()
-        tracker.own(attribution.tensors_in(vars(setup.objective)), ELSEWHERE)  # its tables, made once
+        tracker.own(tensors_in(vars(setup.objective)), ELSEWHERE)  # its tables, made once
         kept = {"saved_bytes": tracker.live["forward"] + tracker.live["casts"], "offloaded_bytes": tracker.live[HOST]}
         tracker.rename("forward", "activations")
         with tracker.phase("backward"), attribution.gradients_owned(tracker, learner.learning, self.times):
             learner.backward(loss.value / recipe.training.gradient_accumulation_steps, last=True)
-        reached = {name for name, weight in self.plain.named_parameters() if weight.grad is not None}
-        gradient_bytes = tracker.live["gradients"]
+        kept["gradient_bytes"] = tracker.live["gradients"]
         if inside:
             with tracker.phase("step"):
                 self.step(1)
             tracker.flops["backward"] = tracker.flops.pop("step")
-        return kept | {"gradient_bytes": gradient_bytes, "reached": frozenset(reached)}
+        return kept
+
+    def optimizer_step(self) -> None:
+        """Of the gradients that there are, which makes the state; and of as many once more, which is counted."""
+        reached = [weight for weight in self.plain.parameters() if weight.grad is not None]
+        self.step(0)
+        attribution.give_gradients(reached, self.tracker, self.times)
+        with self.tracker.phase("step"):
+            self.step(1)
+
+    def step(self, count: int) -> None:
+        self.learner.step(count, self.recipe.optimization.learning_rate)
+        attribution.own_state(self.tracker, self.learner, self.times)
 
 
 def as_here(recipe: Recipe) -> Recipe:
@@ -193,7 +175,7 @@ def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
         "still_blocks": sum(map(can_wait, blocks)),
         "swapped_bytes": size_bytes([waiting(block) for block in network.swapped]),
         "kept_bytes": size_bytes(network.weights()),
-        "weight_bytes": {"network": size_bytes(attribution.weights_of(network.plain))},
+        "weight_bytes": {"network": size_bytes(weights_of(network.plain))},
     }
 
 
@@ -201,18 +183,15 @@ def as_counted(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
     """Without the weights of blocks that were taken out of it, and with fake tensors in the place of those that were
     made beside what is loaded: adapters."""
     there: dict[int, nn.Parameter] = {}
+    with fake:
+        for weight in network.plain.parameters():
+            is_fake = isinstance(weight, FakeTensor)
+            there[id(weight)] = weight if is_fake else nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     for module in network.plain.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) not in there:
-                there[id(weight)] = weight if isinstance(weight, FakeTensor) else without_values(weight, fake)
             setattr(module, name, there[id(weight)])
     groups = [
         {**group, "params": [there[id(weight)] for weight in group["params"] if id(weight) in there]}
         for group in network.groups
     ]
     return replace(network, groups=[group for group in groups if group["params"]])
-
-
-def without_values(weight: nn.Parameter, fake: FakeTensorMode) -> nn.Parameter:
-    with fake:
-        return nn.Parameter(torch.empty_like(weight), weight.requires_grad)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.core.types import Batch, Encoded
-from reeltune.estimate.attribution import tensors_in, weights_of
-from reeltune.estimate.memory_tracker import ELSEWHERE, Tracker, Work
+from reeltune.estimate.memory_tracker import ELSEWHERE, Tracker, Work, tensors_in, weights_of
+from reeltune.estimate.repeated_calls import counted_once
 from reeltune.families.spec import Parts
 from reeltune.memory.size import size_bytes
 from reeltune.sampling.sample import Setup
@@ -45,7 +45,7 @@ def encode(setup: Setup, batch: Batch, fake: FakeTensorMode) -> Encoding:
     setup = _tracked(setup, tracker)
     tracker.own(tensors_in(vars(batch)), ELSEWHERE)  # in the host's memory until Batch.to
     tracker.own(setup.parts.null.values(), "batch")
-    with tracker, tracker.phase("encode"):
+    with tracker, tracker.phase("encode"), counted_once(setup.parts.frozen.get("vae"), tracker):
         encoded = setup.encode(batch)
     tensors = encoded.tensors()
     tracker.own(tensors.values(), "batch")
@@ -63,7 +63,12 @@ def decode(setup: Setup, x0_BCThw: Tensor, fake: FakeTensorMode) -> Work:
     """Of one clip's latents, shaped as these."""
     tracker = Tracker(fake)
     setup = _tracked(setup, tracker)
-    with tracker, tracker.phase("preview"), torch.no_grad():
+    with (
+        tracker,
+        tracker.phase("preview"),
+        torch.no_grad(),
+        counted_once(setup.parts.frozen.get("vae"), tracker),
+    ):
         setup.family.decode(setup.parts, torch.empty_like(x0_BCThw[:1], dtype=torch.float32))
     return tracker.work("preview")
 

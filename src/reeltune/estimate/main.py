@@ -74,11 +74,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Forecast:
-    model: str
-    mode: str
-    machines: Machines
-    engine: str  # a name of ENGINES
-    inputs: Inputs
+    planned: Planned
     left_out: list[tuple[str, str]]  # (path, reason) of entries that training will not use
     data: DataForecast
     largest: Shape
@@ -86,7 +82,6 @@ class Forecast:
     steps: int
     repeated: float  # share of the run's samples at most, which fill up its last groups
     rates: Rates  # of the optimizer, over those steps
-    ways: int  # cache_variants
     largest_step: StepEstimate  # as the engine computes
     peaks: dict[str, dict[str, int]]  # on each device
     kept_bytes: dict[str, int]  # with gradient checkpointing and without -> activations kept for the backward pass
@@ -129,17 +124,13 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     steps = steps_of(recipe, plan)
 
     verdict, largest = attempt(planned, ())
-    peaks, offloaded_bytes = on_each(planned, largest)
+    peaks, *host = on_each(planned, largest)
     draws = first_draws(planned)
     sizes = at_sizes(planned, data, draws, largest)
     step_flops = mean_flops(data, sizes)
     clip_flops = throughput.curve(sizes, [together * sum(step.passes.values()) for step in sizes.values()])
     return Forecast(
-        model=family.name,
-        mode=mode,
-        machines=machines,
-        engine=planned.engine,
-        inputs=inputs,
+        planned=planned,
         left_out=left_out(inputs, plan),
         data=data,
         largest=draws[0].shape,
@@ -147,11 +138,10 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
         steps=steps,
         repeated=repeated(plan, steps * accumulate),
         rates=Rates.of(rate_of(recipe.optimization, steps), steps),
-        ways=recipe.cache.cache_variants,
         largest_step=largest,
         peaks=peaks,
         kept_bytes=kept_bytes(planned, draws, largest),
-        host_bytes=host_bytes(planned, largest, draws, offloaded_bytes),
+        host_bytes=host_bytes(planned, largest, draws, *host),
         disk_bytes=disk_bytes(planned, largest, steps, data, sizes),
         step_flops=step_flops,
         run_flops=sum(step_flops.values()) * steps * accumulate * machines.gpus,
@@ -253,11 +243,13 @@ def at_sizes(planned: Planned, data: DataForecast, draws: list[Draw], largest: S
 def mean_flops(data: DataForecast, sizes: dict[int, StepEstimate]) -> dict[str, float]:
     """Phase -> FLOPs of a mean micro-step of one process."""
     flops = [step.passes for step in sizes.values()]
-    curves = {phase: throughput.curve(sizes, [one[phase] for one in flops]) for phase in flops[0]}
-    return {
-        phase: sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
-        for phase, curve in curves.items()
-    }
+    return {phase: mean(data, sizes, [one[phase] for one in flops]) for phase in flops[0]}
+
+
+def mean(data: DataForecast, sizes: dict[int, StepEstimate], values: list[int]) -> float:
+    """Over the micro-steps, of what has these values at those sizes."""
+    curve = throughput.curve(sizes, values)
+    return sum(curve(bucket.tokens) * bucket.micro_steps for bucket in data.buckets) / data.micro_steps
 
 
 def check(recipe: Recipe, machines: Machines) -> None:
@@ -288,19 +280,17 @@ def check(recipe: Recipe, machines: Machines) -> None:
     refuse("plan", problems)
 
 
-def on_each(planned: Planned, step: StepEstimate) -> tuple[dict[str, dict[str, int]], int]:
-    """As sharding.peaks, of the run's engine; and where the next batch is encoded beside training, that too."""
-    parallel = planned.recipe.parallel
-    peaks, host = sharding.peaks(
-        step, planned.engine, planned.machines.gpus, offload=parallel.offload, keep_gathered=parallel.keep_gathered
-    )
-    if networks(planned.recipe) > 1:
-        other, _ = sharding.resting(step, planned.engine, planned.machines.gpus, offload=parallel.offload)
-        peaks = {phase: {**parts, **({"other": other} if other else {})} for phase, parts in peaks.items()}
-    if encodes_ahead(planned.recipe, on_gpu=True):
-        encoding = peaks.get("encode", {}).get("encode", 0)
-        peaks |= {phase: {**peaks[phase], "encode": encoding} for phase in BESIDE & peaks.keys() if encoding}
-    return peaks, host
+def on_each(planned: Planned, step: StepEstimate) -> tuple[dict[str, dict[str, int]], int, int]:
+    """(as of sharding.peaks with another that learns and, where the next batch is encoded beside training, that too;
+    bytes that each process keeps in the machine's own memory; of those of another that learns)"""
+    parallel, run = planned.recipe.parallel, (step, planned.engine, planned.machines.gpus)
+    peaks, host = sharding.peaks(*run, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
+    other, resting = sharding.resting(*run, offload=parallel.offload) if networks(planned.recipe) > 1 else (0, 0)
+    encoding = peaks.get("encode", {}).get("encode", 0) if encodes_ahead(planned.recipe, on_gpu=True) else 0
+    for phase, parts in peaks.items():
+        parts |= {"other": other} if other else {}
+        parts |= {"encode": encoding} if encoding and phase in BESIDE else {}
+    return peaks, host, resting
 
 
 def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
@@ -308,8 +298,10 @@ def left_out(inputs: Inputs, plan: Plan) -> list[tuple[str, str]]:
     return rows + [(inputs.train[record].path, reason) for record, reason in plan.left_out]
 
 
-def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_back_bytes: int) -> dict[str, int]:
-    """Of the machine's own memory, in the largest step, for all processes of one machine."""
+def host_bytes(
+    planned: Planned, step: StepEstimate, draws: list[Draw], kept_back_bytes: int, resting_bytes: int
+) -> dict[str, int]:
+    """Of the machine's own memory in the largest step, for all processes of one. The last two: as of on_each."""
     recipe, family, gpus = planned.recipe, planned.estimator.family, planned.machines.gpus
     (frames, height, width), needs = draws[0].shape, family.needs[planned.estimator.mode]
     per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays are fp32
@@ -318,12 +310,11 @@ def host_bytes(planned: Planned, step: StepEstimate, draws: list[Draw], kept_bac
     frozen = sum(size for name, size in step.weight_bytes.items() if name != "network")
     loading = max(step.weight_bytes["network"], frozen)
     loaded = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
-    _, resting = sharding.resting(step, planned.engine, gpus, offload=recipe.parallel.offload)
     bytes_of = {
         "what offload keeps there": gpus * kept_back_bytes,
         "activations that wait there": gpus * step.offloaded_bytes,
         "weights of swapped blocks": gpus * step.swapped_bytes,
-        "experts between their turns": gpus * (networks(recipe) - 1) * resting,
+        "experts between their turns": gpus * resting_bytes,
         "copies of what is saved, while it is written": recipe.output.save_in_background * saved_bytes(recipe, step),
         "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
         loaded[0]: gpus * loaded[1],
@@ -342,13 +333,13 @@ def disk_bytes(
         one += networks(recipe) * (step.kept_bytes + average_bytes(recipe, step))
     made = -(-steps // recipe.output.checkpointing_steps)
     kept = min(made, recipe.output.checkpoints_total_limit or made)
-    encoded = throughput.curve(sizes, [step.encoded_bytes for step in sizes.values()])
-    mean = sum(encoded(bucket.tokens) * bucket.samples for bucket in data.buckets) / data.samples
     ways = max(recipe.cache.cache_variants, 1)
+    entries = f"{clips:,} clips, each in {ways} way{'s' if ways > 1 else ''}"
+    entry_bytes = mean(data, sizes, [step.encoded_bytes for step in sizes.values()])
     return {
         "one checkpoint": one,
         f"the {kept} kept, and the next while it is written": one * (kept + 1),
-        f"a cache of {clips:,} clips, each in {ways} way{'s' if ways > 1 else ''}, at most": int(mean * clips * ways),
+        f"a cache of {entries}, at most": int(entry_bytes * clips * ways),
     }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +24,9 @@ AWAY = (ELSEWHERE, HOST)
 WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is told apart, as "casts"
 FACTORIES = ("::empty", "::zeros", "::full", "::rand", "::randn", "::randint")
 VALUED = 2**20  # numbers; tensors made of nothing of more than that are noise or room, and nobody looks at them
+NOTHING = Counter[str]()
 aten = torch.ops.aten
+T = TypeVar("T")
 FLOPS = {  # torch's own table leaves the CPU's kernel out, which begins with the same arguments as the GPU's
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -41,6 +43,14 @@ class Work:
     peak: dict[str, int]  # part -> bytes at the fullest moment
     flops: int
     left: Counter[str]  # part -> bytes afterwards
+
+
+@dataclass(frozen=True)
+class Rise:
+    """What a part of a phase takes beside what was there before it."""
+
+    peak: Counter[str]  # part -> bytes more at its fullest moment
+    flops: int
 
 
 class Tracker(TorchDispatchMode):
@@ -101,6 +111,28 @@ class Tracker(TorchDispatchMode):
         self._made.clear()
         self._look()
 
+    def rise(self, run: Callable[[], T]) -> tuple[T, Rise]:
+        """What it returns, and what it takes."""
+        phase, before, flops = self._phase, self.live.copy(), self.flops[self._phase]
+        earlier, self._fullest[phase] = (self._fullest[phase], self.peaks[phase]), self._total
+        self.peaks[phase] = on_device(before)
+        out = run()
+        peak = Counter(self.peaks[phase])
+        peak.subtract(on_device(before))
+        if self._fullest[phase] <= earlier[0]:
+            self._fullest[phase], self.peaks[phase] = earlier
+        return out, Rise(peak, self.flops[phase] - flops)
+
+    def again(self, rise: Rise, make: Callable[[], T]) -> T:
+        """Counts it once more. make: of fake tensors, what it left."""
+        self.flops[self._phase] += rise.flops
+        self._look(rise.peak)
+        self._seen = False  # what it left is there beside what it took the place of
+        with self.fake:
+            made = make()
+        self._seen = True
+        return made
+
     def part_of(self, tensor: Tensor) -> str:
         return self._block(tensor).part
 
@@ -116,8 +148,8 @@ class Tracker(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return torch.ones((), dtype=args[0].dtype).item()  # any number does for one that has no value
         out = self._run(func, types, args, kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        for tensor in tensors_in(out):
+            if tensor.layout is torch.strided:
                 self._block(tensor)
         if func is aten._to_copy.default and self._block(args[0]).part in WEIGHTS:
             self.own([out], "casts")
@@ -164,12 +196,26 @@ class Tracker(TorchDispatchMode):
         if part not in AWAY:
             self._total += size_bytes
 
-    def _look(self) -> None:
-        """Keeps this moment if it is the fullest of its phase."""
-        if self._phase and self._seen and self._total > self._fullest[self._phase]:
-            self._fullest[self._phase] = self._total
-            live = self.live.items()
-            self.peaks[self._phase] = {part: count for part, count in live if count and part not in AWAY}
+    def _look(self, rise: Counter[str] = NOTHING) -> None:
+        """Keeps this moment if it is the fullest of its phase. rise: what is there beside."""
+        total = self._total + rise.total()
+        if self._phase and self._seen and total > self._fullest[self._phase]:
+            self._fullest[self._phase] = total
+            self.peaks[self._phase] = on_device(self.live + rise)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def weights_of(net: nn.Module, *, recurse: bool = True) -> list[Tensor]:
+    """Each once, though it may have several names."""
+    return [*net.parameters(recurse), *net.buffers(recurse)]
+
+
+def on_device(live: Counter[str]) -> dict[str, int]:
+    """Bytes of its parts."""
+    return {part: count for part, count in live.items() if count and part not in AWAY}
 
 
 @dataclass

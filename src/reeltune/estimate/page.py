@@ -41,9 +41,9 @@ def tables(plan: Forecast) -> list[Table]:
     return [table for table in (make(plan) for make in made) if table.rows]
 
 
-def verdict_lines(plan: Forecast) -> tuple[str, str]:
-    """(the answer, its reason)"""
-    verdict, machines = plan.verdict, plan.machines
+def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
+    """(the answer, its reason, its tone: a key of TONES)"""
+    verdict, machines = plan.verdict, plan.planned.machines
     where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
     frames, height, width = plan.largest
     needs = (
@@ -51,15 +51,11 @@ def verdict_lines(plan: Forecast) -> tuple[str, str]:
         f"{width} x {height}), which takes {size(verdict.need_bytes)} of {size(verdict.have_bytes)} on {where}"
     )
     if verdict.safe:
-        return "It fits.", f"{needs}: {size(verdict.spare_bytes)} to spare."
+        return "It fits.", f"{needs}: {size(verdict.spare_bytes)} to spare.", "good"
     if verdict.fits:
-        return "It may fit.", f"{needs}: {size(verdict.spare_bytes)} to spare, less than the count's {MARGIN:.0%}."
-    return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much."
-
-
-def tone(plan: Forecast) -> str:
-    """A key of TONES."""
-    return "good" if plan.verdict.safe else "open" if plan.verdict.fits else "bad"
+        less = f"{needs}: {size(verdict.spare_bytes)} to spare, less than the count's {MARGIN:.0%}."
+        return "It may fit.", less, "open"
+    return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much.", "bad"
 
 
 def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
@@ -75,7 +71,7 @@ def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
 
 
 def data_table(plan: Forecast) -> Table:
-    data, inputs = plan.data, plan.inputs
+    data, inputs, ways = plan.data, plan.planned.inputs, plan.planned.recipe.cache.cache_variants
     mean, high, most = data.step_tokens
     rows = [
         (
@@ -88,7 +84,7 @@ def data_table(plan: Forecast) -> Table:
         ("tokens per optimizer step", f"{mean:,.0f} on average, 95 % up to {high:,.0f}, {most:,.0f} at most"),
         ("cropped", f"{data.cropped:.0%} of samples; {data.picture_lost:.1%} of the picture is lost on average"),
         ("footage seen in the first epoch", span(data.footage_s)),
-        ("ways of reading a clip", f"{plan.ways} (cache_variants)" if plan.ways else "new ones at every use"),
+        ("ways of reading a clip", f"{ways} (cache_variants)" if ways else "new ones at every use"),
         ("steps", f"{plan.steps:,}"),
         ("learning rate", str(plan.rates)),
     ]
@@ -131,9 +127,9 @@ def memory_table(plan: Forecast) -> Table:
     ]
     rows.append(("together", *(size(sum(plan.peaks[phase].values())) for phase in phases)))
     kept = ", ".join(f"{size(count)} {words}" for words, count in plan.kept_bytes.items())
-    engine = ENGINES[plan.engine].words
-    how = "" if plan.engine in ("one", "ddp") else ", sharded by arithmetic"
-    note = f"{engine}{how}. Activations kept for the backward pass: {kept}."
+    engine = plan.planned.engine
+    how = "" if engine in ("one", "ddp") else ", sharded by arithmetic"
+    note = f"{ENGINES[engine].words}{how}. Activations kept for the backward pass: {kept}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
 
 
@@ -152,7 +148,7 @@ def time_table(plan: Forecast) -> Table:
     rows.append((f"all {plan.steps:,} steps", f"{rounded(plan.run_flops / 1e15)} PFLOP", ""))
     note = "No throughput is known for this device: give --throughput or --measured for the time."
     if plan.throughput is not None:
-        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.machines.gpus)
+        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.planned.machines.gpus)
         time = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
         rows.append(("time for them", time, ""))
         rates = (plan.throughput.low, plan.throughput.high)
@@ -191,14 +187,14 @@ def span(seconds: float) -> str:
 
 
 def show(plan: Forecast, console: Console) -> None:
-    console.print(f"[bold]{plan.model}[/], train_mode {plan.mode}")
+    console.print(f"[bold]{plan.planned.estimator.family.name}[/], train_mode {plan.planned.estimator.mode}")
     for table in tables(plan):
         console.print()
         console.print(_drawn(table))
         if table.note:
             console.print(table.note, style="dim", highlight=False)
-    answer, reason = verdict_lines(plan)
-    console.print(f"\n[bold {TONES[tone(plan)]}]{answer}[/] {reason}", highlight=False)
+    answer, reason, tone = verdict_lines(plan)
+    console.print(f"\n[bold {TONES[tone]}]{answer}[/] {reason}", highlight=False)
     if plan.offers:
         heads = ("what would make it fit, cheapest first", "then takes", "at the price of")
         console.print(_drawn(Table("", heads, offer_rows(plan), 3)))
@@ -218,35 +214,31 @@ def _drawn(table: Table) -> RichTable:
 # ---- as a page
 
 COLOURS = {  # colour -> (what it stands for, its parts)
-    "now": ("weights", ("weights", "masters", "still", "gathered", "casts")),
+    "now": ("weights", ("weights", "masters", "still", "gathered", "other", "casts")),
     "start": ("gradients", ("gradients", "buckets")),
     "optimizer": ("optimizer state and average", ("optimizer", "average")),
     "encode": ("frozen networks", ("frozen",)),
     "data": ("activations, and what is at work", ("activations", "encode", "forward", "backward", "step", "preview")),
     "muted": ("batch and conditions", ("batch",)),
 }
+LEGEND = [(colour, words) for colour, (words, _) in COLOURS.items()]
 
 
 def write_page(plan: Forecast, path: Path) -> Path:
     """The tables, and pictures of memory and sizes, in one file that needs no other."""
-    answer, reason = verdict_lines(plan)
-    page = (
-        report.environment()
-        .get_template("estimate/plan.html")
-        .render(
-            name=plan.model,
-            mode=plan.mode,
-            machines=plan.machines,
-            engine=ENGINES[plan.engine].words,
-            tone=tone(plan),
-            answer=answer,
-            reason=reason,
-            offers=offer_rows(plan),
-            memory=Markup(memory_chart(plan)),
-            legend=[(colour, words) for colour, (words, _) in COLOURS.items()],
-            sizes=Markup(size_chart(plan)),
-            tables=tables(plan),
-        )
+    answer, reason, tone = verdict_lines(plan)
+    template = report.environment().get_template("estimate/plan.html")
+    page = template.render(
+        planned=plan.planned,
+        engine=ENGINES[plan.planned.engine].words,
+        tone=tone,
+        answer=answer,
+        reason=reason,
+        offers=offer_rows(plan),
+        memory=Markup(memory_chart(plan)),
+        legend=LEGEND,
+        sizes=Markup(size_chart(plan)),
+        tables=tables(plan),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return report.write_whole(path, page)

@@ -17,9 +17,8 @@ from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from reeltune.estimate.memory_tracker import Tracker
+from reeltune.estimate.memory_tracker import Tracker, tensors_in, weights_of
 
 LEFT = 4  # first, the one that stands for more, the one that frees what it hands on, last
 
@@ -64,7 +63,7 @@ def _outline(block: nn.Module) -> list:
             type(module).__name__,
             _wrapped(module),
             sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float | str)),
-            [(key, weight.shape, weight.dtype, weight.requires_grad) for key, weight in _own(module)],
+            [(weight.shape, weight.dtype, weight.requires_grad) for weight in weights_of(module, recurse=False)],
         )
         for name, module in block.named_modules()
     ]
@@ -79,14 +78,9 @@ def _wrapped(module: nn.Module) -> list[str]:
     return [*around, getattr(forward, "__qualname__", "")]
 
 
-def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
 def times_of(stands: Sequence[Stand]) -> Callable[[Tensor], int]:
     """Weight -> for how many it stands."""
-    known = {id(weight): stand.times for stand in stands for weight in stand.block.parameters()}
-    known |= {id(buffer): stand.times for stand in stands for buffer in stand.block.buffers()}
+    known = {id(weight): stand.times for stand in stands for weight in weights_of(stand.block)}
     return lambda weight: known.get(id(weight), 1)
 
 
@@ -127,4 +121,4 @@ def _hooks(stand: Stand, tracker: Tracker) -> Iterator[Any]:
 
 
 def _learned(out: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [tensor for tensor in tensors_in(out) if tensor.requires_grad]

@@ -49,11 +49,7 @@ class StepEstimate:
     """Activations that wait in the machine's own memory."""
     swapped_bytes: int
     """Weights of blocks that do."""
-    reached: frozenset[str]
-    """Names of parameters to which a backward pass gives gradients."""
     gradient_bytes: int
-    state_bytes: int
-    """Of the optimizer."""
     parameters: int
     trainable: int
     number_bytes: int
@@ -76,6 +72,11 @@ class StepEstimate:
     of it."""
     encoded_bytes: int = 0
     """Of what encoding makes of one sample, in float32."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer."""
+        return self.resident["optimizer"]
 
     @property
     def passes(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from reeltune.page.svg import without_styles
 from reeltune.run.folder import refuse_overwriting
 
 DEVICE, GPUS = "plan.device", "plan.gpus"  # fields of the form that are of no recipe
-LEGEND = [(colour, words) for colour, (words, _) in plan_page.COLOURS.items()]
+LEGEND = plan_page.LEGEND
 
 
 def sound(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
@@ -59,12 +59,12 @@ def told(recipe: Recipe, machines: Machines, store: Path) -> Told:
     recipe = replace(recipe, output=replace(recipe.output, output_dir=str(store)))
     lines = list(check(recipe))
     plan = forecast(recipe, machines)
-    answer, reason = plan_page.verdict_lines(plan)
+    answer, reason, tone = plan_page.verdict_lines(plan)
     return Told(
         check=lines,
         answer=answer,
         reason=reason,
-        tone=plan_page.tone(plan),
+        tone=tone,
         offers=plan_page.offer_rows(plan),
         memory=without_styles(plan_page.memory_chart(plan)),
         tables=[plan_page.time_table(plan), plan_page.other_memory(plan), plan_page.data_table(plan)],

@@ -68,8 +68,8 @@ def train(recipe: Recipe) -> int:
         parallelism=parallelism,
         rank_timeout_seconds=patience_seconds,
     )
-    with Watchdog(engine.rank, engine.world, patience_seconds) as watchdog, ExitStack() as held:
-        lock = partial(held.enter_context, locked(Path(recipe.output.output_dir)))
+    with Watchdog(engine.rank, engine.world, patience_seconds) as watchdog, ExitStack() as locks:
+        lock = partial(locks.enter_context, locked(Path(recipe.output.output_dir)))
         without_locks = from_first(engine, lock)
         return loop(start(recipe, engine, watchdog, [without_locks] if without_locks else []))
 

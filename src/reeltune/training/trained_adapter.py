@@ -54,10 +54,10 @@ def put_adapters(
     ]
     coarse = [names[name] for name, weight in net.named_parameters() if not weight.is_floating_point()]
     problems += [
-        f"train_whole has {part!r} and base_weights is {wanted.base_weights}: {found[0]} is kept in fewer bits than it "
-        "needs to learn; leave one of the two out"
+        f"train_whole has {part!r} and base_weights is {wanted.base_weights}: {few_bits[0]} is kept in fewer bits "
+        "than it needs to learn; leave one of the two out"
         for part in wanted.train_whole
-        if (found := [name for name in coarse if part in name])
+        if (few_bits := [name for name in coarse if part in name])
     ]
     refuse("recipe", problems)
     around = targets(
