@@ -119,6 +119,11 @@ PRIVATE = {
         "what diffusers shards and gathers in its Wan network",
         "a copy of it, or net.enable_parallelism",
     ),
+    "_padding": Use(
+        "diffusers.models.autoencoders.autoencoder_kl_wan",
+        "the zeros around a causal convolution, which the convolution is to pad with itself",
+        "diffusers' own layer, which copies what it pads",
+    ),
     "_parallel_config": Use(
         "diffusers.models.attention_dispatch",
         "an attention processor is told that its tokens are sharded",

@@ -42,8 +42,10 @@ class Identity:
     @classmethod
     def stored(cls, arrays: Mapping[str, np.ndarray]) -> Identity | None:
         """None of a checkpoint that has none, as versions before 0.2 wrote."""
-        names = {name: f"record_{name}" for name in cls.__dataclass_fields__}
-        return cls(**{name: arrays.get(key) for name, key in names.items()}) if names["name"] in arrays else None
+        if "record_name" not in arrays:
+            return None
+        keys = {name: f"record_{name}" for name in cls.__dataclass_fields__}
+        return cls(**{name: arrays[key] for name, key in keys.items() if key in arrays})
 
     def __len__(self) -> int:
         return len(self.name)

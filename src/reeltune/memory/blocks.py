@@ -169,14 +169,14 @@ class Visits:
         self._send(i - 1 if self.recomputing else i + 1)
         visitors = {id(home): _as(home, copy) for home, copy in zip(self.homes[i], copies, strict=True)}
         places = list(_places(self.blocks[i]))
-        for table, name, home in places:
-            table[name] = visitors[id(home)]
+        for module, name, home in places:
+            setattr(module, name, visitors[id(home)])
         del copies, visitors
         try:
             yield
         finally:
-            for table, name, home in places:
-                table[name] = home
+            for module, name, home in places:
+                setattr(module, name, home)
 
     def _arrived(self, i: int) -> list[Tensor]:
         if self.sent is None or self.sent[0] != i:
@@ -203,13 +203,13 @@ class Visits:
         self.sent = i, copies
 
 
-def _places(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """(a module's table, the name in it, what waits there), of all its modules."""
+def _places(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(a module, the name in it, what waits there), of all its modules."""
     for module in block.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and not tensor.requires_grad:
-                    yield table, name, tensor
+        alone = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in chain(module.named_parameters(**alone), module.named_buffers(**alone)):
+            if not tensor.requires_grad:
+                yield module, name, tensor
 
 
 def _as(home: Tensor, copy: Tensor) -> Tensor:
