@@ -206,8 +206,8 @@ class Visits:
 def _places(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(a module, the name in it, what waits there), of all its modules."""
     for module in block.modules():
-        alone = {"recurse": False, "remove_duplicate": False}
-        for name, tensor in chain(module.named_parameters(**alone), module.named_buffers(**alone)):
+        weights = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in chain(weights, module.named_buffers(recurse=False, remove_duplicate=False)):
             if not tensor.requires_grad:
                 yield module, name, tensor
 
