@@ -25,7 +25,7 @@ from tests.distributed.processes import FOUND_SECONDS, Run, forked, hasty, train
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
-STEPS, HALF = 20, 10
+STEPS, HALF = 12, 6
 BF16 = {"mixed_precision": "bf16", "max_train_steps": HALF}
 GROUP = 4  # samples of a micro-step over all processes
 TOLERANCE = 1e-5  # relative, in fp32
@@ -206,7 +206,7 @@ def kill(runs, engine):
     run = forked([runs.after_kill(engine)], 2, runs.folder, on_a_slow_disk if "save" in kind else hasty)
     run.until(partial.exists if "save" in kind else saved.exists)
     if "save" not in kind:
-        time.sleep(chance.uniform(0, 4) * statistics.median(row["step_s"] for row in runs.rows(engine)))
+        time.sleep(chance.uniform(0, STEPS - 2 - step) * statistics.median(row["step_s"] for row in runs.rows(engine)))
     run.kill(*(() if "all" in kind else [rank]))
     return Killed(kind, rank, run.end(FOUND_SECONDS), run, saved.exists())
 

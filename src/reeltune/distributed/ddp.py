@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP: torch's optimizer on the network's own parameters."""
+"""One process and DDP: torch's optimizer on the network's own parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reeltune.distributed.sharded_io import Piece, share, whole
 
 
 class Direct:
-    """`net` is what to call in training; under DDP every process has all of it, under FSDP each its share.
+    """`net` is what to call in training; under DDP every process has all of it, under FSDP (`OnShards`) each its share.
 
     accelerator: accelerate's, which knows the devices and fp16's loss scale.
     """
@@ -56,7 +56,6 @@ class Direct:
         soften: what is done with clipped gradients, given their parameters and that norm, before the step.
         """
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if soften is not None:
             soften(parameters, norm)
         self.optimizer.step()

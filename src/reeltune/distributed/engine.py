@@ -162,7 +162,7 @@ class Engine:
 
     def prepare(self, net: nn.Module, optimizer: Any, *, batch: int, accumulate: int, max_norm: float) -> Direct | Zero:
         """What steps the network. batch: samples of this process in a micro-step, of which a step has `accumulate`."""
-        if self.name == "fsdp" and type(optimizer) is torch.optim.AdamW:
+        if self.name == "fsdp":
             return OnShards(self.accelerator, net, optimizer)
         if self.name not in ("zero2", "zero3"):
             return Direct(self.accelerator, net, optimizer, ddp=self.name == "ddp" and self.world > 1)

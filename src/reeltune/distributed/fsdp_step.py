@@ -15,7 +15,7 @@ from reeltune.distributed.sharded_io import Piece, share
 
 
 class OnShards(Direct):
-    """As Direct, to the same bits, for an optimizer that steps every number by itself, as AdamW does.
+    """As Direct, to the same bits, for AdamW, which steps every number by itself: rules allow FSDP no other.
 
     Every operation on a DTensor is planned anew for every shape, and then looked up: with a tiny HunyuanVideo over half
     of what a process computes in 20 steps (measured, 2026-11-27).
