@@ -42,6 +42,7 @@ def trained(kind, engine):
         for _ in range(1 + step % 2):
             made.backward(net(torch.randn(5, 4, generator=draw)).square().mean(), last=True)
         norms.append(made.step([first, *others], MAX_NORM, partial(soften_outliers, max_norm=MAX_NORM)))
+        assert all(parameter.grad is None for parameter in net.parameters())
         made.rehearse(net(torch.ones(5, 4)).sum())
         assert all(parameter.grad is None for parameter in net.parameters())
     return made, norms, [parameter.full_tensor() for parameter in net.parameters()]
