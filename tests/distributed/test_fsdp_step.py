@@ -1,10 +1,12 @@
 """FSDP's step of AdamW on what each process keeps of the weights: the bits of torch's own on DTensors."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from reeltune.distributed.ddp import Direct
 from reeltune.distributed.engine import Engine
@@ -45,7 +47,7 @@ def trained(kind, engine):
         assert all(parameter.grad is None for parameter in net.parameters())
         made.rehearse(net(torch.ones(5, 4)).sum())
         assert all(parameter.grad is None for parameter in net.parameters())
-    return made, norms, [parameter.full_tensor() for parameter in net.parameters()]
+    return made, norms, [cast("DTensor", parameter).full_tensor() for parameter in net.parameters()]
 
 
 def compare():
