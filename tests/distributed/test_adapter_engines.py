@@ -91,11 +91,12 @@ def runs(one_of_a_family, data, tmp_path_factory):
         changes = {**settings, "max_train_steps": HALF}
         assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
         recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES]
+    if made.family == "toy":
+        onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
+        recipes.append(made.recipe("fsdp-onward", **onward))
     train(recipes, 2, made.folder)
     if made.family == "toy":
         assert loop.train(made.recipe("alone-whole", processes=1, **OF_TOY["pissa"])) == 0
-        onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
-        train([made.recipe("fsdp-onward", **onward)], 2, made.folder)
         onward["resume_from_checkpoint"] = made.half_of("fsdp-pissa")
         assert loop.train(made.recipe("alone-onward", processes=1, **onward)) == 0
     last = made.half_of(ENGINES[-1])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ TWOS = ("ddp", "fsdp", "zero2", "zero3")
 
 
 class Runs:
-    """Folders of runs: of one process, and of some that share each clip in twos, by model and engine.
+    """Folders of runs: of one process, and of some that share each clip in twos, by model, engine and their number.
 
     Of a model's engines the first encodes its clips as it trains, as the one process does; the others, whose networks
     alone are another matter, read them from a cache, which takes half the time.
@@ -47,7 +48,7 @@ class Runs:
 
     def __init__(self, folder, data, goldens):
         self.folder, self.data, self.goldens = folder, data, goldens
-        self.settings = {}
+        self.alone = {}  # model -> its checkpoint, and the settings that its runs share
 
     def write(self, model):
         (self.folder / model).mkdir()
@@ -59,43 +60,51 @@ class Runs:
         (found,) = [one.values[0] for one in pairs(self.goldens()) if one.id == name]
         return found.lay_out(self.folder / model)
 
+    def recipe(self, model, name, **changes):
+        checkpoint, settings = self.alone[model]
+        return recipe(checkpoint, self.data, self.folder / f"{model}-{name}", **{**settings, **changes})
+
+    def make_alone(self, model):
+        if model in self.alone:
+            return
+        settings = {
+            "fix_sample_size": [32, 64],
+            "max_train_steps": STEPS,
+            "gradient_checkpointing": True,
+            "cache_variants": 1,
+            **(FULL_REF if model == "wan" else {}),
+        }
+        self.alone[model] = self.write(model), settings
+        assert module.train(self.recipe(model, "alone")) == 0
+
     def make(self, wanted, processes=2, resumed=False):
         torch.set_num_threads(1)
         shared = []
         for model, engines in wanted.items():
-            settings = {
-                "fix_sample_size": [32, 64],
-                "max_train_steps": STEPS,
-                "gradient_checkpointing": True,
-                "cache_variants": 1,
-                **(FULL_REF if model == "wan" else {}),
-            }
-            where = self.write(model), self.data
-            assert module.train(recipe(*where, self.folder / f"{model}-alone", **settings)) == 0
-            settings |= {"context_parallel": 2, "train_batch_size": 2 * CLIPS // processes}
-            self.settings[model] = where, settings
-            names = {engine: {"engine": engine} for engine in engines if with_deepspeed or engine[:4] != "zero"}
+            self.make_alone(model)
+            ours = partial(self.recipe, model, context_parallel=2, train_batch_size=2 * CLIPS // processes)
             cache = {"cache_folder": str(self.folder / f"{model}-cache")}
-            for name in list(names)[1:]:
-                names[name] |= cache
-            if len(names) > 1:
-                assert fill(recipe(*where, self.folder / f"{model}-filled", **settings, **cache)) == 0
-            if resumed:
-                names["again"] = {"engine": "ddp", "resume_from_checkpoint": str(self.half_of(model, "ddp"))}
+            engines = [engine for engine in engines if with_deepspeed or engine[:4] != "zero"]
+            if len(engines) > 1:
+                assert fill(ours(name="filled", **cache)) == 0
             # In this order: ZeRO-3 leaves a linear layer of its own in its process, with other last bits.
-            for name, more in names.items():
-                shared.append(recipe(*where, self.folder / f"{model}-{name}", **settings, **more))
+            for i, engine in enumerate(engines):
+                shared.append(ours(name=f"{engine}-{processes}", engine=engine, **(cache if i else {})))
+            if resumed:
+                shared.append(
+                    ours(name="again", engine="ddp", resume_from_checkpoint=str(self.half_of(model, "ddp-2")))
+                )
         train(shared, processes, self.folder)
 
-    def half_of(self, model, engine):
-        return self.folder / f"{model}-{engine}" / "checkpoint-2"
+    def half_of(self, model, name):
+        return self.folder / f"{model}-{name}" / "checkpoint-2"
 
     def rows(self, name, kind):
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         return [row for row in lines if row["kind"] == kind]
 
-    def assert_as_alone(self, model, engine):
-        name, alone = f"{model}-{engine}", f"{model}-alone"
+    def assert_as_alone(self, model, engine, processes=2):
+        name, alone = f"{model}-{engine}-{processes}", f"{model}-alone"
         if engine.startswith("zero") and not with_deepspeed:
             pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
         ours, theirs = self.rows(name, "step"), self.rows(alone, "step")
@@ -110,8 +119,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def new_runs(request, data, tmp_path_factory):
-    return lambda: Runs(tmp_path_factory.mktemp("runs"), data, lambda: request.getfixturevalue("goldens"))
+def runs(request, data, tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("runs"), data, lambda: request.getfixturevalue("goldens"))
 
 
 def each(wanted):
@@ -119,8 +128,7 @@ def each(wanted):
 
 
 @pytest.fixture(scope="module")
-def quick(new_runs):
-    runs = new_runs()
+def quick(runs):
     runs.make(QUICK, resumed=True)
     return runs
 
@@ -131,24 +139,22 @@ def test_two_processes_that_share_each_clip_are_one(model, engine, quick):
 
 
 def test_it_resumes_to_the_same_bits(quick):
-    last, again = quick.rows("wan-ddp", "step")[-1], quick.rows("wan-again", "step")
+    last, again = quick.rows("wan-ddp-2", "step")[-1], quick.rows("wan-again", "step")
     assert [(row["step"], row["loss"], row["grad_norm"]) for row in again] == [(3, last["loss"], last["grad_norm"])]
     ours, unbroken = (
-        weights.read(quick.folder / f"wan-{name}" / "checkpoint-3/transformer") for name in ("again", "ddp")
+        weights.read(quick.folder / f"wan-{name}" / "checkpoint-3/transformer") for name in ("again", "ddp-2")
     )
     assert_equal(ours, unbroken)
 
 
 def test_a_resumed_run_keeps_it(quick):
-    where, settings = quick.settings["wan"]
-    changed = settings | {"context_parallel": 1, "resume_from_checkpoint": str(quick.half_of("wan", "ddp"))}
+    changed = quick.recipe("wan", "changed", resume_from_checkpoint=str(quick.half_of("wan", "ddp-2")))
     with pytest.raises(UserError, match="context_parallel was 2 and is 1"):
-        module.train(recipe(*where, quick.folder / "changed", **changed))
+        module.train(changed)
 
 
 @pytest.fixture(scope="module")
-def long(new_runs):
-    runs = new_runs()
+def long(runs):
     runs.make(MORE)
     return runs
 
@@ -160,8 +166,7 @@ def test_on_every_engine(model, engine, long):
 
 
 @pytest.fixture(scope="module")
-def twos(new_runs):
-    runs = new_runs()
+def twos(runs):
     runs.make({"wan": TWOS}, processes=4)
     return runs
 
@@ -169,7 +174,7 @@ def twos(new_runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", TWOS)
 def test_two_pairs_share_two_clips(engine, twos):
-    twos.assert_as_alone("wan", engine)
+    twos.assert_as_alone("wan", engine, processes=4)
 
 
 # ---- the networks alone: every weight's gradient

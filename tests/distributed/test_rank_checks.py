@@ -3,14 +3,16 @@
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from reeltune import cli
 from reeltune.core.errors import UserError
 from reeltune.distributed.engine import Engine
-from reeltune.training import rank_checks
+from reeltune.training import loop, rank_checks
 from reeltune.training.rank_checks import differences, files_of, refuse_other_records, sampled
 from tests.distributed.processes import FORKS, Run, _one, forked, free_port
 from tests.runs.small_run import data_set, recipe
@@ -33,10 +35,10 @@ def asked(folder, **changes):
     return recipe(*where.values(), max_train_steps=2, held_out_share=0.0, **changes)
 
 
-def each(recipes, folder):
-    """As `forked`, but every process has a recipe of its own."""
-    port, told = free_port(), [folder / f"rank-{rank}.txt" for rank in range(len(recipes))]
-    places = [(rank, len(recipes), port, [one], told[rank], None) for rank, one in enumerate(recipes)]
+def each(works, folder):
+    """As `forked`, but every process has work of its own."""
+    port, told = free_port(), [folder / f"rank-{rank}.txt" for rank in range(len(works))]
+    places = [(rank, len(works), port, work, told[rank], None) for rank, work in enumerate(works)]
     forks = [FORKS.Process(target=_one, args=place) for place in places]
     for fork in forks:
         fork.start()
@@ -50,20 +52,42 @@ def assert_refused(run, *said):
             assert words in told.read_text(), run.print()
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"seed": 7}, "seed is 7 for rank 1, 43 for rank 0"),
-        ({"engine": "fsdp"}, "engine is fsdp for rank 1, ddp for rank 0"),
-        ({"train_data_meta": "other.json", "learning_rate": 1.0}, "learning_rate is 1.0 for rank 1, 0.001 for rank 0"),
-    ],
-)
-def test_other_settings_on_one(changes, said, shared, tmp_path):
-    run = each(
-        [asked(shared, out=tmp_path / "run", **more) for more in ({"seed": 43}, {"seed": 43} | changes)], tmp_path
-    )
-    assert_refused(run, said, "the same command")
-    assert not list((tmp_path / "run").glob("*.jsonl"))
+OTHERS = {
+    "seed is 7 for rank 1, 43 for rank 0": {"seed": 7},
+    "engine is fsdp for rank 1, ddp for rank 0": {"engine": "fsdp"},
+    "learning_rate is 1.0 for rank 1, 0.001 for rank 0": {"train_data_meta": "other.json", "learning_rate": 1.0},
+}
+NEXT = "\n---- the next\n"
+
+
+def refused(one):
+    """For `each`: 0 if it is refused."""
+    code = cli.guarded(partial(loop.train, one))
+    print(NEXT, flush=True)
+    return int(code != 2)
+
+
+@pytest.fixture(scope="module")
+def other_settings(shared, tmp_path_factory):
+    """By what is said of them: the run's folder, and what each rank was told. All in the same two processes."""
+    folder = tmp_path_factory.mktemp("others")
+    outs = [folder / f"run-{i}" for i in range(len(OTHERS))]
+    works = [
+        [partial(refused, asked(shared, out=out, **({"seed": 43} | of))) for out, of in zip(outs, changes, strict=True)]
+        for changes in ([{}] * len(OTHERS), OTHERS.values())
+    ]
+    run = each(works, folder)
+    assert run.end() == [0, 0], run.print()
+    told = [path.read_text().split(NEXT)[:-1] for path in run.told]
+    return dict(zip(OTHERS, zip(outs, *told, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_other_settings_on_one(said, other_settings):
+    out, *told = other_settings[said]
+    for text in told:
+        assert said in text and "the same command" in text, text
+    assert not list(out.glob("*.jsonl"))
 
 
 def alone_of_two(port, told):

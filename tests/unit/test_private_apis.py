@@ -61,6 +61,7 @@ PRIVATE = {
     ),
     "_foreach_copy_": Use("torch:_foreach_copy_", *FOREACH),
     "_foreach_mul_": Use("torch:_foreach_mul_", *FOREACH),
+    "_foreach_norm": Use("torch:_foreach_norm", *FOREACH),
     "torch.utils._pytree.tree_leaves": Use("torch.utils._pytree:tree_leaves", *TREE),
     "torch.utils._pytree.tree_map": Use("torch.utils._pytree:tree_map", *TREE),
     "torch.utils._python_dispatch.TorchDispatchMode": Use(

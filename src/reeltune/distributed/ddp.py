@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP: torch's optimizer on the network's own parameters."""
+"""One process and DDP: torch's optimizer on the network's own parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reeltune.distributed.sharded_io import Piece, share, whole
 
 
 class Direct:
-    """`net` is what to call in training; under DDP every process has all of it, under FSDP each its share.
+    """`net` is what to call in training; under DDP every process has all of it, under FSDP (`OnShards`) each its share.
 
     accelerator: accelerate's, which knows the devices and fp16's loss scale.
     """
@@ -43,7 +43,7 @@ class Direct:
     def rehearse(self, loss: Tensor) -> None:
         """A backward pass whose gradients are thrown away."""
         self.backward(loss, last=True)
-        self.optimizer.zero_grad()
+        self._clear()
 
     def step(
         self,
@@ -56,12 +56,14 @@ class Direct:
         soften: what is done with clipped gradients, given their parameters and that norm, before the step.
         """
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if soften is not None:
             soften(parameters, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._clear()
         return norm
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad()
 
     # ---- what this process keeps
 
@@ -73,10 +75,11 @@ class Direct:
     ) -> None:
         """Optimizer state, all zero, of the kinds that each parameter is said to have; names: ours -> released."""
         for name, parameter in self._learning():
-            filled = {key: torch.zeros_like(parameter) for key in keys(names[name])}
+            stepped = self._stepped(parameter)
+            filled = {key: torch.zeros_like(stepped) for key in keys(names[name])}
             if filled:
                 scalar_state = {key: torch.tensor(value) for key, value in scalars(names[name]).items()}
-                self._inner.state[parameter] = filled | scalar_state
+                self._inner.state[stepped] = filled | scalar_state
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
         """Weights that are named and optimizer state, views of what trains."""
@@ -84,13 +87,14 @@ class Direct:
             if name in names:
                 yield self._piece(f"weights/{names[name]}", parameter)
         for name, parameter in self._learning():
-            for key, value in self._inner.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield self._piece(f"optimizer/{names[name]}/{key}", value)
+            stepped = self._stepped(parameter)
+            for key, value in self._inner.state.get(stepped, {}).items():
+                if isinstance(value, Tensor) and value.shape == stepped.shape:
+                    yield self._state_piece(f"optimizer/{names[name]}/{key}", value, parameter)
 
     def scalars(self, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """Released name -> what its optimizer state has that is one number."""
-        states = ((name, self._inner.state.get(parameter, {})) for name, parameter in self._learning())
+        states = ((name, self._inner.state.get(self._stepped(w), {})) for name, w in self._learning())
         return {names[name]: numbers(state) for name, state in states if state}
 
     @property
@@ -99,6 +103,14 @@ class Direct:
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, w) for name, w in self.plain.named_parameters() if w.requires_grad)
+
+    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer has of it."""
+        return parameter
+
+    def _state_piece(self, name: str, value: Tensor, parameter: nn.Parameter) -> Piece:
+        """Of optimizer state that has a number for each of the parameter's."""
+        return self._piece(name, value)
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         return piece(name, tensor, self.rank, self.world)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reeltune.core.errors import UserError
 from reeltune.distributed import fsdp, zero
 from reeltune.distributed.ddp import Direct
+from reeltune.distributed.fsdp_step import OnShards
 from reeltune.distributed.launch import START, EngineName, Parallelism, place, refuse_left_over
 from reeltune.distributed.zero import Zero
 from reeltune.memory.blocks import move
@@ -161,6 +162,8 @@ class Engine:
 
     def prepare(self, net: nn.Module, optimizer: Any, *, batch: int, accumulate: int, max_norm: float) -> Direct | Zero:
         """What steps the network. batch: samples of this process in a micro-step, of which a step has `accumulate`."""
+        if self.name == "fsdp":
+            return OnShards(self.accelerator, net, optimizer)
         if self.name not in ("zero2", "zero3"):
             return Direct(self.accelerator, net, optimizer, ddp=self.name == "ddp" and self.world > 1)
         config = zero.settings(
