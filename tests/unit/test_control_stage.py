@@ -387,16 +387,3 @@ def test_a_list_of_controls_alone_is_refused(data, capsys):
     (data / "new.json").unlink()
     assert control(data) == 2
     assert "name the clip that it was made from" in capsys.readouterr().err and not (data / "new.json").exists()
-
-
-def test_few_frames_are_held_whatever_the_clips_length(tmp_path, monkeypatch):
-    """Bytes of frames that are alive at once: those of a chunk, not of the clip."""
-    monkeypatch.setattr(kind, "CHUNK_BYTES", 4 * 64 * 64 * 3)
-    most = []
-    for frames in (12, 96):
-        encode(tmp_path / f"{frames}.mp4", np.zeros((frames, 64, 64, 3), np.uint8))
-        source = source_of(tmp_path / f"{frames}.mp4", "video")
-        sizes = [chunk.nbytes for chunk in source.chunks()]
-        assert sum(sizes) == frames * 64 * 64 * 3
-        most.append(max(sizes))
-    assert most == [4 * 64 * 64 * 3] * 2
