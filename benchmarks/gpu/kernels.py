@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -13,22 +14,24 @@ from benchmarks.gpu.report import Row
 from benchmarks.gpu.timing import wait
 
 LONGEST = 30  # kernels that are listed
+T = TypeVar("T")
 KINDS = {  # parts of the names that kernels and CPU operations have; the first kind that fits
-    "copies": ("memcpy", "memset"),
     "attention": ("flash", "fmha", "sdpa", "scaled_dot_product"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "addmm", "::mm", "::bmm"),
     "compiled": ("triton_",),
+    "copies": ("memcpy", "memset"),
 }
 
 
-def shares(work: Callable[[], object], device: torch.device, took_s: float) -> Row:
-    """Of one call of `work`: each kind's share of `took_s`, its seconds without the profiler, and the longest kernels.
+def shares(work: Callable[[], T], device: torch.device, took_s: float) -> tuple[T, Row]:
+    """What `work` gives, and of that call each kind's share of `took_s`, its seconds without the profiler, and the
+    longest kernels.
 
     `idle` is what no kernel fills: the device waits for the host.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        work()
+        given = work()
         wait(device)
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     seconds: Counter[str] = Counter()
@@ -41,7 +44,8 @@ def shares(work: Callable[[], object], device: torch.device, took_s: float) -> R
         kernels.append({"kernel": event.key[:120], "seconds": taken_s, "calls": event.count})
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     found: Row = {f"{kind}_share": seconds[kind] / took_s for kind in (*KINDS, "others")}
-    return {**found, "idle_share": max(0.0, 1 - seconds.total() / took_s), "kernels": kernels[:LONGEST]}
+    idle = max(0.0, 1 - seconds.total() / took_s)
+    return given, {**found, "idle_share": idle, "kernels": kernels[:LONGEST]}
 
 
 def _kind(name: str) -> str:

@@ -65,7 +65,7 @@ def filled(net: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """The outline with random weights on the device."""
     for weight in net.parameters():
         swap_tensors(weight, nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=device), weight.requires_grad))
-    fill(net, device)
+    fill(net)
     return net
 
 
@@ -81,27 +81,27 @@ def frozen(scale: Scale, device: torch.device, dtype: torch.dtype) -> dict[str, 
 
 
 @torch.no_grad()
-def fill(net: nn.Module, device: torch.device) -> None:
+def fill(net: nn.Module) -> None:
     """Random values in the place of those that are there: of a size that keeps what passes through them, and the same
     ones wherever a weight is, on the device or the host."""
     chance = torch.Generator().manual_seed(0)
     normals = torch.randn(BLOCK, generator=chance)
-    integers = {low: torch.randint(low, high, (BLOCK,), generator=chance) for low, high in INTEGERS.values()}
+    integers = {dtype: torch.randint(*ends, (BLOCK,), generator=chance) for dtype, ends in INTEGERS.items()}
     for layer in net.modules():
         if isinstance(layer, QuantizedLinear):
-            low, _ = INTEGERS[layer.weight.dtype]
-            _repeat(layer.weight, integers[low].to(layer.weight))
+            _repeat(layer.weight, integers[layer.weight.dtype])
             layer.scale.fill_(math.sqrt(3 / layer.in_features) / 127)  # of evenly spread integers, 1 / sqrt(inputs)
     for name, weight in net.named_parameters():
         if not weight.is_floating_point():
             continue
         if weight.ndim > 1 and not name.endswith("gamma"):
-            _repeat(weight, (normals / math.sqrt(weight[0].numel())).to(weight))
+            _repeat(weight, normals / math.sqrt(weight[0].numel()))
         else:
             weight.fill_(float(name.endswith(("weight", "gamma"))))  # norms
 
 
 def _repeat(weight: Tensor, some: Tensor) -> None:
+    some = some.to(weight)
     for part in weight.view(-1).split(len(some)):
         part.copy_(some[: len(part)])
 

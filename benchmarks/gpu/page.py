@@ -6,7 +6,6 @@ from benchmarks.gpu.report import Report, Row, shown
 from benchmarks.gpu.sizes import PHASES
 
 STEPS = ("attention", "step_s", "tokens_s", "tflops", "mfu", "of_product", "peak_gb", "first_step_s")
-SHARES = tuple(f"{kind}_share" for kind in ("attention", "products", "compiled", "copies", "others", "idle"))
 PLAN = (
     "plan_gb",
     "measured_gb",
@@ -29,8 +28,8 @@ def page(report: Report) -> str:
         kept = {"steps": STEPS, "plan": PLAN}.get(name)
         if rows:
             tables.append(f"### {name}\n\n{table(rows, kept)}")
-        if any("kernels" in row for row in rows):
-            tables.append(f"### {name}: where the time goes\n\n{table(rows, SHARES)}")
+        if shares := tuple(dict.fromkeys(key for row in rows for key in row if key.endswith("_share"))):
+            tables.append(f"### {name}: where the time goes\n\n{table(rows, shares)}")
     left = [f"- {name}: {row['row']} ({row['why']})" for name in parts for row in report.parts[name]["not_run"]]
     if left:
         tables.append("Not run:\n\n" + "\n".join(left))

@@ -119,7 +119,7 @@ def _parts(recipe: Recipe, family: Family, network: Network, scale: Scale, devic
         dtype = torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
         return Parts(networks.filled(outline, device, dtype), device=device)
     parts = load_parts(recipe, family, device, encoders=False)
-    networks.fill(parts.net, device)
+    networks.fill(parts.net)
     return parts
 
 

@@ -96,16 +96,16 @@ def _numbers(way: Way, scale: Scale, device: torch.device, checkpoints: dict[str
     _begin_anew(device)
     step_s = median_s(steps, device, warm_up=scale.warm_up, rounds=scale.rounds)
     peak_gb, reserved_gb = (_gb(device, of) for of in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
-    peaks_gb, losses = {}, []
+    peaks_gb: dict[str, float | str] = {}
 
     def over(phase: str) -> None:
         peaks_gb[phase] = _gb(device, torch.cuda.max_memory_allocated)
         _begin_anew(device)
 
     _begin_anew(device)
-    shared = shares(lambda: losses.append(steps(over)), device, step_s)
-    if not all(torch.isfinite(loss) for loss in losses):
-        raise ArithmeticError(f"the loss is {losses[-1].item()}")
+    loss, shared = shares(lambda: steps(over), device, step_s)
+    if not torch.isfinite(loss):
+        raise ArithmeticError(f"the loss is {loss.item()}")
     sheet = peak_flops(device, torch.bfloat16)
     return {
         "attention": kernel,

@@ -28,7 +28,7 @@ class Options(argparse.ArgumentParser):
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Raises UserError, also for words that belong to no option."""
         options, rest = self.read_known(argv)
-        refuse(self._where, list(self._unknown(rest)))
+        refuse(self._where, self._unknown(rest))
         return options
 
     def read_known(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -70,7 +70,11 @@ def _hashes(record: Record, root: str) -> tuple[int, int, int, int]:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return _number(text.encode("utf-8", "surrogateescape"))
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def _bytes_of(path: str | None) -> int:
@@ -79,7 +83,7 @@ def _bytes_of(path: str | None) -> int:
         data = Path(path).read_bytes() if path else b""
     except OSError:
         data = b""
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") if data else 0
+    return _number(data) if data else 0
 
 
 def _drawn(path: str) -> str:

@@ -55,12 +55,16 @@ class Direct:
 
         soften: what is done with clipped gradients, given their parameters and that norm, before the step.
         """
-        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = self._clip(parameters, max_norm)
         if soften is not None:
-            soften(parameters, norm)
+            soften([self._stepped(parameter) for parameter in parameters], norm)
         self.optimizer.step()
         self._clear()
         return norm
+
+    def _clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """Leaves clipped gradients with what the optimizer steps. Returns their norm before."""
+        return self.accelerator.clip_grad_norm_(parameters, max_norm)
 
     def _clear(self) -> None:
         self.optimizer.zero_grad()

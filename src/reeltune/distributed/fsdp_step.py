@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,19 +28,10 @@ class OnShards(Direct):
         super().__init__(accelerator, net, optimizer, ddp=False)
 
     @torch.no_grad()
-    def step(
-        self,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-        soften: Callable[[list[nn.Parameter], Tensor], None] | None = None,
-    ) -> Tensor:
+    def _clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         kept = [self._come(parameter) for parameter in parameters]
         norm = _norm([one.grad for one in kept if one.grad is not None], cast("DTensor", parameters[0]))
         torch.nn.utils.clip_grads_with_norm_(kept, max_norm, norm)
-        if soften is not None:
-            soften(kept, norm)
-        self.optimizer.step()
-        self._clear()
         return norm
 
     def _come(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -48,13 +48,7 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
         help="put the checkpoint's adapter, or --adapters, into the whole weights",
     )
     parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
-    parser.add_argument(
-        "--for",
-        dest="dialect",
-        type=one_of(DIALECTS),
-        metavar="TOOL",
-        help=f"the tool, needed with --adapter: {', '.join(DIALECTS)}",
-    )
+    _take_tool(parser, "the tool, needed with --adapter")
     parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
     options = vars(parser.read(argv))
     given = {name: value for name, value in options.items() if value is not None}
@@ -86,6 +80,11 @@ def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any
         raise UserError("export", f"{' and '.join(found)} {words}" + (f", or {flag} out" if flag else ""))
 
 
+def _take_tool(parser: Options, about: str) -> None:
+    about = f"{about}: {', '.join(DIALECTS)}"
+    parser.add_argument("--for", dest="dialect", type=one_of(DIALECTS), metavar="TOOL", help=about)
+
+
 def import_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line."""
     parser = Options(
@@ -99,13 +98,7 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
     parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
     parser.add_argument("--alpha", type=number, metavar="N", help="what it was trained with, if the file does not say")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
-    parser.add_argument(
-        "--for",
-        dest="dialect",
-        type=one_of(DIALECTS),
-        metavar="TOOL",
-        help=f"the tool to write it for, needed with --out: {', '.join(DIALECTS)}",
-    )
+    _take_tool(parser, "the tool to write it for, needed with --out")
     options = parser.read(argv)
     if (options.out is None) != (options.dialect is None):
         raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")

@@ -144,6 +144,7 @@ class Visits:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copy: Callable[[Tensor, Tensor], object]):
         self.blocks, self.device, self.copy = blocks, device, copy
         self.homes = [waiting(block) for block in blocks]
+        self.places = [list(_places(block)) for block in blocks]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.recomputing = False
         self.sent: tuple[int, list[Tensor]] | None = None  # which block's, and the copies
@@ -168,14 +169,13 @@ class Visits:
         copies = self._arrived(i)
         self._send(i - 1 if self.recomputing else i + 1)
         visitors = {id(home): _as(home, copy) for home, copy in zip(self.homes[i], copies, strict=True)}
-        places = list(_places(self.blocks[i]))
-        for module, name, home in places:
+        for module, name, home in self.places[i]:
             setattr(module, name, visitors[id(home)])
         del copies, visitors
         try:
             yield
         finally:
-            for module, name, home in places:
+            for module, name, home in self.places[i]:
                 setattr(module, name, home)
 
     def _arrived(self, i: int) -> list[Tensor]:
