@@ -110,7 +110,15 @@ def test_the_second_leaves_what_python_cannot_interrupt(command, place, run, han
     assert process.exitcode == 130
 
 
-def test_nothing_stays_behind():
+@pytest.fixture
+def ctrl_c_raises():
+    """Also where a shell started the tests in the background, and so had Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_stays_behind(ctrl_c_raises):
     before = signal.getsignal(signal.SIGINT), threading.active_count(), len(os.listdir("/dev/fd"))
     with second_leaves():
         assert threading.active_count() == before[1] + 1
@@ -120,7 +128,7 @@ def test_nothing_stays_behind():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_forked_process_does_not_end_its_parent():
+def test_a_forked_process_does_not_end_its_parent(ctrl_c_raises):
     with second_leaves():
         for _ in range(2):
             if not (child := os.fork()):
