@@ -32,6 +32,7 @@ class Goal(NamedTuple):
 
 
 FAMILIES = ("wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun")
+UNTRAINED = ("wan2.1_t2v", "wan2.1_i2v", "wan2.2_a14b", "wan2.2_5b")  # more of the demo's networks
 MODULES = (
     "data_read",
     "control",
@@ -136,7 +137,7 @@ MEANING = {  # name: (what it is, goal)
             f"relative error of the answers with {kind} weights, tiny {family}",
             None,
         )
-        for family in FAMILIES
+        for family in (*FAMILIES, *UNTRAINED)
         for kind in BASES
     },
     "base_weights_held_out_fp32": ("held-out loss of the demo's network before training, fp32 weights", None),

@@ -78,7 +78,7 @@ def errors(name: str, folder: Path, data: tuple[Path, Path]) -> dict[str, float]
     shown = FAMILIES[name]
     folder.mkdir()
     recipe = recipe_of(data[0].parent, *data, shown.write(folder), folder / "run", steps=1)
-    recipe = of_untrained(recipe, steps=1) if shown.about else recipe
+    recipe = of_untrained(recipe, steps=1, expert=shown.expert) if shown.about else recipe
     family, mode, objective = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=False)
     setup = Setup(family, mode, family.load(folder), objective, options=encode_options(recipe))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reeltune import families
 from reeltune.core.types import Batch, Posterior
-from reeltune.diffusion.objective import Flow, Objective
+from reeltune.diffusion.objective import Ddpm, Flow, Objective, Sigma
 from reeltune.families.spec import Family, Parts
 
 PREDICTION, LOSS, NORM = 5e-5, 1e-5, 5e-5  # absolute; relative; relative
@@ -144,6 +144,7 @@ def compare_schedule(golden: Golden, objective: Objective) -> None:
     if isinstance(objective, Flow):
         golden.compare("sigmas", objective.levels, SCHEDULE)
     else:
+        assert isinstance(objective, Ddpm | Sigma)
         golden.compare("alphas_cumprod", objective.signal, SCHEDULE)
     if "timesteps" in golden:
         golden.compare("timesteps", objective.timestep(objective.levels), LOSS, "relative")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -50,6 +50,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     del kept
     changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = now = 0
+    event: Any  # its type leaves out what it can tell
     for event in sorted(changes, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
 
 
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
-    net = parts.frozen["vae"]
+    net: Any = parts.frozen["vae"]
     scale = net.config.scaling_factor
     for case in golden.cases(".x"):
         with torch.no_grad():
@@ -61,7 +62,8 @@ def vae(golden: Golden, family: Family, parts: Parts) -> None:
 
 def text(golden: Golden, family: Family, parts: Parts) -> None:
     captions = captions_in(golden.path.parent)[0]
-    length = parts.net.config.max_text_seq_length
+    net: Any = parts.net
+    length = net.config.max_text_seq_length
     tokens = parts.extras["tokenizer"](captions, padding="max_length", max_length=length, truncation=True)
     golden.exact("input_ids", torch.tensor(tokens.input_ids))
     golden.exact("attention_mask", torch.tensor(tokens.attention_mask))
@@ -72,7 +74,10 @@ def transformer(golden: Golden, family: Family, parts: Parts) -> None:
     for case in golden.cases(".hidden_states"):
         x, known = golden[f"{case}.hidden_states"].transpose(1, 2), golden[f"{case}.inpaint_latents"].transpose(1, 2)
         if f"{case}.rope_cos" in golden:
-            cos, sin = rotary(parts.net.config, *x.shape[2:], x.device)
+            frames, height, width = x.shape[2:]
+            found = rotary(parts.net.config, frames, height, width, x.device)
+            assert found is not None
+            cos, sin = found
             golden.compare(f"{case}.rope_cos", cos)
             golden.compare(f"{case}.rope_sin", sin)
         cond = {"text": golden[f"{case}.encoder_hidden_states"], "inpaint": known}
@@ -124,10 +129,11 @@ def known_part(golden: Golden, family: Family, parts: Parts, captions: list[str]
     encoded = family.encode(quiet, batch, "inpaint")
     assert_drawn(golden["latents"].transpose(1, 2), encoded.x0)
     known = encoded.cond["inpaint"]
-    scale = parts.frozen["vae"].config.scaling_factor
+    vae: Any = parts.frozen["vae"]
+    scale = vae.config.scaling_factor
     golden.compare("resized_mask", known.mean[:, :1] / scale)
     golden.compare("mask_pixel_values_noised", renoised(golden))
-    noised = latents.encode_clip(parts.frozen["vae"], golden["mask_pixel_values_noised"])
+    noised = latents.encode_clip(vae, golden["mask_pixel_values_noised"])
     assert_drawn(golden["mask_latents"] * scale, noised)
     drawn = torch.cat([known.mean[:, :1], golden["mask_latents"] * scale], 1)
     keep = {"inpaint": golden["t2v_flag"].bool()}
@@ -145,8 +151,9 @@ def renoised(golden: Golden) -> Tensor:
 
 def text_to_video(family: Family, parts: Parts) -> tuple[Family, Parts]:
     """The variant without conditioning channels, as the reference's: the first channels of the same weights."""
-    net, config = copy.deepcopy(parts.net), parts.config | {"in_channels": family.geometry.channels}
-    weight, total = net.patch_embed.proj.weight, parts.net.config.in_channels
+    net: Any = copy.deepcopy(parts.net)
+    config = parts.config | {"in_channels": family.geometry.channels}
+    weight, total = net.patch_embed.proj.weight, net.config.in_channels
     kept = weight.shape[1] * family.geometry.channels // total
     net.patch_embed.proj.weight = nn.Parameter(weight[:, :kept].detach().clone())
     found = cogvideox.variant(config, "normal")

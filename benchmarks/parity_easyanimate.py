@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
 
 
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
-    net = parts.frozen["vae"]
+    net: Any = parts.frozen["vae"]
     scale = net.config.scaling_factor
     for case in golden.cases(".x"):
         with torch.no_grad():
@@ -82,7 +83,8 @@ def transformer(golden: Golden, family: Family, parts: Parts) -> None:
         if f"{case}.encoder_hidden_states_t5" in golden:
             cond["text_t5"] = golden[f"{case}.encoder_hidden_states_t5"]
         x = golden[f"{case}.hidden_states"]
-        cos, sin = parts.net.rope_embedding(x)
+        rope: Any = parts.net.rope_embedding
+        cos, sin = rope(x)
         golden.compare(f"{case}.rope_cos", cos)
         golden.compare(f"{case}.rope_sin", sin)
         out = family.denoise(parts.net, x, golden[f"{case}.timestep"], cond)
@@ -178,17 +180,17 @@ def kept(golden: Golden, family: Family, count: int) -> dict[str, Tensor]:
 def shrunk(family: Family, parts: Parts, channels: int, mode: str) -> tuple[Family, Parts]:
     """The variant for fewer conditioning channels, as the reference's: the first channels of the same weights."""
     wanted = channels + family.geometry.channels
-    if parts.net.config.in_channels == wanted:
+    net: Any = copy.deepcopy(parts.net)
+    if net.config.in_channels == wanted:
         return family, parts
     config = parts.config | {"in_channels": wanted}
-    net = copy.deepcopy(parts.net)
     net.proj.weight = nn.Parameter(net.proj.weight[:, :wanted].detach().clone())
     found = easyanimate.variant(config, mode)
     assert found.modes == (mode,)
     return replace(found, objective=family.objective), replace(parts, net=net, config=config)
 
 
-def scaled(net: nn.Module, factor: Tensor) -> nn.Module:
+def scaled(net: Any, factor: Tensor) -> nn.Module:
     net = copy.deepcopy(net)
     with torch.no_grad():
         net.proj_out.weight *= factor

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
 
 
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
-    net = parts.frozen["vae"]
+    net: Any = parts.frozen["vae"]
     scale = net.config.scaling_factor
     for case in golden.cases(".x"):
         with torch.no_grad():
@@ -111,7 +113,7 @@ def train_step(golden: Golden, family: Family, parts: Parts) -> None:
     golden.compare("noisy_latents", seen[0])
     error = losses.error_at(family.denoise, parts.net, flow, x0, encoded.cond, noise, level_B)
     golden.compare("noise_pred", error + golden["target"])
-    flow = type(flow)(shift=flow.shift, steps=flow.steps, weighting_scheme=said["weighting_scheme"])
+    flow = replace(flow, weighting_scheme=said["weighting_scheme"])
     value = (losses.mean_square(error, encoded.loss_mask) * flow.weight(level_B)).mean()
     if said["motion_sub_loss"] == "True" and x0.shape[2] > 2:
         value = value * (1 - MSL) + losses.mean_square(error.diff(dim=2)).mean() * MSL

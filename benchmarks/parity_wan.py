@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def vae(golden: Golden, checkpoints: Checkpoints) -> None:
 
 
 def vae_of(golden: Golden, parts: Parts) -> None:
-    net = parts.frozen["vae"]
+    net: Any = parts.frozen["vae"]
     mean, std = (torch.tensor(values) for values in (net.config.latents_mean, net.config.latents_std))
     golden.exact("latents_mean", mean)
     golden.compare("latents_std", std, SCHEDULE)  # the reference has 1 / (1 / std) in places
@@ -108,9 +109,10 @@ def text_encoder(golden: Golden, checkpoints: Checkpoints) -> None:
 
 def clip(golden: Golden, checkpoints: Checkpoints) -> None:
     _, parts = checkpoints.any(with_image=True)
+    encoder: Any = parts.frozen["image"]
     for case in golden.cases("image_u8"):
         image_u8 = golden[f"{case}image_u8"][None]
-        seen = wan.clip_pixels(image_u8, parts.frozen["image"].config.image_size)
+        seen = wan.clip_pixels(image_u8, encoder.config.image_size)
         corner = golden[f"{case}pixel_values_corner"]
         golden.compare(f"{case}pixel_values_corner", seen[..., : corner.shape[-2], : corner.shape[-1]])
         golden.compare(f"{case}pixel_values_mean", seen.mean((2, 3)))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.parity import FAMILIES
 from reeltune.demo.tiny.easyanimate import CHAT
-from reeltune.families import weights
+from reeltune.families import tokenizers
 
 CHECKPOINTS = (
     *(f"wan_fun/checkpoints/{name}" for name in ("control_v1.0", "control_v1.1", "inp")),
@@ -142,7 +142,7 @@ def copy_checkpoint(source: Path, target: Path, captions: dict[Path, set[str]]) 
             path.unlink()
     for part in TOKENIZERS:
         if (source / part).is_dir():
-            ours = by_heart(weights.load_tokenizer(source / part), captions[source / part])
+            ours = by_heart(tokenizers.load_tokenizer(source / part), captions[source / part])
             ours.save_pretrained(target / part)
 
 
@@ -179,14 +179,14 @@ class Overheard:
 def captions_read(source: Path) -> dict[Path, set[str]]:
     """Tokenizer's folder -> all texts that the kept comparisons give it."""
     captions: dict[Path, set[str]] = defaultdict(set)
-    load = weights.load_tokenizer
-    weights.load_tokenizer = lambda folder: Overheard(load(folder), captions[folder])
+    load = tokenizers.load_tokenizer
+    tokenizers.load_tokenizer = lambda folder: Overheard(load(folder), captions[folder])
     for name in CASES:
         path = source / f"{name}.safetensors"
         for family in FAMILIES:
             if path in family.golden_files(source):
                 family.measure(path)
-    weights.load_tokenizer = load
+    tokenizers.load_tokenizer = load
     every_wan = {caption for folder, found in captions.items() if "umt5" in folder.name for caption in found}
     for name in CHECKPOINTS:
         captions[source / name / "google/umt5-xxl"] |= every_wan

@@ -78,7 +78,7 @@ def main() -> None:
         told.append(loss.item())
         if step % 50 == 49:
             print(f"{step + 1:5d}  loss {np.mean(told[-50:]):.4f}", flush=True)
-    average.patch_embedding.weight.data[:, 16:] = 0
+    average.get_parameter("patch_embedding.weight").data[:, 16:] = 0
     save_file({name: w.half().contiguous() for name, w in average.state_dict().items()}, given.to)
 
 

@@ -163,7 +163,7 @@ def look(net, parts: Parts, path: Path) -> None:
     *texts, no_text = embed(tokenizer(), text_encoder(), [*captions, ""], TOKENS)
     shape = (8, 16, (TRAINED_FRAMES - 1) // 4 + 1, SIDE // 8, SIDE // 8)
     cond = conditions(torch.zeros(shape), torch.stack(texts))
-    scheduler = denoise.euler(OBJECTIVE)
+    scheduler = denoise.sampler(OBJECTIVE)
     settings = {"scheduler": scheduler, "seeds": range(8), "steps": 25, "guidance": 2.0}
     pixels = decode(parts, denoise.sample(answer_of, net, OBJECTIVE, cond, {"text": no_text}, shape, **settings))
     frames = ((pixels + 1) * 127.5).clamp(0, 255).byte().permute(0, 1, 3, 4, 2).numpy()[:, ::3]

@@ -11,6 +11,7 @@ import argparse
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def learn(vae, drawn, given, stage: str, steps: int, rate: float, batch: int, le
         vae.decode((normal + posterior.std * eps) * s + m)
         y = torch.cat(decoded, 2)
         kl = (normal.square() + posterior.var - 1 - posterior.logvar).mean() / 2
-        sharp = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
+        sharp = torch.stack([(x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2)]).sum()
         error = (x - y).abs().mean()
         loss = error + (x - y).square().mean() + sharp + 2e-4 * kl
         loss.backward()
@@ -155,7 +156,7 @@ def batches(drawn, stage: str, steps: int, size: int, lengths: tuple[int, ...]) 
 
 
 @torch.no_grad()
-def look(vae: AutoencoderKLWan, path: Path, frames: int) -> None:
+def look(vae: Any, path: Path, frames: int) -> None:
     """Scenes that were not learned from, and their reconstructions to the right."""
     columns: list[list[np.ndarray]] = [[], []]
     for seed in range(6):

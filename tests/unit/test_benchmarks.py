@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.__main__ import MEANING, Goal, table, write
+from reeltune.demo.main import FAMILIES as DEMO_FAMILIES
 
 
 def test_a_section_is_written_and_the_others_stay(tmp_path):
@@ -38,6 +39,10 @@ def test_every_benchmark_can_be_read_as_it_is_run():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", read], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_of_the_demos_networks_has_a_row():
+    assert {*benchmarks.FAMILIES, *benchmarks.UNTRAINED} == {*DEMO_FAMILIES} - {"toy"}
 
 
 def test_a_missed_goal_is_said(monkeypatch):
