@@ -98,7 +98,7 @@ def bytes_per_parameter(weights: str, optimizer: str, in_backward: bool) -> floa
 
 @dataclass
 class Way:
-    checkpointing: bool | Literal["attention_kept"] = False
+    checkpointing: bool | Literal["attention_kept", "products_kept"] = False
     memory: Memory = field(default_factory=Memory)
     max_grad_norm: float | None = None
     still: bool = False  # the blocks do not learn
@@ -113,8 +113,10 @@ WAYS = {
     "recompute_half": Way(True, Memory(gradient_checkpointing_share=0.5)),
     "recompute_all": Way(True),
     "recompute_but_attention": Way("attention_kept"),
+    "recompute_but_products": Way("products_kept"),
     "compiled": Way(compiled=True),
     "recompute_all_compiled": Way(True, compiled=True, beside="recompute_all"),
+    "recompute_but_products_compiled": Way("products_kept", compiled=True, beside="compiled"),
     "offload": Way(memory=Memory(offload_activations=True)),
     "recompute_and_offload": Way(True, Memory(offload_activations=True)),
     "in_backward": Way(memory=Memory(step_in_backward=True)),

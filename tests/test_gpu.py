@@ -29,6 +29,7 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 SMALL = Network(heads=4, ffn=256, layers=6, head_width=64)
 ADAPTER = {"rank": 4, "base_weights": "int8"}
+KEPT, PRODUCTS = ({"gradient_checkpointing": kept} for kept in ("attention_kept", "products_kept"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,8 @@ def no_waiting():
     "changes",
     [
         {},
-        {"gradient_checkpointing": "attention_kept"},
+        KEPT,
+        PRODUCTS,
         {"gradient_checkpointing": False, "trained_weights": "fp32"},
         {"attention": "flash"},
         ADAPTER,
@@ -109,7 +111,9 @@ def weights_and_losses(checkpoint, **changes):
         (ADAPTER, {**ADAPTER, "blocks_to_swap": 3}),
         (ADAPTER, {**ADAPTER, "blocks_to_swap": 6}),
         ({}, {"gradient_checkpointing": False}),
-        ({}, {"gradient_checkpointing": "attention_kept"}),
+        ({}, KEPT),
+        ({}, PRODUCTS),
+        (ADAPTER, {**ADAPTER, **PRODUCTS}),
         ({}, {"offload_activations": True}),
     ],
     ids=str,
@@ -147,7 +151,7 @@ def test_pixels_have_the_bits_of_a_cpu():
     assert torch.equal(batch.to(CUDA).pixels_BFCHW.cpu(), batch.to("cpu").pixels_BFCHW)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "attention_kept"}, ADAPTER], ids=str)
+@pytest.mark.parametrize("changes", [{}, KEPT, PRODUCTS, ADAPTER], ids=str)
 def test_plan_tells_the_memory_of_a_step(changes, tmp_path):
     network, clip = Network(heads=12, ffn=8960, layers=4), Shape(17, 480, 832)
     scale = FULL.__class__(**{**vars(FULL), "networks": {"a": network}, "clip": clip})

@@ -33,21 +33,23 @@ class Way:
         return f"{self.network}: {told or 'as it is'}"
 
 
-KEPT = {"gradient_checkpointing": "attention_kept"}
+KEPT, PRODUCTS = ({"gradient_checkpointing": kept} for kept in ("attention_kept", "products_kept"))
 COMPILED = {"compile": "blocks"}
-QUARTER = {"gradient_checkpointing_share": 0.25}
 ADAPTER = {"rank": 32, "base_weights": "int8"}
 WAYS = (  # what tells most first: a card has no time for all of them
     Way("1.3b", KEPT),
     Way("14b_cut", KEPT | ADAPTER),
+    Way("14b_cut", PRODUCTS | COMPILED),
+    Way("1.3b", PRODUCTS | COMPILED),
     Way("14b_cut", KEPT | COMPILED),
-    Way("1.3b", KEPT | COMPILED | QUARTER),
     Way("14b_cut", ADAPTER | {"blocks_to_swap": 4}),
     Way("1.3b", KEPT | {"attention": "flash"}),
     Way("1.3b", KEPT | COMPILED),
     Way("1.3b"),
+    Way("1.3b", PRODUCTS),
     Way("14b_cut", KEPT),
     Way("14b_cut", KEPT | COMPILED | ADAPTER),
+    Way("14b_cut", PRODUCTS | COMPILED | ADAPTER),
     Way("1.3b", COMPILED),
     Way("14b_cut"),
     Way("1.3b", KEPT | {"attention": "cudnn"}),

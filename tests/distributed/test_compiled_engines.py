@@ -7,6 +7,7 @@ from tests.distributed.each_way import rows_of, run_each
 
 WAYS = {
     "ddp": {"engine": "ddp", "gradient_checkpointing": True},
+    "adapters": {"engine": "ddp", "rank": 4, "base_weights": "int8", "gradient_checkpointing": "products_kept"},
     "fsdp": {"engine": "fsdp", "gradient_checkpointing": "attention_kept", "use_ema": True},
     "zero2": {"engine": "zero2"},
 }

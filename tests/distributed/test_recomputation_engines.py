@@ -1,7 +1,9 @@
-"""Recomputing all but attention, by every engine that can, also with clips shared: the bits of full recomputation."""
+"""Recomputing all but attention or products, by every engine that can, also with clips shared: the bits of full
+recomputation."""
 
 import pytest
 
+from reeltune.memory.kept import KEPT
 from tests.distributed.each_way import rows_of, run_each
 
 WAYS = {
@@ -15,14 +17,15 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return run_each(WAYS, "gradient_checkpointing", (True, "attention_kept"), tmp_path_factory)
+    return run_each(WAYS, "gradient_checkpointing", (True, *KEPT), tmp_path_factory)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_run_of_full_recomputation(way, folder):
+def test_the_run_of_full_recomputation(way, kept, folder):
     def steps(recomputed):
         return [(row["loss"], row["grad_norm"]) for row in rows_of(folder, way, recomputed, "step")]
 
     assert len(steps(True)) == 2
-    assert steps("attention_kept") == steps(True)
+    assert steps(kept) == steps(True)

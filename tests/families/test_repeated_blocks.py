@@ -23,6 +23,7 @@ LEAN = {"trained_weights": "bf16_stochastic", "use_adafactor": True, "step_in_ba
 SETTINGS = {
     "recomputed": {"gradient_checkpointing": True, "use_ema": True},
     "spread": {"gradient_checkpointing": "attention_kept", "gradient_checkpointing_share": 0.5},
+    "products": {"gradient_checkpointing": "products_kept", "rank": 4},
     "elsewhere": {"offload_activations": True},
     "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},

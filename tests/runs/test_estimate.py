@@ -239,17 +239,24 @@ def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(lean, mo
     assert both == pytest.approx(2 * 4 * plain.block_parameters, rel=0.1)  # a block at work, and the next
 
 
-def test_attention_that_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
+def test_what_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     tokens, width, heads, layers, batch = 3 * 32 * 32 // 4, 192, 4, 6, 2  # more tokens than text and picture have
-    ways = (False, "attention_kept", True)
-    none, kept, full = (lean.estimate(Shape(9, 256, 256), gradient_checkpointing=way) for way in ways)
+    ffn, others = 2 * width, 512 + 257  # tokens of caption and picture
+    ways = (False, "products_kept", "attention_kept", True)
+    none, products, kept, full = (lean.estimate(Shape(9, 256, 256), gradient_checkpointing=way) for way in ways)
     given = batch * tokens * width * 2  # in bf16
     sums = batch * heads * tokens * 4  # logarithms of sums of exponentials, in fp32
     assert kept.saved_bytes - full.saved_bytes == layers * (given + sums)
-    assert full.saved_bytes < kept.saved_bytes < none.saved_bytes
-    assert none.flops["forward"] == kept.flops["forward"] == full.flops["forward"]
-    assert full.flops["backward"] - kept.flops["backward"] == layers * 4 * batch * tokens**2 * width
+    made = batch * 2 * (tokens * (7 * width + ffn) + others * 2 * width)  # 4 of attention, 2 across, and keys and values
+    assert products.saved_bytes - kept.saved_bytes == layers * made
+    assert products.saved_bytes < none.saved_bytes
+    assert len({found.flops["forward"] for found in (none, products, kept, full)}) == 1
+    more = [found.flops["backward"] - none.flops["backward"] for found in (products, kept, full)]
+    assert more[2] - more[1] == layers * 4 * batch * tokens**2 * width
+    once = 2 * batch * width * (tokens * (6 * width + ffn) + others * 2 * width)  # none needs what the last one gives
+    assert more[1] - more[0] == layers * once
+    assert more[0] == layers * 4 * batch * tokens * others * width  # attention to text and picture
 
 
 def test_kernels_of_other_devices_are_counted_as_the_fused_one_here_and_math_as_itself(lean, monkeypatch):

@@ -12,6 +12,7 @@ from reeltune.diffusion.loss import diffusion_loss
 from reeltune.distributed.engine import Engine
 from reeltune.memory import blocks
 from reeltune.memory.blocks import blocks_of
+from reeltune.memory.kept import PRODUCTS
 from reeltune.optim.trainable import released_names
 from reeltune.run.data import gather
 from reeltune.run.model import choose_family, encode_options
@@ -34,6 +35,7 @@ WAYS = {  # what is saved with, and the kind of run
     "half_recomputed": ("fp32", HALF),
     "all_recomputed": ("bf16_stochastic", {"gradient_checkpointing": True}),
     "attention_kept": ("fp32", {"gradient_checkpointing": "attention_kept"}),
+    "products_kept": ("bf16_stochastic", {"gradient_checkpointing": "products_kept"}),
     "offloaded": ("fp32", {"offload_activations": True}),
     "stepped_in_backward": ("fp32", {"step_in_backward": True}),
     "all_of_it": ("bf16_stochastic", {**HALF, "offload_activations": True, "step_in_backward": True}),
@@ -121,7 +123,22 @@ def test_a_chosen_kernel_is_that_of_the_recomputation_too(start, plain):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.parametrize("recomputed", [False, True, "attention_kept"])
+@pytest.mark.parametrize("adapters", [{}, {"rank": 1, "base_weights": "nf4", "mixed_precision": "bf16"}], ids=str)
+def test_products_that_are_kept_are_computed_once(adapters, start):
+    """But for an adapter's thin ones. A plain step's are counted beside those of one that recomputes all."""
+
+    def run(recomputed):
+        with Operators() as seen:
+            found = steps(start, **adapters, gradient_checkpointing=recomputed)
+        return found, sum(seen.counts[operator] for operator in PRODUCTS)
+
+    (plain, once), (kept, ours), (_, twice) = map(run, (False, "products_kept", True))
+    assert_same(kept, plain)
+    assert once <= ours < twice
+    assert adapters or once == ours
+
+
+@pytest.mark.parametrize("recomputed", [False, True, "attention_kept", "products_kept"])
 def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypatch):
     family, made, *_ = start
     net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net

@@ -163,11 +163,11 @@ def test_only_what_the_pattern_names_moves(wan, data, tmp_path):
 
 def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     losses = []
-    for on in (False, True, "attention_kept"):
+    for on in (False, True, "attention_kept", "products_kept"):
         out = tmp_path / str(on)
         train(recipe(wan, data, out, train_mode="control", gradient_checkpointing=on, max_train_steps=2))
         losses.append([(row["loss"], row["grad_norm"]) for row in steps(out)])
-    assert losses[0] == losses[1] == losses[2]
+    assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
 def test_a_chosen_attention_kernel_is_told_and_kept_by_a_resume(wan, data, tmp_path, capsys):

@@ -1,7 +1,6 @@
-"""Kernels of attention, and what it gave when a block is recomputed, by the operators that run."""
+"""Kernels of attention, by the operators that run."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reeltune.core.errors import UserError
 from reeltune.memory import attention
-from reeltune.memory.blocks import offload_activations, recompute, spread, swap
+from reeltune.memory.blocks import recompute
 
 CPU = torch.device("cpu")
 LENGTH, WIDTH, FEW = 24, 16, 5
@@ -61,40 +60,6 @@ def step(prepare):
     with Operators() as backward:
         loss.backward()
     return forward, backward, [loss.detach(), *(weight.grad for weight in net.parameters())]
-
-
-def assert_same(ours, theirs):
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize(("keep", "again"), [(False, 6), (True, 3)])
-def test_attention_that_is_kept_is_computed_once_and_that_to_few_keys_again(keep, again):
-    forward, backward, numbers = step(partial(recompute, keep_attention=keep))
-    assert (forward.fused, backward.fused) == (6, again)
-    assert_same(numbers, step(lambda net: None)[2])
-
-
-def test_of_a_share_of_the_blocks():
-    forward, backward, numbers = step(lambda net: recompute(spread(list(net), 1 / 3), keep_attention=True))
-    assert (forward.fused, backward.fused) == (6, 1)
-    assert_same(numbers, step(lambda net: None)[2])
-
-
-def test_what_is_kept_goes_with_swapped_blocks_and_offloaded_activations(monkeypatch):
-    monkeypatch.setattr("reeltune.memory.blocks.LEAST_BYTES", 0)
-
-    def prepare(net, spared):
-        for weight in net[1].parameters():
-            weight.requires_grad_(False)
-        swapped = swap(list(net), spared, CPU)
-        if spared:
-            recompute([block for block in net if block not in swapped], keep_attention=True)
-            offload_activations(net)
-
-    def numbers(spared):
-        return [one for one in step(partial(prepare, spared=spared))[2] if one is not None]
-
-    assert_same(numbers(1), numbers(0))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -69,7 +69,10 @@ def test_flags_that_are_wrong_are_told_together():
     ("argv", "words"),
     [
         (["--deterministic", "yes"], "deterministic is 'yes'; expected true or false"),
-        (["--gradient_checkpointing", "attention"], "is 'attention'; expected true or false or attention_kept"),
+        (
+            ["--gradient_checkpointing", "attention"],
+            "is 'attention'; expected true or false or one of attention_kept, products_kept",
+        ),
     ],
 )
 def test_a_word_behind_a_switch_is_its_value(argv, words):

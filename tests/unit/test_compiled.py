@@ -10,6 +10,7 @@ from reeltune.core.errors import UserError
 from reeltune.memory import compiled
 from reeltune.memory.blocks import recompute
 from reeltune.memory.compiled import Compiled, refuse_missing
+from reeltune.memory.kept import KEPT
 
 
 class Block(nn.Module):
@@ -46,13 +47,13 @@ def passed(net, tokens=6):
     return x_BLD.detach(), gradient
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [None, *KEPT.values()])
 def test_all_blocks_share_a_graph_and_all_sizes_of_several(keep, graphs):
     ours, theirs = blocks(), blocks()
     made = Compiled(ours)
     if keep:
-        made.keep_attention(ours)
-        recompute(theirs, keep_attention=True)
+        made.keep(ours, keep)
+        recompute(theirs, keep=keep)
     for size in (6, 4):  # before it begins, as if nothing was
         torch.testing.assert_close(passed(ours, size), passed(theirs, size), rtol=0, atol=0)
     assert not graphs

@@ -85,7 +85,7 @@ def words(tree, engine="one", gpus=1, **network):
 def test_what_one_device_is_offered():
     tree = {"output_dir": "run", "video_sample_n_frames": 49, "preview_count": 0}
     same = ["low_vram: true", "cache_folder: run/cache, cache_variants: 4"]
-    same += ["gradient_checkpointing: attention_kept", "gradient_checkpointing: true"]
+    same += [f"gradient_checkpointing: {value}" for value in ("products_kept", "attention_kept", "true")]
     more = ["offload_activations: true", "step_in_backward: true", "vae_tiling: true"]
     lean = ["trained_weights: bf16_stochastic", "use_8bit_adam: true", "use_came: true", "use_adafactor: true"]
     adapters = ["rank: 32", "rank: 32, base_weights: int8", "rank: 32, base_weights: int8, blocks_to_swap: 4"]
@@ -95,13 +95,15 @@ def test_what_one_device_is_offered():
     assert words({**tree, "low_vram": True}) == [*same[1:], *more, *lean, *shorter]
     assert "blocks_to_swap: 7" in words(tree, still_blocks=7)
     assert "vae_tiling: true" not in words(tree, tiles=False)
-    assert words({**tree, "vae_mini_batch": 2})[7:9] == ["vae_mini_batch: 1", "vae_tiling: true"]
+    assert words({**tree, "vae_mini_batch": 2})[8:10] == ["vae_mini_batch: 1", "vae_tiling: true"]
     assert "step_in_backward: true" not in words({**tree, "gradient_accumulation_steps": 2})
+    products = words({"gradient_checkpointing": "products_kept"})
+    assert [line for line in products if "checkpointing:" in line] == same[-2:]
     kept = words({"gradient_checkpointing": "attention_kept"})
-    assert "gradient_checkpointing: true" in kept and "gradient_checkpointing: attention_kept" not in kept
+    assert "gradient_checkpointing: true" in kept and not any("_kept" in line for line in kept)
     assert "step_in_backward: true" not in kept
-    assert not any("attention_kept" in line for line in words({"gradient_checkpointing": True}))
-    assert not any("attention_kept" in line for line in words({"attention": "math"}))
+    assert not any("_kept" in line for line in words({"gradient_checkpointing": True}))
+    assert not any("_kept" in line for line in words({"attention": "math"}))
     assert words({"train_batch_size": 3})[0] == "train_batch_size: 1, gradient_accumulation_steps: 3"
     assert [line for line in words({"rank": 8}) if "base" in line] == ["base_weights: int8", "base_weights: nf4"]
     assert not any(line.startswith("base") for line in words({"rank": 8, "base_weights": "int8"}))
@@ -154,6 +156,7 @@ IN_THE_PASS = [
     "encode_ahead: false",
     "low_vram: true",
     "cache_folder, which `reeltune cache` fills before",
+    "gradient_checkpointing: products_kept",
     "gradient_checkpointing: attention_kept",
     "gradient_checkpointing: true",
     "offload_activations: true",
@@ -166,7 +169,7 @@ IN_THE_PASS = [
     "smaller clips by video_sample_n_frames or the sample sizes",
     "more devices",
 ]
-SHARDED_IN_THE_PASS = [*IN_THE_PASS[:5], "offload: true", *IN_THE_PASS[-3:]]
+SHARDED_IN_THE_PASS = [*IN_THE_PASS[:6], "offload: true", *IN_THE_PASS[-3:]]
 
 
 STEPPED = {"step_in_backward": True, "train_batch_size": 2}
@@ -187,7 +190,7 @@ STEPPED = {"step_in_backward": True, "train_batch_size": 2}
                 *IN_THE_PASS[-3::2],
             ],
         ),
-        ("step in backward", STEPPED, [*IN_THE_PASS[:3], *IN_THE_PASS[4:6], *IN_THE_PASS[7:]]),
+        ("step in backward", STEPPED, [*IN_THE_PASS[:3], *IN_THE_PASS[5:7], *IN_THE_PASS[8:]]),
         (
             "encode",
             {"low_vram": True, "engine": "fsdp", "train_batch_size": 2, "vae_mini_batch": 2},
@@ -205,7 +208,7 @@ STEPPED = {"step_in_backward": True, "train_batch_size": 2}
             {"low_vram": True, "engine": "fsdp"},
             [IN_THE_PASS[2], "preview_count: 0", "offload: true", "vae_tiling: true", *IN_THE_PASS[-3:]],
         ),
-        ("start", {}, [*IN_THE_PASS[1:3], *IN_THE_PASS[7:12], "more devices"]),
+        ("start", {}, [*IN_THE_PASS[1:3], *IN_THE_PASS[8:13], "more devices"]),
     ],
 )
 def test_what_a_full_device_is_told_to_change(doing, tree, lines):

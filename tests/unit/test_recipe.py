@@ -58,8 +58,8 @@ def test_overrides_win_and_text_takes_the_type_of_its_field():
         ("learning_rate", None, "a number"),
         ("enable_bucket", "yes", "true or false"),
         ("enable_bucket", 1, "true or false"),
-        ("gradient_checkpointing", "attention", "true or false or attention_kept"),
-        ("gradient_checkpointing", ["attention_kept"], "true or false or attention_kept"),
+        ("gradient_checkpointing", "attention", "true or false or one of attention_kept, products_kept"),
+        ("gradient_checkpointing", ["attention_kept"], "true or false or one of attention_kept, products_kept"),
         ("train_mode", "controll", f"one of {', '.join(MODES)}, or none"),
         ("loss_type", ["flow"], "one of flow, ddpm, sigma, or none"),
         ("train_mode", ["control_ref"], f"one of {', '.join(MODES)}, or none"),
@@ -170,6 +170,9 @@ def test_what_must_be_more_than_zero(name):
         ({"gradient_checkpointing": "attention_kept", "step_in_backward": True}, "set gradient_checkpointing to true"),
         ({"gradient_checkpointing": "attention_kept", "attention": "math"}, "attention_kept and attention is math"),
         ({"gradient_checkpointing": "attention_kept", "engine": "zero3"}, "or engine to fsdp"),
+        ({"gradient_checkpointing": "products_kept", "step_in_backward": True}, "set gradient_checkpointing to true"),
+        ({"gradient_checkpointing": "products_kept", "attention": "math"}, "products_kept and attention is math"),
+        ({"gradient_checkpointing": "products_kept", "engine": "zero3"}, "or engine to fsdp"),
         ({"attention": "flash", "context_parallel": 2}, "context_parallel is 2, where the backward pass"),
         ({"attention": "math", "encode_ahead": True}, "train from a cache"),
         ({"attention": "cudnn", "deterministic": True}, "set attention to flash, efficient or math"),
@@ -180,6 +183,10 @@ def test_what_must_be_more_than_zero(name):
         (
             {"compile": "blocks", "rank": 8, "lora_dropout": 0.1, "gradient_checkpointing": "attention_kept"},
             "set gradient_checkpointing to true, or leave lora_dropout out",
+        ),
+        (
+            {"compile": "blocks", "rank": 8, "lora_dropout": 0.1, "gradient_checkpointing": "products_kept"},
+            "gradient_checkpointing is products_kept, which is compiled with the blocks",
         ),
         ({"step_in_backward": True, "gradient_accumulation_steps": 2}, "no gradients to add to"),
         ({"step_in_backward": True, "mixed_precision": "fp16"}, "loss scale"),
@@ -225,10 +232,11 @@ def test_rules_between_fields(tree, names):
         (["--gradient_checkpointing", "False"], False),
         (["--gradient_checkpointing=true"], True),
         (["--gradient_checkpointing", "attention_kept"], "attention_kept"),
+        (["--gradient_checkpointing", "products_kept"], "products_kept"),
         (["--gradient_checkpointing=attention_kept", "--low_vram"], "attention_kept"),
     ],
 )
-def test_a_switch_with_a_third_value_is_a_switch_still(words, value, tmp_path):
+def test_a_switch_with_more_values_is_a_switch_still(words, value, tmp_path):
     left, given, wrong = flags(words)
     assert (left, wrong) == ([], [])
     recipe = build(given)
@@ -236,7 +244,7 @@ def test_a_switch_with_a_third_value_is_a_switch_still(words, value, tmp_path):
     assert isinstance(recipe.training.gradient_checkpointing, type(value))
     (tmp_path / "r.yaml").write_text(dump(recipe))
     assert build(read(tmp_path / "r.yaml")) == recipe
-    assert settings()["gradient_checkpointing"].operand == "[true|false|attention_kept]"
+    assert settings()["gradient_checkpointing"].operand == "[true|false|attention_kept|products_kept]"
     assert flags(["--gradient_checkpointing", "recipe.yaml"])[0] == ["recipe.yaml"]
 
 

@@ -58,11 +58,12 @@ def _compile(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             "compile is blocks and use_dora is true, whose library (PEFT) asks for classes of weights, and that torch "
             "cannot compile; leave one of the two out",
         )
-    if recipe.adapter.lora_dropout and recipe.training.gradient_checkpointing == "attention_kept":
+    recomputed = recipe.training.gradient_checkpointing
+    if recipe.adapter.lora_dropout and isinstance(recomputed, str):
         yield (
             ("compile", "lora_dropout", "gradient_checkpointing"),
             f"compile is blocks, lora_dropout is {recipe.adapter.lora_dropout} and gradient_checkpointing is "
-            "attention_kept, which is compiled with the blocks, where the backward pass would drop others than the "
+            f"{recomputed}, which is compiled with the blocks, where the backward pass would drop others than the "
             "forward pass; set gradient_checkpointing to true, or leave lora_dropout out",
         )
     if parallel.engine == "zero3":

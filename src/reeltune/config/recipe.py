@@ -149,9 +149,9 @@ class Training:
     """Seed of every random choice."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Precision of the trained network's arithmetic."""
-    gradient_checkpointing: bool | Literal["attention_kept"] = False
+    gradient_checkpointing: bool | Literal["attention_kept", "products_kept"] = False
     """Recompute activations in the backward pass: less memory, about a third more time. With attention_kept, what
-    attention gave is kept, and all else recomputed."""
+    attention gave is kept, and all else recomputed; with products_kept, what linear layers gave is kept too."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Kernel of the trained network's attention, of those that torch has. auto: on a GPU the soonest of a trial before
     the first step, which checkpoints keep."""

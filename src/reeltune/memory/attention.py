@@ -1,11 +1,10 @@
-"""Blocks' attention: which kernel computes it, and which of its outputs outlive the forward pass when the rest is
-recomputed."""
+"""Which kernel computes blocks' attention."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from reeltune.core.errors import UserError
 
@@ -36,24 +34,6 @@ CANDIDATES = {"cpu": ("flash",), "cuda": ("flash", "cudnn", "efficient")}
 """Device -> those that AUTO may find there: all that keep no matrix of scores. Where none is sooner, the first."""
 NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of a GPU and of a CPU
 TRIED = (1, 1, 64, 64)  # B heads L D that every kernel can do, if it can do anything there
-
-
-def kept() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around a forward pass and around its recomputation, which then finds what attention gave.
-
-    Attention over fewer keys than queries, such as of a clip to a caption, is recomputed like the rest: its output is
-    as large as that of attention within the clip, and its arithmetic a small part.
-    """
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(_: Any, operator: Any, *given: Any, **__: Any) -> CheckpointPolicy:
-    """given: query, key and value first, each B heads L D, if it is attention."""
-    keep = operator in OPERATORS and given[1].shape[-2] >= given[0].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# ---- kernels
 
 
 def refuse_missing(kernel: str, device: torch.device, dtype: torch.dtype) -> None:

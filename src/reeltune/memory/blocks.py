@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from reeltune.core.errors import UserError
-from reeltune.memory import attention
+from reeltune.memory.kept import Contexts
 
 LEAST_BYTES = 2**20  # of an activation that is worth a journey to the CPU's memory
 
@@ -31,13 +31,13 @@ def spread(blocks: Sequence[nn.Module], share: float) -> list[nn.Module]:
     return [blocks[i * len(blocks) // count] for i in range(count)]
 
 
-def recompute(blocks: Sequence[nn.Module], *, keep_attention: bool = False) -> None:
+def recompute(blocks: Sequence[nn.Module], *, keep: Callable[[], Contexts] | None = None) -> None:
     """Gradient checkpointing: these blocks recompute activations in the backward pass.
 
-    keep_attention: all but what attention gave (attention.kept).
+    keep: of kept.KEPT, what they do not recompute.
     """
+    contexts = {} if keep is None else {"context_fn": keep}
     for block in blocks:
-        contexts = {"context_fn": attention.kept} if keep_attention else {}
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 
 

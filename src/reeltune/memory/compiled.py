@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reeltune.core.errors import UserError
-from reeltune.memory import attention
+from reeltune.memory.kept import Contexts
 
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang"))}  # of torch's and of triton's code
 SETTINGS = {  # of inductor
@@ -81,9 +81,9 @@ class Compiled:
         for block in blocks:
             block.forward = partial(self._forward, block, block.forward)
 
-    def keep_attention(self, blocks: Sequence[nn.Module]) -> None:
-        """These recompute all but what attention gave (attention.kept), which is compiled with them."""
-        self._functions |= {block: with_attention_kept(type(block).forward) for block in blocks}
+    def keep(self, blocks: Sequence[nn.Module], contexts: Callable[[], Contexts]) -> None:
+        """These recompute all but what is kept by that one of kept.KEPT, which is compiled with them."""
+        self._functions |= {block: recomputing(type(block).forward, contexts) for block in blocks}
 
     @property
     def count(self) -> int:
@@ -129,10 +129,10 @@ class Compiled:
 
 
 @cache  # one for all blocks of a class, which is what one compilation serves
-def with_attention_kept(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward pass, of which the backward pass recomputes all but what attention gave."""
+def recomputing(forward: Callable[..., Any], contexts: Callable[[], Contexts]) -> Callable[..., Any]:
+    """A block's forward pass, of which the backward pass recomputes all but what is kept."""
 
     def kept(block: nn.Module, *given: Any, **named: Any) -> Any:
-        return checkpoint(forward, block, *given, use_reentrant=False, context_fn=attention.kept, **named)
+        return checkpoint(forward, block, *given, use_reentrant=False, context_fn=contexts, **named)
 
     return kept

@@ -49,7 +49,7 @@ def prodigy(remedy: str) -> Exclusion:
     return Exclusion("use_prodigy", f"; it finds its rate from all weights at once; {remedy}", refused=(True,))
 
 
-WHERE_ATTENTION_IS_NOT_KEPT = (
+WHERE_NOTHING_IS_KEPT = (
     Exclusion(
         "step_in_backward",
         "; what is kept is given back once, and the backward pass may run twice there; set gradient_checkpointing to "
@@ -131,9 +131,14 @@ def half_the_batch(values: Values) -> Iterator[Settings]:
         yield {"train_batch_size": batch // 2, "gradient_accumulation_steps": accumulate}
 
 
-def keep_attention(values: Values) -> Iterator[Settings]:
-    if not values["gradient_checkpointing"]:
-        yield {"gradient_checkpointing": "attention_kept"}
+def keep(kept: str, *, where: tuple[bool | str, ...]) -> Callable[[Values], Iterator[Settings]]:
+    """where: what gradient_checkpointing is, if that would spare memory."""
+
+    def change(values: Values) -> Iterator[Settings]:
+        if values["gradient_checkpointing"] in where:
+            yield {"gradient_checkpointing": kept}
+
+    return change
 
 
 def encode_between(values: Values) -> Iterator[Settings]:

@@ -13,7 +13,7 @@ from reeltune.memory.lever import (
     SHORT,
     TRAINED,
     VARIANTS,
-    WHERE_ATTENTION_IS_NOT_KEPT,
+    WHERE_NOTHING_IS_KEPT,
     Exclusion,
     Lever,
     Settings,
@@ -26,7 +26,7 @@ from reeltune.memory.lever import (
     encoders_in_bf16,
     half_as_long,
     half_the_batch,
-    keep_attention,
+    keep,
     more_devices,
     not_in,
     one_by_one,
@@ -72,8 +72,7 @@ def given_up(values: Values, engine: str) -> Settings:
     return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
 
 
-# The cheapest first: what ends in the same bits, then what does not, then more devices. What times and shares are of
-# stands in docs/memory.md.
+# The cheapest first: with the same bits, with others, with more devices. docs/memory.md says what figures are of.
 LEVERS: tuple[Lever, ...] = (
     Lever(
         "train_batch_size",
@@ -139,14 +138,23 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "gradient_checkpointing",
+        "products_kept",
+        "activations within blocks, but what linear layers and attention gave (0.31 left, [counted](speed.md))",
+        "PRICE; at 33,000 tokens counted 1.00 of the arithmetic",
+        "{more_flops:+.0%} arithmetic in a step, the same result",
+        phases=TRAINED,
+        excludes=WHERE_NOTHING_IS_KEPT,
+        changes=keep("products_kept", where=(False,)),
+    ),
+    Lever(
+        "gradient_checkpointing",
         "attention_kept",
-        "activations within blocks, but what attention over the clip gave (0.05 left of Wan2.1 1.3B's at 33,000 "
-        "tokens, 0.02 by `true`; [counted](speed.md))",
+        "activations within blocks, but what attention over the clip gave (0.05 left, by `true` 0.02)",
         "1.28 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
-        excludes=WHERE_ATTENTION_IS_NOT_KEPT,
-        changes=keep_attention,
+        excludes=WHERE_NOTHING_IS_KEPT,
+        changes=keep("attention_kept", where=(False, "products_kept")),
     ),
     Lever(
         "gradient_checkpointing",

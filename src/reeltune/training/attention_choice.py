@@ -82,8 +82,8 @@ def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
 
 def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
     """Why this process cannot take it."""
-    if kernel == attention.MATH and recipe.training.gradient_checkpointing == "attention_kept":
-        return "gradient_checkpointing is attention_kept"
+    if kernel == attention.MATH and isinstance(kept := recipe.training.gradient_checkpointing, str):
+        return f"gradient_checkpointing is {kept}"
     try:
         attention.refuse_missing(kernel, engine.device, engine.dtype)
     except UserError:

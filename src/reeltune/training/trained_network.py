@@ -22,6 +22,7 @@ from reeltune.families.spec import Family, Parts
 from reeltune.memory.attention import Attention
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, spread, swap
 from reeltune.memory.compiled import Compiled
+from reeltune.memory.kept import KEPT
 from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
 from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept, take_principal_parts
@@ -160,17 +161,18 @@ def _prepare_blocks(
 ) -> tuple[Compiled | None, Attention, list[nn.Module]]:
     """Returns the compiled blocks, all blocks' attention, and the blocks that wait in the CPU's memory."""
     memory, training = recipe.memory, recipe.training
-    recomputed, keep_attention = training.gradient_checkpointing, training.gradient_checkpointing == "attention_kept"
+    recomputed = training.gradient_checkpointing
+    keep = KEPT[recomputed] if isinstance(recomputed, str) else None
     blocks = blocks_of(net, block_names)
     compiled = Compiled(blocks, again=memory.step_in_backward) if training.compile == "blocks" else None
     attention = Attention(blocks, training.attention)
     swapped = swap(blocks, memory.blocks_to_swap, engine.device)
     others = [block for block in blocks if block not in swapped]
     chosen = spread(others, memory.gradient_checkpointing_share) if recomputed else []
-    if compiled is not None and keep_attention:
-        compiled.keep_attention(chosen)
+    if compiled is not None and keep is not None:
+        compiled.keep(chosen, keep)
     else:
-        recompute(chosen, keep_attention=keep_attention)
+        recompute(chosen, keep=keep)
     if memory.offload_activations:
         offload_activations(net)
     return compiled, attention, swapped
