@@ -248,13 +248,13 @@ def test_what_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
     given = batch * tokens * width * 2  # in bf16
     sums = batch * heads * tokens * 4  # logarithms of sums of exponentials, in fp32
     assert kept.saved_bytes - full.saved_bytes == layers * (given + sums)
-    made = batch * 2 * (tokens * (7 * width + ffn) + others * 2 * width)  # 4 of attention, 2 across, and keys and values
+    made = batch * 2 * (tokens * (7 * width + ffn) + others * 2 * width)  # of others keys and values
     assert products.saved_bytes - kept.saved_bytes == layers * made
     assert products.saved_bytes < none.saved_bytes
     assert len({found.flops["forward"] for found in (none, products, kept, full)}) == 1
     more = [found.flops["backward"] - none.flops["backward"] for found in (products, kept, full)]
     assert more[2] - more[1] == layers * 4 * batch * tokens**2 * width
-    once = 2 * batch * width * (tokens * (6 * width + ffn) + others * 2 * width)  # none needs what the last one gives
+    once = 2 * batch * width * (tokens * (6 * width + 2 * ffn) + others * 2 * width)
     assert more[1] - more[0] == layers * once
     assert more[0] == layers * 4 * batch * tokens * others * width  # attention to text and picture
 

@@ -19,7 +19,12 @@ Contexts = tuple[AbstractContextManager, AbstractContextManager]
 """Around a forward pass, and around its recomputation, which then finds what was kept."""
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.convolution.default)  # that layers with weights become
+PRODUCTS = (  # that layers with weights become; bmm where a linear layer is given a part of each clip's tokens
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.convolution.default,
+)
 THIN = 8  # outputs for each number summed over
 
 
@@ -66,5 +71,5 @@ def _is_thin(operator: Any, given: tuple[Any, ...]) -> bool:
     if operator is aten.convolution.default:
         outputs, *summed = given[1].shape
         return THIN * math.prod(summed) < outputs
-    summed, outputs = given[-1].shape
+    *_, summed, outputs = given[-1].shape
     return THIN * summed < outputs
