@@ -30,8 +30,8 @@ from tests.runs.small_run import recipe
 STEPS, HALF = 8, 4
 BF16 = {"mixed_precision": "bf16", "max_train_steps": HALF}
 GROUP = 4  # samples of a micro-step over all processes
-TOLERANCE = 3e-6  # relative, in fp32; at most 3.8e-7 was measured
-TOLERANCE_OF_NORMS = 3e-5  # at most 6.6e-7
+TOLERANCE = 2e-6  # relative, in fp32; of the first 8 steps at most 1.7e-7 was measured, of 12 3.8e-7
+TOLERANCE_OF_NORMS = 2e-5  # at most 6.6e-7 of 12 steps
 BAND = 5e-3  # relative, in bf16, whose own losses differ from fp32's by up to 2.8e-3; at most 1.1e-3 was measured
 BAND_OF_TOY = 1e-3  # at most 1.4e-4 (all on a CPU, torch 2.13, 2026-11-27)
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None

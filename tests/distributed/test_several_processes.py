@@ -173,7 +173,11 @@ def stopped(engine, to_do, folder):
 
 
 @pytest.mark.parametrize(
-    "engines", [("fsdp",), pytest.param([name for name in ENGINES if name != "fsdp"], marks=pytest.mark.slow)], ids=len
+    "engines",
+    [
+        pytest.param(["fsdp"], id="fsdp"),
+        pytest.param([name for name in ENGINES if name != "fsdp"], id="others", marks=pytest.mark.slow),
+    ],
 )
 def test_one_told_to_stop_ends_all_with_one_checkpoint_and_they_go_on_to_the_same_bits(engines, to_do, tmp_path):
     """Each in processes of its own; all go on in the same two, one after another."""
