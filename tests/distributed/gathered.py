@@ -3,6 +3,9 @@
 They are gathered as each engine's own library does it, under the names that diffusers or the toy have.
 """
 
+from collections.abc import Container
+from pathlib import Path
+
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -11,14 +14,19 @@ from reeltune.training.duties import Duties
 from reeltune.training.learner import Learner
 
 
-def leave_gathered(rank: int) -> None:
+def leave_gathered(rank: int, names: Container[str] | None = None) -> None:
+    """names: of the runs' folders that are to have it; all, if there are none."""
+    left: set[Path] = set()
+
     def save(duties: Duties, *, last=False, real=Duties.save):
         real(duties, last=last)
-        run = duties.run
-        if run.progress.step == run.recipe.training.max_train_steps:
+        run, out = duties.run, duties.out
+        ends = run.progress.step == run.recipe.training.max_train_steps
+        if ends and out not in left and (names is None or out.name in names):
+            left.add(out)  # at its end a run asks twice for a save
             state = gathered(run.turns.now.learner)
             if rank == 0:
-                weights.write(state, duties.out / "gathered.safetensors")
+                weights.write(state, out / "gathered.safetensors")
 
     Duties.save = save
 

@@ -11,13 +11,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import accelerate_cli
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -25,7 +28,8 @@ from reeltune import compat
 from reeltune.checkpoint.folder import is_shared
 from reeltune.distributed.launch import Parallelism, chosen
 from reeltune.families import weights
-from tests.distributed.processes import Launched, end, ends, environment, free_port, start, train
+from tests.distributed.processes import FORKS, environment, free_port, train
+from tests.distributed.processes import Run as Forked
 from tests.runs.test_guides import SMALL
 from tests.unit.test_compat import ROOT, command_of
 
@@ -63,6 +67,12 @@ RUNS = {
     "CogVideoX-Fun": Run("004_*", 0, "multi/CogVideoX-Fun-2b-InP", "metadata.json", "zero2"),
 }
 LAUNCHED = ("V1.1 ZeRO-3", "HunyuanVideo FSDP")  # through each of accelerate's launchers
+GIVEN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")  # by every launcher, of its own
+TELLING = """
+import json, os, pathlib, sys
+told = {"environ": dict(os.environ), "argv": sys.argv[1:], "cwd": os.getcwd()}
+pathlib.Path(__file__).with_name(os.environ["RANK"]).write_text(json.dumps(told))
+"""
 
 
 def printed(seeds: Path, name: str) -> tuple[list[str], str, list[str]]:
@@ -151,7 +161,7 @@ def trained(argv_of, seeds, tmp_path_factory):
     for name in [name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]:
         launch, script, _ = printed(seeds, name)
         environ = environ_of(launch, pytest.MonkeyPatch())
-        for given in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        for given in GIVEN:
             environ.pop(given, None)
         argv, out = argv_of(name)
         commands.append(partial(command, environ, script, argv, out, measured))
@@ -209,23 +219,75 @@ def test_fsdp_is_said_once_to_run_as_version_2(trained):
     assert trained.count("FSDP runs as version 2") == runs
 
 
+def accelerate(words: list[str], environ: dict[str, str], told: Path) -> None:
+    """Its command, in a fork that has read its libraries. What it launches are new processes."""
+    os.setsid()
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(ROOT)
+    sys.argv = words
+    accelerate_cli.main()
+
+
+def launch_to_the_end(commands: list[tuple[list[str], dict[str, str]]], folder: Path) -> None:
+    """All at once. commands: words and environment of each. AssertionError with what they print if one fails."""
+    told = [folder / f"launch-{i}.txt" for i in range(len(commands))]
+    forks = [FORKS.Process(target=accelerate, args=(*one, path)) for one, path in zip(commands, told, strict=True)]
+    for fork in forks:
+        fork.start()
+    run = Forked(forks, told)
+    try:
+        assert run.end() == [0] * len(commands), run.print()
+    finally:
+        for fork in forks:
+            with suppress(ProcessLookupError):  # of what it launched nothing is left
+                os.killpg(fork.pid, signal.SIGKILL)
+
+
+def of_two_processes(launch: list[str]) -> list[str]:
+    """The launch as printed, for two processes here."""
+    return [*launch, "--num_processes=2", f"--main_process_port={free_port()}"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_through_accelerate_launch(name, argv_of, seeds, goldens):
+def test_what_launched_processes_are_told(name, argv_of, seeds, tmp_path, monkeypatch):
+    """In what `test_command` trains: the launcher's own variables, the script's flags and the folder."""
     if RUNS[name].engine != "fsdp" and not ZERO:
         pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
+    launch, *_ = printed(seeds, name)
+    argv, _ = argv_of(name)
+    script = tmp_path / "script.py"
+    script.write_text(TELLING)
+    launch_to_the_end([([*of_two_processes(launch), str(script), *argv], environment())], tmp_path)
+    expected = {variable: value for variable, value in environ_of(launch, monkeypatch).items() if variable not in GIVEN}
+    assert expected
+    for rank in ("0", "1"):
+        told = json.loads((tmp_path / rank).read_text())
+        assert (told["argv"], told["cwd"]) == (argv, str(ROOT))
+        assert {variable: told["environ"].get(variable) for variable in expected} == expected
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        assert {variable: told["environ"].get(variable) for variable in places} == places
+
+
+@pytest.mark.slow
+def test_through_accelerate_launch(argv_of, seeds, goldens, tmp_path):
+    """With nothing in place of it; of FSDP test_clusters.py has such a run, of accelerate's other launcher the next."""
+    if not ZERO:
+        pytest.skip("DeepSpeed is not installed; pip install 'reeltune[zero]'")
+    name, _ = LAUNCHED
     launch, script, _ = printed(seeds, name)
     argv, out = argv_of(name, " launched")
-    port = f"--main_process_port={free_port()}"
-    command = [str(Path(sys.executable).parent / "accelerate"), *launch[1:], "--num_processes=2", port]
-    code, told = end(start([*command, f"scripts/{script}", *argv], cwd=ROOT))
-    assert code == 0, told
+    launch_to_the_end([([*of_two_processes(launch), f"scripts/{script}", *argv], environment())], tmp_path)
     assert_trained(name, out, goldens)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", ["000_*"])
-def test_two_machines(guide, argv_of, seeds, goldens):
+def test_two_machines(guide, argv_of, seeds, goldens, tmp_path):
     """Two launches, as on two machines, that meet over the loopback."""
     (page,) = seeds.glob(guide)
     (line,) = re.findall(r"^accelerate launch.*xxx\.py", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -234,14 +296,12 @@ def test_two_machines(guide, argv_of, seeds, goldens):
     argv, out = argv_of(name, " on two machines")
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NUM_PROCESS": "2"}
 
-    def machine(rank: int) -> Launched:
+    def machine(rank: int) -> tuple[list[str], dict[str, str]]:
         ours = command_of(line, told | {"RANK": str(rank)})
-        launch = [str(Path(sys.executable).parent / "accelerate"), *ours.launch[1:], "--multi_gpu"]
         exported = environment(**told, RANK=str(rank))  # as the page exports them
-        return start([*launch, f"scripts/{script}", *argv], cwd=ROOT, env=exported)
+        return [*ours.launch, "--multi_gpu", f"scripts/{script}", *argv], exported
 
-    for code, what in ends([machine(0), machine(1)]):
-        assert code == 0, what
+    launch_to_the_end([machine(0), machine(1)], tmp_path)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     assert [(row["step"], row["samples"]) for row in steps] == [(1, 2), (2, 2)]

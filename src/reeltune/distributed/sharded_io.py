@@ -102,8 +102,8 @@ def read(folder: Path, pieces: Iterable[Piece], metadata: Metadata | None = None
     """
     by_name = {piece.name: piece for piece in pieces if piece.values_N.numel()}
     reader = _Known(folder, metadata or metadata_of(folder))
-    stored = sizes(reader.read_metadata())
-    there = {name: f"{stored[name][0]} elements" if name in stored else "missing" for name in by_name}
+    stored = {name: _tensor(reader.read_metadata(), name) for name in by_name}
+    there = {name: f"{entry.size.numel()} elements" if entry else "missing" for name, entry in stored.items()}
     refuse(
         str(folder),
         [
@@ -133,12 +133,14 @@ def metadata_of(folder: Path) -> Metadata:
 
 def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
     """Elements and dtype of every tensor in it."""
-    return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in _tensors(metadata).items()}
+    entries = ((name, _tensor(metadata, name)) for name in metadata.state_dict_metadata)
+    return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in entries if entry is not None}
 
 
-def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    entries = metadata.state_dict_metadata.items()
-    return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+def _tensor(metadata: Metadata, name: str) -> TensorStorageMetadata | None:
+    """Of one name alone: who reads a checkpoint tensor by tensor must not go through all of it each time."""
+    entry = metadata.state_dict_metadata.get(name)
+    return entry if isinstance(entry, TensorStorageMetadata) else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -183,11 +185,13 @@ class _Reading(dcp.DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        entries = _tensors(self.metadata)
-        pieces = self.state_dict.items()
-        by_piece = [create_read_items_for_chunk_list(name, entries[name], [piece.chunk]) for name, piece in pieces]
-        return LoadPlan([item for items in by_piece for item in items])
+        items = []
+        for name, piece in self.state_dict.items():
+            assert self.metadata is not None
+            entry = _tensor(self.metadata, name)
+            assert entry is not None  # or `read` would have refused it
+            items += create_read_items_for_chunk_list(name, entry, [piece.chunk])
+        return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         values_N = self.state_dict[read_item.dest_index.fqn].values_N
