@@ -60,6 +60,7 @@ def notices(out):
     return [text for text in told if "blocks are compiled" in text or "was compiled anew" in text]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_run_and_its_checkpoint_has_the_same_names(operators, wan, data, tmp_path):
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     assert train(recipe(wan, data, plain, max_train_steps=4)) == 0
@@ -111,6 +112,7 @@ def test_two_experts_share_a_compilation_and_a_resume_ends_in_the_same_bits(oper
     assert_same_end(ours, unbroken, 4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_told_in_words(wan, data, tmp_path, monkeypatch):
     def broken(graph, inputs):
         raise ValueError("no such machine")

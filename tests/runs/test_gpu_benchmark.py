@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     """(what a rehearsal wrote, what it printed)."""
-    folder, words = tmp_path_factory.mktemp("rehearsal"), "ceilings steps plan encoding saving".split()
+    folder, words = tmp_path_factory.mktemp("rehearsal"), ["ceilings", "steps", "plan", "encoding", "saving"]
     with redirect_stdout(StringIO()) as printed:
         assert command.main(["--out", str(folder), "--ways", "2", "--only", *words]) == 0
     assert not (folder / "gpu.json").exists()
@@ -136,6 +136,7 @@ def test_kernels_are_known_by_their_names(kernel, kind):
     assert kernels._kind(kernel) == kind
 
 
+@pytest.mark.slow
 def test_ways_for_which_no_time_is_left_are_named(tmp_path):
     report = Report(tmp_path / "gpu.json", {}, budget_s=0)
     with report.part("steps", 1.0) as part:

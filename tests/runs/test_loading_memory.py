@@ -67,6 +67,7 @@ def test_loading_that_finds_no_memory_is_told_by_part(error, run, wan, full, mon
     assert told.value.__cause__ is error
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_networks_loaded(run, wan):
     given = run("run", wan, mixed_precision="no", encoder_weights="bf16")
     family = choose_family(given)[0]

@@ -238,6 +238,7 @@ def test_a_flipped_bit_is_noticed_in_weights_that_a_run_begins_with(given, check
         run(begun, checkpoints / "toy", data, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_said(checkpoints, data, tmp_path):
     own = tmp_path / "data"
     shutil.copytree(data, own)

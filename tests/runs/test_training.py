@@ -161,6 +161,7 @@ def test_only_what_the_pattern_names_moves(wan, data, tmp_path):
     assert all("blocks.0.self_attn" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     losses = []
     for on in (False, True, "attention_kept", "products_kept"):
@@ -170,6 +171,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
+@pytest.mark.slow
 def test_a_chosen_attention_kernel_is_told_and_kept_by_a_resume(wan, data, tmp_path, capsys):
     settings = {"train_mode": "control", "checkpointing_steps": 1, "attention": "math", "gradient_checkpointing": True}
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
