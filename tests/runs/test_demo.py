@@ -251,7 +251,7 @@ def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys, mea
 
     monkeypatch.setattr(demo, "of_untrained", of_untrained)
     clips, last = (24, 60) if family == "toy" else (4, 8)
-    with reports():
+    with reports(curves=False):
         assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
     out = tmp_path / "demo/run"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -99,7 +99,7 @@ def start(monkeypatch, reports, measured_here):
         for name in environ.keys() - {"PYTHONPATH"}:
             monkeypatch.setenv(name, environ[name])
         monkeypatch.setattr(sys, "argv", argv)
-        with reports(), pytest.raises(SystemExit) as done:
+        with reports(curves=False), pytest.raises(SystemExit) as done:
             runpy.run_path(argv[0], run_name="__main__")
         return done.value.code
 
