@@ -213,7 +213,7 @@ def remember(vae: torch.nn.Module) -> None:
     encode, known = vae.encode, {}
 
     def once(pixels_BCFHW: torch.Tensor):
-        key = pixels_BCFHW.shape, pixels_BCFHW.contiguous().numpy().tobytes()
+        key = pixels_BCFHW.shape, pixels_BCFHW.contiguous().view(torch.uint8).numpy().tobytes()
         if key not in known:
             known[key] = encode(pixels_BCFHW)
         return known[key]
