@@ -80,13 +80,15 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config, items):
     """Of tests that run over families, those of the marker `family` stay with theirs; of those of `quick_by_family` the
-    first checkpoint and mode of each family stay quick."""
+    first checkpoint and mode of each family, or of those that it names, stay quick."""
     others, first = set(), {}
     for item in items:
-        if item.get_closest_marker("quick_by_family"):
+        quick = item.get_closest_marker("quick_by_family")
+        if quick:
             params = item.callspec.params
             pair = params.get("pair") or params["any_checkpoint"]
-            if first.setdefault((item.path, pair.family), pair) != pair:
+            is_first = first.setdefault((item.path, pair.family), pair) == pair
+            if not is_first or (quick.args and pair.family not in quick.args):
                 item.add_marker("slow")
         family = item.get_closest_marker("family")
         if family and item.callspec.params["one_of_a_family"].family not in family.args:

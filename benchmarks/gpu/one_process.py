@@ -44,8 +44,7 @@ def losses(engine: Engine, wrapper: str) -> tuple[list[float], float]:
     return found, time.perf_counter() - begun
 
 
-def main() -> None:
-    wrapper = sys.argv[1]
+def main(wrapper: str) -> None:
     engine = Engine("bf16")
     one = torch.ones(2**20, device=engine.device)
     dist.all_reduce(one)
@@ -57,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

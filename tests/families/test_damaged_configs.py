@@ -194,6 +194,7 @@ class Templated:
         return [turn[0]["content"][0]["text"] for turn in turns]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

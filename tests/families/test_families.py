@@ -55,6 +55,7 @@ def options(family):
     return {"add_full_ref_image_in_self_attention": "full_ref" in family.drop}
 
 
+@pytest.mark.quick_by_family
 def test_every_mode_goes_from_pixels_to_pixels(family_and_parts):
     family, parts = family_and_parts
     for mode in family.modes:
@@ -70,6 +71,7 @@ def test_every_mode_goes_from_pixels_to_pixels(family_and_parts):
         assert torch.isfinite(pixels).all()
 
 
+@pytest.mark.quick_by_family
 def test_what_may_be_dropped_is_there_and_matters(family_and_parts):
     """Each name in `drop` is a condition of some mode, and the network's answer changes when it is blanked."""
     family, parts = family_and_parts
@@ -186,6 +188,7 @@ def test_needs_name_modes_and_inputs(family_and_parts):
     assert check_mode(family, None) == family.modes[0]
 
 
+@pytest.mark.quick_by_family
 def test_a_step_moves_only_what_may_move(family_and_parts):
     family, parts = family_and_parts
     names = released_names(parts.net, partial(family.to_released, config=parts.config))
@@ -206,6 +209,7 @@ def test_a_step_moves_only_what_may_move(family_and_parts):
     assert all(pattern in names[name] for name in moved)
 
 
+@pytest.mark.quick_by_family
 def test_an_oracle_is_sampled_back(family_and_parts):
     """A network that knows the clip gives it back through the family's own schedule."""
     family, parts = family_and_parts

@@ -219,6 +219,7 @@ def test_a_dropped_caption_is_the_empty_one_and_keeps_its_picture(loaded, mode):
     assert all(not torch.equal(kept[name][1], cond[name][1]) for name in setup.family.caption)
 
 
+@pytest.mark.slow
 def test_a_caption_cut_anywhere_keeps_its_length(loaded):
     """The cut falls before, in and after the last turn's header."""
     family, parts = loaded["i2v"]

@@ -16,7 +16,7 @@ from reeltune.export.forward_check import black_clip
 from reeltune.optim.trainable import released_names
 from reeltune.sampling.sample import Setup
 
-pytestmark = pytest.mark.quick_by_family
+pytestmark = pytest.mark.quick_by_family("toy", "wan_fun")
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ SETTINGS = {
     "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
-SLOW = [
-    *(pytest.param("wan_fun", setting, marks=pytest.mark.slow) for setting in SETTINGS if setting != "recomputed"),
-    *(pytest.param(name, "recomputed", marks=pytest.mark.slow) for name in OWN),
+CASES = [
+    *(("wan_fun", setting) for setting in SETTINGS),
+    *((name, "recomputed") for name in OWN),
 ]
 
 
@@ -43,7 +43,8 @@ def deep(name, place, layers=DEPTH):
     return derive(SHOWN[name].write(source), folder, changes=changes)
 
 
-@pytest.mark.parametrize(("name", "setting"), [("wan_fun", "recomputed"), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "setting"), CASES)
 def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory_tracker, "ROUND_BYTES", 1

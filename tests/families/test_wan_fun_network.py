@@ -203,6 +203,7 @@ def test_recomputed_blocks_give_the_same_gradients(variant):
     assert all(grad is not None and torch.equal(grad, again[name]) for name, grad in plain.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["control_v1.1", "control_camera"])
 def test_autocast_and_compiled_blocks(variant):
     net, given = filled(network(variant), 1), inputs(variant)

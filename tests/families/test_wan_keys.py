@@ -80,6 +80,7 @@ def released(goldens):
     return {path.name.removesuffix(".json.gz"): outlines(path) for path in goldens.glob("**/released_keys/*.json.gz")}
 
 
+@pytest.mark.slow
 @pytest.mark.golden("**/released_keys/Wan2.*")
 def test_transformers_at_full_size(released):
     for file in [name for name in released if name.startswith("Wan2.") and "VAE" not in name]:

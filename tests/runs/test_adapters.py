@@ -42,6 +42,9 @@ def toy(tmp_path_factory):
     return folder
 
 
+QUICK = ("plain", "dora")
+
+
 @pytest.fixture(scope="module")
 def whole(toy, data, tmp_path_factory):
     """kind -> the folder of a run that nothing disturbed."""
@@ -56,7 +59,9 @@ def whole(toy, data, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_stopped_run_ends_in_the_same_bits(kind, toy, data, whole, tmp_path):
     where, settings = (toy, data, tmp_path / "run"), BASE | KINDS[kind]
     with StopAfter(3):
@@ -75,6 +80,7 @@ def test_dropout_and_rate_of_b_change_a_run(whole):
     assert losses["plain"][1:] != losses["scaled"][1:]
 
 
+@pytest.mark.slow
 def test_the_rate_that_prodigy_finds_is_in_the_metrics(toy, data, whole, tmp_path):
     steps = {"max_train_steps": 64, "checkpointing_steps": 32}
     settings = BASE | steps | {"use_prodigy": True, "learning_rate": 1.0, "held_out_share": 0.0}
@@ -126,6 +132,7 @@ def test_a_run_begins_with_another_runs_adapter(alpha, toy, data, whole, tmp_pat
     assert begun[0]["loss"] != ended[0]["loss"]
 
 
+@pytest.mark.slow
 def test_it_may_begin_on_a_base_of_4_bits(adapter_run, data, tmp_path):
     """Whose weights have the shapes of files no more."""
     again = read(adapter_run / "recipe.yaml")

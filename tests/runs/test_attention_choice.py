@@ -76,6 +76,7 @@ def test_a_cpu_has_nothing_to_try_and_the_bits_of_its_only_kernel(wan, data, tmp
     assert rows(math, ("step",)) != rows(ours, ("step",))  # or what follows would show nothing
 
 
+@pytest.mark.slow
 def test_what_the_trial_found_is_taken_and_a_resume_takes_it_untried(wan, data, tmp_path, math_is_sooner, monkeypatch):
     settings = {**SHORT, "max_train_steps": 4, "random_hw_adapt": True}
     plain, unbroken, ours = (tmp_path / name for name in ("plain", "unbroken", "ours"))
@@ -169,7 +170,13 @@ def mask_of(call):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ["wan_fun", "easyanimate", "hunyuan_video", "cogvideox_fun"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan_fun",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("easyanimate", "hunyuan_video", "cogvideox_fun")),
+    ],
+)
 def test_what_one_block_of_a_kind_asks_all_of_them_ask(name, precision, wan, data, tmp_path, monkeypatch):
     found = []
 

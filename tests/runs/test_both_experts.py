@@ -105,7 +105,7 @@ def test_a_turn_is_a_step_of_a_run_of_that_expert_alone(runs, model, data, tmp_p
     assert [band["loss"] for band in validation["per_band"]] == (measured[:2] if first == "high" else measured[2:])
 
 
-@pytest.mark.parametrize("what", ["whole", "adapters"])
+@pytest.mark.parametrize("what", [pytest.param("whole", marks=pytest.mark.slow), "adapters"])
 def test_resumed_it_ends_in_the_same_bits(what, runs, tmp_path):
     unbroken, out = runs[what]
     half = replace(
@@ -121,6 +121,7 @@ def test_resumed_it_ends_in_the_same_bits(what, runs, tmp_path):
     assert [row["expert"] for row in rows(tmp_path / "out")] == [row["expert"] for row in rows(out)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["whole", "adapters"])
 def test_ways_of_sparing_memory_change_no_bit(what, runs, model, data, tmp_path):
     more = {"blocks_to_swap": 1, **ADAPTERS, "lora_dropout": 0.1} if what == "adapters" else {"use_ema": True}
@@ -131,6 +132,7 @@ def test_ways_of_sparing_memory_change_no_bit(what, runs, model, data, tmp_path)
         assert_same_network(ours, parts(runs[what][1] / "checkpoint-6")[name])
 
 
+@pytest.mark.slow
 def test_cached_conditions_are_those_of_both(runs, data, tmp_path):
     asked, _ = runs["adapters"]
     live = replace(
@@ -181,6 +183,7 @@ def test_each_has_its_rate_and_clip(model, data, tmp_path):
     assert norms["low"] < 1e-5 * norms["high"]  # squares of norms that were clipped to 1 and to 0.001
 
 
+@pytest.mark.slow
 def test_clips_are_sampled_from_both_as_previews_are(runs, tmp_path):
     """And by one recipe for each network, the other's weights beside it."""
     for what in ("whole", "adapters"):
@@ -218,6 +221,7 @@ def test_strengths_are_those_of_both_adapters(runs, model, tmp_path):
     assert none.read_bytes() == base.read_bytes() != full.read_bytes()
 
 
+@pytest.mark.slow
 def test_export_writes_both(runs, model, tmp_path):
     checkpoint = runs["whole"][1] / "checkpoint-6"
     list(export(checkpoint, tmp_path / "whole", dtype="fp32"))

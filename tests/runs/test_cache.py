@@ -35,10 +35,13 @@ def never(*_):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixed_precision": "bf16"},
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
         {"train_batch_size": 1, "gradient_accumulation_steps": 2},
-        {"random_frame_crop": True, "random_hw_adapt": True, "image_sample_size": 48, "cache_variants": 4},
-        {"use_ema": True, "ema_decay": 0.9, "seed": 7},
+        pytest.param(
+            {"random_frame_crop": True, "random_hw_adapt": True, "image_sample_size": 48, "cache_variants": 4},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"use_ema": True, "ema_decay": 0.9, "seed": 7}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -85,6 +88,7 @@ def test_files_that_cannot_be_read_have_the_same_stand_ins(run, tmp_path, monkey
     assert "2 of files that cannot be read" in maintenance.verify(from_cache)
 
 
+@pytest.mark.slow
 def test_held_out_previews_come_from_the_cache_and_read_the_decoder_alone(run, tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "wan", "control_v1.0")
     previews = {"preview_count": 1, "preview_steps": 2, "max_train_steps": 1}

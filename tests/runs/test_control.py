@@ -46,6 +46,7 @@ def model(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "wan", "control_v1.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "net"), [("hed", Hed), ("mlsd", Mlsd)])
 def test_lists_of_released_networks_are_trained_on(kind, net, model, tmp_path, monkeypatch):
     """By random weights in the released form. What the run sees as control is what was drawn."""

@@ -148,6 +148,7 @@ def test_clips_that_no_control_can_be_drawn_from_are_all_named(data, tmp_path):
         sample_clips(other)
 
 
+@pytest.mark.slow
 def test_key_points_of_a_raw_clip(data, tmp_path, caplog):
     """They are the file of `reeltune control`, drawn at the size sampled; that the clip is a poor one is said."""
     pytest.importorskip("onnxruntime")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from reeltune.control.kinds import open_for_previews
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Posterior, Shape
 from reeltune.demo import clips
+from reeltune.demo import main as demo
 from reeltune.demo.checkpoint import WEIGHTS, shipped, tokenizer, transformer, vae, write_checkpoint
 from reeltune.demo.clips import HELD_OUT_SEED, SIDE, draw_scene, scene, write_data_set
 from reeltune.demo.main import FAMILIES, MARK, clear, run
@@ -111,6 +113,7 @@ def test_checkpoint_is_the_released_layout(checkpoint):
     assert families.find(str(checkpoint)).name == "wan_fun/control_v1.1"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vae_shows_clips_and_controls_as_they_are(drawn):
     parts = families.spec.Parts(transformer(), {"vae": shipped(vae(), "vae").eval()})
@@ -173,8 +176,9 @@ def test_data_of_no_demo_stay_though_their_folder_is_called_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
-    assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=2) == 0
+def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys, reports):
+    with reports():
+        assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=2) == 0
     page = (tmp_path / "demo/run/report.html").read_text()
     assert "follows its control" in page
     *_, obeys, told = capsys.readouterr().out.strip().splitlines()
@@ -184,8 +188,9 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_of_an_adapter(tmp_path, capsys, measured_here):
-    assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
+def test_the_demo_of_an_adapter(tmp_path, capsys, measured_here, reports):
+    with reports():
+        assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
     out = tmp_path / "demo/run"
     assert (out / "checkpoint-8/adapter/adapter_model.safetensors").is_file()
     told = capsys.readouterr().out.strip().splitlines()[-1]
@@ -239,9 +244,15 @@ def test_models_of_wan_are_written_as_released(name, found, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(cli.DEMOS) - {"wan_fun"}))
-def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys, measured_here):
+def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys, measured_here, reports, monkeypatch):
+    def of_untrained(*given, real=demo.of_untrained, **more):  # whose previews, of random weights, are of few steps
+        made = real(*given, **more)
+        return replace(made, validation=replace(made.validation, preview_steps=2))
+
+    monkeypatch.setattr(demo, "of_untrained", of_untrained)
     clips, last = (24, 60) if family == "toy" else (4, 8)
-    assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
+    with reports(curves=False):
+        assert run(tmp_path / "demo", family=family, clips=clips, stills=2, held_out=3, steps=last) == 0
     out = tmp_path / "demo/run"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps, held_out = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))

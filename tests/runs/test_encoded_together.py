@@ -60,6 +60,7 @@ def test_a_resumed_run_has_its_bits_and_one_from_a_cache_its_numbers(run, model,
 # ---- caches
 
 
+@pytest.mark.slow
 def test_a_cache_is_the_same_by_any_processes(run, model, tmp_path, monkeypatch, capfd):
     def filled(name):
         assert fill.fill(cached(run(name, model, **TOGETHER), tmp_path / name)) == 0
@@ -75,6 +76,7 @@ def test_a_cache_is_the_same_by_any_processes(run, model, tmp_path, monkeypatch,
     assert_same_contents(tmp_path / "shared", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_group_that_lacks_a_clip_is_encoded_whole(run, model, own_data, tmp_path, monkeypatch, capfd):
     """So that a cache filled in parts has the bits of one that is filled at once."""
     sizes = []
@@ -96,6 +98,7 @@ def test_a_group_that_lacks_a_clip_is_encoded_whole(run, model, own_data, tmp_pa
     assert_same_contents(tmp_path / "anew", tmp_path / "cache", part=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_is_left_out_of_its_group(run, model, own_data, tmp_path, monkeypatch, capfd):
     def read(path, *how, real=loader.read_frames):
         if path == str(own_data / "train/1.mp4"):

@@ -149,8 +149,15 @@ def compare(tiny: Tiny, monkeypatch, **settings) -> None:
     assert found.saved_bytes == pytest.approx(real["kept"], rel=NEAR)
 
 
-@pytest.mark.quick_by_family
-@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True), ("bf16", "attention_kept")])
+@pytest.mark.quick_by_family("toy", "wan_fun")
+@pytest.mark.parametrize(
+    ("precision", "checkpointing"),
+    [
+        pytest.param("no", False, marks=pytest.mark.slow),
+        ("bf16", True),
+        pytest.param("bf16", "attention_kept", marks=pytest.mark.slow),
+    ],
+)
 def test_an_estimate_counts_what_the_allocator_gives(any_tiny, precision, checkpointing, monkeypatch):
     settings = {"mixed_precision": precision, "gradient_checkpointing": checkpointing, "preview_count": 0}
     compare(any_tiny, monkeypatch, **settings, encoder_weights="bf16")  # the same in all three: encoded once
@@ -160,11 +167,16 @@ def test_an_estimate_counts_what_the_allocator_gives(any_tiny, precision, checkp
     "settings",
     [
         {},
-        {"base_weights": "fp8", "gradient_checkpointing": True},
-        {"base_weights": "int8"},
-        {"base_weights": "nf4"},
-        {"blocks_to_swap": 2, "train_whole": ["patch_embedding"]},
-        {"lora_init": "pissa"},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {"base_weights": "fp8", "gradient_checkpointing": True},
+                {"base_weights": "int8"},
+                {"base_weights": "nf4"},
+                {"blocks_to_swap": 2, "train_whole": ["patch_embedding"]},
+                {"lora_init": "pissa"},
+            )
+        ),
         {"lora_init": "pissa", "base_weights": "int8", "blocks_to_swap": 2},
     ],
 )
@@ -192,6 +204,7 @@ def test_what_recipes_have_in_common_is_computed_once(small, tmp_path):
         assert among_others == alone, change
 
 
+@pytest.mark.slow
 def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(small, tmp_path, monkeypatch):
     model, called = small.folder, []
     for name in ("encode", "decode", "training_step"):
@@ -216,7 +229,7 @@ def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(small, tmp_pat
     assert 1.7 < at_work[1] / at_work[0] < 2.3 and apart.peaks["forward"] == together.peaks["forward"]
 
 
-@pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
+@pytest.mark.parametrize("optimizer", [pytest.param("use_came", marks=pytest.mark.slow), "use_adafactor"])
 def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(small, optimizer):
     settings = {"trained_weights": "bf16_stochastic", optimizer: True}
     plain, inside = (small.estimate(Shape(5, 32, 32), step_in_backward=on, **settings) for on in (False, True))
@@ -226,6 +239,7 @@ def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(small, opt
     assert plain.peaks["step"]["gradients"] == plain.gradient_bytes
 
 
+@pytest.mark.slow
 def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     shape = Shape(5, 32, 32)
@@ -239,6 +253,7 @@ def test_blocks_that_are_swapped_are_on_the_host_and_two_at_a_time_here(lean, mo
     assert both == pytest.approx(2 * 4 * plain.block_parameters, rel=0.1)  # a block at work, and the next
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     tokens, width, heads, layers, batch = 3 * 32 * 32 // 4, 192, 4, 6, 2  # more tokens than text and picture have
@@ -259,6 +274,7 @@ def test_what_is_kept_is_counted_in_bytes_and_arithmetic(lean, monkeypatch):
     assert more[0] == layers * 4 * batch * tokens * others * width  # attention to text and picture
 
 
+@pytest.mark.slow
 def test_kernels_of_other_devices_are_counted_as_the_fused_one_here_and_math_as_itself(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     shape, found = Shape(9, 64, 96), {}
@@ -277,6 +293,7 @@ def test_offloaded_activations_are_on_the_host_and_come_back(lean, monkeypatch):
     assert away.peaks["backward"]["backward"] > 0  # they are on the device while they are needed
 
 
+@pytest.mark.slow
 def test_devices_that_share_a_clip_have_their_part_of_the_activations(lean, monkeypatch):
     monkeypatch.setattr(memory_tracker, "ROUND_BYTES", 1)
     alone, two, four = (lean.estimate(Shape(9, 128, 128), context_parallel=n) for n in (1, 2, 4))

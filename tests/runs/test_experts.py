@@ -82,6 +82,7 @@ def test_clips_pass_from_one_network_to_the_other_at_the_boundary(expert, model,
     assert told == {"name": other, "path": str(model / f"{other}_noise_model")}
 
 
+@pytest.mark.slow
 def test_which_of_them_learns_changes_nothing_of_an_untrained_models_clip(model, data, tmp_path):
     clips = [clip_of(setup_of(model, data, tmp_path, expert), tmp_path) for expert in ("high", "low")]
     assert torch.equal(*clips)
@@ -206,6 +207,7 @@ def test_the_base_of_an_adapter_is_the_network_beneath_it(model):
         either[name]
 
 
+@pytest.mark.slow
 def test_an_adapter_says_whose_it_is_and_is_merged_into_that(model, data, tmp_path):
     out = tmp_path / "out"
     adapters = {"rank": 4, "max_train_steps": 2, **SMALL}

@@ -77,6 +77,7 @@ def test_files_at_a_strength_into_a_model_in_diffusers_names(checkpoint, model, 
     assert (theirs - mine).abs().max() < 1e-6 < 1e-3 < (base["blocks.1.self_attn.q.weight"] - mine).abs().max()
 
 
+@pytest.mark.slow
 def test_whoever_wrote_the_checkpoint_and_its_average(checkpoint, base, tmp_path):
     shares = in_shares(checkpoint, tmp_path / "run/checkpoint-4")
     shutil.copyfile(checkpoint.parent / "recipe.yaml", tmp_path / "run/recipe.yaml")

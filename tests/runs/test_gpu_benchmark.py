@@ -4,8 +4,12 @@ import json
 import math
 import os
 import subprocess
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from io import StringIO
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from benchmarks.gpu.sizes import FULL, TINY, Network
 from reeltune import cli
 from reeltune.demo.checkpoint import write_checkpoint
 from reeltune.demo.clips import write_data_set
+from tests.distributed import processes as several
 from tests.distributed.processes import FORKS
 from tests.families.full_size import released
 
@@ -25,21 +30,25 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
 
 
-def rehearsed(folder, *words):
-    code = command.main(["--out", str(folder), *words])
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(what a rehearsal wrote, what it printed)."""
+    folder, words = tmp_path_factory.mktemp("rehearsal"), ["ceilings", "steps", "plan", "encoding", "saving"]
+    with redirect_stdout(StringIO()) as printed:
+        assert command.main(["--out", str(folder), "--ways", "2", "--only", *words]) == 0
     assert not (folder / "gpu.json").exists()
-    return code, json.loads((folder / "gpu_rehearsal.json").read_text())
+    return json.loads((folder / "gpu_rehearsal.json").read_text()), printed.getvalue()
 
 
 def rows(found, part):
     return {row["row"]: row for row in found["parts"][part]["rows"]}
 
 
-def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
-    code, found = rehearsed(tmp_path, "--ways", "2", "--only", "ceilings", "steps", "encoding", "saving")
-    assert code == 0 and not found["failures"]
+@pytest.mark.slow
+def test_a_rehearsal_is_no_figure_of_a_gpu(rehearsal):
+    found, told = rehearsal
+    assert not found["failures"]
     assert found["about"]["figures"] == TINY.note and "gpu" not in found["about"]
-    told = capsys.readouterr().out
     assert told.startswith(f"figures: {TINY.note}") and told.strip().endswith(TINY.note)
     measured = rows(found, "steps")
     assert list(measured) == [way.name for way in steps.WAYS[:2]]
@@ -64,10 +73,8 @@ def test_a_rehearsal_is_no_figure_of_a_gpu(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_plan_is_held_against_it(tmp_path):
-    code, found = rehearsed(tmp_path, "--ways", "2", "--only", "steps", "plan")
-    assert code == 0
-    foretold = rows(found, "plan")
+def test_plan_is_held_against_it(rehearsal):
+    foretold = rows(rehearsal[0], "plan")
     assert list(foretold) == [way.name for way in steps.WAYS[:2]]
     assert all(row["plan_gb"] > 0 and row["memory_ratio"] == "unknown" for row in foretold.values())
 
@@ -129,6 +136,7 @@ def test_kernels_are_known_by_their_names(kernel, kind):
     assert kernels._kind(kernel) == kind
 
 
+@pytest.mark.slow
 def test_ways_for_which_no_time_is_left_are_named(tmp_path):
     report = Report(tmp_path / "gpu.json", {}, budget_s=0)
     with report.part("steps", 1.0) as part:
@@ -197,6 +205,7 @@ class Forked:
     """In the place of a launch (subprocess.Popen), which reads the libraries anew."""
 
     def __init__(self, command, *, stdout, **_):
+        assert command[:3] == [sys.executable, "-m", "reeltune"]
         self.fork = FORKS.Process(target=begin, args=(command[3:], stdout.name))
         self.fork.start()
         self.pid = self.fork.pid
@@ -226,8 +235,7 @@ def begin(words, log):
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", exact.KERNELS)
 def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path, monkeypatch):
-    if not deterministic:  # the other is launched
-        monkeypatch.setattr(exact.subprocess, "Popen", Forked)
+    monkeypatch.setattr(exact.subprocess, "Popen", Forked)
     meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
     runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", deterministic)
     found = runs.compared(timeout_s=600)
@@ -239,7 +247,24 @@ def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_one_process_trains_as_without_a_wrapper(wrapper):
-    found = processes.run([*processes.TORCHRUN, "-m", processes.MODULE, wrapper], CPU, timeout_s=600)
+def test_one_process_trains_as_without_a_wrapper(tmp_path):
+    """DDP's launched as on a GPU; FSDP's forked from a process that has read the libraries."""
+    found = processes.run([*processes.TORCHRUN, "-m", processes.MODULE, "ddp"], CPU, timeout_s=600)
     assert found["backend"] == "gloo"
+    run = several.train([partial(one_process, "fsdp")], 1, tmp_path)
+    assert processes.judged(run.told[0].read_text(), CPU)["backend"] == "gloo"
+
+
+def one_process(wrapper):
+    import_module(processes.MODULE).main(wrapper)
+    return 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"backend": "mpi"}, {"sum": 1.0}, {"losses": [1.0, 1.1]}, {"losses": [1.0, math.nan]}], ids=str
+)
+def test_a_process_that_trains_otherwise_is_told_of(wrong):
+    told = {"backend": "gloo", "sum": 2**20, "losses": [1.0, 1.01], "plain": [1.0, 1.0], "step_s": 1.0}
+    assert processes.judged(f"a warning\n{json.dumps(told)}", CPU)["losses_apart"] == pytest.approx(0.01)
+    with pytest.raises(RuntimeError, match="did not train as without a wrapper"):
+        processes.judged(json.dumps({**told, **wrong}), CPU)

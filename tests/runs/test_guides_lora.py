@@ -101,7 +101,12 @@ def start(goldens, media, tmp_path, monkeypatch, measured_here):
     return go
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("Wan control",)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_command(name, start, tmp_path):
     run = RUNS[name]
     assert start(run) == 0

@@ -51,7 +51,11 @@ def full(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [FULL[0], *(pytest.param(error, marks=pytest.mark.slow) for error in FULL[1:])],
+    ids=lambda error: type(error).__name__,
+)
 def test_loading_that_finds_no_memory_is_told_by_part(error, run, wan, full, monkeypatch):
     monkeypatch.setattr(loading_memory, "room_bytes", lambda: 3_210_000_000)
     full(2, error)
@@ -67,6 +71,7 @@ def test_loading_that_finds_no_memory_is_told_by_part(error, run, wan, full, mon
     assert told.value.__cause__ is error
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_networks_loaded(run, wan):
     given = run("run", wan, mixed_precision="no", encoder_weights="bf16")
     family = choose_family(given)[0]

@@ -23,8 +23,8 @@ from tests.runs.same_run import assert_equal
 from tests.runs.small_run import data_set, recipe
 from tests.unit.test_attention import Operators
 
-pytestmark = pytest.mark.quick_by_family
-STEPS = 3
+pytestmark = pytest.mark.quick_by_family("toy", "wan_fun")
+STEPS = 2  # the first makes the optimizer's state, and the second finds what the first left
 KINDS = {
     "fp32": {"use_ema": True, "max_grad_norm": 1e-3},
     "bf16_stochastic": {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "max_grad_norm": None},
@@ -39,6 +39,9 @@ WAYS = {  # what is saved with, and the kind of run
     "stepped_in_backward": ("fp32", {"step_in_backward": True}),
     "all_of_it": ("bf16_stochastic", {**HALF, "offload_activations": True, "step_in_backward": True}),
 }
+
+
+QUICK = ("attention_kept", "all_of_it")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def plain(start):
     return {kind: steps(start, **changes) for kind, changes in KINDS.items()}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_the_bits_of_the_plain_run(way, start, plain, monkeypatch):
     kind, changes = WAYS[way]
     monkeypatch.setattr(blocks, "LEAST_BYTES", 0)
@@ -136,7 +139,10 @@ def test_products_that_are_kept_are_computed_once(adapters, start, monkeypatch):
     assert once == ours_count < twice
 
 
-@pytest.mark.parametrize("recomputed", [False, True, "attention_kept", "products_kept"])
+@pytest.mark.parametrize(
+    "recomputed",
+    [True, *(pytest.param(how, marks=pytest.mark.slow) for how in (False, "attention_kept", "products_kept"))],
+)
 def test_swapped_blocks_give_the_bits_of_still_ones(recomputed, start, monkeypatch):
     family, made, *_ = start
     net = family.load(made.model.pretrained_model_name_or_path, encoders=False).net

@@ -103,6 +103,7 @@ def test_a_kind_that_the_mode_takes_no_control_of_is_refused(toy, data, tmp_path
         train(recipe(toy, data, tmp_path / "run", **SETTINGS | {"control_kind": "camera"}))
 
 
+@pytest.mark.slow
 def test_controls_of_reeltune_control_are_known_by_kind(toy, data, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(data, folder, ignore=shutil.ignore_patterns("control", "index"))

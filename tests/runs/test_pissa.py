@@ -35,6 +35,7 @@ KINDS = {
     "bf16": {"mixed_precision": "bf16"},
     "coarse": {"mixed_precision": "bf16", "base_weights": "int8", "gradient_checkpointing": True},
 }
+TRIED = [kind if kind == "bf16" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,14 @@ def first_losses(folder):
     return held_out["loss"], found.steps["loss"][0]
 
 
-@pytest.mark.parametrize("kind", ["plain", "bf16"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "bf16"])
 def test_step_0_is_the_bases_own_to_the_bit(kind, run):
     uniform = run(kind, lora_init="uniform", max_train_steps=1)  # whose B is zero
     assert first_losses(run(kind)) == first_losses(uniform)
     assert first_losses(run(kind))[0] != rows(run(kind), ("validation",))[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_coarse_base_is_nearer_than_the_whole(run):
     exact, _ = first_losses(run("bf16"))
     coarse, _ = first_losses(run("coarse", lora_init="uniform", max_train_steps=1))
@@ -78,7 +80,7 @@ def test_the_rest_of_a_coarse_base_is_nearer_than_the_whole(run):
     assert 0 < abs(rest - exact) < abs(coarse - exact)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRIED)
 def test_a_stopped_run_ends_in_the_same_bits(kind, model, data, run, tmp_path):
     settings = BASE | KINDS[kind] | {"lora_init": "pissa"}
     with StopAfter(4):
@@ -100,7 +102,7 @@ def test_training_leaves_the_base_its_bits(model, data, monkeypatch, tmp_path):
     assert all(torch.equal(trained[name], weight) for name, weight in weights.read(model).items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRIED)
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("dtype", ["as_stored", "bf16"])
 def test_every_dialect_applies_what_was_trained(kind, dialect, dtype, model, run, tmp_path):

@@ -69,6 +69,7 @@ def unread(monkeypatch) -> None:
     monkeypatch.setattr(weights, "_read", read_on_meta)
 
 
+@pytest.mark.slow
 def test_the_command_tells_all_and_draws_a_page(place, tmp_path, monkeypatch, capsys):
     unread(monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
@@ -130,6 +131,7 @@ def test_what_is_offered_fits_when_it_is_done(whole):
         assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
 
 
+@pytest.mark.slow
 def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path):
     own = {"pretrained_model_name_or_path": str(toy), "use_ema": False}
     both, apart, waits = (

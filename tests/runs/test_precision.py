@@ -59,6 +59,7 @@ def planned_parts(given):
     return load_parts(given, family, CPU, network=False, fake=FakeTensorMode(allow_non_fake_inputs=True))
 
 
+@pytest.mark.slow
 def test_one_estimator_tells_types_apart(run, wan):
     half = run("half", wan, mixed_precision="bf16")
     whole = run("whole", wan, mixed_precision="bf16", encoder_weights="fp32")
@@ -68,6 +69,7 @@ def test_one_estimator_tells_types_apart(run, wan):
     assert vaes[1] == 2 * vaes[0]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_cache_of_that_type_is_the_live_run(run, wan, tmp_path, capfd):
     asked = {"mixed_precision": "bf16", "encoder_weights": "fp32"}
     assert train(run("live", wan, **asked)) == 0

@@ -43,6 +43,7 @@ def test_a_change_of_low_rank_is_found_exactly(sides):
     assert torch.equal(factors(change_OI, 8, "a").U_OR, found.U_OR)  # no chance but that of the name
 
 
+@pytest.mark.slow
 def test_each_rank_is_measured_against_the_fine_tune(run, tmp_path):
     checkpoint = tmp_path.parent / run.output.output_dir / "checkpoint-6"
     first, left_out, *rows, verdict, written = measure_ranks(run, checkpoint, [1, 4, WIDTH], tmp_path / "out")

@@ -145,20 +145,25 @@ def test_the_number_of_workers_changes_nothing(workers, data, checkpoints, unbro
     assert_same_end(tmp_path / "run", unbroken("toy"))
 
 
+OF_A_STEP = (  # each changes what a step does, and not how a run goes on
+    {"use_ema": True, "ema_decay": 0.9},
+    {"use_came": True},
+    {"use_prodigy": True, "learning_rate": 1.0, "use_ema": True},
+    {"use_muon": True},
+    {"max_grad_norm": None, "step_in_backward": True, "use_adafactor": True},
+    {"mixed_precision": "bf16"},
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"trained_weights": "bf16_stochastic", "mixed_precision": "bf16"},
-        {"use_ema": True, "ema_decay": 0.9},
-        {"use_came": True},
-        {"use_prodigy": True, "learning_rate": 1.0, "use_ema": True},
-        {"use_muon": True},
         {"step_in_backward": True, "trained_weights": "bf16_stochastic", "mixed_precision": "bf16", "use_ema": True},
-        {"max_grad_norm": None, "step_in_backward": True, "use_adafactor": True},
         {"offload_activations": True, "gradient_checkpointing": True, "gradient_checkpointing_share": 0.5},
-        {"mixed_precision": "bf16"},
         {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
         {"uniform_sampling": True, "motion_sub_loss": True, "random_frame_crop": True},
+        *(pytest.param(changes, marks=pytest.mark.slow) for changes in OF_A_STEP),
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -238,6 +243,7 @@ def test_a_flipped_bit_is_noticed_in_weights_that_a_run_begins_with(given, check
         run(begun, checkpoints / "toy", data, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_said(checkpoints, data, tmp_path):
     own = tmp_path / "data"
     shutil.copytree(data, own)

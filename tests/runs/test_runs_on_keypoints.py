@@ -91,6 +91,7 @@ def test_batches_and_weights_are_those_of_clips_drawn_at_the_trained_size(posed,
     assert_same_end(tmp_path / "points", tmp_path / "clips", STEPS)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_the_live_run(posed, run, tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "wan", "control_t2v")
     assert train(run("live", model, data=posed)) == 0

@@ -84,6 +84,7 @@ def test_every_way_to_name_it_is_the_same_adapter(adapter_run, sample, tmp_path)
     assert len({told(path)["adapters"][0]["sha256"] for path in (*made[:3], wanted)}) == 1
 
 
+@pytest.mark.slow
 def test_a_clip_for_each_strength_and_a_picture_of_them(adapter_run, sample):
     checkpoint, base, whole = str(adapter_run / "checkpoint-4"), sample()[0], sample({"transformer_path": None})[0]
     *made, sheet = sample(adapters=[f"{checkpoint}:0.5"], strengths=[2.0, 0.0, 1.0], seeds=[7, 42])
@@ -134,6 +135,7 @@ def test_a_narrow_column_is_labelled_by_its_last_word(tmp_path):
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_what_the_clip_is_guided_away_from(sample):
     first, second, blank = (sample({"negative_prompt": text})[0] for text in ("grey", "red dogs", ""))
     assert len({path.read_bytes() for path in (first, second, blank)}) == 3
@@ -142,6 +144,7 @@ def test_a_negative_prompt_is_what_the_clip_is_guided_away_from(sample):
         sample({"guidance_scale": 1})
 
 
+@pytest.mark.slow
 def test_the_ways_in_which_a_base_is_held(adapter_run, sample):
     """In 8 bits, and in the CPU's memory: at strength 0 what the base makes so, and whole as elsewhere."""
     run = {"resume_from_checkpoint": str(adapter_run / "checkpoint-4")}

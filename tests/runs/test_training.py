@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import reeltune.training.loop as module
 from reeltune.checkpoint.folder import complete
-from reeltune.config.parse import dump
 from reeltune.config.recipe import Loss
 from reeltune.core.errors import UserError
 from reeltune.core.interrupt import Interrupt
@@ -25,7 +24,7 @@ from reeltune.sampling.sample import Setup
 from reeltune.training import loss as training_loss
 from reeltune.training.learner import Learner
 from reeltune.training.loop import train
-from tests.distributed.processes import end, environment, start
+from tests.distributed import processes
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import data_set, recipe
 
@@ -136,14 +135,11 @@ class fixed_noise:
 
 @pytest.mark.slow
 def test_two_processes_train_the_run_of_one(toy, data, tmp_path):
-    """Same global batch: sizes, noise and drops do not depend on how many processes share it."""
+    """Same global batch: sizes, noise and drops do not depend on how many processes share it.
+    tests/distributed/test_guides_parallel.py starts several by accelerate's own launcher."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert train(recipe(toy, data, alone, train_batch_size=4, held_out_share=0.0)) == 0
-    (tmp_path / "two.yaml").write_text(dump(recipe(toy, data, together, train_batch_size=2, held_out_share=0.0)))
-    launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes=2", "-m"]
-    command = [*launch, "reeltune", "train", tmp_path / "two.yaml"]
-    code, printed = end(start(command, env=environment(ACCELERATE_USE_CPU="true")))
-    assert code == 0, printed
+    processes.train([recipe(toy, data, together, train_batch_size=2, held_out_share=0.0)], 2, tmp_path / "told")
     for one, two in zip(steps(alone), steps(together), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
@@ -161,6 +157,7 @@ def test_only_what_the_pattern_names_moves(wan, data, tmp_path):
     assert all("blocks.0.self_attn" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     losses = []
     for on in (False, True, "attention_kept", "products_kept"):
@@ -170,6 +167,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers(wan, data, tmp_path):
     assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
+@pytest.mark.slow
 def test_a_chosen_attention_kernel_is_told_and_kept_by_a_resume(wan, data, tmp_path, capsys):
     settings = {"train_mode": "control", "checkpointing_steps": 1, "attention": "math", "gradient_checkpointing": True}
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))

@@ -50,7 +50,12 @@ def data(tmp_path_factory):
     return data_set(tmp_path_factory.mktemp("data"), clips=4, stills=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("T2V", "I2V")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_script_trains_its_models(case, data, tmp_path, measured_here):
     script, variant, flags, said = CASES[case]
     meta = "metadata_camera.json" if "camera" in flags else "metadata_control.json"

@@ -315,7 +315,7 @@ def hasty(monkeypatch, measured_here):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-QUICK = ("checkpoint", "cache", "metrics.jsonl")
+QUICK = ("checkpoint", "metrics.jsonl")
 
 
 @pytest.mark.parametrize(

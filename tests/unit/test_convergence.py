@@ -1,6 +1,7 @@
 """Weights in bf16, rounded by chance, learn what fp32 copies learn; rounded to the nearest they stand still."""
 
 import statistics
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from reeltune.optim import optimizers
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer
 
 STEPS, SEEDS, RATE = 300, range(5), 1e-4
+FEW = 2  # seeds of runs that differ by far
 CLIPS = 8
 OBJECTIVE = Flow(shift=3.0)
 
@@ -23,11 +25,17 @@ def normal(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def given(rows, seed, levels):
-    """(input of the network under bf16 autocast, what it should say) of some of eight smooth clips."""
+@cache
+def clips():
+    """Eight smooth ones, and a text for each."""
     basis = torch.linspace(-1, 1, 8)
-    clips = normal((CLIPS, 3, 2, 1, 1), 1) * basis[:, None] + normal((CLIPS, 3, 2, 1, 1), 2) * basis
-    x0, text, noise = clips[rows], normal((CLIPS, TEXT), 3)[rows], normal((len(rows), 3, 2, 8, 8), seed)
+    smooth = normal((CLIPS, 3, 2, 1, 1), 1) * basis[:, None] + normal((CLIPS, 3, 2, 1, 1), 2) * basis
+    return smooth, normal((CLIPS, TEXT), 3)
+
+
+def given(rows, seed, levels):
+    """(input of the network under bf16 autocast, what it should say) of some of the clips."""
+    x0, text, noise = *(each[rows] for each in clips()), normal((len(rows), 3, 2, 8, 8), seed)
     x = OBJECTIVE.corrupt(x0, noise, levels)
     return (x, OBJECTIVE.timestep(levels), text, x0), noise - x0
 
@@ -73,7 +81,7 @@ def test_within_the_band_of_fp32_where_plain_rounding_stalls(monkeypatch):
     torch.set_num_threads(1)
     found = {kind: [learned(kind, seed) for seed in SEEDS] for kind in ("fp32", "bf16_stochastic")}
     monkeypatch.setattr(optimizers, "round_by_chance", plainly)
-    found["bf16"] = [learned("bf16", seed) for seed in SEEDS]
+    found["bf16"] = [learned("bf16", seed) for seed in SEEDS[:FEW]]
     print(found)
     ends = {kind: [after for _, after in runs] for kind, runs in found.items()}
     gains = {kind: statistics.fmean(before - after for before, after in runs) for kind, runs in found.items()}

@@ -131,6 +131,7 @@ LEDGER = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_report_reads(tmp_path):
     preview = tmp_path / "previews/step-0/0.json"
     preview.parent.mkdir(parents=True)
@@ -277,7 +278,10 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "toy"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "wan_fun" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "toy"],
+)
 def test_configs(name, models, tmp_path):
     """Any JSON file of a checkpoint: found, and its network, encoders and tokenizers loaded."""
     folder = shutil.copytree(models[name], tmp_path / "model")

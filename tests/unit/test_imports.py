@@ -36,6 +36,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_run_imports_what_its_family_is_made_of_and_no_more(toy, tmp_path):
     wan = tiny_checkpoint(tmp_path / "model", "control_t2v")
     done = subprocess.run([sys.executable, "-c", PROGRAM, toy, wan], capture_output=True, text=True, check=True)

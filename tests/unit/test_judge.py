@@ -169,6 +169,7 @@ def test_a_pose_is_found_again_where_its_detector_found_it(tmp_path):
     assert asks.scores(Asked(draw, record, None), frames_FHWC[:, ::-1], 8.0)["oks"] < 0.9
 
 
+@pytest.mark.slow
 def test_a_walk_through_a_room_obeys_its_path_and_not_another(tmp_path):
     pytest.importorskip("pycolmap")
     centres, turns = room.walk(8)

@@ -138,6 +138,7 @@ def test_files_that_break_later_count_towards_max_bad_share():
     assert problem.startswith("5 of 10 entries") and "/data/1.mp4: no moov atom" in problem
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_per_row_beside_arrays(tmp_path):
     n = 50_000
     train = records(range(n))

@@ -50,6 +50,7 @@ def test_frame_patterns_of_the_reference(goldens):
                 assert patterns(kind, frames) == {tuple(pattern) for pattern in case[name].values()}
 
 
+@pytest.mark.slow
 @pytest.mark.golden("data/masks.json")
 def test_coverage_of_the_reference(goldens):
     for case in json.loads((goldens / "data/masks.json").read_text())["statistics"]:

@@ -174,6 +174,7 @@ def wait_computing(seconds):
         time.sleep(0.13)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_hangs_spins_or_dies_costs_one_file_and_a_busy_machine_none(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "_serve", serve_badly)
     monkeypatch.setattr(measuring, "STILL_SECONDS", 1.0)

@@ -84,6 +84,7 @@ def test_rules_are_told_at_once(folder):  # noqa: F811
     assert "train_data_dir is missing" in client.post("/recipe/verdict", data=filled({})).text
 
 
+@pytest.mark.slow
 def test_check_and_plan_say_what_the_commands_say(folder):  # noqa: F811
     client = client_of(folder)
     sent = {**filled(read(folder / "toy.yaml")), "plan.device": "1GB"}

@@ -44,6 +44,7 @@ def seen(draw):
     return draw.shape, draw.crop, draw.frames, draw.ref_frame, draw.variant_seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4])
 def test_every_draw_is_one_of_its_records_ways(seed):
     ways = [[seen(draw) for draw in plan().ways(record)] for record in range(len(records()))]

@@ -32,7 +32,6 @@ from reeltune.demo import checkpoint, untrained
 from reeltune.demo.clips import SIDE, write_data_set
 from reeltune.demo.tiny import wan
 from reeltune.families.wan_fun.sizes import CHANNELS_2_2
-from reeltune.reporting import report
 from reeltune.reporting.metrics import read_metrics
 from reeltune.training.loop import train
 
@@ -100,7 +99,7 @@ def told(shown: Shown, run_dir: Path, recipe: str) -> list[str]:
             f"{obeys['measure']} of previews: {obeys['score_start']:.2f} before, {obeys['score']:.2f} after training; "
             f"of the real clips {obeys['truth']:.2f}"
         )
-    then = f"open {report.write(run_dir)}"
+    then = f"open {run_dir / 'report.html'}"
     if recipe:
         then += (
             f"; then, with a real model: reeltune train recipes/{recipe} "

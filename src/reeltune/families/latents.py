@@ -15,7 +15,7 @@ from reeltune.core.types import Posterior
 
 def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The distribution times the VAE's scaling factor."""
-    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(next(vae.parameters()).dtype)).latent_dist
     scale = vae.config.scaling_factor
     return Posterior(latents.mean.float() * scale, latents.logvar.float() + 2 * math.log(scale))
 
@@ -23,7 +23,7 @@ def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
 @torch.no_grad()
 def decode_clip(vae: Any, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32, about [-1, 1]."""
-    z = (x0_BCThw.float() / vae.config.scaling_factor).to(vae.dtype)
+    z = (x0_BCThw.float() / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
     return vae.decode(z).sample.float().transpose(1, 2)
 
 

@@ -153,7 +153,7 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
 
 def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(vae.dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(next(vae.parameters()).dtype)).latent_dist
     mean, std = _statistics(vae, pixels_BFCHW.device)
     return Posterior((latents.mean.float() - mean) / std, latents.logvar.float())
 
@@ -230,5 +230,5 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32 in [-1, 1]."""
     with parts.borrow("vae") as vae:
         mean, std = _statistics(vae, x0_BCThw.device)
-        z = (x0_BCThw.float() * std + mean).to(vae.dtype)
+        z = (x0_BCThw.float() * std + mean).to(next(vae.parameters()).dtype)
         return vae.decode(z).sample.float().transpose(1, 2)
