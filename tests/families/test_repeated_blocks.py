@@ -25,6 +25,7 @@ SETTINGS = {
     "spread": {"gradient_checkpointing": "attention_kept", "gradient_checkpointing_share": 0.5},
     "elsewhere": {"offload_activations": True},
     "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
+    "dora": {"rank": 4, "use_dora": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
 SLOW = [
