@@ -284,7 +284,7 @@ def _plan(argv: Sequence[str]) -> int:
     options, recipe = found
 
     with lean_imports():
-        from reeltune.estimate.main import Machines
+        from reeltune.estimate.machines import Machines
         from reeltune.estimate.page import tell
     with _named_by_its_file(argv):
         tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)

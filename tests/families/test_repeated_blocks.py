@@ -26,6 +26,7 @@ SETTINGS = {
     "products": {"gradient_checkpointing": "products_kept", "rank": 4},
     "elsewhere": {"offload_activations": True},
     "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
+    "dora": {"rank": 4, "use_dora": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
 CASES = [

@@ -17,7 +17,8 @@ from reeltune.config.parse import build
 from reeltune.core.errors import UserError
 from reeltune.estimate import sharding
 from reeltune.estimate.check import check
-from reeltune.estimate.main import Machines, forecast
+from reeltune.estimate.machines import Machines
+from reeltune.estimate.main import forecast
 from reeltune.export.adapter import export_adapter
 from reeltune.export.main import export
 from reeltune.export.merge import export_merged

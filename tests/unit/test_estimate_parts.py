@@ -200,16 +200,20 @@ def run_folder(folder, seconds, processes=2):
 def test_throughput_of_an_earlier_run_and_its_error(tmp_path):
     """400 tokens in 4 samples are two micro-steps of two; 6 FLOPs a token, over two processes."""
     batch_flops = throughput.curve([100], [1200])
-    even = throughput.measured(run_folder(tmp_path, [9, 9, 2, 2, 2, 2]), batch_flops, 2)
+
+    def measured(seconds):
+        return throughput.measured(throughput.timed_steps(run_folder(tmp_path, seconds)), batch_flops, 2)
+
+    even = measured([9, 9, 2, 2, 2, 2])
     assert (even.low, even.high) == pytest.approx((600, 600))
-    uneven = throughput.measured(run_folder(tmp_path, [9, 9, 1, 3, 1, 3]), batch_flops, 2)
+    uneven = measured([9, 9, 1, 3, 1, 3])
     error = 1.96 * np.std([1, 3, 1, 3], ddof=1) / 2 / 2
     assert (uneven.low, uneven.high) == pytest.approx((600 * max(1 - error, 0.01), 600 * (1 + error)))
     assert throughput.seconds(6000, uneven, 1)[0] == pytest.approx(6000 / uneven.high)
     with pytest.raises(UserError, match="1 timed steps"):
-        throughput.measured(run_folder(tmp_path, [9, 9, 1]), batch_flops, 2)
+        throughput.timed_steps(run_folder(tmp_path, [9, 9, 1]))
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        throughput.measured(tmp_path / "none", batch_flops, 2)
+        throughput.timed_steps(tmp_path / "none")
 
 
 # ---- verdict

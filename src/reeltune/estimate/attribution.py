@@ -1,45 +1,44 @@
-"""To which part of a step each tensor belongs."""
+"""To which part of a step each tensor belongs. What belongs to a weight is there as often as the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
+from reeltune.estimate.repeated_blocks import Stand
 from reeltune.memory import blocks
 from reeltune.training.learner import Learner
 
-Times = Callable[[Tensor], int]  # weight -> for how many it stands; what belongs to it is there as often
 
-
-def own_network(tracker: Tracker, learner: Learner, times: Times) -> None:
-    """Its weights, and their moving average."""
-    learning = {id(parameter) for parameter in learner.learning}
-    for tensor in weights_of(learner.plain):
-        tracker.own([tensor], "weights" if id(tensor) in learning else "still", times(tensor))
+def own_network(tracker: Tracker, learner: Learner, stands: Sequence[Stand]) -> None:
+    """Its weights, those of `stands` as often as they stand for, and their moving average."""
+    times = {id(weight): stand.times for stand in stands for weight in weights_of(stand.block)}
+    for weight in weights_of(learner.plain):
+        tracker.own([weight], "weights" if weight.requires_grad else "still", times.get(id(weight), 1))
     for block in learner.network.swapped:
         tracker.own(blocks.waiting(block), ELSEWHERE)
     if learner.average is not None:
         for name, average in learner.average.weights.items():
-            tracker.own([average], "average", times(learner.average.trained[name]))
+            tracker.own([average], "average", tracker.block_of(learner.average.trained[name]).times)
 
 
-def own_state(tracker: Tracker, learner: Learner, times: Times) -> None:
+def own_state(tracker: Tracker, learner: Learner) -> None:
     states = learner.optimizer.state_dict()
     for i, state in states.get("optimizer", states)["state"].items():
-        tracker.own(tensors_in(state), "optimizer", times(learner.learning[i]))
+        tracker.own(tensors_in(state), "optimizer", tracker.block_of(learner.learning[i]).times)
 
 
 @contextmanager
-def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times: Times) -> Iterator[None]:
+def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within, each gradient as soon as a backward pass has made it."""
 
     def arrived(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        tracker.own([parameter.grad], "gradients", times(parameter))
+        tracker.own([parameter.grad], "gradients", tracker.block_of(parameter).times)
 
     hooks = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
     yield
@@ -47,11 +46,11 @@ def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter], times:
         hook.remove()
 
 
-def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker, times: Times) -> None:
+def give_gradients(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> None:
     """As a backward pass would have left them."""
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-        tracker.own([parameter.grad], "gradients", times(parameter))
+        tracker.own([parameter.grad], "gradients", tracker.block_of(parameter).times)
 
 
 def offload_activations(net: nn.Module, tracker: Tracker) -> None:
@@ -63,6 +62,6 @@ def offload_activations(net: nn.Module, tracker: Tracker) -> None:
         return copy
 
     def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-        return tensor.clone() if tracker.part_of(tensor) == HOST else tensor
+        return tensor.clone() if tracker.block_of(tensor).part == HOST else tensor
 
     blocks.offload_activations(net, to_host=to_host, to_device=to_device)

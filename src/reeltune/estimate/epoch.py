@@ -60,7 +60,8 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
     group = record.shape[1]
     tokens = np.array([rules.geometry.tokens(shape) for shape in shapes])
     micro_steps = np.bincount(which, minlength=len(shapes))
-    covered_s = footage_s(records, rules, shapes, which, record)
+    shape_S13 = np.array(shapes)[which][:, None]
+    covered_s, lost = footage_s(records, rules, shape_S13, record), picture_lost(records, rules, shape_S13, record)
 
     def bucket(i: int) -> Bucket:
         seconds, count = covered_s[which == i], int(micro_steps[i])
@@ -69,7 +70,6 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
     per_micro = tokens[which] * group
     whole = len(per_micro) - len(per_micro) % accumulate or len(per_micro)
     per_step = np.add.reduceat(per_micro[:whole], np.arange(0, whole, accumulate))
-    lost = picture_lost(records, rules, shapes, which, record)
     return DataForecast(
         buckets=sorted(map(bucket, np.flatnonzero(micro_steps).tolist()), key=lambda bucket: -bucket.tokens),
         samples=record.size,
@@ -81,23 +81,18 @@ def forecast_data(plan: Plan, records: Measures, rules: SizeRules, *, accumulate
     )
 
 
-def picture_lost(
-    records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray
-) -> np.ndarray:
-    """float[steps, group]: share of each sample's picture that is cut off; fix_sample_size stretches instead."""
+def picture_lost(records: Measures, rules: SizeRules, shape_S13: np.ndarray, record_SG: np.ndarray) -> np.ndarray:
+    """float_SG: share of the picture of each sample of each step that is cut off; fix_sample_size stretches instead."""
     if rules.fix_sample_size is not None:
-        return np.zeros(record.shape)
-    wanted = np.array([shape.width / shape.height for shape in shapes])[which][:, None]
-    ratio = np.divide(records.width, records.height)[record] / wanted
+        return np.zeros(record_SG.shape)
+    wanted = shape_S13[..., 2] / shape_S13[..., 1]
+    ratio = np.divide(records.width, records.height)[record_SG] / wanted
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
-def footage_s(
-    records: Measures, rules: SizeRules, shapes: list[Shape], which: np.ndarray, record: np.ndarray
-) -> np.ndarray:
-    """float[steps, group]: seconds of each sample from the first frame taken to the end of the last."""
-    frames = np.array([shape.frames for shape in shapes])[which][:, None]
-    fps = np.asarray(records.fps, dtype=np.float64)[record]
-    span = np.floor((frames - 1) * sampled_step(rules, fps) + ROUNDING) + 1
-    moving = np.asarray(records.kind_video)[record] & (fps > 0)
+def footage_s(records: Measures, rules: SizeRules, shape_S13: np.ndarray, record_SG: np.ndarray) -> np.ndarray:
+    """float_SG: seconds of each sample of each step from the first frame taken to the end of the last."""
+    fps = np.asarray(records.fps, dtype=np.float64)[record_SG]
+    span = np.floor((shape_S13[..., 0] - 1) * sampled_step(rules, fps) + ROUNDING) + 1
+    moving = np.asarray(records.kind_video)[record_SG] & (fps > 0)
     return np.divide(span, fps, out=np.zeros(span.shape), where=moving)

@@ -15,7 +15,7 @@ from reeltune.core.types import Draw
 from reeltune.estimate.fake_batch import empty_batch
 from reeltune.estimate.fake_step import training_step
 from reeltune.estimate.frozen_networks import Encoding, decode, encode
-from reeltune.estimate.memory_tracker import Work
+from reeltune.estimate.memory_tracker import Work, fuller
 from reeltune.estimate.result import PHASES, StepEstimate
 from reeltune.families.spec import learning
 from reeltune.run.experts import of_expert
@@ -90,14 +90,14 @@ def together(recipe: Recipe, step: StepEstimate, encoding: Encoding, decoding: W
 
     In each phase there is what later steps find: the optimizer's state, and under accumulation all gradients.
     """
-    beside = step.resident | {part: encoding.work.left[part] for part in ("batch", "frozen")}
+    beside = step.resident | encoding.left
     peaks = {phase: step.peaks[phase] | beside for phase in PHASES if phase in step.peaks}
     flops = dict(step.flops)
     if recipe.cache.cache_folder is None:
         peaks = {"encode": step.resident | encoding.work.peak, **peaks}
         flops["encode"] = encoding.work.flops
     if decoding is not None:
-        peaks["preview"] = max(peaks["preview"], beside | decoding.peak, key=lambda parts: sum(parts.values()))
+        peaks["preview"] = fuller(peaks["preview"], beside | decoding.peak)
         flops["preview"] += decoding.flops
     if recipe.training.gradient_accumulation_steps > 1:
         for phase in peaks.keys() & {"encode", "forward", "backward"}:

@@ -21,13 +21,14 @@ from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
+from reeltune.estimate.repeated_blocks import Stand
 from reeltune.estimate.result import StepEstimate
 from reeltune.families.spec import Family, Parts
 from reeltune.memory import attention
 from reeltune.memory.blocks import blocks_of, can_wait, waiting
 from reeltune.memory.size import size_bytes
 from reeltune.sampling.sample import Setup, at_rest
-from reeltune.training.learner import with_optimizer
+from reeltune.training.learner import Learner, with_optimizer
 from reeltune.training.loss import training_loss
 from reeltune.training.trained_network import TrainedNetwork, prepare_network
 
@@ -48,90 +49,79 @@ def training_step(
 
     Raises UserError as a run does that prepares it.
     """
+    asked, inside, encoded = recipe.training.mixed_precision, recipe.memory.step_in_backward, encoding.encoded
+    engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
+    tracker = Tracker(fake)
+
+    def step(count: int) -> None:
+        learner.step(count, recipe.optimization.learning_rate)
+        attribution.own_state(tracker, learner)
+
     with first_of(recipe.parallel.context_parallel) as mesh:
-        learner = FakeLearner(recipe, setup.family, network, fake, mesh)
-        tracker = learner.tracker
-        tracker.own([*encoding.encoded.tensors().values(), *encoding.null.values()], ELSEWHERE)
+        learner, stands, counts = prepare(recipe, setup.family, network, engine, mesh, fake)
+        if recipe.memory.offload_activations:
+            attribution.offload_activations(learner.plain, tracker)
+        attribution.own_network(tracker, learner, stands)
+        tracker.own([*encoded.tensors().values(), *encoding.null.values()], ELSEWHERE)
         setup = replace(
             setup,
-            parts=replace(learner.parts, null=encoding.null),
+            parts=replace(network, net=learner.plain, null=encoding.null),
             objective=copy(setup.objective),  # which makes its tables anew
-            autocast=learner.engine.autocast,
+            autocast=engine.autocast,
         )
-        with tracker, repeated_blocks.counted(learner.stands, tracker):
-            kept = learner.forward_backward(setup, encoding.encoded, draws)
-            if not recipe.memory.step_in_backward:
-                learner.optimizer_step()
+        loss_of = partial(training_loss, setup, learner.net, encoded, draws, recipe.loss)
+        with tracker, repeated_blocks.counted(stands, tracker):
+            if inside:  # its state is made weight by weight, and is there in later steps
+                learner.backward(loss_of().value, last=True)
+                step(0)
+            with tracker.phase("forward"):
+                loss = loss_of()
+            tracker.own(tensors_in(vars(setup.objective)), ELSEWHERE)  # its tables, made once
+            saved, offloaded = tracker.live["forward"] + tracker.live["casts"], tracker.live[HOST]
+            tracker.rename("forward", "activations")
+            with tracker.phase("backward"), attribution.gradients_owned(tracker, learner.learning):
+                learner.backward(loss.value / recipe.training.gradient_accumulation_steps, last=True)
+            gradients = tracker.live["gradients"]
+            if not inside:  # the first step makes the state; the second, of as many gradients, is counted
+                del loss
+                reached = [weight for weight in learner.learning if weight.grad is not None]
+                step(0)
+                attribution.give_gradients(tracker, reached)
+            with tracker.phase("step"):
+                step(1)
+            if inside:
+                tracker.flops["backward"] = tracker.flops.pop("step")
             if preview:
                 with tracker.phase("preview"):
-                    denoise(learner.plain, setup, encoding.encoded)
+                    denoise(learner.plain, setup, encoded)
     return StepEstimate(
         peaks=tracker.peaks,
         flops=dict(tracker.flops),
         resident={part: tracker.live[part] for part in RESIDENT},
-        number_bytes=learner.engine.dtype.itemsize,
-        **kept,
-        **learner.counts,
+        number_bytes=engine.dtype.itemsize,
+        saved_bytes=saved,
+        offloaded_bytes=offloaded,
+        gradient_bytes=gradients,
+        **counts,
     )
 
 
-class FakeLearner:
-    """What learns, and the count of all that it does.
+def prepare(
+    recipe: Recipe, family: Family, network: Parts, engine: Engine, mesh: DeviceMesh | None, fake: FakeTensorMode
+) -> tuple[Learner, list[Stand], dict[str, Any]]:
+    """(what learns, in a copy of the network with few of its equal blocks; which of them stand for more; as counts_of).
 
-    network: of which a copy is used, with few of its equal blocks (repeated_blocks.py). mesh: as of `first_of`.
+    mesh: as of `first_of`.
     """
-
-    def __init__(self, recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode, mesh: DeviceMesh | None):
-        asked, training = recipe.training.mixed_precision, recipe.training
-        self.engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
-        self.recipe, self.tracker = recipe, Tracker(fake)
-        self.parts = replace(network, net=fresh(network.net))
-        if mesh is not None and family.split is not None:
-            family.split(self.parts.net, mesh)
-        prepared = prepare_network(family, self.parts, self.engine, as_here(recipe))
-        self.plain, self.counts = prepared.plain, counts_of(prepared, self.engine.dtype.itemsize)
-        self.stands = repeated_blocks.shorten(self.plain, family.blocks, swapped=bool(prepared.swapped))
-        self.times = repeated_blocks.times_of(self.stands)
-        if recipe.memory.offload_activations:
-            attribution.offload_activations(self.plain, self.tracker)
-        batch, accumulate = training.train_batch_size, training.gradient_accumulation_steps
-        prepared = as_counted(prepared, fake)
-        self.learner = with_optimizer(prepared, recipe, self.engine, batch=batch, accumulate=accumulate)
-        attribution.own_network(self.tracker, self.learner, self.times)
-
-    def forward_backward(self, setup: Setup, encoded: Encoded, draws: Sequence[Draw]) -> dict[str, int]:
-        """Fields of StepEstimate: what the forward pass keeps, and the gradients."""
-        tracker, learner, recipe = self.tracker, self.learner, self.recipe
-        loss_of = partial(training_loss, setup, learner.net, encoded, draws, recipe.loss)
-        inside = recipe.memory.step_in_backward
-        if inside:  # its state is made weight by weight, and is there in later steps
-            learner.backward(loss_of().value, last=True)
-            self.step(0)
-        with tracker.phase("forward"):
-            loss = loss_of()
-        tracker.own(tensors_in(vars(setup.objective)), ELSEWHERE)  # its tables, made once
-        kept = {"saved_bytes": tracker.live["forward"] + tracker.live["casts"], "offloaded_bytes": tracker.live[HOST]}
-        tracker.rename("forward", "activations")
-        with tracker.phase("backward"), attribution.gradients_owned(tracker, learner.learning, self.times):
-            learner.backward(loss.value / recipe.training.gradient_accumulation_steps, last=True)
-        kept["gradient_bytes"] = tracker.live["gradients"]
-        if inside:
-            with tracker.phase("step"):
-                self.step(1)
-            tracker.flops["backward"] = tracker.flops.pop("step")
-        return kept
-
-    def optimizer_step(self) -> None:
-        """Of the gradients that there are, which makes the state; and of as many once more, which is counted."""
-        reached = [weight for weight in self.plain.parameters() if weight.grad is not None]
-        self.step(0)
-        attribution.give_gradients(reached, self.tracker, self.times)
-        with self.tracker.phase("step"):
-            self.step(1)
-
-    def step(self, count: int) -> None:
-        self.learner.step(count, self.recipe.optimization.learning_rate)
-        attribution.own_state(self.tracker, self.learner, self.times)
+    parts, training = replace(network, net=fresh(network.net)), recipe.training
+    if mesh is not None and family.split is not None:
+        family.split(parts.net, mesh)
+    prepared = prepare_network(family, parts, engine, as_here(recipe))
+    counts = counts_of(prepared, engine.dtype.itemsize)
+    stands = repeated_blocks.shorten(prepared.plain, family.blocks, swapped=bool(prepared.swapped))
+    batch, accumulate = training.train_batch_size, training.gradient_accumulation_steps
+    learner = with_optimizer(as_counted(prepared, fake), recipe, engine, batch=batch, accumulate=accumulate)
+    return learner, stands, counts
 
 
 def as_here(recipe: Recipe) -> Recipe:

@@ -33,7 +33,8 @@ class Visiting(Parts):
 
 @dataclass(frozen=True)
 class Encoding:
-    work: Work  # left: "batch", which is `encoded` and `null`; "frozen", where frozen networks do not only visit
+    work: Work
+    left: dict[str, int]  # bytes afterwards: "batch", which is `encoded` and `null`; "frozen", unless they only visit
     encoded: Encoded
     null: dict[str, Tensor]
     clip_bytes: int  # of latents and conditions of one clip
@@ -41,41 +42,38 @@ class Encoding:
 
 
 def encode(setup: Setup, batch: Batch, fake: FakeTensorMode) -> Encoding:
-    tracker = Tracker(fake)
-    setup = _tracked(setup, tracker)
+    tracker, parts = Tracker(fake), setup.parts
     tracker.own(tensors_in(vars(batch)), ELSEWHERE)  # in the host's memory until Batch.to
-    tracker.own(setup.parts.null.values(), "batch")
-    with tracker, tracker.phase("encode"), counted_once(setup.parts.frozen.get("vae"), tracker):
-        encoded = setup.encode(batch)
+    tracker.own(parts.null.values(), "batch")
+    with frozen_counted(setup, tracker, "encode") as counted:
+        encoded = counted.encode(batch)
     tensors = encoded.tensors()
     tracker.own(tensors.values(), "batch")
     made = [tensor for name, tensor in tensors.items() if name.startswith(("x0", "cond"))]
     return Encoding(
         work=tracker.work("encode"),
+        left={part: tracker.live[part] for part in ("batch", "frozen")},
         encoded=encoded,
-        null=setup.parts.null,
+        null=parts.null,
         clip_bytes=size_bytes(made) // len(batch.draws),
-        weight_bytes={name: size_bytes(weights_of(network)) for name, network in setup.parts.frozen.items()},
+        weight_bytes={name: size_bytes(weights_of(network)) for name, network in parts.frozen.items()},
     )
 
 
 def decode(setup: Setup, x0_BCThw: Tensor, fake: FakeTensorMode) -> Work:
     """Of one clip's latents, shaped as these."""
     tracker = Tracker(fake)
-    setup = _tracked(setup, tracker)
-    with (
-        tracker,
-        tracker.phase("preview"),
-        torch.no_grad(),
-        counted_once(setup.parts.frozen.get("vae"), tracker),
-    ):
-        setup.family.decode(setup.parts, torch.empty_like(x0_BCThw[:1], dtype=torch.float32))
+    with frozen_counted(setup, tracker, "preview") as counted, torch.no_grad():
+        counted.family.decode(counted.parts, torch.empty_like(x0_BCThw[:1], dtype=torch.float32))
     return tracker.work("preview")
 
 
-def _tracked(setup: Setup, tracker: Tracker) -> Setup:
-    """The same, its frozen networks known to the tracker. A Setup of its own, which remembers no captions yet."""
+@contextmanager
+def frozen_counted(setup: Setup, tracker: Tracker, phase: str) -> Iterator[Setup]:
+    """The same, whose frozen networks' work the tracker counts in that phase. A Setup of its own, which remembers no
+    captions yet."""
     parts = setup.parts
     for network in parts.frozen.values():
         tracker.own(weights_of(network), ELSEWHERE if parts.low_vram else "frozen")
-    return replace(setup, parts=Visiting(**vars(parts), tracker=tracker) if parts.low_vram else parts)
+    with tracker, tracker.phase(phase), counted_once(parts.frozen.get("vae"), tracker):
+        yield replace(setup, parts=Visiting(**vars(parts), tracker=tracker) if parts.low_vram else parts)

@@ -24,7 +24,6 @@ AWAY = (ELSEWHERE, HOST)
 WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is told apart, as "casts"
 FACTORIES = ("::empty", "::zeros", "::full", "::rand", "::randn", "::randint")
 VALUED = 2**20  # numbers; tensors made of nothing of more than that are noise or room, and nobody looks at them
-NOTHING = Counter[str]()
 aten = torch.ops.aten
 T = TypeVar("T")
 FLOPS = {  # torch's own table leaves the CPU's kernel out, which begins with the same arguments as the GPU's
@@ -38,18 +37,9 @@ FLOPS = {  # torch's own table leaves the CPU's kernel out, which begins with th
 
 @dataclass(frozen=True)
 class Work:
-    """What ran in a phase."""
+    """What ran in a phase, or in a part of one."""
 
-    peak: dict[str, int]  # part -> bytes at the fullest moment
-    flops: int
-    left: Counter[str]  # part -> bytes afterwards
-
-
-@dataclass(frozen=True)
-class Rise:
-    """What a part of a phase takes beside what was there before it."""
-
-    peak: Counter[str]  # part -> bytes more at its fullest moment
+    peak: Counter[str]  # part -> bytes at its fullest moment; in a part of a phase, beside what was there before it
     flops: int
 
 
@@ -70,11 +60,9 @@ class Tracker(TorchDispatchMode):
         self.peaks: dict[str, dict[str, int]] = {}
         self.flops: Counter[str] = Counter()
         self._phase = ""
-        self._known: dict[int, _Block] = {}  # by the storage's id
-        self._total = 0  # of `live`, but AWAY
-        self._fullest: Counter[str] = Counter()  # phase -> most that it was
+        self._known: dict[int, Block] = {}  # by the storage's id
         self._times, self._seen = 1, True
-        self._made: list[_Block] = []  # while it stands for more
+        self._made: list[Block] = []  # while it stands for more
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -88,14 +76,14 @@ class Tracker(TorchDispatchMode):
             self._phase = before
 
     def work(self, phase: str) -> Work:
-        """What has run in it, and what is there now."""
-        return Work(self.peaks[phase], self.flops[phase], self.live.copy())
+        """What has run in it."""
+        return Work(Counter(self.peaks[phase]), self.flops[phase])
 
     def own(self, tensors: Iterable[Tensor], part: str, times: int = 1) -> None:
         """These are `part` from now on, whoever made them, and stand for so many such. ELSEWHERE: they are not on the
         device."""
         for tensor in tensors:
-            block = self._block(tensor)
+            block = self.block_of(tensor)
             self._count(block, part, max(block.times, times))
         self._look()
 
@@ -111,30 +99,25 @@ class Tracker(TorchDispatchMode):
         self._made.clear()
         self._look()
 
-    def rise(self, run: Callable[[], T]) -> tuple[T, Rise]:
+    def rise(self, run: Callable[[], T]) -> tuple[T, Work]:
         """What it returns, and what it takes."""
-        phase, before, flops = self._phase, self.live.copy(), self.flops[self._phase]
-        earlier, self._fullest[phase] = (self._fullest[phase], self.peaks[phase]), self._total
-        self.peaks[phase] = on_device(before)
+        phase, before, flops = self._phase, on_device(self.live), self.flops[self._phase]
+        earlier, self.peaks[phase] = self.peaks[phase], before
         out = run()
         peak = Counter(self.peaks[phase])
-        peak.subtract(on_device(before))
-        if self._fullest[phase] <= earlier[0]:
-            self._fullest[phase], self.peaks[phase] = earlier
-        return out, Rise(peak, self.flops[phase] - flops)
+        peak.subtract(before)
+        self.peaks[phase] = fuller(earlier, self.peaks[phase])
+        return out, Work(peak, self.flops[phase] - flops)
 
-    def again(self, rise: Rise, make: Callable[[], T]) -> T:
+    def again(self, work: Work, make: Callable[[], T]) -> T:
         """Counts it once more. make: of fake tensors, what it left."""
-        self.flops[self._phase] += rise.flops
-        self._look(rise.peak)
+        self.flops[self._phase] += work.flops
+        self._look(work.peak)
         self._seen = False  # what it left is there beside what it took the place of
         with self.fake:
             made = make()
         self._seen = True
         return made
-
-    def part_of(self, tensor: Tensor) -> str:
-        return self._block(tensor).part
 
     def rename(self, old: str, new: str) -> None:
         """All that is still there of one part belongs to the other."""
@@ -150,8 +133,8 @@ class Tracker(TorchDispatchMode):
         out = self._run(func, types, args, kwargs)
         for tensor in tensors_in(out):
             if tensor.layout is torch.strided:
-                self._block(tensor)
-        if func is aten._to_copy.default and self._block(args[0]).part in WEIGHTS:
+                self.block_of(tensor)
+        if func is aten._to_copy.default and self.block_of(args[0]).part in WEIGHTS:
             self.own([out], "casts")
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
@@ -169,39 +152,33 @@ class Tracker(TorchDispatchMode):
             out = func(*args, **kwargs)
         return out if out.numel() > VALUED else func(*args, **kwargs)
 
-    def _block(self, tensor: Tensor) -> _Block:
+    def block_of(self, tensor: Tensor) -> Block:
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._known:
             size_bytes = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
-            block = _Block(weakref.ref(storage, lambda _: self._gone(key)), self._phase, size_bytes)
+            block = Block(weakref.ref(storage, lambda _: self._gone(key)), self._phase, size_bytes)
             self._known[key] = block
             if self._times > 1 and self._seen:
                 self._made.append(block)
-            self._add(self._phase, size_bytes)
+            self.live[self._phase] += size_bytes
             self._look()
         return self._known[key]
 
     def _gone(self, key: int) -> None:
         block = self._known.pop(key)
-        self._add(block.part, -block.size_bytes)
+        self.live[block.part] -= block.size_bytes
 
-    def _count(self, block: _Block, part: str, times: int) -> None:
-        self._add(block.part, -block.size_bytes)
+    def _count(self, block: Block, part: str, times: int) -> None:
+        self.live[block.part] -= block.size_bytes
         block.part, block.times = part, times
-        self._add(part, block.size_bytes)
+        self.live[part] += block.size_bytes
 
-    def _add(self, part: str, size_bytes: int) -> None:
-        self.live[part] += size_bytes
-        if part not in AWAY:
-            self._total += size_bytes
-
-    def _look(self, rise: Counter[str] = NOTHING) -> None:
-        """Keeps this moment if it is the fullest of its phase. rise: what is there beside."""
-        total = self._total + rise.total()
-        if self._phase and self._seen and total > self._fullest[self._phase]:
-            self._fullest[self._phase] = total
-            self.peaks[self._phase] = on_device(self.live + rise)
+    def _look(self, beside: Counter[str] | None = None) -> None:
+        """Keeps this moment if it is the fullest of its phase. beside: what is there, too."""
+        if self._phase and self._seen:
+            now = on_device(self.live if beside is None else self.live + beside)
+            self.peaks[self._phase] = fuller(self.peaks[self._phase], now)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -213,13 +190,18 @@ def weights_of(net: nn.Module, *, recurse: bool = True) -> list[Tensor]:
     return [*net.parameters(recurse), *net.buffers(recurse)]
 
 
+def fuller(*moments: dict[str, int]) -> dict[str, int]:
+    """The first of those that take most, each as part -> bytes."""
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
 def on_device(live: Counter[str]) -> dict[str, int]:
     """Bytes of its parts."""
     return {part: count for part, count in live.items() if count and part not in AWAY}
 
 
 @dataclass
-class _Block:
+class Block:
     """One storage."""
 
     reference: weakref.ref

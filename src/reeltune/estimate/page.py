@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from reeltune.config.recipe import Recipe
-from reeltune.estimate import throughput
-from reeltune.estimate.main import Forecast, Machines, forecast
+from reeltune.estimate.machines import Machines
+from reeltune.estimate.main import Forecast, forecast
 from reeltune.estimate.remedies import MARGIN
 from reeltune.estimate.result import PARTS, PHASES
 from reeltune.estimate.sharding import ENGINES
+from reeltune.estimate.throughput import seconds
 from reeltune.estimate.turns import Changes
 from reeltune.reporting import charts, report
 from reeltune.run.precision import slow_bf16
@@ -43,11 +44,11 @@ def tables(plan: Forecast) -> list[Table]:
 
 def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
     """(the answer, its reason, its tone: a key of TONES)"""
-    verdict, machines = plan.verdict, plan.planned.machines
+    verdict, machines = plan.verdict, plan.machines
     where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
-    frames, height, width = plan.largest
+    batch, (frames, height, width) = len(plan.draws), plan.draws[0].shape
     needs = (
-        f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({plan.batch} x {frames} frames of "
+        f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({batch} x {frames} frames of "
         f"{width} x {height}), which takes {size(verdict.need_bytes)} of {size(verdict.have_bytes)} on {where}"
     )
     if verdict.safe:
@@ -71,7 +72,7 @@ def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
 
 
 def data_table(plan: Forecast) -> Table:
-    data, inputs, ways = plan.data, plan.planned.inputs, plan.planned.recipe.cache.cache_variants
+    data, inputs, ways = plan.data, plan.inputs, plan.recipe.cache.cache_variants
     mean, high, most = data.step_tokens
     rows = [
         (
@@ -127,7 +128,7 @@ def memory_table(plan: Forecast) -> Table:
     ]
     rows.append(("together", *(size(sum(plan.peaks[phase].values())) for phase in phases)))
     kept = ", ".join(f"{size(count)} {words}" for words, count in plan.kept_bytes.items())
-    engine = plan.planned.engine
+    engine = plan.engine
     how = "" if engine in ("one", "ddp") else ", sharded by arithmetic"
     note = f"{ENGINES[engine].words}{how}. Activations kept for the backward pass: {kept}."
     return Table("Memory of each device at its fullest, by phase", ("", *(PHASES[p] for p in phases)), rows, 1, note)
@@ -140,22 +141,23 @@ def other_memory(plan: Forecast) -> Table:
 
 
 def time_table(plan: Forecast) -> Table:
-    whole = sum(plan.step_flops.values())
+    step_flops = plan.step_flops
+    whole = sum(step_flops.values())
     rows = [
         (f"{PHASES[phase]} of a mean micro-step", f"{rounded(flops / 1e12)} TFLOP", f"{flops / whole:.0%}")
-        for phase, flops in plan.step_flops.items()
+        for phase, flops in step_flops.items()
     ]
     rows.append((f"all {plan.steps:,} steps", f"{rounded(plan.run_flops / 1e15)} PFLOP", ""))
     note = "No throughput is known for this device: give --throughput or --measured for the time."
-    if plan.throughput is not None:
-        least, most = throughput.seconds(plan.run_flops, plan.throughput, plan.planned.machines.gpus)
+    if (throughput := plan.throughput) is not None:
+        least, most = seconds(plan.run_flops, throughput, plan.machines.gpus)
         time = span(least) if most < 1.01 * least else f"{span(least)} to {span(most)}"
         rows.append(("time for them", time, ""))
-        rates = (plan.throughput.low, plan.throughput.high)
+        rates = (throughput.low, throughput.high)
         rate = " to ".join(dict.fromkeys(rounded(flops_per_s / 1e12) for flops_per_s in rates))
-        note = f"At {rate} TFLOP/s of each device: {plan.throughput.source}."
-    if plan.expert_changes is not None:
-        rows += expert_rows(plan.expert_changes)
+        note = f"At {rate} TFLOP/s of each device: {throughput.source}."
+    if (changes := plan.expert_changes) is not None:
+        rows += expert_rows(changes)
     return Table("Time", ("", "", ""), rows, 1, note)
 
 
@@ -187,7 +189,7 @@ def span(seconds: float) -> str:
 
 
 def show(plan: Forecast, console: Console) -> None:
-    console.print(f"[bold]{plan.planned.estimator.family.name}[/], train_mode {plan.planned.estimator.mode}")
+    console.print(f"[bold]{plan.estimator.family.name}[/], train_mode {plan.estimator.mode}")
     for table in tables(plan):
         console.print()
         console.print(_drawn(table))
@@ -229,8 +231,8 @@ def write_page(plan: Forecast, path: Path) -> Path:
     answer, reason, tone = verdict_lines(plan)
     template = report.environment().get_template("estimate/plan.html")
     page = template.render(
-        planned=plan.planned,
-        engine=ENGINES[plan.planned.engine].words,
+        plan=plan,
+        engine=ENGINES[plan.engine].words,
         tone=tone,
         answer=answer,
         reason=reason,

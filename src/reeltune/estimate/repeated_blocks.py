@@ -9,10 +9,10 @@ pass may be the fullest, as the next one's weights come meanwhile; so one more i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -56,32 +56,18 @@ def _cut(blocks: nn.ModuleList, classes: tuple[str, ...], ends: int) -> Iterator
 
 
 def _outline(block: nn.Module) -> list:
-    """Blocks of which this is the same do the same."""
+    """Blocks of which this is the same do the same. What is around a module's forward pass, from without, is told by
+    its words alone: that it recomputes, visits the device, or has a kernel chosen."""
     return [
         (
             name,
             type(module).__name__,
-            _wrapped(module),
+            re.sub(" at 0x[0-9a-f]+", "", repr(vars(module).get("forward"))),
             sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float | str)),
             [(weight.shape, weight.dtype, weight.requires_grad) for weight in weights_of(module, recurse=False)],
         )
         for name, module in block.named_modules()
     ]
-
-
-def _wrapped(module: nn.Module) -> list[str]:
-    """What is around its forward pass, from without: that it recomputes, visits the device, or has a kernel chosen."""
-    forward, around = vars(module).get("forward"), []
-    while isinstance(forward, partial):
-        around.append(forward.func.__qualname__)
-        forward = next((given for given in forward.args if callable(given) and not isinstance(given, nn.Module)), None)
-    return [*around, getattr(forward, "__qualname__", "")]
-
-
-def times_of(stands: Sequence[Stand]) -> Callable[[Tensor], int]:
-    """Weight -> for how many it stands."""
-    known = {id(weight): stand.times for stand in stands for weight in weights_of(stand.block)}
-    return lambda weight: known.get(id(weight), 1)
 
 
 @contextmanager

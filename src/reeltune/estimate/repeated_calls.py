@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from reeltune.estimate.memory_tracker import Rise, Tracker, tensors_in
+from reeltune.estimate.memory_tracker import Tracker, Work, tensors_in
 
 CODERS = ("encoder", "decoder")  # of a VAE of diffusers
 PLAIN = (bool, int, float, str, type(None))  # what is told by its value
@@ -40,7 +40,7 @@ class Once(nn.Module):
     def __init__(self, network: nn.Module, tracker: Tracker):
         super().__init__()
         self.network, self.tracker = network, tracker
-        self.known: dict[str, tuple[Rise, Any]] = {}  # what a call was like -> what it took and left, as outlines
+        self.known: dict[str, tuple[Work, Any]] = {}  # what a call was like -> what it took and left, as outlines
 
     def forward(self, *given: Any, **named: Any) -> Any:
         of_caller = [*given, *named.values()]
@@ -48,16 +48,16 @@ class Once(nn.Module):
         places = [*map(vars, self.network.modules()), *lists]  # where features are that the next portion needs
         like = repr(tree_map(outline, (given, named, [*map(held, places)])))
         if like in self.known:
-            rise, made = self.known[like]
-            out, left = self.tracker.again(rise, lambda: tree_map(made_of, made))
+            work, made = self.known[like]
+            out, left = self.tracker.again(work, lambda: tree_map(made_of, made))
             for place, values in zip(places, left, strict=True):
                 for key, value in values.items():
                     place[key] = value
             return out
-        out, rise = self.tracker.rise(lambda: self.network(*given, **named))
+        out, work = self.tracker.rise(lambda: self.network(*given, **named))
         made = out, [*map(held, places)]
         if can_be_made(made, tensors_in([value for value in of_caller if not isinstance(value, list)])):
-            self.known[like] = rise, tree_map(outline, made)
+            self.known[like] = work, tree_map(outline, made)
         return out
 
 

@@ -47,11 +47,17 @@ def of_peak(peak_flops: float, device: str, *, compiled: bool) -> Throughput:
     return Throughput(least * peak_flops, most * peak_flops, source)
 
 
-def measured(run: Path, batch_flops: Callable[[float], float], batch_size: int) -> Throughput:
-    """Of the steps that a run has left in metrics.jsonl, their encoding and waiting included.
+@dataclass(frozen=True)
+class Timed:
+    """Steps of an earlier run, their encoding and waiting included."""
 
-    batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of one. Raises UserError if it has too few.
-    """
+    run: Path
+    processes: int
+    steps: list[tuple[float, int, int]]  # (seconds, samples, tokens), over all processes
+
+
+def timed_steps(run: Path) -> Timed:
+    """Of what it has left in metrics.jsonl. Raises UserError if it has too few."""
     file, about = run / "metrics.jsonl", run / "run.json"
     if not file.is_file() or not about.is_file():
         raise UserError("measured", f"{str(run)!r} has no metrics.jsonl and run.json; give the output_dir of a run")
@@ -59,14 +65,20 @@ def measured(run: Path, batch_flops: Callable[[float], float], batch_size: int) 
     steps = [row for row in zip(*columns, strict=True) if row[0]][WARM_UP:]
     if len(steps) < 2:
         raise UserError("measured", f"{run} has {len(steps)} timed steps after the first {WARM_UP}; let it make 4")
-    gpus = read_table(about, "give another run").get("processes")
-    if type(gpus) is not int or gpus < 1:
+    processes = read_table(about, "give another run").get("processes")
+    if type(processes) is not int or processes < 1:
         raise UserError("measured", f"{about} does not tell how many processes there were; give another run")
-    taken_s = np.array([step_s for step_s, _, _ in steps])
-    flops = np.array([samples / batch_size * batch_flops(tokens / samples) / gpus for _, samples, tokens in steps])
+    return Timed(run, processes, steps)
+
+
+def measured(timed: Timed, batch_flops: Callable[[float], float], batch_size: int) -> Throughput:
+    """batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of one."""
+    taken_s = np.array([step_s for step_s, _, _ in timed.steps])
+    flops = [samples / batch_size * batch_flops(tokens / samples) for _, samples, tokens in timed.steps]
+    flops = np.array(flops) / timed.processes
     rate = flops.sum() / taken_s.sum()
-    error = CONFIDENCE * (taken_s - flops / rate).std(ddof=1) / math.sqrt(len(steps)) / taken_s.mean()
-    source = f"measured in {len(steps)} steps of {run}, within {error:.0%} (95 % band)"
+    error = CONFIDENCE * (taken_s - flops / rate).std(ddof=1) / math.sqrt(len(taken_s)) / taken_s.mean()
+    source = f"measured in {len(taken_s)} steps of {timed.run}, within {error:.0%} (95 % band)"
     return Throughput(rate * max(1 - error, 0.01), rate * (1 + error), source)
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reeltune.estimate.machines import DEVICES, PCIE_4
 from reeltune.estimate.remedies import PCIE_BYTES_PER_S
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES, OF_A_NETWORK
 
-PCIE_4, PCIE_5 = 31.5e9, 63.0e9  # bytes/s one way: 16 lanes of 16 and 32 GT/s, 128 of 130 bits of them data
-LINKS = {  # of a device with the CPU's memory, from NVIDIA's data sheet of each
-    **dict.fromkeys(("B200", "H200", "H100"), PCIE_5),
-    **dict.fromkeys(("A100", "L40S", "L4", "RTX 6000 Ada", "RTX 4090", "RTX 3090"), PCIE_4),
-}
-REACHED = PCIE_BYTES_PER_S / PCIE_4  # of that at least, in practice
+REACHED = PCIE_BYTES_PER_S / PCIE_4  # of a link's rate at least, in practice
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ def changes_in(steps: int, share: float, step: StepEstimate, engine: str, device
     leaves = comes - parts.get("still", 0)  # which is in the CPU's memory too, and does not change
     count = round(2 * min(share, 1 - share) * steps)
     sent = comes + leaves
-    link = LINKS.get(device)
-    seconds = None if link is None else (count * sent / link, count * sent / link / REACHED)
-    return Changes(count, sent, seconds)
+    if device not in DEVICES:
+        return Changes(count, sent, None)
+    least = count * sent / DEVICES[device].link_bytes_per_s
+    return Changes(count, sent, (least, least / REACHED))

@@ -14,7 +14,8 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.estimate import page as plan_page
 from reeltune.estimate.check import check
-from reeltune.estimate.main import Machines, forecast
+from reeltune.estimate.machines import Machines
+from reeltune.estimate.main import forecast
 from reeltune.page.form import REQUIRED
 from reeltune.page.svg import without_styles
 from reeltune.run.folder import refuse_overwriting
