@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+STOPPED = "stopped by Ctrl-C\n"
 END = b"\0"  # the number of no signal
 SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar has hidden
 
@@ -40,6 +41,34 @@ class Interrupt:
         if not self.code and self.ends:
             _tell(f"{self.ends}; Ctrl-C again leaves at once\n".encode())
         self.code = self.code or 128 + number
+
+
+def ends_at_once() -> None:
+    """From here on Ctrl-C ends this process with a line, for nothing is under way yet that it could leave half done.
+    Where it is ignored, as behind nohup, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    _tell(STOPPED.encode())
+    os._exit(128 + number)
+
+
+def ends_in_order() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt, as Python has it."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within, processes are started that hear no Ctrl-C, not even while they import; whoever starts them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
 from reeltune.data.near_miss import NearMisses
-from reeltune.data.records import Records
+from reeltune.data.records import OF_PATHS, Records
 
 SCAN_VERSION = 4  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
@@ -264,7 +264,7 @@ def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.
     arrays = {
         **found.records.arrays(),
         "told": np.frombuffer(json.dumps(told).encode(), np.uint8),
-        "paths": np.frombuffer("\0".join(paths).encode(), np.uint8),
+        "paths": np.frombuffer("\0".join(paths).encode(**OF_PATHS), np.uint8),
         "stamps": stamps_N2,
     }
     with whole_file(path, "wb") as file:
@@ -277,7 +277,7 @@ def _load(path: Path, digest: str, just_scanned: bool) -> Scan | None:
         with np.load(path, allow_pickle=False) as held:
             arrays = dict(held)
         told = json.loads(arrays.pop("told").tobytes())
-        paths = arrays.pop("paths").tobytes().decode()
+        paths = arrays.pop("paths").tobytes().decode(**OF_PATHS)
         stamps_N2, lasting = arrays.pop("stamps"), told["lasting"]
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):  # absent, or not whole: scan anew
         return None
