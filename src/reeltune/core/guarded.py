@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import REFUSED, refusal
-from reeltune.core.interrupt import STOPPED, ends_in_order, second_leaves
+from reeltune.core.interrupt import STOPPED, ends_in_order, second_leaves, terminates
 
 
 def guarded(act: Callable[[], int]) -> int:
     """act(), with what the user can mend printed without a traceback, and so what the system refuses wherever it is
     asked: a path too long, a folder that may not be entered, a full disk behind `>`. Our own mistakes keep theirs. A
-    second Ctrl-C leaves at once."""
+    second Ctrl-C leaves at once, and SIGTERM once what was begun is removed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
@@ -27,7 +27,7 @@ def guarded(act: Callable[[], int]) -> int:
     try:
         ends_in_order()
         _refuse_lost_folders()
-        with second_leaves():
+        with second_leaves(), terminates():
             code = act()
         sys.stdout.flush()
         return code
