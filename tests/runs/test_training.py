@@ -222,7 +222,7 @@ def test_weights_that_were_not_finite_before_anything_was_learnt(toy, data, tmp_
     broken = {name: tensor * math.nan for name, tensor in load_file(file).items()}
     save_file(broken, tmp_path / "broken.safetensors")
     settings = {"transformer_path": str(tmp_path / "broken.safetensors"), "held_out_share": 0.0}
-    with pytest.raises(UserError, match="step 0 is not finite.*nothing was learnt before it: see whether the weights"):
+    with pytest.raises(UserError, match=r"step 0 is not finite.*nothing was learnt before it: see whether the weights"):
         train(recipe(toy, data, tmp_path / "next", **settings))
 
 

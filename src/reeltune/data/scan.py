@@ -28,6 +28,7 @@ from reeltune.data.records import OF_PATHS, Records
 
 SCAN_VERSION = 4  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
+SAME_RATE = 0.02  # rates may differ by this share: headers round them
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
 WORDS = {"video": "a clip", "image": "a picture", "camera": "a camera path", "keypoints": "a file of key points"}
 NAMED_ENTRIES = 10  # that a notice names
@@ -244,6 +245,8 @@ def _compare_control(row: Row, own: Measure, control: Measure) -> None:
     if abs(math.log(factor)) > math.log(SAME_ASPECT):
         sizes = f"{control.width}x{control.height} pixels, its subject {own.width}x{own.height}"
         row.problems.append(Problem(f"control {name} has {sizes}: aspects differ", "Make the control in that aspect"))
+    if own.fps and abs(control.fps / own.fps - 1) > SAME_RATE:
+        row.notices.append("its control has another rate; frame by frame they are read together, whatever their times")
 
 
 # A finished scan on disk
