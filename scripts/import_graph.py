@@ -28,7 +28,7 @@ FLOORS = (  # from the top; a room imports from its own floor's other rooms or f
     ("diffusion", "data", "optim", "memory"),
     ("core",),
 )
-BESIDE = frozenset({("compat", "cli"), ("__main__", "cli")})  # doors that open onto another
+BESIDE = frozenset({("compat", "cli"), ("__main__", "cli"), ("__main__", "compat")})  # doors that open onto another
 
 
 @cache

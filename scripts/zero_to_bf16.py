@@ -2,7 +2,7 @@
 
 import sys
 
-from reeltune.compat import zero_to_bf16
+from reeltune.__main__ import zero_to_bf16
 
 if __name__ == "__main__":
     sys.exit(zero_to_bf16())

@@ -2,7 +2,7 @@
 
 import sys
 
-from reeltune.compat import train
+from reeltune.__main__ import train
 
 if __name__ == "__main__":  # the processes that measure and decode clips import this file too
     sys.exit(train("wan2.1/train_lora.py"))

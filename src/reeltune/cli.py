@@ -6,11 +6,7 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 from __future__ import annotations
 
 import difflib
-import io
-import logging
-import os
 import sys
-import tempfile
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +19,9 @@ from reeltune.config.parse import build, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
+from reeltune.core.guarded import guarded
 from reeltune.core.imports import lean_imports
-from reeltune.core.interrupt import second_leaves
-from reeltune.core.options import Options, number, one_of, whole_number, whole_numbers
+from reeltune.core.options import Options, a_path, number, one_of, utf8_path, whole_number, whole_numbers
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
 from reeltune.page.command import serve
@@ -78,11 +74,11 @@ SHORT = {  # in `sample`: the words of `reeltune control`
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 2 for what the user can mend, 130 after Ctrl-C."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
 
     def act() -> int:
+        if command in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0
         if command not in COMMANDS:
             raise UserError(
                 "reeltune", f"{command} is no command{nearest(command, COMMANDS)}; reeltune --help lists them"
@@ -90,48 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[command](rest)
 
     return guarded(act)
-
-
-def guarded(act: Callable[[], int]) -> int:
-    """act(), with what the user can mend printed without a traceback. Our own mistakes keep theirs. A second Ctrl-C
-    leaves at once."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may have letters that this terminal's encoding has not
-            stream.reconfigure(errors="backslashreplace")
-    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
-        logging.getLogger("reeltune").setLevel(logging.ERROR)  # one process gives notices
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it misses kernels nobody uses
-    try:
-        _refuse_lost_folders()
-        with second_leaves():
-            code = act()
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # of `| head`; Python would try to write the rest when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, as shells tell it
-
-
-def _refuse_lost_folders() -> None:
-    """Raises UserError where the working folder is gone, or no temporary file can be made: without either torch's
-    libraries do not even load."""
-    try:
-        os.getcwd()
-    except FileNotFoundError as gone:
-        raise UserError(
-            "reeltune", "the folder that this was started in has been removed; cd to one that is there"
-        ) from gone
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError as nowhere:
-        raise UserError(
-            "reeltune", "no temporary file can be made in TMPDIR, /tmp or /var/tmp; set TMPDIR to a folder with room"
-        ) from nowhere
 
 
 # ---- commands of a recipe
@@ -276,8 +230,8 @@ def _plan(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="80GB", metavar="NAME", help="such as H100, or its memory [80GB]")
     parser.add_argument("--throughput", type=number, metavar="TFLOPS", help="TFLOP/s that each device reaches")
-    parser.add_argument("--measured", type=Path, metavar="RUN", help="take it from an earlier run's steps")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with pictures, too")
+    parser.add_argument("--measured", type=a_path, metavar="RUN", help="take it from an earlier run's steps")
+    parser.add_argument("--html", type=a_path, metavar="FILE", help="write it as a page with pictures, too")
     found = _split(argv, "plan", parser)
     if found is None:
         return 0
@@ -302,7 +256,7 @@ RUN_FILES = ("metrics.jsonl", "run.json", "ledger.json")  # of which a run's fol
 
 def _report(argv: Sequence[str]) -> int:
     parser = Options("reeltune report", description="Writes report.html of a run's folder.")
-    parser.add_argument("run", type=Path, help="folder of the run (output_dir)")
+    parser.add_argument("run", type=a_path, help="folder of the run (output_dir)")
     options = parser.read(argv)
 
     from reeltune.reporting.report import write
@@ -334,10 +288,12 @@ def _rank(argv: Sequence[str]) -> int:
         description="Measures which rank an adapter needs to do what a full fine-tune did: takes its change apart, and "
         "gives the held-out loss at each rank beside the fine-tune's. Settings of the recipe can follow.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run that trained the network")
+    parser.add_argument("checkpoint", type=utf8_path, help="a checkpoint-N folder of a run that trained the network")
     parser.add_argument("--base", metavar="MODEL", help="the model that was trained, if not where the recipe says")
     parser.add_argument("--ranks", type=whole_numbers, default="4,8,16,32,64", help="[4,8,16,32,64]")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the adapter of the smallest that is as good")
+    parser.add_argument(
+        "--out", type=utf8_path, metavar="FOLDER", help="write the adapter of the smallest that is as good"
+    )
     options, rest = parser.read_known(argv)
     words, given, problems = flags(rest)
     given |= {} if options.base is None else {"pretrained_model_name_or_path": options.base}
@@ -362,7 +318,9 @@ DEMOS = (
 def _demo(argv: Sequence[str]) -> int:
     about = "A small real run, on the CPU, in a few minutes."
     parser = Options("reeltune demo", description=about)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]")
+    parser.add_argument(
+        "out", type=utf8_path, nargs="?", default=Path("demo_out"), help="the folder to write [demo_out]"
+    )
     start = f"of the tiny model: {', '.join(DEMOS)}; all but wan_fun start from random weights [wan_fun]"
     parser.add_argument("--family", type=one_of(DEMOS), metavar="NAME", default="wan_fun", help=start)
     parser.add_argument("--adapter", action="store_true", help="train an adapter (LoRA), not the network")

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reeltune.cli import REQUIRED, guarded, printed
+from reeltune.cli import REQUIRED, printed
 from reeltune.config.flags import flags
 from reeltune.config.parse import build
 from reeltune.config.recipe import Recipe, TrainMode
-from reeltune.core.options import Options
+from reeltune.core.guarded import guarded
+from reeltune.core.options import Options, utf8_path
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import exported, size
 
@@ -123,8 +124,8 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
 def zero_to_bf16(argv: Sequence[str] | None = None) -> int:
     """scripts/zero_to_bf16.py. Returns the exit code."""
     parser = Options("zero_to_bf16.py", "A checkpoint's weights in bf16, as safetensors.")
-    parser.add_argument("checkpoint_dir", type=Path, help="a checkpoint-N folder, whichever engine wrote it")
-    parser.add_argument("output_dir", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint_dir", type=utf8_path, help="a checkpoint-N folder, whichever engine wrote it")
+    parser.add_argument("output_dir", type=utf8_path, help="the folder to write")
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="one file up to this, else shards [5GB]")
     parser.add_argument("--safe_serialization", action="store_true", help="always so; without it a notice says so")
     parser.add_argument("-d", "--debug", action="store_true", help="changes nothing")

@@ -90,8 +90,8 @@ def test_other_settings_on_one(said, other_settings):
     assert not list(out.glob("*.jsonl"))
 
 
-def alone_of_two(port, told):
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+def one_of(world, rank, port, told):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     try:
         Engine(rank_timeout_seconds=-58)
@@ -100,12 +100,23 @@ def alone_of_two(port, told):
 
 
 def test_processes_that_never_meet_end_and_say_so(tmp_path):
-    fork = FORKS.Process(target=alone_of_two, args=(free_port(), tmp_path / "told"))
+    fork = FORKS.Process(target=one_of, args=(2, 0, free_port(), tmp_path / "told"))
     fork.start()
     fork.join(60)
     said = (tmp_path / "told").read_text()
     assert "2 processes were to meet at 127.0.0.1 and did not" in said and "1/2 clients joined" in said
     assert "torchrun --nproc_per_node N -m reeltune train" in said
+
+
+def test_processes_that_were_told_of_other_numbers(tmp_path):
+    """The first meets the second, and then nobody comes into its group."""
+    port, told = free_port(), [tmp_path / "first", tmp_path / "second"]
+    forks = [FORKS.Process(target=one_of, args=(2 + rank, rank, port, told[rank])) for rank in (0, 1)]
+    for fork in forks:
+        fork.start()
+    for rank, fork in enumerate(forks):
+        fork.join(60)
+        assert f"{2 + rank} processes were to meet at 127.0.0.1 and did not" in told[rank].read_text()
 
 
 class Machines:

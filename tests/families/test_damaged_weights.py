@@ -130,6 +130,16 @@ def test_missing_shards_are_counted(tmp_path):
     refused(lambda: weights.read(tmp_path), "says that it is one of 99999999")
 
 
+def test_a_download_that_goes_on_is_not_read(tmp_path):
+    """aria2 gives a file its size from the start, and fills it in from several places."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(one())
+    assert weights.read(tmp_path).keys() == weights.read(file).keys()
+    (tmp_path / "model.safetensors.aria2").touch()
+    for path in (tmp_path, file):
+        refused(lambda path=path: weights.read(path), "has model.safetensors.aria2 beside it: aria2 has not ended")
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for i in (1, 2):
         save_file({"a": torch.full((2,), float(i))}, tmp_path / f"model-0000{i}-of-00002.safetensors")

@@ -2,14 +2,19 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from contextlib import suppress
 
 import psutil
 import pytest
 
 from reeltune.config.parse import flat
-from reeltune.core.interrupt import second_leaves
+from reeltune.core import interrupt
+from reeltune.core.files import whole_folder
+from reeltune.core.guarded import guarded
+from reeltune.core.interrupt import second_leaves, terminates
 from tests.distributed.processes import FORKS, wait
 from tests.runs import hung
 
@@ -71,6 +76,10 @@ def press(process, times):
     return gone
 
 
+def asleep(_):
+    time.sleep(3600)
+
+
 @pytest.mark.parametrize(("command", "workers"), [("train", 0), ("train", 1), ("cache", 1)])
 def test_the_second_leaves_a_hung_reader(command, workers, run, hang, tmp_path):
     changes = {"dataloader_num_workers": workers, "validation_steps": None, "held_out_share": 0}
@@ -110,6 +119,30 @@ def test_the_second_leaves_what_python_cannot_interrupt(command, place, run, han
     assert process.exitcode == 130
 
 
+def under_way(folder, hang):
+    def act():
+        with whole_folder(folder / "out") as beside:
+            (beside / "half").touch()
+            (folder / "begun").touch()
+            hang(folder)
+        return 0
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    interrupt.GRACE_SECONDS = 1.0
+    sys.exit(guarded(act))
+
+
+@pytest.mark.parametrize(("hang", "left"), [(asleep, []), (hung.in_arithmetic, [".out.partial"])])
+def test_sigterm_removes_what_was_begun_if_python_may(hang, left, tmp_path):
+    process = FORKS.Process(target=under_way, args=(tmp_path, hang))
+    process.start()
+    assert wait(lambda: (tmp_path / "begun").exists() or not process.is_alive(), lambda: None)
+    process.terminate()
+    assert wait(lambda: not process.is_alive(), lambda: None)
+    assert process.exitcode == 143
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "begun"]
+
+
 @pytest.fixture
 def ctrl_c_raises():
     """Also where a shell started the tests in the background, and so had Ctrl-C ignored."""
@@ -120,21 +153,23 @@ def ctrl_c_raises():
 
 def test_nothing_stays_behind(ctrl_c_raises):
     before = signal.getsignal(signal.SIGINT), threading.active_count(), len(os.listdir("/dev/fd"))
-    with second_leaves():
+    with second_leaves(), terminates():
         assert threading.active_count() == before[1] + 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
     assert (signal.getsignal(signal.SIGINT), threading.active_count(), len(os.listdir("/dev/fd"))) == before
-    assert signal.set_wakeup_fd(-1) == -1
+    assert signal.set_wakeup_fd(-1) == -1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_forked_process_does_not_end_its_parent(ctrl_c_raises):
-    with second_leaves():
+    with second_leaves(), terminates():
         for _ in range(2):
             if not (child := os.fork()):
                 with suppress(KeyboardInterrupt):
                     signal.raise_signal(signal.SIGINT)
-                os._exit(0)
+                os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
             assert os.waitpid(child, 0)[1] == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reeltune.training.loop as module
 from reeltune.checkpoint.folder import complete
@@ -214,6 +214,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(toy, data, tmp_pa
     assert all(Path(sample["path"]).is_file() and 0 <= sample["level"] <= 1 for sample in record["samples"])
     assert [path.name for path in complete(out)] == ["checkpoint-2"]
     assert (out / "ledger.json").is_file()
+
+
+def test_weights_that_were_not_finite_before_anything_was_learnt(toy, data, tmp_path):
+    train(recipe(toy, data, tmp_path / "run", max_train_steps=1, held_out_share=0.0))
+    (file,) = (tmp_path / "run/checkpoint-1/transformer").glob("*.safetensors")
+    broken = {name: tensor * math.nan for name, tensor in load_file(file).items()}
+    save_file(broken, tmp_path / "broken.safetensors")
+    settings = {"transformer_path": str(tmp_path / "broken.safetensors"), "held_out_share": 0.0}
+    with pytest.raises(UserError, match=r"step 0 is not finite.*nothing was learnt before it: see whether the weights"):
+        train(recipe(toy, data, tmp_path / "next", **settings))
 
 
 def test_a_file_that_breaks_later_is_stood_in_for_and_told(toy, tmp_path):

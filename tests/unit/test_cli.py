@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from reeltune import cli
 from reeltune.config.parse import sentences, settings
 from reeltune.core.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--train_data_meta=d/m.json"]
 
 
@@ -203,6 +205,7 @@ def test_what_the_user_can_mend_has_no_traceback(capsys):
     assert cli.guarded(failing(UserError("recipe", ["one", "two"]))) == 2
     assert capsys.readouterr().err == "recipe: 2 problems\n  - one\n  - two\n"
     assert cli.guarded(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("latin-1", b"\xe9 \\u732b"), ("ascii", b"\\xe9 \\u732b")])
@@ -241,6 +244,73 @@ def test_who_reads_may_stop_reading(monkeypatch):
     with open(theirs, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert cli.guarded(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["train"], ["check", "--seed=1"], ["report"], ["export", "a"], ["import"], ["demo"], ["serve"], ["control"]],
+)
+def test_a_name_that_no_file_can_have(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["control", "--kind=canny", "--out=a.json"] if argv == ["control"] else argv
+    assert cli.main([*argv, "n" * 256 + ".yaml"]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["report"], ["export", "a"], ["import"], ["demo"], ["serve"], ["control"]])
+def test_a_variable_that_the_shell_had_not_set(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*argv, ""]) == 2
+    assert "is empty; expected a path, and . is this folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_under_a_name_that_is_not_utf_8(capsys):
+    """safetensors reads none there."""
+    for argv in (["export", "a"], ["demo"], ["rank"]):
+        assert cli.main([*argv, os.fsdecode(b"caf\xe9")]) == 2
+        assert "is 'caf\\udce9', which is not UTF-8, as paths of weights are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_a_full_disk_behind_what_is_printed(argv):
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([sys.executable, "-m", "reeltune", *argv], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[1:] == [
+        "  - what it prints cannot be written (No space left on device); make room there"
+    ]
+
+
+CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is born without
+module = sys.argv.pop(1)
+
+class Presses:
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Presses())
+"""
+DOORS = {
+    "reeltune": "from reeltune.__main__ import main; sys.exit(main())",
+    "a script": "import runpy; sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("module", ["yaml", "reeltune.config.recipe", "reeltune.estimate.check"])
+@pytest.mark.parametrize("door", DOORS)
+def test_ctrl_c_while_a_command_is_imported(module, door, tmp_path):
+    script = [] if door == "reeltune" else [str(ROOT / "scripts/wan2.1_fun/train_control.py")]
+    words = ["check", *NEEDED] if door == "reeltune" else NEEDED
+    module = "reeltune.training.loop" if script and module == "reeltune.estimate.check" else module
+    ran = subprocess.run(
+        [sys.executable, "-c", CTRL_C + DOORS[door], module, *script, *words], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (130, "stopped by Ctrl-C\n")
 
 
 def test_our_own_mistakes_keep_their_traceback():

@@ -2,10 +2,11 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from reeltune.core.files import CannotWriteError, whole_file, whole_folder, writing
+from reeltune.core.files import CannotWriteError, refusal, whole_file, whole_folder, writing
 
 
 def test_a_file_is_whole_before_it_is_seen(tmp_path):
@@ -58,6 +59,24 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
     with pytest.raises(CannotWriteError, match=r"page\.html"), whole_file(tmp_path / "page.html"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_file_without_a_name_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CannotWriteError, match="Is a directory"), whole_file(Path(name)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_in_words():
+    told = refusal(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000))
+    assert told.where == "x" * 300 + "…" and told.problems[0].startswith(
+        "is refused by the system (File name too long)"
+    )
+    assert refusal(OSError(errno.EACCES, "Permission denied", b"a\xff")).where == "a\\udcff"
+    printed = refusal(OSError(errno.ENOSPC, "No space left on device"))
+    assert str(printed).endswith("what it prints cannot be written (No space left on device); make room there")
 
 
 def test_other_errors_pass_through(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import shutil
 import signal
 import time
 from dataclasses import fields, replace
@@ -19,9 +20,10 @@ from PIL import Image
 from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, MaskLaw, Progress, Record
 from reeltune.data.camera import rays, read_poses, resample
+from reeltune.data.findings import content_of
 from reeltune.data.loader import ATTEMPTS, Reader, stream
 from reeltune.data.masks import draw_mask
-from reeltune.data.media import measure, read_frames, write_clip
+from reeltune.data.media import MediaError, measure, read_frames, write_clip
 from reeltune.data.plan import Plan
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
@@ -117,6 +119,31 @@ def test_a_batch_is_what_its_draws_say(folder):
             ):
                 assert pixels.dtype == torch.uint8
                 np.testing.assert_array_equal(pixels[i], read_frames(path, draw.frames, draw.crop, draw.shape))
+
+
+def test_what_was_replaced_since_it_was_measured_is_not_read(folder, tmp_path):
+    """Its plan is of the old one: frames would be others, and its control of another clip."""
+    path, control = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    shutil.copy(folder / "0.mp4", path)
+    shutil.copy(folder / "0_control.mp4", control)
+    paths = {"path": str(path), "control_path": str(control)}
+    record = replace(rows(folder)[0], **paths, content=content_of(str(path)))
+    read = reader([record], group=1)
+    assert read[0, 0, 0, 1].failures == ()
+    [draw] = read.plan(0)[0]
+    for file, put, words in (
+        (path, lambda: shutil.copy(folder / "1.mp4", path), "is another file than when it was measured"),
+        (path, lambda: os.mkfifo(path), "is not a regular file"),
+        (path, lambda: None, "cannot be opened: No such file"),
+        (control, lambda: shutil.copy(folder / "0.png", control), "has a control that is a picture"),
+        (control, lambda: os.mkfifo(control), "has a control that is not a regular file"),
+    ):
+        shutil.copy(folder / "0.mp4", path)
+        file.unlink(missing_ok=True)
+        put()
+        with pytest.raises(MediaError, match=words):
+            read.open(draw)
+        path.unlink(missing_ok=True)
 
 
 def test_camera_and_mask(folder):

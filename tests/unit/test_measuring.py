@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_what_need_not_last_is_taken_by_other_processes_alone(folder, monkeypatc
     assert other.records.digest() == first.records.digest() and len(other.records) == 5
     later = scan(folder / "list.json", folder, **options)
     assert len(later.records) == 6 and later.records.digest() != first.records.digest()
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path, measured):
+    """Of another time, or unpacked from an archive of one."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    options = {"needs": PLAIN, "index_dir": lay_out(folder) / "index"}
+    first, again = (scan(folder / "list.json", folder, **options) for _ in range(2))
+    assert len(measured) == 6 and first.records == again.records
+    assert [record.path for record in again.records] == again.records.column("path")
+    assert all(os.path.dirname(path) == str(folder) for path in again.records.column("path"))
 
 
 def test_options_and_list_changes_are_seen(folder, measured):
@@ -245,6 +257,15 @@ def test_where_no_process_starts_that_is_said(how, tmp_path, monkeypatch):
         monkeypatch.setattr(measuring, "START_SECONDS", 0.1)
     with pytest.raises(UserError, match="none of the processes that measure files has begun"):
         measured_by_two(pictures(tmp_path, 3))
+
+
+def test_a_process_that_imports_hears_no_ctrl_c():
+    """It ended in a traceback of its own, beside what the command says."""
+    worker = measuring._Worker("ends", 60.0)
+    os.kill(worker.process.pid, signal.SIGINT)
+    assert worker.receive() == (None, True)
+    worker.close()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_pipe_does_not_wait(folder):

@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from reeltune.core.errors import UserError
+from reeltune.data.media import write_clip
 from reeltune.data.scan import scan
 from tests.unit.listed import CONTROL, PLAIN, lay_out, write_list
 
@@ -123,6 +125,15 @@ def test_controls(folder):
     assert "No such file" in found.left_out[1].reason
     unread = scan(meta, folder, needs=PLAIN)
     assert [row.control_path for row in unread.records] == [None] * 4
+
+
+def test_a_control_of_another_rate_is_told(folder):
+    for name, fps in (("8", 8.1), ("12", 12)):
+        write_clip(folder / f"{name}.mp4", np.zeros((9, 48, 64, 3), np.uint8), fps)
+    entries = [{"file_path": "0.mp4", "control_file_path": f"{fps}.mp4", "text": "x"} for fps in (8, 12)]
+    notices = scan(write_list(folder, entries), folder, needs=CONTROL).notices
+    words = "1 entry (1): its control has another rate; frame by frame they are read together, whatever their times"
+    assert [notice for notice in notices if "rate" in notice] == [words]
 
 
 def test_stated_sizes(folder):

@@ -9,7 +9,7 @@ import pytest
 from reeltune.config.flags import flags
 from reeltune.config.parse import build, dump, flat, nearest, read, sentences, settings
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import PATTERNS, RANGES
+from reeltune.config.rules import RANGES
 from reeltune.core.errors import UserError
 
 MODES = ("normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera")
@@ -116,17 +116,6 @@ def test_ends_of_ranges(name):
     )
     if greatest < 2:
         assert len(problems({name: greatest + 0.001})) == 1
-
-
-def test_empty_words_are_no_patterns_and_no_folder():
-    """A pattern that is part of every name would take or skip all; an empty path is the folder of the command."""
-    for name in PATTERNS:
-        assert problems({name: ["ffn", ""], **({} if name.startswith("trainable") else {"rank": 4})}) == [
-            f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
-        ]
-    assert problems({"output_dir": " "}) == [
-        "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
-    ]
 
 
 @pytest.mark.parametrize("name", ["video_sample_fps", "adam_epsilon", "max_grad_norm", "lr_power", "logit_std"])

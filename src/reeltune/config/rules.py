@@ -9,6 +9,7 @@ from typing import Any
 
 from reeltune.config.kernel_rules import kernel_rules
 from reeltune.config.recipe import Adapter, Model, Recipe, Validation
+from reeltune.config.text_rules import text_rules
 from reeltune.memory import levers
 
 ANY = math.inf
@@ -64,7 +65,6 @@ ABOVE_ZERO = (
     "low_expert_max_grad_norm",
 )
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
-PATTERNS = ("trainable_modules", "trainable_modules_low_learning_rate", "target_name", "lora_skip_name", "train_whole")
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
 LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
@@ -91,20 +91,11 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in DECAYS:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
-    yield from _empty_words(values)
+    yield from text_rules(values)
     yield from _together(recipe)
     yield from _experts(values)
     yield from _adapter(recipe)
     yield from _levers(values)
-
-
-def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of a variable that a shell had not set: an empty pattern would match every name, an empty path be this folder."""
-    for name in PATTERNS:
-        if not all(word.strip() for word in values[name]):
-            yield (name,), f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
-    if not values["output_dir"].strip():
-        yield ("output_dir",), "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
 
 
 def shown(value: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from reeltune.control.kind import Settings
 from reeltune.control.kinds import KINDS, kind_named
 from reeltune.core.errors import UserError, refuse, together
-from reeltune.core.options import Options, number, whole_number
+from reeltune.core.options import Options, a_path, number, whole_number
 
 PLACE = "{kind}"  # in --out
 CARE = ("verify", "prune")
@@ -24,14 +24,14 @@ def _parser() -> Options:
         "deletes the controls of these kinds that the list does not ask for.",
         epilog="Kinds: " + "; ".join(f"{kind.name}: {kind.about}" for kind in KINDS.values()) + ".",
     )
-    parser.add_argument("list", type=Path, help="a metadata file (.json, .jsonl, .csv)")
+    parser.add_argument("list", type=a_path, help="a metadata file (.json, .jsonl, .csv)")
     parser.add_argument("--kind", nargs="+", required=True, metavar="KIND", help=", ".join(KINDS))
     about = "the folder or file of its networks; for several kinds KIND=PATH each"
     parser.add_argument("--detector", nargs="+", default=(), metavar="PATH", help=about)
     about = f"the new list; of several kinds, {PLACE} in its name stands for each"
     parser.add_argument("--out", metavar="NEW.json", help=about)
     about = "that paths in the list begin at [the list's own]"
-    parser.add_argument("--train_data_dir", type=Path, metavar="FOLDER", help=about)
+    parser.add_argument("--train_data_dir", type=a_path, metavar="FOLDER", help=about)
     about = "below it a clip is left out of the new list, from 0 to 1 [by kind, docs/control.md]"
     parser.add_argument("--least_score", type=number, metavar="X", help=about)
     about = "of canny [by the clip; released tools have 100 200]"

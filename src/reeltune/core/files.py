@@ -25,6 +25,7 @@ REFUSED = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 UNTOLD = (
     "file write failed",
@@ -32,6 +33,8 @@ UNTOLD = (
     "unexpected pos",
 )  # torch's writers, which do not pass the system's words on
 MOST_LETTERS = 50  # of a name, in that of the file beside it: names have 255 bytes at most, and letters up to 4
+MOST_SHOWN = 300  # letters of a path
+NO_NAMES = ("", "..")  # of `/` and `.`, and of a folder's own folder
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
 
@@ -70,6 +73,17 @@ def is_disk_error(error: BaseException) -> bool:
     return any(told in words for told in (*map(os.strerror, REFUSED + LOST), *UNTOLD))
 
 
+def refusal(error: OSError) -> UserError:
+    """What the system refused (one of REFUSED), of the path that it names; without one it was what is printed."""
+    if error.filename is None:
+        return UserError("reeltune", f"what it prints cannot be written ({error.strerror}); make room there")
+    path = os.fsdecode(error.filename)
+    where = path if len(path) <= MOST_SHOWN else f"{path[:MOST_SHOWN]}…"
+    return UserError(
+        where, f"is refused by the system ({error.strerror}); look at the path, at its rights and its disk"
+    )
+
+
 def room(path: Path) -> str:
     """Of its disk, as the end of a parenthesis; nothing where that is not known."""
     there = next((folder for folder in (path, *path.parents) if os.path.exists(folder)), None)
@@ -95,6 +109,8 @@ def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
 def whole_path(path: Path) -> Iterator[Path]:
     """The same, for a library that opens its file itself: where it is to write it."""
     with writing(path):
+        if path.name in NO_NAMES:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         chance = os.urandom(4).hex()  # not the pid, which a process on another machine may have
         beside = path.with_name(f".{path.name[:MOST_LETTERS]}.{chance}.partial")

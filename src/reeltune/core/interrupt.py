@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+STOPPED = "stopped by Ctrl-C\n"
+GRACE_SECONDS = 5.0  # after SIGTERM, for what must be removed; half of what container runtimes give
 END = b"\0"  # the number of no signal
 SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar has hidden
 
@@ -42,6 +44,34 @@ class Interrupt:
         self.code = self.code or 128 + number
 
 
+def ends_at_once() -> None:
+    """From here on Ctrl-C ends this process with a line, for nothing is under way yet that it could leave half done.
+    Where it is ignored, as behind nohup, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    _tell(STOPPED.encode())
+    os._exit(128 + number)
+
+
+def ends_in_order() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt, as Python has it."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within, processes are started that hear no Ctrl-C, not even while they import; whoever starts them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def second_leaves() -> Iterator[None]:
     """Within, a second Ctrl-C ends this process and its workers, whatever the main thread waits for or computes.
@@ -68,20 +98,46 @@ def second_leaves() -> Iterator[None]:
         os.close(ours)
 
 
+@contextmanager
+def terminates() -> Iterator[None]:
+    """Within, SIGTERM ends this process with 143 once what it has begun is removed, or after GRACE_SECONDS within
+    `second_leaves`. Of one process alone: several are ended by their launcher, and may wait for each other."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def _count(pipe: int) -> None:
     seen = 0
+    late = threading.Timer(GRACE_SECONDS, leave, [128 + signal.SIGTERM])
+    late.daemon = True
     while END not in (numbers := os.read(pipe, 64)):
         seen += numbers.count(signal.SIGINT)
         if seen > 1:
             leave(128 + signal.SIGINT)
+        if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _terminate and late.ident is None:
+            late.start()
+    late.cancel()
 
 
-def _forget_the_pipe() -> None:
-    """A forked process has signals of its own; written into its parent's pipe they would end that."""
+def _have_own_signals() -> None:
+    """A forked process does not write its signals into its parent's pipe, which would end that, and ends at once."""
     signal.set_wakeup_fd(-1)
+    if signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget_the_pipe)
+os.register_at_fork(after_in_child=_have_own_signals)
 
 
 def leave(code: int) -> None:

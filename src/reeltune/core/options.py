@@ -7,6 +7,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from reeltune.core.errors import UserError, refuse
@@ -75,6 +76,22 @@ def tell_repeated(argv: Sequence[str], flags: Container[str]) -> None:
 
 
 # ---- types, for add_argument
+
+
+def a_path(text: str) -> Path:
+    """Empty is a variable that a shell had not set, and would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; expected a path, and . is this folder")
+    return Path(text)
+
+
+def utf8_path(text: str) -> Path:
+    """safetensors takes names in UTF-8 alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"is {text!a}, which is not UTF-8, as paths of weights are") from None
+    return a_path(text)
 
 
 def whole_number(text: str) -> int:

@@ -52,6 +52,17 @@ def require_file(path: str) -> None:
         raise MediaError("is empty (0 bytes)")
 
 
+def require_same(path: str, content: int) -> None:
+    """Raises MediaError for another file than the one that was measured, as far as `content_of` tells; of 0 nothing."""
+    require_file(path)
+    try:
+        is_same = not content or content_of(path) == content
+    except OSError as error:
+        raise MediaError(f"cannot be read: {error.strerror}", lasting=False) from None
+    if not is_same:
+        raise MediaError("is another file than when it was measured: it was written anew since", lasting=False)
+
+
 def content_of(path: str) -> int:
     """64 bits, signed, of the file's size and both its ends: the same for a copy, under whatever name."""
     size = os.path.getsize(path)

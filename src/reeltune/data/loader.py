@@ -23,6 +23,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.rng import dice
 from reeltune.core.types import Batch, Draw, Encoded, MaskLaw, Progress, Record, Sample
 from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.data.findings import require_same
 from reeltune.data.masks import draw_mask
 from reeltune.data.media import MediaError, frames_on_show, read_frames
 from reeltune.data.plan import Plan, refuse_empty
@@ -115,6 +116,7 @@ class Reader(Dataset[Batch]):
             sample.encoded = self._encoded(record, draw, sample.keep)
         if not self._with_pixels:
             return sample
+        require_same(record.path, record.content)
         # Of a clip of uneven rate they are chosen by its own time stamps; what accompanies it goes by frame.
         frames: Sequence[int] = draw.frames
         if draw.rate is not None:

@@ -23,6 +23,7 @@ import psutil
 
 from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
+from reeltune.core.interrupt import unheard
 from reeltune.data.camera import CameraError, read_poses
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measure_control, require_times
 
@@ -189,7 +190,6 @@ def _examine(file: File, decode_check: DecodeCheck) -> Finding:
 
 
 def _serve(link: Connection, decode_check: DecodeCheck, seconds: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     try:
         link.send(None)  # ready: imports do not count against a file
         while True:
@@ -216,7 +216,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # the parent may hold threads and devices
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, decode_check, seconds), daemon=True)
-        self.process.start()
+        with unheard():
+            self.process.start()
         theirs.close()
         self.file: int | None = None
         self.computed_s = 0.0  # when it was last looked at

@@ -107,6 +107,7 @@ def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shap
         raise ValueError(f"{len(frames)} frames cut by {crop} do not make {shape}")
     if is_keypoints(path):
         return draw_frames(read_keypoints(path), frames, crop, shape)
+    require_file(path)
     out_FCHW = np.empty((shape.frames, 3, shape.height, shape.width), np.uint8)
     window = slice(crop.top, bottom), slice(crop.left, right)
     places: dict[int, list[int]] = {}
@@ -114,7 +115,7 @@ def read_frames(path: str | Path, frames: Sequence[int], crop: Crop, shape: Shap
         places.setdefault(int(frame), []).append(place)
     if is_picture(path):
         if set(places) - {0}:
-            raise ValueError(f"a picture has frame 0 alone, not {sorted(places)}: {path}")
+            raise MediaError("is a picture, which has frame 0 alone")
         out_FCHW[:] = read_picture(path, crop)[:, *window]
         return out_FCHW
     displayer = Displayer(crop.height, crop.width)

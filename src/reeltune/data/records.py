@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -21,6 +21,7 @@ _NUMBERS = {
     "width": np.int32,
     "content": np.int64,
 }
+OF_PATHS: dict[str, Any] = {"errors": "surrogateescape"}  # bytes of a file's name that are no UTF-8, as Python has them
 STRINGS = ("path", "text", "control_path", "camera_path")
 
 
@@ -53,7 +54,7 @@ class Records(Sequence[Record]):
             for name, column in columns.items():
                 column.append(record.kind == "video" if name == "kind_video" else getattr(record, name))
             for name in STRINGS:
-                strings += (getattr(record, name) or "").encode()
+                strings += (getattr(record, name) or "").encode(**OF_PATHS)
                 ends.append(len(strings))
         numbers = {name: np.array(column, _NUMBERS[name]) for name, column in columns.items()}
         return cls(**numbers, strings=np.frombuffer(bytes(strings), np.uint8), ends=np.array(ends, np.int64))
@@ -84,7 +85,7 @@ class Records(Sequence[Record]):
         place = STRINGS.index(name)
         held = self.strings.tobytes()
         starts, ends = self.ends[place:-1:4].tolist(), self.ends[place + 1 :: 4].tolist()
-        return [held[start:end].decode() for start, end in zip(starts, ends, strict=True)]
+        return [held[start:end].decode(**OF_PATHS) for start, end in zip(starts, ends, strict=True)]
 
     def __len__(self) -> int:
         return len(self.entry)
@@ -98,7 +99,8 @@ class Records(Sequence[Record]):
             return self.take(range(*row.indices(len(self))))
         row = range(len(self))[row]  # negative numbers, IndexError
         ends = self.ends[4 * row : 4 * row + 5].tolist()
-        path, text, control, camera = (self.strings[start:end].tobytes().decode() for start, end in pairwise(ends))
+        held = (self.strings[start:end].tobytes() for start, end in pairwise(ends))
+        path, text, control, camera = (string.decode(**OF_PATHS) for string in held)
         return Record(
             entry=int(self.entry[row]),
             path=path,

@@ -24,10 +24,11 @@ from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.media import DecodeCheck, Measure
 from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, shown
 from reeltune.data.near_miss import NearMisses
-from reeltune.data.records import Records
+from reeltune.data.records import OF_PATHS, Records
 
 SCAN_VERSION = 4  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
+SAME_RATE = 0.02  # rates may differ by this share: headers round them
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
 WORDS = {"video": "a clip", "image": "a picture", "camera": "a camera path", "keypoints": "a file of key points"}
 NAMED_ENTRIES = 10  # that a notice names
@@ -244,6 +245,8 @@ def _compare_control(row: Row, own: Measure, control: Measure) -> None:
     if abs(math.log(factor)) > math.log(SAME_ASPECT):
         sizes = f"{control.width}x{control.height} pixels, its subject {own.width}x{own.height}"
         row.problems.append(Problem(f"control {name} has {sizes}: aspects differ", "Make the control in that aspect"))
+    if own.fps and abs(control.fps / own.fps - 1) > SAME_RATE:
+        row.notices.append("its control has another rate; frame by frame they are read together, whatever their times")
 
 
 # A finished scan on disk
@@ -264,7 +267,7 @@ def _save(path: Path, digest: str, found: Scan, paths: list[str], stamps_N2: np.
     arrays = {
         **found.records.arrays(),
         "told": np.frombuffer(json.dumps(told).encode(), np.uint8),
-        "paths": np.frombuffer("\0".join(paths).encode(), np.uint8),
+        "paths": np.frombuffer("\0".join(paths).encode(**OF_PATHS), np.uint8),
         "stamps": stamps_N2,
     }
     with whole_file(path, "wb") as file:
@@ -277,7 +280,7 @@ def _load(path: Path, digest: str, just_scanned: bool) -> Scan | None:
         with np.load(path, allow_pickle=False) as held:
             arrays = dict(held)
         told = json.loads(arrays.pop("told").tobytes())
-        paths = arrays.pop("paths").tobytes().decode()
+        paths = arrays.pop("paths").tobytes().decode(**OF_PATHS)
         stamps_N2, lasting = arrays.pop("stamps"), told["lasting"]
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):  # absent, or not whole: scan anew
         return None

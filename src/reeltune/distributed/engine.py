@@ -37,6 +37,22 @@ DTYPES = {  # by the names in recipes and flags
 }
 
 
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Within, processes that wait for others in vain end in words."""
+    try:
+        yield
+    except RuntimeError as missing:  # gloo has no error of its own
+        if not isinstance(missing, torch.distributed.DistError) and "connectFullMesh" not in str(missing):
+            raise
+        world, where = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
+        raise UserError(
+            "launch",
+            f"{world} processes were to meet at {where} and did not within rank_timeout_seconds + 60 "
+            f"({str(missing).splitlines()[0]}); start as many as each is told of: {START}",
+        ) from missing
+
+
 class Engine:
     """One per process. Wraps the trained network and its optimizer; everything else stays plain PyTorch.
 
@@ -64,15 +80,8 @@ class Engine:
         AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
         patience = timedelta(seconds=rank_timeout_seconds + 60)
         handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)]
-        try:
+        with _meeting():
             self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
-        except torch.distributed.DistError as missing:
-            world, where = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR"))
-            raise UserError(
-                "launch",
-                f"{world} processes were to meet at {where} and did not within rank_timeout_seconds + 60 "
-                f"({str(missing).splitlines()[0]}); start as many as each is told of: {START}",
-            ) from missing
         _, launched = place()
         if launched != self.world:
             raise UserError(
@@ -89,7 +98,10 @@ class Engine:
         # Checkpoints are agreed on over the CPU, beside what the devices are doing, and nothing else meanwhile. Without
         # shares too: processes that were told of different engines must come as far as to compare that.
         new_group: Callable[..., Any] = torch.distributed.new_group  # its type has what it gives to outsiders too
-        self.cpu_group: ProcessGroup | None = new_group(timeout=patience, backend="gloo") if self.world > 1 else None
+        with _meeting():  # some may have been told of more processes than these
+            self.cpu_group: ProcessGroup | None = (
+                new_group(timeout=patience, backend="gloo") if self.world > 1 else None
+            )
         self.dtype = DTYPES[mixed_precision]
 
     @property

@@ -242,7 +242,6 @@ def write_page(plan: Forecast, path: Path) -> Path:
         sizes=Markup(size_chart(plan)),
         tables=tables(plan),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     return report.write_whole(path, page)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
-from reeltune.core.options import Options, number, one_of
+from reeltune.core.options import Options, number, one_of, utf8_path
 
 DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
 DTYPES = ("as_stored", "bf16", "fp16", "fp32")
@@ -25,8 +25,8 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
         "that another tool loads, and proves that the tool applies what was trained. With --merge: puts adapters into "
         "the whole weights of their base, and proves that base + change is what was written.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder; with --adapter any tool's file, too")
-    parser.add_argument("out", type=Path, help="the folder to write; with --adapter the file")
+    parser.add_argument("checkpoint", type=utf8_path, help="a checkpoint-N folder; with --adapter any tool's file, too")
+    parser.add_argument("out", type=utf8_path, help="the folder to write; with --adapter the file")
     parser.add_argument(
         "--dtype",
         type=one_of(DTYPES),
@@ -93,11 +93,13 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
         "would be in each tool. Reads the file's header and alphas alone. With --out: writes it anew.",
     )
     parser.add_argument(
-        "file", type=Path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
+        "file", type=utf8_path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
     )
     parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
     parser.add_argument("--alpha", type=number, metavar="N", help="what it was trained with, if the file does not say")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it with its scale in B, so that none is needed")
+    parser.add_argument(
+        "--out", type=utf8_path, metavar="FILE", help="write it with its scale in B, so that none is needed"
+    )
     _take_tool(parser, "the tool to write it for, needed with --out")
     options = parser.read(argv)
     if (options.out is None) != (options.dialect is None):

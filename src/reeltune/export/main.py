@@ -21,7 +21,7 @@ from reeltune.config.moved import recipe_beside
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
-from reeltune.core.files import flush_folder, flush_tree, writing
+from reeltune.core.files import NO_NAMES, flush_folder, flush_tree, writing
 from reeltune.core.reading import few
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
@@ -186,6 +186,9 @@ def _problems(checkpoint: Path, out: Path, ema: bool) -> Iterator[str]:
 
 def taken(out: Path) -> Iterator[str]:
     """Why nothing can be written there."""
+    if out.name in NO_NAMES:
+        yield f"{out} is a folder that cannot be made anew; give it a name of its own"
+        return
     yield from within_checkpoint(out)
     if checkpoints.NAME.match(out.name) and checkpoints.complete(out.absolute().parent):
         yield f"{out} would stand among the checkpoints of a run, which has one of that name to write; give another"

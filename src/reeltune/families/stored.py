@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from reeltune.core.reading import as_user_error
 from reeltune.families import tensor_files
 
 
@@ -22,7 +23,8 @@ class Stored(Mapping[str, Tensor]):
         self._file = {name: file for file in tensor_files.files_of(path) for name in tensor_files.header_of(file)}
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file[name], "pt", device="cpu") as tensors:
+        file = self._file[name]
+        with as_user_error(file, "cannot be read"), safe_open(file, "pt", device="cpu") as tensors:
             return tensors.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:

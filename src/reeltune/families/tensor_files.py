@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -66,6 +66,7 @@ def files_of(path: Path) -> list[Path]:
     Raises UserError if there are none, or a shard is missing.
     """
     if path.is_file():
+        _refuse_unfinished([path])
         return [path]
     names = _shards(path)
     for stem in reversed(STEMS):
@@ -76,9 +77,20 @@ def files_of(path: Path) -> list[Path]:
             names = [f"{stem}.safetensors"]
     missing = [f"{name} {absent(path / name)}" for name in names if not (path / name).is_file()]
     refuse(str(path), few(missing))
-    if names:
-        return [path / name for name in names]
-    raise UserError(str(path), why_no_weights(path))
+    if not names:
+        raise UserError(str(path), why_no_weights(path))
+    files = [path / name for name in names]
+    _refuse_unfinished(files)
+    return files
+
+
+def _refuse_unfinished(files: Sequence[Path]) -> None:
+    """Raises UserError where aria2's control file lies beside a file, which has its size from the start and holes."""
+    begun = [file for file in files if file.with_name(f"{file.name}.aria2").exists()]
+    refuse(
+        str(files[0].parent),
+        few([f"{file.name} has {file.name}.aria2 beside it: aria2 has not ended; let it go on" for file in begun]),
+    )
 
 
 def has_weights(path: Path) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reeltune.core.errors import UserError
-from reeltune.core.options import Options, whole_number
+from reeltune.core.options import Options, a_path, whole_number
 
 PORT = 8765
 LOOPBACK = "127.0.0.1"
@@ -23,7 +23,7 @@ def serve(argv: Sequence[str]) -> int:
         description="A page to look at data and runs, on this machine alone (127.0.0.1). Prints its address, with the "
         "token that it asks for. It reads files and changes none, without --edit or --run.",
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="what lies below it is shown [.]")
+    parser.add_argument("folder", type=a_path, nargs="?", default=Path(), help="what lies below it is shown [.]")
     parser.add_argument("--port", type=whole_number, default=PORT, metavar="N", help=f"0 takes a free one [{PORT}]")
     parser.add_argument("--open", action="store_true", help="open the browser, too")
     parser.add_argument("--edit", action="store_true", help="captions may be edited, into new lists, and recipes saved")

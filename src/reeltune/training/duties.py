@@ -166,11 +166,13 @@ class Duties:
         self.saving.settle()
         self.engine.wait()
         last = next(reversed(checkpoint.complete(self.out)), None)
-        raise UserError(
-            "train",
-            f"the loss of step {seen.step} is not finite{self._write_non_finite(seen)}; resume from "
-            f"{last.name if last else 'the start'} with a smaller learning_rate or max_grad_norm",
+        remedy = (
+            f"resume from {last.name if last else 'the start'} with a smaller learning_rate or max_grad_norm"
+            if seen.step
+            else "nothing was learnt before it: see whether the weights that it began with are finite, which reeltune "
+            "export tells, and whether mixed_precision is one that the model bears"
         )
+        raise UserError("train", f"the loss of step {seen.step} is not finite{self._write_non_finite(seen)}; {remedy}")
 
     def _write_non_finite(self, seen: Step) -> str:
         """What a loss that is not finite was made of, where this process had it. Returns where that is told."""

@@ -1,0 +1,47 @@
+"""What the texts of a Recipe may be: patterns, captions and paths.  (no torch)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PATTERNS = ("trainable_modules", "trainable_modules_low_learning_rate", "target_name", "lora_skip_name", "train_whole")
+ANY_BYTES = (  # paths of clips and lists, which may be of another time; safetensors and tokenizers take UTF-8 alone
+    *("train_data_dir", "train_data_meta", "validation_data_meta"),
+    *("validation_paths", "validation_control_from"),
+)
+
+
+def text_rules(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """As `broken_rules`."""
+    yield from _empty_words(values)
+    yield from _unwritable(values)
+
+
+def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of a variable that a shell had not set: an empty pattern would match every name, an empty path be this folder."""
+    for name in PATTERNS:
+        if not all(word.strip() for word in values[name]):
+            yield (name,), f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
+    if not values["output_dir"].strip():
+        yield ("output_dir",), "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
+
+
+def _unwritable(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What YAML's escapes and a terminal of another encoding can write, and no file's name or caption can hold."""
+    for name, value in values.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            if "\0" in text:
+                yield (name,), f"{name} has a letter NUL, which no file's name and no caption can hold; leave it out"
+            elif not _encodable(text, "surrogateescape" if name in ANY_BYTES else "strict"):
+                yield (name,), f"{name} is {text!a}, which is not UTF-8, as weights' paths and captions are; rename it"
+
+
+def _encodable(text: str, errors: str) -> bool:
+    try:
+        text.encode(errors=errors)
+    except UnicodeEncodeError:
+        return False
+    return True

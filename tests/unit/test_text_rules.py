@@ -1,0 +1,38 @@
+"""Texts of a recipe: patterns, captions and paths."""
+
+import pytest
+
+from reeltune.config.parse import build
+from reeltune.config.text_rules import PATTERNS
+from reeltune.core.errors import UserError
+
+
+def problems(tree):
+    with pytest.raises(UserError) as told:
+        build(tree)
+    return told.value.problems
+
+
+def test_letters_that_no_name_and_no_caption_can_have():
+    """YAML's escapes write them, and a terminal of another encoding."""
+    nul = "has a letter NUL, which no file's name and no caption can hold; leave it out"
+    half = "which is not UTF-8, as weights' paths and captions are; rename it"
+    assert problems({"transformer_path": "a\0", "validation_prompts": ["a", "\0"]}) == [
+        f"transformer_path {nul}",
+        f"validation_prompts {nul}",
+    ]
+    assert problems({"output_dir": "caf\udce9"}) == [f"output_dir is 'caf\\udce9', {half}"]  # as Python has byte E9
+    assert problems({"negative_prompt": "\udce9"}) == [f"negative_prompt is '\\udce9', {half}"]
+    assert problems({"train_data_dir": "\ud800"}) == [f"train_data_dir is '\\ud800', {half}"]
+    assert build({"train_data_dir": "caf\udce9"}).data.train_data_dir == "caf\udce9"
+
+
+def test_empty_words_are_no_patterns_and_no_folder():
+    """A pattern that is part of every name would take or skip all; an empty path is the folder of the command."""
+    for name in PATTERNS:
+        assert problems({name: ["ffn", ""], **({} if name.startswith("trainable") else {"rank": 4})}) == [
+            f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
+        ]
+    assert problems({"output_dir": " "}) == [
+        "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
+    ]
