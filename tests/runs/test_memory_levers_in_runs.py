@@ -5,12 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.diffusion.loss import diffusion_loss
 from reeltune.distributed.engine import Engine
-from reeltune.memory import blocks, kept
+from reeltune.memory import blocks, compiled, kept
 from reeltune.memory.blocks import blocks_of
 from reeltune.optim.trainable import released_names
 from reeltune.run.data import gather
@@ -73,6 +74,8 @@ def steps(start, **changes) -> tuple[list, Learner]:
     parts = family.load(model, dtype=dtype, encoders=False, base_weights=coarse)
     learner = learner_of(made, family, parts, engine, batch=2, accumulate=1)
     _, _, objective = choose_family(made)
+    if learner.network.compiled is not None:
+        learner.network.compiled.begin(1, "first")
     told = []
     for step in range(STEPS):
         seeds = [seed + step for seed in batch.seeds]
@@ -123,6 +126,19 @@ def test_a_chosen_kernel_is_that_of_the_recomputation_too(start, plain):
     assert_same(steps(start, **KINDS["fp32"], attention="math", gradient_checkpointing=True), (told, learner))
     for ours, theirs in zip(told, plain["fp32"][0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.first_by_family
+@pytest.mark.parametrize("keep", kept.KEPT)
+def test_compiled_it_keeps_the_same_and_torch_warns_of_nothing(keep, start, plain, monkeypatch, capfd):
+    """By torch's own operators in place of compiled code."""
+    made = lookup_backend("aot_eager")
+    monkeypatch.setattr(compiled, "inductor", made)
+    told, learner = steps(start, **KINDS["fp32"], gradient_checkpointing=keep, compile="blocks")
+    assert learner.network.compiled.count > 0
+    assert told == [pytest.approx(row, rel=1e-5) for row in plain["fp32"][0]]
+    assert "context_fn" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("adapters", [{}, {"rank": 1, "base_weights": "nf4", "mixed_precision": "bf16"}], ids=str)

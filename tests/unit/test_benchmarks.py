@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import memory
 from benchmarks.__main__ import MEANING, Goal, table, write
 from reeltune.demo.main import FAMILIES as DEMO_FAMILIES
 
@@ -43,6 +44,11 @@ def test_every_benchmark_can_be_read_as_it_is_run():
 
 def test_each_of_the_demos_networks_has_a_row():
     assert {*benchmarks.FAMILIES, *benchmarks.UNTRAINED} == {*DEMO_FAMILIES} - {"toy"}
+
+
+def test_each_way_to_save_memory_has_a_row():
+    compared = {way.beside for way in memory.WAYS.values()} - {"compiled", "recompute_all"}
+    assert {*benchmarks.SAVINGS} == {*memory.WAYS} - compared
 
 
 def test_a_missed_goal_is_said(monkeypatch):

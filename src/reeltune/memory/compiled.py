@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -83,6 +84,8 @@ class Compiled:
 
     def keep(self, blocks: Sequence[nn.Module], contexts: Callable[[], Contexts]) -> None:
         """These recompute all but what is kept by that one of kept.KEPT, which is compiled with them."""
+        # It warns of in-place operations, which EasyAnimate's blocks have: a step so compiled is the plain one (tests).
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._functions |= {block: recomputing(type(block).forward, contexts) for block in blocks}
 
     @property
