@@ -15,12 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reeltune import families
 from reeltune.config.recipe import Memory, Model, Optimization, Recipe, Training
@@ -28,6 +29,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.memory import blocks
 from reeltune.optim.optimizers import StochasticRounding, build_optimizer
 from reeltune.optim.step_in_backward import StepInBackward
+from reeltune.training import trained_network
 from reeltune.training.learner import learner_of
 from tests.families.tiny_wan import tiny_checkpoint
 
@@ -139,7 +141,10 @@ class Step:
             memory=way.memory,
             optimization=Optimization(max_grad_norm=way.max_grad_norm),
         )
-        self.learner = learner_of(recipe, self.family, parts, Engine("no"), batch=1, accumulate=1)
+        self.sent: list[int] = []  # bytes that on a GPU would not be on the device
+        offload = partial(blocks.offload_activations, to_host=self._to_host)
+        with mock.patch.object(trained_network, "offload_activations", offload):
+            self.learner = learner_of(recipe, self.family, parts, Engine("no"), batch=1, accumulate=1)
         if self.learner.network.compiled is not None:
             self.learner.network.compiled.begin(1, "benchmark")
         chance = torch.Generator().manual_seed(0)
@@ -150,6 +155,10 @@ class Step:
             "ref": self.x[:, :, :1],
             "image": torch.randn(1, 257, 32, generator=chance),
         }
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        self.sent.append(tensor.nbytes)
+        return blocks.to_host(tensor)
 
     def __call__(self) -> None:
         answer = self.family.denoise(self.learner.net, self.x, torch.full((1,), 500.0), self.cond)
@@ -169,9 +178,8 @@ def price_and_saving(checkpoint: Path) -> dict[str, float]:
     peaks = {}
     for name, step in steps.items():
         gc.collect()
-        sent, to_host = [], blocks.to_host
-        with mock.patch.object(blocks, "to_host", lambda x, sent=sent, real=to_host: sent.append(x.nbytes) or real(x)):
-            peaks[name] = peak_bytes(step) - sum(sent)  # which on a GPU are not on the device
+        step.sent.clear()
+        peaks[name] = peak_bytes(step) - sum(step.sent)
     for name, way in WAYS.items():
         if name in ("plain", "clipped", "still"):
             continue
