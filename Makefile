@@ -22,9 +22,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/reeltune demo $(addprefix --family ,$(FAMILY)) $(if $(ADAPTER),--adapter)
 
-# Four for two cores, as launches wait for one another. Files go to them in the order of their folders: those that take
+# Three for two cores, as launches wait for one another. Files go to them in the order of their folders: those that take
 # long come first, and nobody waits for one at the end.
-WORKERS := -n 4 --dist loadfile --no-loadscope-reorder
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
