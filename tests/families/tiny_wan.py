@@ -43,7 +43,7 @@ def filled(net: torch.nn.Module, seed: int) -> torch.nn.Module:
         for name, weight in net.named_parameters():
             if weight.ndim > 1 and not name.endswith("gamma"):
                 weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "class_embedding")):
                 weight.normal_(0, 0.02, generator=generator)
     return net
 

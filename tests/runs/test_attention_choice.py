@@ -18,7 +18,7 @@ from reeltune.training import attention_choice, loop
 from reeltune.training.loop import train
 from reeltune.training.warm_up import forward_pass
 from tests.families.tiny_wan import tiny_checkpoint
-from tests.runs.same_run import StopAfter, assert_same_end, assert_same_network, rows
+from tests.runs.same_run import StopAfter, assert_equal, assert_same_end, assert_same_network, rows
 from tests.runs.small_run import recipe
 
 SHORT = {"max_train_steps": 2, "held_out_share": 0.0, "gradient_checkpointing": True}
@@ -57,6 +57,13 @@ def kernel_of(out):
     return json.loads((out / "run.json").read_text())["attention_kernel"]
 
 
+def assert_other_bits(a, b, step):
+    """In some of thousands of gradients' moments: a loss and a norm may be alike by chance."""
+    states = (torch.load(out / f"checkpoint-{step}" / "optimizer.pt", weights_only=True) for out in (a, b))
+    with pytest.raises(AssertionError):
+        assert_equal(*states)
+
+
 def never(*_):
     raise AssertionError("kernels were tried")
 
@@ -73,7 +80,7 @@ def test_a_cpu_has_nothing_to_try_and_the_bits_of_its_only_kernel(wan, data, tmp
     assert_same_end(ours, flash, step=2)
     assert kernel_of(flash) == "flash" and told(flash) == []
     assert train(recipe(wan, data, math, **SHORT, attention="math")) == 0
-    assert rows(math, ("step",)) != rows(ours, ("step",))  # or what follows would show nothing
+    assert_other_bits(math, ours, step=2)  # or what follows would show nothing
 
 
 @pytest.mark.slow
@@ -108,8 +115,8 @@ def test_compiled_blocks_have_it_too(wan, data, tmp_path, math_is_sooner, monkey
     settings = {**SHORT, "compile": "blocks", "max_train_steps": 1, "video_sample_n_frames": 1}  # of one size
     for name in ("auto", "math", "flash"):
         assert train(recipe(wan, data, tmp_path / name, **settings, attention=name)) == 0
-    auto, math, flash = (rows(tmp_path / name, ("step",)) for name in ("auto", "math", "flash"))
-    assert auto == math != flash
+    assert rows(tmp_path / "auto", ("step",)) == rows(tmp_path / "math", ("step",))
+    assert_other_bits(tmp_path / "math", tmp_path / "flash", step=1)
 
 
 @pytest.mark.parametrize(

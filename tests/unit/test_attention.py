@@ -45,21 +45,21 @@ class Block(nn.Module):
         return x + self.out((within + across).transpose(1, 2).flatten(2))
 
 
-def net_of(depth=3):
+def net_of(depth=3, block=Block):
     torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(depth)))
+    return nn.Sequential(*(block() for _ in range(depth)))
 
 
-def step(prepare):
-    """(operators of the forward pass, of the backward pass, loss and gradients)."""
-    net = net_of()
+def step(prepare, block=Block):
+    """(operators of the forward pass, of the backward pass, loss and gradients of what learns)."""
+    net = net_of(block=block)
     prepare(net)
     x = torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     with Operators() as forward:
         loss = net(x).square().mean()
     with Operators() as backward:
         loss.backward()
-    return forward, backward, [loss.detach(), *(weight.grad for weight in net.parameters())]
+    return forward, backward, [loss.detach(), *(weight.grad for weight in net.parameters() if weight.requires_grad)]
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

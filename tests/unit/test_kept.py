@@ -9,10 +9,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reeltune.memory.blocks import offload_activations, recompute, spread, swap
 from reeltune.memory.kept import KEPT, THIN
-from tests.unit.test_attention import Operators
+from tests.unit.test_attention import FEW, WIDTH
+from tests.unit.test_attention import step as operators_of_step
 
 CPU = torch.device("cpu")
-LENGTH, WIDTH, FEW = 24, 16, 5
 aten = torch.ops.aten
 
 
@@ -36,17 +36,7 @@ class Block(nn.Module):
         return (x + self.up(narrow) + self.thin_mix(narrow.transpose(1, 2)).mean((1, 2), keepdim=True)).tanh()
 
 
-def step(prepare):
-    """(operators of the forward pass, of the backward pass, loss and gradients)"""
-    torch.manual_seed(0)
-    net = nn.Sequential(*(Block() for _ in range(3)))
-    prepare(net)
-    x = torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    with Operators() as forward:
-        loss = net(x).square().mean()
-    with Operators() as backward:
-        loss.backward()
-    return forward, backward, [loss.detach(), *(weight.grad for weight in net.parameters() if weight.grad is not None)]
+step = partial(operators_of_step, block=Block)
 
 
 def assert_same(ours, theirs):

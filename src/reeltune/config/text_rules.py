@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reeltune.core.files import is_utf8
+
 PATTERNS = ("trainable_modules", "trainable_modules_low_learning_rate", "target_name", "lora_skip_name", "train_whole")
 ANY_BYTES = (  # paths of clips and lists, which may be of another time; safetensors and tokenizers take UTF-8 alone
     *("train_data_dir", "train_data_meta", "validation_data_meta"),
@@ -35,13 +37,5 @@ def _unwritable(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], st
                 continue
             if "\0" in text:
                 yield (name,), f"{name} has a letter NUL, which no file's name and no caption can hold; leave it out"
-            elif not _encodable(text, "surrogateescape" if name in ANY_BYTES else "strict"):
+            elif not is_utf8(text, any_bytes=name in ANY_BYTES):
                 yield (name,), f"{name} is {text!a}, which is not UTF-8, as weights' paths and captions are; rename it"
-
-
-def _encodable(text: str, errors: str) -> bool:
-    try:
-        text.encode(errors=errors)
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -73,6 +73,15 @@ def is_disk_error(error: BaseException) -> bool:
     return any(told in words for told in (*map(os.strerror, REFUSED + LOST), *UNTOLD))
 
 
+def is_utf8(text: str, *, any_bytes: bool = False) -> bool:
+    """any_bytes: as Python holds those of a file's name; else none may be half of a surrogate pair."""
+    try:
+        text.encode(errors="surrogateescape" if any_bytes else "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refusal(error: OSError) -> UserError:
     """What the system refused (one of REFUSED), of the path that it names; without one it was what is printed."""
     if error.filename is None:

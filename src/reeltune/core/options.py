@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.files import is_utf8
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
@@ -87,10 +88,8 @@ def a_path(text: str) -> Path:
 
 def utf8_path(text: str) -> Path:
     """safetensors takes names in UTF-8 alone."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"is {text!a}, which is not UTF-8, as paths of weights are") from None
+    if not is_utf8(text):
+        raise argparse.ArgumentTypeError(f"is {text!a}, which is not UTF-8, as paths of weights are")
     return a_path(text)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reeltune.core.files import is_utf8
 from reeltune.core.types import Kind
 from reeltune.data.lists import Misshapen, Twice, kind_of, renames
 from reeltune.data.records import Records
@@ -131,7 +132,7 @@ def _path(row: Row, folder: Folder, key: str, named: Any) -> str | None:
         row.problems.append(Problem(f"{key} is {kind_of(named)}, not a string", "Give one path as a string"))
     elif not named.strip():
         row.problems.append(Problem(f"{key} is empty", "Give a path"))
-    elif "\0" in named or not _encodable(named):
+    elif "\0" in named or not is_utf8(named):
         row.problems.append(Problem(f"{key} {shown(named)} cannot be a file's name", "Correct the path"))
     elif (path := folder.join(named)) is None:
         reason = f"{key} {shown(named)} leaves the data folder"
@@ -141,21 +142,13 @@ def _path(row: Row, folder: Folder, key: str, named: Any) -> str | None:
     return None
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as "\ud800" in JSON
-        return False
-    return True
-
-
 def _check_text(row: Row, fields: dict[str, Any]) -> None:
     text = fields.get("text")
     if "text" not in fields:
         row.problems.append(_missing(fields, "text", 'Give a caption; "" trains without one'))
     elif not isinstance(text, str):
         row.problems.append(Problem(f"text is {kind_of(text)}, not a string", 'Give a caption; "" trains without one'))
-    elif not _encodable(text):
+    elif not is_utf8(text):
         row.problems.append(Problem("text is no valid Unicode: it holds half of a character", "Correct the caption"))
     else:
         row.text = text

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reeltune.core.types import Posterior
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Of its first weight, and so of what it is given. `.dtype` of diffusers goes through all of them at each call."""
+    return next(network.parameters()).dtype
+
+
 def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The distribution times the VAE's scaling factor."""
-    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(next(vae.parameters()).dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(dtype_of(vae))).latent_dist
     scale = vae.config.scaling_factor
     return Posterior(latents.mean.float() * scale, latents.logvar.float() + 2 * math.log(scale))
 
@@ -23,7 +28,7 @@ def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
 @torch.no_grad()
 def decode_clip(vae: Any, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32, about [-1, 1]."""
-    z = (x0_BCThw.float() / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+    z = (x0_BCThw.float() / vae.config.scaling_factor).to(dtype_of(vae))
     return vae.decode(z).sample.float().transpose(1, 2)
 
 

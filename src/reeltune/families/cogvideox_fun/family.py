@@ -107,7 +107,7 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     from reeltune.families.cogvideox_fun.net import decode_in_pairs
 
     with parts.borrow("vae") as vae:
-        z = (x0_BCThw.float() / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+        z = (x0_BCThw.float() / vae.config.scaling_factor).to(latents.dtype_of(vae))
         return decode_in_pairs(vae, z).float().transpose(1, 2)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reeltune.families.latents import dtype_of
 from reeltune.families.spec import Parts, TokenLimit
 
 TEXT_LENGTH = 256  # tokens after the template's system turn
@@ -102,7 +103,7 @@ def encode_text_and_picture(
         seen = parts.extras["image_processor"](list(image_u8_BCHW.cpu()), return_tensors="pt").pixel_values
         inputs = expand(ids_BL, llava)
         inputs = {name: value.to(parts.device) for name, value in inputs.items()}
-        seen = seen.to(parts.device, next(llava.parameters()).dtype)
+        seen = seen.to(parts.device, dtype_of(llava))
         states_BLD = llava.model(**inputs, pixel_values=seen, output_hidden_states=True).hidden_states[LAYER].float()
 
     places = picture_places(llava)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from reeltune.core.types import Batch, Described, Encoded, Posterior
 from reeltune.families import text
 from reeltune.families.inpaint import join_mask, kept_unless_all_masked
+from reeltune.families.latents import dtype_of
 from reeltune.families.spec import Parts, needed
 from reeltune.families.wan_fun.sizes import CHANNELS_2_2, TEXT_LENGTH
 
@@ -133,7 +134,7 @@ def encode_text(parts: Parts, captions: list[str]) -> Tensor:
 def image_features(parts: Parts, image_u8_BCHW: Tensor) -> Tensor:
     """float32 B 257 D: CLIP's tokens before its last block."""
     with torch.no_grad(), parts.borrow("image") as tower:
-        seen = clip_pixels(image_u8_BCHW, tower.config.image_size).to(next(tower.parameters()).dtype)
+        seen = clip_pixels(image_u8_BCHW, tower.config.image_size).to(dtype_of(tower))
         return tower(pixel_values=seen, output_hidden_states=True).hidden_states[-2].float()
 
 
@@ -153,7 +154,7 @@ def clip_pixels(image_u8_BCHW: Tensor, side: int) -> Tensor:
 
 def encode_clip(vae: Any, pixels_BFCHW: Tensor) -> Posterior:
     """The mean in the network's units, (mean - m) / s per channel; the log-variance raw, as released models saw it."""
-    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(next(vae.parameters()).dtype)).latent_dist
+    latents = vae.encode(pixels_BFCHW.transpose(1, 2).to(dtype_of(vae))).latent_dist
     mean, std = _statistics(vae, pixels_BFCHW.device)
     return Posterior((latents.mean.float() - mean) / std, latents.logvar.float())
 
@@ -230,5 +231,5 @@ def decode(parts: Parts, x0_BCThw: Tensor) -> Tensor:
     """pixels_BFCHW float32 in [-1, 1]."""
     with parts.borrow("vae") as vae:
         mean, std = _statistics(vae, x0_BCThw.device)
-        z = (x0_BCThw.float() * std + mean).to(next(vae.parameters()).dtype)
+        z = (x0_BCThw.float() * std + mean).to(dtype_of(vae))
         return vae.decode(z).sample.float().transpose(1, 2)
