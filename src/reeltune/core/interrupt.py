@@ -128,6 +128,8 @@ def _count(pipe: int) -> None:
         if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _terminate and late.ident is None:
             late.start()
     late.cancel()
+    if late.ident is not None:
+        late.join()
 
 
 def _have_own_signals() -> None:
