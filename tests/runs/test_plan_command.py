@@ -134,6 +134,21 @@ def test_what_is_offered_fits_when_it_is_done(whole):
         assert done.verdict.need_bytes == pytest.approx(offer.verdict.need_bytes, rel=0.05), settings
 
 
+@pytest.mark.slow
+def test_room_is_used_for_what_it_says_when_that_is_done(whole):
+    run = build({**flat(whole[0]), "gradient_checkpointing": True, "low_vram": True})
+    roomy, tight = (forecast(run, Machines(device=device)) for device in ("1GB", "0.0001GB"))
+    assert tight.faster is None
+    (change,) = roomy.faster.changes  # the toy has no encoders that could stay
+    assert change.settings == {"gradient_checkpointing": False}
+    done = forecast(build({**flat(run), **change.settings}), roomy.machines)
+    assert done.faster is None
+    assert done.verdict == roomy.faster.verdict != roomy.verdict
+    spared = sum(roomy.largest_step.passes.values()) / sum(done.largest_step.passes.values()) - 1
+    assert roomy.faster.prices[0] == f"{spared:+.0%} arithmetic in a step, the same result"
+    assert 0.05 < spared < 0.34
+
+
 def test_a_change_that_training_refuses_is_not_offered(whole):
     """Adapters of rank 32, which are larger than the toy's layers, on a device that nothing fits."""
     found = forecast(whole[0], Machines(device="0.0001GB"))

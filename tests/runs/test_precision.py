@@ -11,7 +11,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Shape
 from reeltune.estimate.check import check
 from reeltune.estimate.estimator import Estimator
-from reeltune.estimate.remedies import changes
+from reeltune.estimate.remedies import changes, values_of
 from reeltune.memory.size import size_bytes
 from reeltune.run import precision
 from reeltune.run.model import choose_family, load_parts
@@ -98,7 +98,7 @@ def test_a_type_that_is_implied_is_no_other(run, wan, tmp_path):
 def test_smaller_encoders_are_offered_where_they_are_in_fp32():
     def offered(**asked):
         return "encoder_weights: bf16" in [
-            one.words for one in changes(build(asked), "one", 1, blocks=0, still_blocks=0, tiles=True)
+            one.words for one in changes(values_of(build(asked), "one", 1, blocks=0, still_blocks=0, tiles=True))
         ]
 
     assert offered(mixed_precision="no") and offered(encoder_weights="fp32")

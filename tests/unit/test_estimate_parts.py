@@ -16,7 +16,7 @@ from reeltune.data.shapes import SizeRules
 from reeltune.estimate import sharding, throughput, turns
 from reeltune.estimate.epoch import forecast_data
 from reeltune.estimate.page import COLOURS, expert_rows
-from reeltune.estimate.remedies import MARGIN, Change, judge, search
+from reeltune.estimate.remedies import MARGIN, Change, judge, search, spend
 from reeltune.estimate.result import PARTS, StepEstimate
 from reeltune.training.turns import Turns
 from tests.unit import metrics_rows
@@ -301,3 +301,30 @@ def test_more_devices_come_last_and_as_few_as_are_enough():
         assert offers[1].prices == ("4 devices",)
         names, _ = offered(candidates, [], taken_bytes=190)  # none alone: the most, with what it takes beside
         assert names == [["c", "gpus", "m8"]]
+
+
+def spent(speedups, room_bytes, *, gone=(), flops=4):
+    """Settings of what is taken where each change takes its value in bytes more of the room, and their prices."""
+
+    def try_out(changes):
+        more = sum(value for change in changes for value in change.settings.values())
+        return judge({"step": {"weights": 100 - room_bytes + more}}, 100), estimate(flops={"forward": 4})
+
+    before = judge({"step": {"weights": 100 - room_bytes}}, 100), estimate(flops={"forward": flops})
+    offer = spend(speedups, lambda changes: all(change.settings.keys() - gone for change in changes), try_out, before)
+    return None if offer is None else ([change.settings for change in offer.changes], offer.prices, offer.verdict)
+
+
+def test_room_is_spent_on_the_dearest_first_and_never_to_the_end():
+    def ways(name, *values, price=""):
+        return [Change({name: value}, price or f"price of {name}") for value in values]
+
+    speedups = [ways("a", 50, 30, 20), ways("b", 25), ways("c", 5)]
+    chosen, prices, verdict = spent(speedups, 45)
+    assert (chosen, prices) == ([{"a": 30}, {"c": 5}], ("price of a", "price of c"))
+    assert verdict.safe and verdict.need_bytes == 90
+    assert spent(speedups, 45, gone={"a"})[0] == [{"b": 25}, {"c": 5}]  # what does not go with the rest is passed over
+    assert spent(speedups, 5) is None and spent(speedups, 4) is None and spent([], 45) is None
+    more = [ways("a", 20, price="{more_flops:+.0%}, {offloaded_gb:.0f} GB")]
+    assert spent(more, 45) is None  # it costs nothing as it is
+    assert spent(more, 45, flops=5)[1] == ("+25%, 0 GB",)

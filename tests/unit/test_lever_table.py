@@ -8,7 +8,7 @@ import torch
 from reeltune.config.parse import build, flat, settings
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
-from reeltune.estimate.remedies import changes, numbers
+from reeltune.estimate.remedies import changes, numbers, speedups, values_of
 from reeltune.estimate.sharding import ENGINES
 from reeltune.memory import levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
@@ -33,7 +33,7 @@ def test_a_new_row_is_seen_in_refusals_remedies_the_message_and_the_page(monkeyp
     with pytest.raises(UserError) as told:
         build({"allow_tf32": True, "mixed_precision": "no"})
     assert told.value.problems == ["allow_tf32 is true and mixed_precision is no; they never meet; use bf16"]
-    last = list(changes(Recipe(), "one", 1, **NETWORK))[-1]
+    last = list(changes(values_of(Recipe(), "one", 1, **NETWORK)))[-1]
     assert (last.settings, last.words, last.price) == ({"allow_tf32": True}, "allow_tf32: true", "colour")
     assert last.phases == {"step"}
     assert list(remedies("step", Recipe()))[-1] == "allow_tf32: true"
@@ -70,7 +70,8 @@ PRODIGY = {"use_prodigy": True, "learning_rate": 1}
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
     recipe = build(tree)
-    offered = list(changes(recipe, "one" if gpus == 1 else "ddp", gpus, blocks=5, still_blocks=5, tiles=True))
+    values = values_of(recipe, "one" if gpus == 1 else "ddp", gpus, blocks=5, still_blocks=5, tiles=True)
+    offered = list(changes(values))
     assert len({tuple(change.settings.items()) for change in offered}) == len(offered) > (5 if tree is PRODIGY else 10)
     for change in offered:
         written = {name: value for name, value in change.settings.items() if name != "gpus"}
@@ -79,7 +80,7 @@ def test_what_is_offered_can_be_written_and_has_its_price(tree, gpus):
 
 
 def words(tree, engine="one", gpus=1, **network):
-    return [change.words for change in changes(build(tree), engine, gpus, **{**NETWORK, **network})]
+    return [change.words for change in changes(values_of(build(tree), engine, gpus, **{**NETWORK, **network}))]
 
 
 def test_what_one_device_is_offered():
@@ -145,7 +146,7 @@ def test_what_more_devices_cannot_have_is_turned_off_with_them():
 
 def test_phases_that_are_left_to_a_cache():
     def phases(tree):
-        (found,) = (one.phases for one in changes(build(tree), "one", 1, **NETWORK) if "cache" in one.words)
+        (found,) = (one.phases for one in changes(values_of(build(tree), "one", 1, **NETWORK)) if "cache" in one.words)
         return found
 
     assert phases({}) == ALL
@@ -228,3 +229,24 @@ def test_nothing_is_offered_that_goes_with_no_lever_in_use():
     both = {"train_batch_size": 2}
     assert any("gradient_accumulation_steps" in line for line in words(both))
     assert not any("gradient_accumulation_steps" in line for line in words({**both, "step_in_backward": True}))
+
+
+def faster(tree, engine="one", **network):
+    values = values_of(build(tree), engine, 1, **{**NETWORK, **network})
+    return [[change.words for change in ways] for ways in speedups(values)]
+
+
+def test_what_a_run_could_do_without_for_speed():
+    """Only what costs time and changes no result, the dearest first; nothing that would be refused."""
+    checkpointing = [f"gradient_checkpointing: {value}" for value in ("false", "products_kept", "attention_kept")]
+    assert faster({}) == faster({"use_8bit_adam": True, "vae_tiling": True, "rank": 8}) == []
+    assert faster({"low_vram": True, "gradient_checkpointing": True}) == [checkpointing, ["low_vram: false"]]
+    assert faster({"gradient_checkpointing": "attention_kept"}) == [checkpointing[:2]]
+    assert faster({"gradient_checkpointing": "products_kept"}) == [checkpointing[:1]]
+    assert faster({"gradient_checkpointing": True, "attention": "math"}) == [checkpointing[:1]]
+    assert faster({"step_in_backward": True, "gradient_checkpointing": True}) == [
+        ["step_in_backward: false"],
+        checkpointing[:1],
+    ]
+    assert faster({"rank": 8, "blocks_to_swap": 2}, blocks=4)[0] == ["blocks_to_swap: 0"]
+    assert faster({"low_vram": True, "cache_folder": "x", "cache_variants": 1}) == []  # encoders do not come and go

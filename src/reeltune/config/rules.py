@@ -10,7 +10,7 @@ from typing import Any
 from reeltune.config.kernel_rules import kernel_rules
 from reeltune.config.recipe import Adapter, Model, Recipe, Validation
 from reeltune.config.text_rules import text_rules
-from reeltune.memory import levers
+from reeltune.memory import choices
 
 ANY = math.inf
 RANGES: dict[str, tuple[float, float]] = {  # least and greatest
@@ -335,7 +335,7 @@ def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _levers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What does not go with ways of sparing memory."""
-    for lever, exclusion in levers.excluded(values):
+    for lever, exclusion in choices.excluded(values):
         name, other = lever.setting, exclusion.setting
         both = f"{name} is {shown(values[name])} and {other} is {shown(values[other])}"
         if values[name] is True and values[other] is True:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
-from reeltune.memory import levers
+from reeltune.memory import choices
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9  # bytes/s one way: 16 lanes of 16 and 32 GT/s, 128 of 130 bits of them data
@@ -81,6 +81,6 @@ def check(recipe: Recipe, machines: Machines) -> None:
         problems += [
             f"{name} is {getattr(recipe.memory, name)} and gpus is {gpus}; devices that train together must have all "
             "gradients and weights at once; leave it out, or plan for one"
-            for name in levers.pulled_alone(flat(recipe))
+            for name in choices.pulled_alone(flat(recipe))
         ]
     refuse("plan", problems)

@@ -18,11 +18,12 @@ from reeltune.estimate import sharding, turns
 from reeltune.estimate.epoch import DataForecast, forecast_data
 from reeltune.estimate.estimator import Estimator
 from reeltune.estimate.machines import Machines, check
-from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search
+from reeltune.estimate.remedies import Change, Offer, Verdict, changes, judge, search, speedups, spend, values_of
 from reeltune.estimate.result import StepEstimate
 from reeltune.estimate.sharding import ENGINES
 from reeltune.estimate.throughput import Throughput, Timed, curve, measured, of_peak, timed_steps
 from reeltune.families.spec import learning
+from reeltune.memory.lever import Values
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split, chosen_objective, other_expert_bytes
 from reeltune.run.sizes import size_rules
@@ -47,7 +48,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     inputs = gather(recipe, estimator.family, estimator.mode, group=group)
     plan = Forecast(recipe, machines, inputs, estimator, timed, progress)
     progress("the largest step")
-    _ = plan.largest_step, plan.kept_bytes, plan.sizes, plan.offers  # what takes long, while progress is told
+    _ = plan.largest_step, plan.kept_bytes, plan.sizes  # what takes long, while progress is told
     return plan
 
 
@@ -164,29 +165,37 @@ class Forecast:
         check_split(self.estimator.family, recipe.parallel.context_parallel)
         return replace(self, recipe=recipe, machines=machines)
 
+    def goes(self, changes: Sequence[Change]) -> bool:
+        try:
+            self.changed(changes)
+        except UserError:
+            return False
+        return True
+
+    def try_out(self, changes: Sequence[Change]) -> tuple[Verdict, StepEstimate]:
+        self.progress(" and ".join(change.words for change in changes))
+        run = self.changed(changes)
+        try:
+            return run.verdict, run.largest_step
+        except UserError:  # training would refuse it, so that it fits nowhere
+            return replace(self.verdict, have_bytes=0), self.largest_step
+
+    @property
+    def values(self) -> Values:
+        step, tiles = self.largest_step, self.estimator.family.vae_tiles
+        network = {"blocks": step.blocks, "still_blocks": step.still_blocks, "tiles": tiles}
+        return values_of(self.recipe, self.engine, self.machines.gpus, **network)
+
     @cached_property
     def offers(self) -> list[Offer]:
         """Of what could make it fit, the cheapest."""
+        possible = [one for one in changes(self.values) if self.goes([one])]
+        return search(possible, self.goes, self.try_out, (self.verdict, self.largest_step))
 
-        def goes(changes: Sequence[Change]) -> bool:
-            try:
-                self.changed(changes)
-            except UserError:
-                return False
-            return True
-
-        def try_out(changes: Sequence[Change]) -> tuple[Verdict, StepEstimate]:
-            self.progress(" and ".join(change.words for change in changes))
-            run = self.changed(changes)
-            try:
-                return run.verdict, run.largest_step
-            except UserError:  # training would refuse it, so that nothing is spared
-                return self.verdict, self.largest_step
-
-        step, tiles = self.largest_step, self.estimator.family.vae_tiles
-        network = {"blocks": step.blocks, "still_blocks": step.still_blocks, "tiles": tiles}
-        possible = changes(self.recipe, self.engine, self.machines.gpus, **network)
-        return search([one for one in possible if goes([one])], goes, try_out, (self.verdict, step))
+    @cached_property
+    def faster(self) -> Offer | None:
+        """What could be changed for a faster step where there is room to spare."""
+        return spend(speedups(self.values), self.goes, self.try_out, (self.verdict, self.largest_step))
 
     @cached_property
     def kept_bytes(self) -> dict[str, int]:
@@ -197,7 +206,7 @@ class Forecast:
         with_it = "with gradient_checkpointing" + (f": {on}" if isinstance(on, str) else "")
         self.progress(f"activations {'without' if on else 'with'} gradient_checkpointing")
         other = replace(self.recipe, training=replace(training, gradient_checkpointing=not on))
-        steps = [self.largest_step, replace(self, recipe=other).estimate(self.draws)]
+        steps = [self.largest_step, replace(self, recipe=other).largest_step]
         spared, whole = steps if on else reversed(steps)
         return {with_it: spared.saved_bytes, "without": whole.saved_bytes}
 

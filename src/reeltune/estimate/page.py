@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 from markupsafe import Markup
@@ -59,16 +60,20 @@ def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
     return "It does not fit.", f"{needs}: {size(-verdict.spare_bytes)} too much.", "bad"
 
 
-def offer_rows(plan: Forecast) -> list[tuple[str, str, str]]:
-    """(changes, what is then needed, price), the cheapest first."""
-    return [
+def offer_table(plan: Forecast) -> Table:
+    """What would make it fit or, where it has room, faster; a line of a cell for each change."""
+    title, price, offers = "What would make it fit, cheapest first", "at the price of", plan.offers
+    if plan.faster is not None:
+        title, price, offers = "What would be faster, and fit too", "which spares", [plan.faster]
+    rows = [
         (
             "\n".join(change.words for change in offer.changes),
             f"{size(offer.verdict.need_bytes)}, {size(offer.verdict.spare_bytes)} to spare",
             "\n".join(offer.prices),
         )
-        for offer in plan.offers
+        for offer in offers
     ]
+    return Table(title, ("change", "then takes", price), rows, 3)
 
 
 def data_table(plan: Forecast) -> Table:
@@ -197,9 +202,9 @@ def show(plan: Forecast, console: Console) -> None:
             console.print(table.note, style="dim", highlight=False)
     answer, reason, tone = verdict_lines(plan)
     console.print(f"\n[bold {TONES[tone]}]{answer}[/] {reason}", highlight=False)
-    if plan.offers:
-        heads = ("what would make it fit, cheapest first", "then takes", "at the price of")
-        console.print(_drawn(Table("", heads, offer_rows(plan), 3)))
+    if (offered := offer_table(plan)).rows:
+        console.print()
+        console.print(_drawn(offered))
     elif not plan.verdict.safe:
         console.print("No change of this recipe that is known here makes it fit.")
 
@@ -209,7 +214,8 @@ def _drawn(table: Table) -> RichTable:
     for i, head in enumerate(table.heads):
         drawn.add_column(head, justify="left" if i < table.words else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*row)
+        for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
+            drawn.add_row(*line)
     return drawn
 
 
@@ -236,7 +242,7 @@ def write_page(plan: Forecast, path: Path) -> Path:
         tone=tone,
         answer=answer,
         reason=reason,
-        offers=offer_rows(plan),
+        offered=offer_table(plan),
         memory=Markup(memory_chart(plan)),
         legend=LEGEND,
         sizes=Markup(size_chart(plan)),
@@ -270,6 +276,7 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     waiting = Console(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
+        _ = plan.offers, plan.faster  # which take long
     uncompiled = ["compile is blocks: memory and arithmetic are those of uncompiled blocks"]
     for notice in [*slow_bf16(recipe), *(uncompiled if recipe.training.compile == "blocks" else [])]:
         waiting.print(notice, highlight=False, markup=False, soft_wrap=True)

@@ -1,17 +1,18 @@
-"""Does it fit, by how much, and what would make it fit at the least price."""
+"""Does it fit, by how much, what would make it fit at the least price, and what to spend room on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
 from reeltune.estimate.result import StepEstimate
-from reeltune.memory import levers
-from reeltune.memory.lever import ALL
+from reeltune.memory import choices
+from reeltune.memory.lever import ALL, Values
 from reeltune.training.prefetch import encodes_ahead
 
 MARGIN = 0.05  # within which the count may be off; what has less room than this is not called safe
@@ -64,16 +65,27 @@ class Change:
         return written(self.settings)
 
 
-def changes(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks: int, tiles: bool) -> Iterator[Change]:
-    """All that this run could change, one by one, the cheapest first.
+def values_of(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks: int, tiles: bool) -> Values:
+    """Of a run, for the table of levers.
 
     engine: a name of sharding.ENGINES. blocks, still_blocks: as of StepEstimate. tiles: the VAE has them.
     """
     ahead = encodes_ahead(recipe, on_gpu=True)
     network = {"blocks": blocks, "frozen_blocks": still_blocks, "vae_tiles": tiles}
-    values = {**flat(recipe), "engine": engine, "gpus": gpus, "encodes_ahead": ahead, **network}
-    for lever, settings in levers.offered(values):
+    return {**flat(recipe), "engine": engine, "gpus": gpus, "encodes_ahead": ahead, **network}
+
+
+def changes(values: Values) -> Iterator[Change]:
+    """All that would spare memory, one by one, the cheapest first."""
+    for lever, settings in choices.offered(values):
         yield Change(settings, lever.plan_price or lever.price, lever.where(values))
+
+
+def speedups(values: Values) -> Iterator[list[Change]]:
+    """Of each lever that is pulled at a price in time alone, the dearest first: what to write in its place, the fastest
+    first."""
+    for lever, faster in choices.faster(values):
+        yield [Change(settings, lever.plan_price or lever.price) for settings in faster]
 
 
 def numbers(before: StepEstimate, after: StepEstimate, settings: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def numbers(before: StepEstimate, after: StepEstimate, settings: dict[str, Any])
 
 @dataclass(frozen=True)
 class Offer:
-    """Changes that together make it fit."""
+    """Changes that together make it fit, or use what is to spare."""
 
     changes: tuple[Change, ...]
     verdict: Verdict
@@ -131,6 +143,31 @@ def search(
         grown = enough or tries.grow(frozenset({max(machines)}), machines)
         offered += [] if grown is None else [grown]
     return [tries.offer(chosen) for chosen in offered]
+
+
+def spend(
+    speedups: Iterable[list[Change]],
+    goes: Callable[[tuple[Change, ...]], bool],
+    try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]],
+    before: tuple[Verdict, StepEstimate],
+) -> Offer | None:
+    """Of each lever the first change with which, beside those taken before, it still fits with room to spare; their
+    prices are what the lever costs as it is. None: there is none, or no room."""
+    verdict, step = before
+    chosen, prices = tuple[Change, ...](), tuple[str, ...]()
+    if not verdict.safe:
+        return None
+    for ways in speedups:
+        for change in ways:
+            larger = (*chosen, change)
+            if goes(larger) and (tried := try_out(larger))[0].safe:
+                costs = numbers(tried[1], step, change.settings)
+                named = [costs[name] for _, name, _, _ in Formatter().parse(change.price) if name]
+                if not named or max(named) > 0:  # else it costs nothing beside the others
+                    prices += (change.price.format_map(costs),)
+                    chosen, (verdict, step) = larger, tried
+                break
+    return Offer(chosen, verdict, prices) if chosen else None
 
 
 @dataclass

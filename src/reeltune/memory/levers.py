@@ -3,8 +3,6 @@ docs/memory.md come from this table.  (no torch)"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from reeltune.memory.lever import (
     CHOSEN,
     RANK,
@@ -16,8 +14,6 @@ from reeltune.memory.lever import (
     WHERE_NOTHING_IS_KEPT,
     Exclusion,
     Lever,
-    Settings,
-    Values,
     a_cache,
     a_coarser_base,
     adapters_instead,
@@ -31,46 +27,10 @@ from reeltune.memory.lever import (
     not_in,
     one_by_one,
     prodigy,
-    several,
     sharded_by,
     tiles,
     two_to_a_clip,
 )
-
-
-def excluded(values: Values) -> Iterator[tuple[Lever, Exclusion]]:
-    """The levers pulled with what they do not go with."""
-    for lever in LEVERS:
-        if lever.pulled(values):
-            yield from ((lever, exclusion) for exclusion in lever.excludes if exclusion.applies(values))
-
-
-def pulled_alone(values: Values) -> list[str]:
-    """Settings in use that several processes cannot have."""
-    return [lever.setting for lever in LEVERS if lever.alone and lever.pulled(values)]
-
-
-def offered(values: Values) -> Iterator[tuple[Lever, Settings]]:
-    """The levers not pulled yet that such a run can pull, and what to write for that, the cheapest first. Nothing is
-    written that goes with no lever already pulled."""
-    for lever in LEVERS:
-        idle = lever.pulled(values) or any(values[name] for name in lever.unless)
-        fits = all(exclusion.permits(values[exclusion.setting]) for exclusion in lever.excludes)
-        if fits and not idle and not (lever.alone and several(values)):
-            for settings in lever.options(values):
-                if "engine" in settings:
-                    settings |= given_up(values, settings["engine"])
-                if not any(excluded({**values, **settings})):
-                    yield lever, settings
-
-
-def given_up(values: Values, engine: str) -> Settings:
-    """What does not go with several processes under that engine, turned off, the dearest first."""
-    sharded = {**values, "engine": engine}
-    barred = {lever.setting for lever, exclusion in excluded(sharded) if exclusion.setting == "engine"}
-    barred |= set(pulled_alone(sharded))
-    return {lever.setting: lever.off for lever in reversed(LEVERS) if lever.setting in barred}
-
 
 # The cheapest first: with the same bits, with others, with more devices. docs/memory.md says what figures are of.
 LEVERS: tuple[Lever, ...] = (
@@ -114,6 +74,7 @@ LEVERS: tuple[Lever, ...] = (
                 refused=(True,),
             ),
         ),
+        faster=(False,),
         unless=("cache_folder",),
     ),
     Lever(
@@ -144,6 +105,7 @@ LEVERS: tuple[Lever, ...] = (
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         excludes=WHERE_NOTHING_IS_KEPT,
+        faster=(False,),
         changes=keep("products_kept", where=(False,)),
     ),
     Lever(
@@ -154,6 +116,7 @@ LEVERS: tuple[Lever, ...] = (
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         excludes=WHERE_NOTHING_IS_KEPT,
+        faster=(False, "products_kept"),
         changes=keep("attention_kept", where=(False, "products_kept")),
     ),
     Lever(
@@ -163,6 +126,7 @@ LEVERS: tuple[Lever, ...] = (
         "1.33 of the time",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
+        faster=(False, "products_kept", "attention_kept"),
     ),
     Lever(
         "gradient_checkpointing_share",
@@ -182,6 +146,7 @@ LEVERS: tuple[Lever, ...] = (
         "{offloaded_gb:.0f} GB to and from the host in a step, {offloaded_s:.1f} s of PCIe 4",
         phases=TRAINED,
         excludes=(not_in(SHARDED, "use gradient_checkpointing, or engine ddp"),),
+        faster=(False,),
     ),
     Lever(
         "blocks_to_swap",
@@ -192,6 +157,7 @@ LEVERS: tuple[Lever, ...] = (
         "step, the same result",
         alone=True,
         off=0,
+        faster=(0,),
         in_use=bool,
         changes=all_frozen_blocks,
         label="`blocks_to_swap`",
@@ -247,6 +213,7 @@ LEVERS: tuple[Lever, ...] = (
             ),
             prodigy("leave step_in_backward out"),
         ),
+        faster=(False,),
         advice="step_in_backward: true, with one process",
     ),
     Lever(
@@ -258,6 +225,7 @@ LEVERS: tuple[Lever, ...] = (
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),
         ),
+        faster=(False,),
     ),
     Lever(
         "vae_mini_batch",

@@ -50,7 +50,7 @@ class Told:
     answer: str
     reason: str
     tone: str
-    offers: list[tuple[str, str, str]]
+    offered: plan_page.Table
     memory: Markup
     tables: list[plan_page.Table]
 
@@ -66,7 +66,7 @@ def told(recipe: Recipe, machines: Machines, store: Path) -> Told:
         answer=answer,
         reason=reason,
         tone=tone,
-        offers=plan_page.offer_rows(plan),
+        offered=plan_page.offer_table(plan),
         memory=without_styles(plan_page.memory_chart(plan)),
         tables=[plan_page.time_table(plan), plan_page.other_memory(plan), plan_page.data_table(plan)],
     )

@@ -13,7 +13,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
 from reeltune.core.errors import UserError, lacks_memory
 from reeltune.families.spec import Parts
-from reeltune.memory import levers
+from reeltune.memory import choices
 from reeltune.memory.host import room_bytes
 from reeltune.memory.size import size_bytes
 
@@ -91,6 +91,6 @@ def remedies(recipe: Recipe, *, on_device: bool, network: bool, besides: tuple[s
     values: Mapping[str, object] = {**flat(recipe), "encodes_ahead": recipe.memory.encode_ahead}
     if not network:  # the cache is what is being made
         values = {**values, "cache_folder": None}
-    for lever, settings in levers.offered(values):
+    for lever, settings in choices.offered(values):
         if lever.setting in helpful:
             yield lever.advice or written(settings)

@@ -9,7 +9,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
-from reeltune.memory import levers
+from reeltune.memory import choices
 from reeltune.memory.lever import ALL, TRAINED
 from reeltune.training.prefetch import encodes_ahead
 
@@ -64,7 +64,7 @@ def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
     values = {**flat(recipe), "encodes_ahead": ahead}
     words = (
         lever.advice or written(settings)
-        for lever, settings in levers.offered(values)
+        for lever, settings in choices.offered(values)
         if (PHASES[doing] & lever.where(values) if doing in PHASES else lever.where(values) == ALL)
     )
     yield from dict.fromkeys(words)  # more devices come in several numbers

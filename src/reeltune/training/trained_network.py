@@ -21,9 +21,9 @@ from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
 from reeltune.memory.attention import Attention
 from reeltune.memory.blocks import blocks_of, offload_activations, recompute, spread, swap
+from reeltune.memory.choices import pulled_alone
 from reeltune.memory.compiled import Compiled
 from reeltune.memory.kept import KEPT
-from reeltune.memory.levers import pulled_alone
 from reeltune.optim.trainable import released_names, select
 from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read_kept, take_principal_parts
 
