@@ -18,7 +18,7 @@ from reeltune.demo.main import FAMILIES as SHOWN
 from reeltune.estimate import main as plan_main
 from reeltune.estimate.machines import Machines
 from reeltune.estimate.main import Forecast, forecast
-from reeltune.estimate.page import rounded, write_page
+from reeltune.estimate.page import rounded, size, write_page
 from reeltune.estimate.remedies import Change, Offer
 from reeltune.families import weights
 from reeltune.run.data import gather
@@ -104,8 +104,12 @@ def test_what_is_offered_stands_line_by_line_on_the_page(whole, tmp_path):
     found = copy(plan)
     vars(found)["offers"] = [Offer(tuple(Change({name: 1}, "") for name in "ab"), plan.verdict, ("x<", "y"))]
     drawn = write_page(found, tmp_path / "plan.html").read_text()
-    assert '<td class="mono">a: 1<br>b: 1</td>' in drawn
-    assert "<td>x&lt;<br>y</td>" in drawn
+    changed = [re.sub(r'class="\w+"', "", line) for line in drawn.splitlines() if '<td class="mono">' in line]
+    takes = f"{size(plan.verdict.need_bytes)}, {size(plan.verdict.spare_bytes)} to spare"
+    assert changed == [
+        f'<tr><td >a: 1</td><td  rowspan="2">{takes}</td><td>x&lt;</td></tr>',
+        "<tr><td >b: 1</td><td>y</td></tr>",
+    ]
     assert [rounded(number) for number in (0.0123456, 5.678, 1834.2, 5621234.0)] == [
         "0.0123",
         "5.68",

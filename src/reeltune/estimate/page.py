@@ -64,7 +64,7 @@ def offer_table(plan: Forecast) -> Table:
     """What would make it fit or, where it has room, faster; a line of a cell for each change."""
     title, price, offers = "What would make it fit, cheapest first", "at the price of", plan.offers
     if plan.faster is not None:
-        title, price, offers = "What would be faster, and fit too", "which spares", [plan.faster]
+        title, price, offers = "What would be faster, and fit too", "costs now", [plan.faster]
     rows = [
         (
             "\n".join(change.words for change in offer.changes),
