@@ -206,8 +206,8 @@ def test_a_released_size_without_its_weights(goldens, tmp_path, monkeypatch):
     psi = sum(torch.Size(shape).numel() for shape in released(goldens, name).values())
     assert found.largest_step.trainable == psi
     step = found.peaks["step"]
-    for part, size in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
-        assert step[part] == pytest.approx(size, rel=0.001), part
+    for part, size_bytes in (("weights", 4 * psi), ("gradients", 4 * psi), ("optimizer", 8 * psi)):
+        assert step[part] == pytest.approx(size_bytes, rel=0.001), part
     text = sum(torch.Size(shape).numel() for shape in released(goldens, "umt5-xxl-enc").values())
     assert found.largest_step.weight_bytes["text"] == pytest.approx(2 * text, rel=0.01)
     seen = found.data.buckets[0].tokens * len(found.draws)
