@@ -10,7 +10,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.estimate.remedies import changes, numbers, speedups, values_of
 from reeltune.estimate.sharding import ENGINES
-from reeltune.memory import levers
+from reeltune.memory import choices, levers
 from reeltune.memory.lever import ALL, SHARDED, Exclusion, Lever
 from reeltune.training.out_of_memory import GREW, PHASES, explained, remedies
 from scripts.memory_page import page, table
@@ -231,8 +231,8 @@ def test_nothing_is_offered_that_goes_with_no_lever_in_use():
     assert not any("gradient_accumulation_steps" in line for line in words({**both, "step_in_backward": True}))
 
 
-def faster(tree, engine="one", **network):
-    values = values_of(build(tree), engine, 1, **{**NETWORK, **network})
+def faster(tree, **network):
+    values = values_of(build(tree), "one", 1, **{**NETWORK, **network})
     return [[change.words for change in ways] for ways in speedups(values)]
 
 
@@ -249,4 +249,5 @@ def test_what_a_run_could_do_without_for_speed():
         checkpointing[:1],
     ]
     assert faster({"rank": 8, "blocks_to_swap": 2}, blocks=4)[0] == ["blocks_to_swap: 0"]
+    assert len(list(choices.faster(flat(build({"gradient_checkpointing": True, "low_vram": True}))))) == 2
     assert faster({"low_vram": True, "cache_folder": "x", "cache_variants": 1}) == []  # encoders do not come and go

@@ -229,6 +229,18 @@ def test_the_verdict_weighs_steps_by_their_time():
     assert "gradient_accumulation_steps" in verdict([{"step_s": 1.0} | seconds(0, 0, 0.6, 0.4)()])
 
 
+def test_the_verdict_names_what_spares_memory_in_vain():
+    rows = [{"step_s": 1.0, "peak_memory_bytes": size} | seconds(0, 0, 1, 0)() for size in (29 * 10**9, 31 * 10**9)]
+    told = "31.0 of 80.0 GB are used, and time is taken to spare memory by low_vram and gradient_checkpointing: "
+    assert told in verdict(rows, 80 * 10**9, ["low_vram", "gradient_checkpointing"])
+    for quiet in (
+        verdict(rows, 40 * 10**9, ["low_vram"]),
+        verdict(rows, 80 * 10**9),
+        verdict(rows, None, ["low_vram"]),
+    ):
+        assert "GB" not in quiet
+
+
 def test_text_with_brackets_is_told_as_it_is(tmp_path):
     book = log(tmp_path)
     book.notice("no [bold] here")

@@ -262,6 +262,13 @@ class Engine:
         if state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
 
+    @property
+    def device_bytes(self) -> int | None:
+        """All of a GPU's memory."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def peak_memory_bytes(self) -> int:
         """The most memory so far: the allocator's on a GPU, the process's on the CPU."""
         if self.device.type == "cuda":

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Log:
         resume_step: int | None = None,
         total_steps: int | None = None,
         peak_flops: float | None = None,
+        device_bytes: int | None = None,
+        sparing: Sequence[str] = (),
         console: Console | None = None,
     ):
         self.main = main
@@ -63,6 +66,7 @@ class Log:
         self.logging_steps = logging_steps
         self.total_steps = total_steps
         self.peak_flops = peak_flops
+        self.judge = partial(verdict, device_bytes=device_bytes, sparing=sparing)
         self.step_now = resume_step or 0
         self.waiting: list[tuple[dict, torch.cuda.Event | None, Callable[[], dict[str, float]] | None]] = []
         self.shown: list[dict] = []  # rows since the last console line
@@ -250,7 +254,7 @@ class Log:
     def _print_verdict(self) -> None:
         rows, self.judged = self.judged, []
         if "step_s" in rows[0]:
-            self._say(verdict(rows), "magenta")
+            self._say(self.judge(rows), "magenta")
 
     def _track(self, values: dict[str, float]) -> None:
         for tracker in self.trackers:

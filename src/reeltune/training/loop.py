@@ -12,6 +12,7 @@ import torch
 
 from reeltune.cache.entries import open_cache
 from reeltune.checkpoint import folder as checkpoint
+from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
 from reeltune.core.interrupt import Interrupt
@@ -23,6 +24,7 @@ from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
 from reeltune.families.spec import Family, learning
 from reeltune.memory import attention, compiled
+from reeltune.memory.choices import faster
 from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
@@ -265,6 +267,8 @@ def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | No
         resume_step=resume_step,
         total_steps=total_steps,
         peak_flops=peak and peak * engine.world,
+        device_bytes=engine.device_bytes,
+        sparing=list(dict.fromkeys(lever.setting for lever, _ in faster(flat(recipe)))),
     )
 
 
