@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -157,6 +157,38 @@ def assert_drawn(stored: Tensor, found: Posterior) -> None:
     far = abs(z.mean().item()) * count**0.5, abs(z.var().item() - 1) * (count / 2) ** 0.5
     if count and max(far) > 5:
         raise AssertionError(f"stored latents are no draw from ours: {far} standard errors from 0 and 1")
+
+
+def compare_vae(
+    golden: Golden, parts: Parts, encode: Callable[[Any, Tensor], Posterior], decode: Callable[[Parts, Tensor], Tensor]
+) -> None:
+    """Of clips B C F H W. encode: of the VAE and a clip B F C H W."""
+    net: Any = parts.frozen["vae"]
+    scale = net.config.scaling_factor
+    for case in golden.cases(".x"):
+        with torch.no_grad():
+            found = encode(net, golden[f"{case}.x"].transpose(1, 2))
+        golden.compare(f"{case}.mean", found.mean / scale)
+        golden.compare(f"{case}.logvar", found.logvar - 2 * torch.tensor(scale).log())
+        golden.compare(f"{case}.dec", decode(parts, golden[f"{case}.z"] * scale).transpose(1, 2))
+
+
+def compare_output(
+    golden: Golden, case: str, parts: Parts, family: Family, out: Tensor, bound: float = NORM
+) -> dict[str, Tensor]:
+    """A network's output, the mean of it weighted, and the gradients of that. bound: of these. Returns ours, by the
+    names in the file."""
+    golden.compare(f"{case}.out", out)
+    terms = out * golden[f"{case}.loss_weight"]  # of both signs, so that the mean may be near 0
+    golden.compare(f"{case}.loss", terms.mean(), LOSS * terms.abs().mean().item())
+    parts.net.zero_grad()
+    terms.mean().backward()
+    released = family.to_released({name: p.grad for name, p in parts.net.named_parameters()}, parts.config)
+    names = [name for name in golden.tensors if name.startswith(f"{case}.grad.")]
+    found = {name: released[name.removeprefix(f"{case}.grad.")] for name in names}
+    for name, ours in found.items():
+        golden.compare(name, ours, bound, "relative")
+    return found
 
 
 def gradients(golden: Golden, case: str, parts: Parts, family: Family, value: Tensor) -> None:

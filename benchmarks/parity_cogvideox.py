@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.golden import (
-    LOSS,
     MSL,
-    NORM,
     Golden,
     Row,
     assert_drawn,
     batch_of,
     captions_in,
+    compare_output,
     compare_schedule,
+    compare_vae,
     gradients,
     loaded,
     settings_of,
@@ -50,14 +50,7 @@ def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
 
 
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
-    net: Any = parts.frozen["vae"]
-    scale = net.config.scaling_factor
-    for case in golden.cases(".x"):
-        with torch.no_grad():
-            found = latents.encode_clip(net, golden[f"{case}.x"].transpose(1, 2))
-        golden.compare(f"{case}.mean", found.mean / scale)
-        golden.compare(f"{case}.logvar", found.logvar - 2 * torch.tensor(scale).log())
-        golden.compare(f"{case}.dec", family.decode(parts, golden[f"{case}.z"] * scale).transpose(1, 2))
+    compare_vae(golden, parts, latents.encode_clip, family.decode)
 
 
 def text(golden: Golden, family: Family, parts: Parts) -> None:
@@ -82,14 +75,7 @@ def transformer(golden: Golden, family: Family, parts: Parts) -> None:
             golden.compare(f"{case}.rope_sin", sin)
         cond = {"text": golden[f"{case}.encoder_hidden_states"], "inpaint": known}
         out = family.denoise(parts.net, x, golden[f"{case}.timestep"], cond).transpose(1, 2)
-        golden.compare(f"{case}.out", out)
-        terms = out * golden[f"{case}.loss_weight"]  # of both signs, so that the mean may be near 0
-        golden.compare(f"{case}.loss", terms.mean(), LOSS * terms.abs().mean().item())
-        parts.net.zero_grad()
-        terms.mean().backward()
-        for name in [name for name in golden.tensors if name.startswith(f"{case}.grad.")]:
-            ours = parts.net.get_parameter(name.removeprefix(f"{case}.grad.")).grad
-            golden.compare(name, ours, NORM, "relative")
+        compare_output(golden, case, parts, family, out)
 
 
 def train_step(golden: Golden, family: Family, parts: Parts) -> None:

@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.golden import LOSS, MSL, NORM, SCHEDULE, Golden, Row, batch_of, gradients, loaded, settings_of, to_u8
+from benchmarks.golden import (
+    LOSS,
+    MSL,
+    NORM,
+    SCHEDULE,
+    Golden,
+    Row,
+    batch_of,
+    compare_output,
+    compare_schedule,
+    compare_vae,
+    gradients,
+    loaded,
+    settings_of,
+    to_u8,
+)
 from reeltune.diffusion import loss as losses
 from reeltune.families.hunyuan_video import family as hunyuan
 from reeltune.families.hunyuan_video import prompts
@@ -35,19 +49,11 @@ def measure(path: Path) -> list[Row]:
 
 
 def scheduler(golden: Golden, family: Family, parts: Parts) -> None:
-    golden.compare("sigmas", family.objective.levels, SCHEDULE)
-    golden.compare("timesteps", family.objective.timestep(family.objective.levels), LOSS, "relative")
+    compare_schedule(golden, family.objective)
 
 
 def vae(golden: Golden, family: Family, parts: Parts) -> None:
-    net: Any = parts.frozen["vae"]
-    scale = net.config.scaling_factor
-    for case in golden.cases(".x"):
-        with torch.no_grad():
-            found = hunyuan.encode_clip(net, golden[f"{case}.x"].transpose(1, 2))
-        golden.compare(f"{case}.mean", found.mean / scale)
-        golden.compare(f"{case}.logvar", found.logvar - 2 * torch.tensor(scale).log())
-        golden.compare(f"{case}.dec", hunyuan.decode(parts, golden[f"{case}.z"] * scale).transpose(1, 2))
+    compare_vae(golden, parts, hunyuan.encode_clip, hunyuan.decode)
 
 
 def transformer(golden: Golden, family: Family, parts: Parts) -> None:
@@ -59,14 +65,7 @@ def transformer(golden: Golden, family: Family, parts: Parts) -> None:
             "guidance": golden[f"{case}.guidance"],
         }
         out = family.denoise(parts.net, golden[f"{case}.hidden_states"], golden[f"{case}.timestep"], cond)
-        golden.compare(f"{case}.out", out)
-        terms = out * golden[f"{case}.loss_weight"]  # of both signs, so that the mean may be near 0
-        golden.compare(f"{case}.loss", terms.mean(), LOSS * terms.abs().mean().item())
-        parts.net.zero_grad()
-        terms.mean().backward()
-        for name in [name for name in golden.tensors if name.startswith(f"{case}.grad.")]:
-            ours = parts.net.get_parameter(name.removeprefix(f"{case}.grad.")).grad
-            golden.compare(name, ours, GRADIENT, "relative")
+        for name, ours in compare_output(golden, case, parts, family, out, GRADIENT).items():
             golden.tensors[f"{name}.norm"] = golden[name].norm()
             golden.compare(f"{name}.norm", ours.norm(), NORM, "relative")
 
