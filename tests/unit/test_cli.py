@@ -39,6 +39,7 @@ def made(*argv):
         (["--fix_sample_size", "480", "832"], (480, 832)),
         (["--logit_mean", "-0.5"], -0.5),
         (["--negative_prompt="], ""),
+        (["--transformer_path", "none"], None),
         (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
     ],
 )
@@ -264,6 +265,15 @@ def test_a_variable_that_the_shell_had_not_set(argv, capsys, tmp_path, monkeypat
     assert cli.main([*argv, ""]) == 2
     assert "is empty; expected a path, and . is this folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name, setting in settings().items() if setting.is_text_or_none])
+@pytest.mark.parametrize("words", [["--{}", ""], ["--{}="], ["--{}", " "]])
+def test_a_path_that_is_empty_is_not_none(name, words):
+    with pytest.raises(UserError) as told:
+        made(*(word.format(name) for word in words))
+    rule = "is empty, as is a variable that the shell has not set; give it, leave it out, or write none"
+    assert told.value.problems == [f"{name} {rule}"]
 
 
 def test_weights_under_a_name_that_is_not_utf_8(capsys):

@@ -88,6 +88,22 @@ def test_share_of_bad_rows(folder):
     assert line == "entry 19: has no file_path. Name its clip or picture"
 
 
+@pytest.mark.parametrize("named", ["rows.json", "0.png"])
+def test_a_file_in_the_place_of_the_data_folder(named, folder):
+    meta = write_list(folder, [{"file_path": "0.png", "text": "x"}])
+    with pytest.raises(UserError) as told:
+        scan(meta, folder / named, needs=PLAIN)
+    what = "is that list" if named == "rows.json" else "is a file"
+    remedy = f"give the folder in which the list's paths begin, as {folder} may be"
+    assert told.value.where == "train_data_dir"
+    assert told.value.problems == [f"{str(folder / named)!r} {what}; {remedy}"]
+
+
+def test_all_paths_are_within_the_root(folder):
+    meta = write_list(folder, [{"file_path": str(folder / "0.png"), "text": "x"}])
+    assert [row.path for row in scan(meta, Path("/"), needs=PLAIN).records] == [str(folder / "0.png")]
+
+
 def test_outside_paths_when_allowed(folder):
     inner = folder / "inner"
     inner.mkdir()

@@ -7,9 +7,9 @@ from reeltune.config.text_rules import PATTERNS
 from reeltune.core.errors import UserError
 
 
-def problems(tree):
+def problems(tree, **how):
     with pytest.raises(UserError) as told:
-        build(tree)
+        build(tree, **how)
     return told.value.problems
 
 
@@ -33,6 +33,10 @@ def test_empty_words_are_no_patterns_and_no_folder():
         assert problems({name: ["ffn", ""], **({} if name.startswith("trainable") else {"rank": 4})}) == [
             f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
         ]
+    assert problems({"train_data_dir": ""}, required=["train_data_dir"]) == [
+        "train_data_dir is empty, as is a variable that the shell has not set; it has no default, so give it; where "
+        "the list has absolute paths, / is it"
+    ]
     assert problems({"output_dir": " "}) == [
         "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
     ]

@@ -77,11 +77,12 @@ class Folder:
         self.path = os.path.abspath(data_dir)
         self.real_path = os.path.realpath(data_dir)
         self.allow_outside_paths = allow_outside_paths
+        self._beginnings = tuple(path.rstrip(os.sep) + os.sep for path in (self.path, self.real_path))  # of / too
 
     def join(self, named: str) -> str | None:
         """The absolute path, or None where it leaves the folder."""
         path = os.path.normpath(os.path.join(self.path, named))
-        if self.allow_outside_paths or path.startswith((self.path + os.sep, self.real_path + os.sep)):
+        if self.allow_outside_paths or path.startswith(self._beginnings):
             return path
         return None
 
