@@ -259,6 +259,8 @@ def _compare_control(row: Row, own: Measure, control: Measure) -> None:
     if abs(math.log(factor)) > math.log(SAME_ASPECT):
         sizes = f"{control.width}x{control.height} pixels, its subject {own.width}x{own.height}"
         row.problems.append(Problem(f"control {name} has {sizes}: aspects differ", "Make the control in that aspect"))
+    if own.content and own.content == control.content:
+        row.notices.append("its control is the clip itself or a copy of it, and teaches the model to copy its control")
     if own.fps and abs(control.fps / own.fps - 1) > SAME_RATE:
         row.notices.append("its control has another rate; frame by frame they are read together, whatever their times")
 
