@@ -27,6 +27,10 @@ class Options(argparse.ArgumentParser):
         self.flags += [name for name in names if name.startswith("-")]
         return super().add_argument(*names, **settings)
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse passes over what cannot be written."""
+        print(self.format_help(), end="", file=file, flush=True)
+
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Raises UserError, also for words that belong to no option."""
         options, rest = self.read_known(argv)
