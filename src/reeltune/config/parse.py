@@ -25,7 +25,7 @@ from reeltune.core.reading import brief, read_yaml
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
-NOTHING = ("", "none", "null")  # words for None, where a field may be None
+NOTHING = ("", "none", "null", "~")  # words for None, where a field may be None
 UNKNOWN_NAMED = 20  # names that are no settings, told one by one
 TRUTH = {"true": True, "false": False}
 TRAIN_MODE_ALIASES = {
