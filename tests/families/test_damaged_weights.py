@@ -122,6 +122,52 @@ def test_an_index_without_a_map(table, copy):
     refused(lambda: families.find(copy), "has no weight_map")
 
 
+STEM = "diffusion_pytorch_model"
+
+
+def one_file_and_shards(folder, state, of_shards, *, with_index) -> str:
+    save_file(state, folder / f"{STEM}.safetensors")
+    table = {}
+    for i, (name, tensor) in enumerate(of_shards.items()):
+        shard = f"{STEM}-{i + 1:05}-of-{len(of_shards):05}.safetensors"
+        save_file({name: tensor}, folder / shard)
+        table[name] = shard
+    if with_index:
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    return shard
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"a": torch.arange(4.0).view(2, 2) + 1}, "(a)"),
+        ({"a": torch.arange(4.0).view(2, 2).bfloat16()}, "(a)"),
+        ({"scale": torch.tensor(3.0)}, "(scale)"),
+        ({"c": torch.zeros(1)}, "(c is in one of them alone)"),
+    ],
+)
+def test_one_file_and_shards_of_other_weights(changed, told, with_index, tmp_path):
+    """As a download leaves them that found other files than the last; which of the two is meant cannot be told."""
+    state = {"a": torch.arange(4.0).view(2, 2), "b": torch.tensor([True]), "scale": torch.tensor(2.0)}
+    one_file_and_shards(tmp_path, state, {**state, **changed}, with_index=with_index)
+    where = f"holds {STEM}.safetensors and {len({**state, **changed})} shards, {STEM}-00001-of-0000"
+    refused(lambda: tensor_files.files_of(tmp_path), where, told, "one of the two is left from before: move it away")
+
+
+def test_one_file_and_shards_that_are_the_same_or_not_whole(tmp_path, caplog):
+    state = {"a": torch.arange(4.0).view(2, 2), "b": torch.zeros(0, 3), "scale": torch.tensor(2.0)}
+    last = one_file_and_shards(tmp_path, state, state, with_index=True)
+    assert [file.name for file in tensor_files.files_of(tmp_path)] == [f"{STEM}.safetensors"]
+    assert not caplog.messages
+    (tmp_path / last).unlink()
+    assert [file.name for file in tensor_files.files_of(tmp_path)] == [f"{STEM}.safetensors"]
+    assert f"{STEM}.safetensors is read; {last}, a shard of what is there too, is not there" in caplog.messages[0]
+    save_file(state, tmp_path / "model.safetensors")
+    tensor_files.files_of(tmp_path)
+    assert f"{STEM}.safetensors is read, and model.safetensors, which is there too, is not" in caplog.messages[1]
+
+
 def test_missing_shards_are_counted(tmp_path):
     (tmp_path / "model-00001-of-00100.safetensors").write_bytes(one())
     error = refused(lambda: weights.read(tmp_path), "model-00002-of-00100.safetensors is missing", "and 91 more")

@@ -12,8 +12,9 @@ import torch
 from reeltune.config.parse import dump
 from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError
+from reeltune.distributed.engine import DTYPES
 from reeltune.export import streamed
-from reeltune.export.main import export, taken
+from reeltune.export.main import Cast, export, taken
 from reeltune.families import configs, tensor_files, weights
 from tests.families.tiny_wan import tiny_checkpoint
 
@@ -127,6 +128,16 @@ def test_finite_stays_finite_or_is_refused(value, words, run, tmp_path):
     if value == 7e4:
         list(export(checkpoint, tmp_path / "out", dtype="bf16"))
         assert weights.read(tmp_path / "out")["head.head.bias"][1] == torch.tensor(7e4).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_whole_numbers_stay_what_they_are(dtype):
+    """In bf16 1001 is 1000."""
+    counts, truths = torch.tensor([1001, 2**40 + 1]), torch.tensor([True, False])
+    cast = Cast({"counts": counts, "truths": truths, "weight": torch.tensor([1.5])}, dtype)
+    assert torch.equal(cast("counts"), counts) and cast("counts").dtype == torch.int64
+    assert torch.equal(cast("truths"), truths) and cast("truths").dtype == torch.bool
+    assert cast("weight").dtype == DTYPES[dtype] and not cast.problems
 
 
 def test_another_tools_checkpoint(run, tmp_path):

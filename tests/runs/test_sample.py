@@ -181,6 +181,9 @@ def test_prompts_may_have_a_pose_file(tmp_path):
     expected = rays(resample(read_poses(pose), 9, range(9)), 64, 64)
     assert np.array_equal(batch.camera_BFCHW[0].permute(0, 2, 3, 1), expected)
     assert (request.control, request.fps) == (str(pose), 8.0)
+    pose.write_text(pose.read_text().replace("0.5", "0.4", 1))
+    with pytest.raises(UserError, match=r"pose\.txt is another file than when it was measured.*restore or mend it"):
+        request.batch()
 
 
 def test_prompts_alone_and_masks():
@@ -208,6 +211,12 @@ def test_prompts_may_begin_with_a_picture(needs, tmp_path):
     if "ref" in needs:
         with pytest.raises(UserError, match=r"1 prompts and 0 paths; give a picture to begin with for each prompt$"):
             prompt_requests(family, "i2v", ["snow"], [], rules, seed=0)
+    Image.new("RGB", (80, 40)).save(path)
+    with pytest.raises(UserError, match=r"first\.png is another file than when it was measured"):
+        request.batch()
+    path.unlink()
+    with pytest.raises(UserError, match=r"first\.png cannot be opened: No such file"):
+        request.batch()
 
 
 def test_paths_that_do_not_fit_are_all_named(clips, tmp_path):
@@ -240,7 +249,7 @@ def test_clips_play_at_the_speed_of_their_file():
 def test_a_clip_that_breaks_after_the_scan_is_named(clips, tmp_path):
     reader = reader_of(clips)
     reader.records[0] = replace(reader.records[0], path=str(tmp_path / "gone.mp4"))
-    with pytest.raises(UserError, match=r"gone\.mp4 cannot be opened.*mend or replace it"):
+    with pytest.raises(UserError, match=r"gone\.mp4 cannot be opened.*restore or mend it"):
         held_out_requests(reader, RULES, count=1, seed=0)[0].batch()
 
 

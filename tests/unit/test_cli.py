@@ -11,11 +11,11 @@ import types
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from reeltune import cli
 from reeltune.config.parse import sentences, settings
 from reeltune.core.errors import UserError
+from reeltune.core.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--train_data_meta=d/m.json"]
@@ -39,6 +39,7 @@ def made(*argv):
         (["--fix_sample_size", "480", "832"], (480, 832)),
         (["--logit_mean", "-0.5"], -0.5),
         (["--negative_prompt="], ""),
+        (["--transformer_path", "none"], None),
         (["--validation_prompts", "a cat, running", "--validation_paths", "a.mp4"], ("a cat, running",)),
     ],
 )
@@ -213,7 +214,7 @@ def test_letters_that_a_terminal_has_not_are_written_out(encoding, shown, monkey
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.guarded(lambda: print("é 猫") or 0) == 0
-    Console().print("é 猫")  # which notices of a run go through
+    Terminal().print("é 猫")  # which notices of a run go through
     stream.flush()
     assert stream.buffer.getvalue().split(b"\n") == [shown, shown, b""]
 
@@ -237,13 +238,17 @@ def test_no_place_for_temporary_files(monkeypatch, capsys):
     assert "no temporary file can be made in TMPDIR, /tmp or /var/tmp; set TMPDIR" in capsys.readouterr().err
 
 
-def test_who_reads_may_stop_reading(monkeypatch):
+@pytest.mark.parametrize(
+    "act",
+    [lambda: print("a line") or 0, lambda: Terminal().print("a line") or 0, lambda: cli.main(["control", "--help"])],
+)
+def test_who_reads_may_stop_reading(act, monkeypatch):
     """As `| head` does: no traceback, not even when Python ends."""
     ours, theirs = os.pipe()
     os.close(ours)
     with open(theirs, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert cli.guarded(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
+        assert cli.guarded(act) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(
@@ -266,6 +271,15 @@ def test_a_variable_that_the_shell_had_not_set(argv, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", [name for name, setting in settings().items() if setting.is_text_or_none])
+@pytest.mark.parametrize("words", [["--{}", ""], ["--{}="], ["--{}", " "]])
+def test_a_path_that_is_empty_is_not_none(name, words):
+    with pytest.raises(UserError) as told:
+        made(*(word.format(name) for word in words))
+    rule = "is empty, as is a variable that the shell has not set; give it, leave it out, or write none"
+    assert told.value.problems == [f"{name} {rule}"]
+
+
 def test_weights_under_a_name_that_is_not_utf_8(capsys):
     """safetensors reads none there."""
     for argv in (["export", "a"], ["demo"], ["rank"]):
@@ -273,7 +287,7 @@ def test_weights_under_a_name_that_is_not_utf_8(capsys):
         assert "is 'caf\\udce9', which is not UTF-8, as paths of weights are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["control", "--help"]])
 def test_a_full_disk_behind_what_is_printed(argv):
     with open("/dev/full", "w") as full:
         ran = subprocess.run([sys.executable, "-m", "reeltune", *argv], stdout=full, stderr=subprocess.PIPE, text=True)

@@ -193,7 +193,7 @@ START = {"step": 0, "clips": ["a.mp4", "b.mp4"], "levels": [0.25, 0.75], "losses
 def test_a_damaged_start_of_the_held_out_loss_is_told_by_field(changed, words, tmp_path):
     held = HeldOut.__new__(HeldOut)
     held.output_dir, held.names, held.draws, held.held_out_levels = tmp_path, START["clips"], [None, None], 2
-    held.contents = [7, 8]
+    held.contents, held.controls = [7, 8], [0, 0]
     file = tmp_path / "validation/start.json"
     file.parent.mkdir()
     held.setup = SimpleNamespace(objective=FAMILY.objective, other=None)

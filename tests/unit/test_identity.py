@@ -1,5 +1,7 @@
 """What has changed of the data since a checkpoint, entry by entry."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,16 @@ def test_a_camera_path_of_the_same_size_is_noticed(folder):
     arrays = found[1].arrays()
     del arrays["record_camera"]  # as older checkpoints are
     assert not changes(Identity.stored(arrays), found[2]).any
+
+
+def test_a_control_of_the_same_size_is_noticed(folder):
+    row = Record(0, str(folder / "a.mp4"), "a", "video", 9, 8.0, 64, 64, control_path=str(folder / "b.mp4"))
+    then, now = (Identity.of(Records.of([replace(row, control_content=n)]), folder) for n in (7, -8))
+    found = changes(then, now)
+    assert found.replaced == [0] and found.breaking
+    arrays = then.arrays()
+    del arrays["record_control"]  # as older checkpoints are
+    assert not changes(Identity.stored(arrays), now).any
 
 
 @pytest.mark.parametrize(

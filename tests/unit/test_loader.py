@@ -127,15 +127,18 @@ def test_what_was_replaced_since_it_was_measured_is_not_read(folder, tmp_path):
     shutil.copy(folder / "0.mp4", path)
     shutil.copy(folder / "0_control.mp4", control)
     paths = {"path": str(path), "control_path": str(control)}
-    record = replace(rows(folder)[0], **paths, content=content_of(str(path)))
+    contents = {"content": content_of(str(path)), "control_content": content_of(str(control))}
+    record = replace(rows(folder)[0], **paths, **contents)
     read = reader([record], group=1)
     assert read[0, 0, 0, 1].failures == ()
     [draw] = read.plan(0)[0]
+    other_end = control.read_bytes()[:-1] + b"?"  # as long as it was
     for file, put, words in (
         (path, lambda: shutil.copy(folder / "1.mp4", path), "is another file than when it was measured"),
         (path, lambda: os.mkfifo(path), "is not a regular file"),
         (path, lambda: None, "cannot be opened: No such file"),
-        (control, lambda: shutil.copy(folder / "0.png", control), "has a control that is a picture"),
+        (control, lambda: shutil.copy(folder / "1_control.mp4", control), "has a control that is another file"),
+        (control, lambda: control.write_bytes(other_end), "has a control that is another file than when it was meas"),
         (control, lambda: os.mkfifo(control), "has a control that is not a regular file"),
     ):
         shutil.copy(folder / "0.mp4", path)
@@ -144,6 +147,18 @@ def test_what_was_replaced_since_it_was_measured_is_not_read(folder, tmp_path):
         with pytest.raises(MediaError, match=words):
             read.open(draw)
         path.unlink(missing_ok=True)
+
+
+def test_a_camera_path_that_was_mended_since_it_was_measured_is_not_read(folder, tmp_path):
+    path = tmp_path / "path.txt"
+    path.write_text(POSES)
+    record = replace(rows(folder)[0], camera_path=str(path), control_content=content_of(str(path)))
+    read = reader([record], group=1, needs=frozenset({"camera"}))
+    [draw] = read.plan(0)[0]
+    assert read.open(draw).camera_FCHW is not None
+    path.write_text(POSES.replace("0.5", "0.6", 1))
+    with pytest.raises(MediaError, match="has a camera path that is another file than when it was measured"):
+        read.open(draw)
 
 
 def test_camera_and_mask(folder):

@@ -13,8 +13,10 @@ from PIL import Image
 
 from reeltune.core.errors import UserError
 from reeltune.data import measuring
+from reeltune.data.findings import content_of
 from reeltune.data.measuring import File, Finding, measure_files, stamps
 from reeltune.data.scan import scan
+from tests.runs.small_run import write_poses
 from tests.unit.listed import CONTROL, PLAIN, lay_out, write_list
 
 
@@ -60,6 +62,34 @@ def test_second_start_measures_changed_files_alone(folder, measured):
     Image.new("RGB", (112, 48)).save(folder / "3.png")
     assert len(scanned().records) == 6
     assert measured == ["3.png"]
+
+
+@pytest.mark.parametrize("need", ["control", "camera"])
+def test_controls_and_camera_paths_are_known_by_their_bytes(need, folder, measured):
+    control = folder / {"control": "control.mp4", "camera": "path.txt"}[need]
+    if need == "control":
+        control.write_bytes((folder / "0.mp4").read_bytes())
+    else:
+        write_poses(control, 9, drift=0.1)
+    entries = [{"file_path": "0.mp4", "control_file_path": control.name, "text": "x"}]
+    meta = write_list(folder, entries)
+
+    def scanned():
+        measured.clear()
+        [record] = scan(meta, folder, needs=frozenset({need}), index_dir=folder / "index", workers=1).records
+        return record.control_content
+
+    first = scanned()
+    assert first == content_of(str(control)) != 0 and measured == ["0.mp4", control.name]
+    meta.write_text(json.dumps(entries, indent=1))  # the saved scan is of another list, and the index remembers
+    assert scanned() == first and measured == []
+    index = next((folder / "index").glob("files-*.json"))
+    held = json.loads(index.read_text())
+    for stamp_finding in held.values():
+        del stamp_finding[1][4:]  # as before 2026-11-27
+    index.write_text(json.dumps(held))
+    meta.write_text(json.dumps(entries, indent=2))
+    assert scanned() == first and measured == ([] if need == "control" else [control.name])
 
 
 def test_other_processes_take_what_one_has_found_and_look_at_no_file(folder, measured, monkeypatch):

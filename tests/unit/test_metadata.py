@@ -43,7 +43,8 @@ def test_three_forms_say_the_same(folder, ending):
         ("a.json", '[{"a": 1},', "cut short"),
         ("a.json", '[{"a": 1}\n', "the list is not closed"),
         ("a.json", '[{"a": 1},\n {"b": }]', "line 2, column 8: not JSON: Expecting value"),
-        ("a.json", "[" * 100_000, "not usable JSON"),
+        ("a.json", "[" * 100_000, "not usable JSON: it is nested too deeply"),
+        ("a.json", "[1" + "0" * 4300 + "]", "not usable JSON: a number has more than 4,300 digits"),
         ("a.json", '"x"', "expected a list of objects, found a string"),
         ("a.json", " \n", "the file is empty"),
         ("a.jsonl", '{"a": 1}\n{"b": 2', "line 2"),
@@ -88,6 +89,22 @@ def test_share_of_bad_rows(folder):
     assert line == "entry 19: has no file_path. Name its clip or picture"
 
 
+@pytest.mark.parametrize("named", ["rows.json", "0.png"])
+def test_a_file_in_the_place_of_the_data_folder(named, folder):
+    meta = write_list(folder, [{"file_path": "0.png", "text": "x"}])
+    with pytest.raises(UserError) as told:
+        scan(meta, folder / named, needs=PLAIN)
+    what = "is that list" if named == "rows.json" else "is a file"
+    remedy = f"give the folder in which the list's paths begin, as {folder} may be"
+    assert told.value.where == "train_data_dir"
+    assert told.value.problems == [f"{str(folder / named)!r} {what}; {remedy}"]
+
+
+def test_all_paths_are_within_the_root(folder):
+    meta = write_list(folder, [{"file_path": str(folder / "0.png"), "text": "x"}])
+    assert [row.path for row in scan(meta, Path("/"), needs=PLAIN).records] == [str(folder / "0.png")]
+
+
 def test_outside_paths_when_allowed(folder):
     inner = folder / "inner"
     inner.mkdir()
@@ -125,6 +142,23 @@ def test_controls(folder):
     assert "No such file" in found.left_out[1].reason
     unread = scan(meta, folder, needs=PLAIN)
     assert [row.control_path for row in unread.records] == [None] * 4
+
+
+def test_a_control_that_is_the_clip_itself_is_told(folder):
+    (folder / "copy.mp4").write_bytes((folder / "0.mp4").read_bytes())
+    entries = [{"file_path": "0.mp4", "control_file_path": name, "text": "x"} for name in ("0.mp4", "copy.mp4")]
+    notices = scan(write_list(folder, entries), folder, needs=CONTROL).notices
+    words = (
+        "2 entries (0, 1): its control is the clip itself or a copy of it, and teaches the model to copy its control"
+    )
+    assert words in notices
+
+
+def test_paths_that_other_programs_understand(folder):
+    entries = [{"file_path": path, "text": "x", "type": "image"} for path in ("https://a.b/0.png", f"/{folder}/0.png")]
+    found = scan(write_list(folder, entries), folder, needs=PLAIN, max_bad_share=0.5)
+    assert [row.path for row in found.records] == [str(folder / "0.png")]
+    assert found.left_out[0].reason == "file_path https://a.b/0.png is an address, not a path"
 
 
 def test_a_control_of_another_rate_is_told(folder):
@@ -251,6 +285,7 @@ def test_what_a_row_says_twice_or_not_at_all(folder, row, words):
         ({"video_path": "0.mp4", "text": "x"}, "has no file_path, but video_path. Rename video_path to file_path"),
         ({"image": "0.png", "prompt": "x"}, "has no file_path, but image; has no text, but prompt. Rename image"),
         ({"file_path": "0.mp4", "caption": "x"}, "has no text, but caption. Rename caption to text"),
+        ({"File_Path": "0.mp4", "text ": "x"}, "has no file_path, but File_Path; has no text, but text . Rename File"),
         ({"clip": "0.mp4", "text": "x"}, "has no file_path; its other keys are clip. Name its clip"),
         ({"file_path": "0.mp4", "text": "x", "control_path": "1.mp4"}, "is missing, but there is control_path"),
     ],
@@ -259,6 +294,12 @@ def test_keys_of_other_tools_are_known(folder, entry, words):
     with pytest.raises(UserError) as caught:
         scan(write_list(folder, [entry]), folder, needs=CONTROL if "control_path" in entry else PLAIN)
     assert words in caught.value.problems[1]
+
+
+def test_columns_without_a_name_are_ignored(folder):
+    """As spreadsheets write them."""
+    (folder / "other.csv").write_text(",file_path,text,,\n0,0.mp4,x,,\n")
+    assert [row.text for row in scan(folder / "other.csv", folder, needs=PLAIN).records] == ["x"]
 
 
 def test_columns_of_other_tools_are_known(folder):

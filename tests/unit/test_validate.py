@@ -102,13 +102,14 @@ def test_another_held_out_set_is_not_compared(setup, tmp_path):
 
 
 def test_a_held_out_clip_that_was_replaced_under_its_name_is_not_compared(setup, tmp_path):
-    net, before = setup.parts.net, replace(held_out(setup, tmp_path), contents=[1, 2, 3])
+    net, before = setup.parts.net, replace(held_out(setup, tmp_path), contents=[1, 2, 3], controls=[4, 5, 6])
     before.measure(net, 0)
-    with pytest.raises(UserError, match="other held-out contents than now"):
-        replace(before, contents=[1, 2, 4]).measure(net, 5)
+    for name, now in (("contents", [1, 2, 4]), ("controls", [4, 5, 5])):
+        with pytest.raises(UserError, match=f"other held-out {name} than now"):
+            replace(before, **{name: now}).measure(net, 5)
     path = tmp_path / "validation/start.json"
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "contents"}))
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name[:3] != "con"}))
     assert before.measure(net, 5)["start_step"] == 0, "as earlier versions have kept it"
 
 

@@ -82,7 +82,11 @@ def items_of(keys: Keys, inputs: Inputs) -> Iterator[Item]:
                 try:
                     clip = keys.clip(record, draw, split)
                 except OSError as gone:
-                    raise UserError("train_data_meta", f"{gone.filename} cannot be opened: {gone.strerror}") from gone
+                    raise UserError(
+                        "train_data_meta",
+                        f"{gone.filename} cannot be opened: {gone.strerror}; it was there when the list was looked "
+                        "through; put it back, or start again, which leaves its entry out",
+                    ) from gone
                 yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip))
 
 

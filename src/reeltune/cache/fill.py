@@ -34,7 +34,14 @@ from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts, outlines
 
 AT_WORK = ("vae_mini_batch",)  # levers that make less at once of what is encoded
-Entry = tuple[str, str, Tensors | str]  # key, split, and what it holds or why it cannot be made
+
+
+class Unreadable(NamedTuple):
+    path: str  # of the clip
+    reason: str
+
+
+Entry = tuple[str, str, Tensors | Unreadable]  # key, split, and what it holds or why it cannot be made
 
 
 def fill(recipe: Recipe) -> int:
@@ -52,6 +59,7 @@ def fill(recipe: Recipe) -> int:
     work = Work.of(keys, inputs, Store(folder), rank, world, together=together)
     encoder = Encoder(recipe, family, mode, inputs, device)
     ends = "ends after this entry" if rank == 0 else ""
+    told: set[str] = set()  # paths of what cannot be read
     with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
         for notice in [*inputs.scan.notices, *machine_notices(recipe, only_encoding=True)]:
             bar.say(notice)
@@ -60,9 +68,11 @@ def fill(recipe: Recipe) -> int:
         )
         with full, closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
             for key, split, made in encoder.entries(work):
-                if isinstance(made, str):
-                    writer.fail(key, made)
-                    bar.say(f"left out: {made}")
+                if isinstance(made, Unreadable):
+                    writer.fail(key, made.reason)
+                    if made.path not in told:
+                        bar.say(f"left out: {made.path} {made.reason}; mend it, and run reeltune cache again")
+                    told.add(made.path)
                 else:
                     writer.add(key, split, made)
                 bar.advance()
@@ -147,7 +157,8 @@ class Encoder:
 
     def of_group(self, group: Group) -> Iterator[Entry]:
         for item, reason in group.failed:
-            yield from ((key, item.split, reason) for key in (item.clip, item.text) if key)
+            unreadable = Unreadable(splits(self.inputs)[item.split][item.row].path, reason)
+            yield from ((key, item.split, unreadable) for key in (item.clip, item.text) if key)
         if group.batch is None:
             return
         batch = group.batch.to(self.device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reeltune.core.terminal import Terminal
 
 EVERY_SECONDS = 30.0  # between lines where there is no terminal
 
@@ -15,7 +16,7 @@ class ProgressBar:
 
     def __init__(self, total: int, *, shown: bool, title: str = "", unit: str = ""):
         self.total, self.shown, self.title, self.unit, self.done = total, shown, title, unit, 0.0
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         named = [TextColumn("{task.description}")] if title else []
         columns = (*named, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))

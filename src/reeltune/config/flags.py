@@ -30,6 +30,10 @@ def flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
         values = [value] if equals else _taken(setting, left)
         if setting is not None and not setting.stands_alone and not values:
             problems.append(f"{name} has no value; write --{name} VALUE")
+        elif setting is not None and setting.is_text_or_none and not values[0].strip():
+            problems.append(
+                f"{name} is empty, as is a variable that the shell has not set; give it, leave it out, or write none"
+            )
         elif setting is not None and setting.is_list:
             given[name] = values
         else:

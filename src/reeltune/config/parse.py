@@ -25,7 +25,7 @@ from reeltune.core.reading import brief, read_yaml
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
-NOTHING = ("", "none", "null")  # words for None, where a field may be None
+NOTHING = ("", "none", "null", "~")  # words for None, where a field may be None
 UNKNOWN_NAMED = 20  # names that are no settings, told one by one
 TRUTH = {"true": True, "false": False}
 TRAIN_MODE_ALIASES = {
@@ -52,6 +52,11 @@ class Setting:
     @property
     def may_be_none(self) -> bool:
         return NoneType in get_args(self.hint)
+
+    @property
+    def is_text_or_none(self) -> bool:
+        """Mostly a path."""
+        return self.may_be_none and self.alternatives == (str,)
 
     @property
     def is_switch(self) -> bool:
@@ -149,9 +154,16 @@ def build(
     wrong = {line.partition(" ")[0] for line in problems}
     recipe = _assembled(values)
     problems += [line for names, line in broken_rules(recipe) if wrong.isdisjoint(names)]
-    problems += [f"{name} is missing; it has no default, so give it" for name in required if not values.get(name)]
+    problems += [_missing(name, given) for name in required if not values.get(name)]
     refuse(where, problems)
     return recipe
+
+
+def _missing(name: str, given: Mapping[str, Any]) -> str:
+    if name not in given:
+        return f"{name} is missing; it has no default, so give it"
+    absolute = "; where the list has absolute paths, / is it" if name == "train_data_dir" else ""
+    return f"{name} is empty, as is a variable that the shell has not set; it has no default, so give it{absolute}"
 
 
 def _assembled(values: Mapping[str, Any]) -> Recipe:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reeltune.core.files import is_utf8
+from reeltune.core.files import is_utf8, shell_word
 
 PATTERNS = ("trainable_modules", "trainable_modules_low_learning_rate", "target_name", "lora_skip_name", "train_whole")
+PATHS = (
+    *("pretrained_model_name_or_path", "config_path", "transformer_path", "other_expert_path", "other_expert_adapter"),
+    *("adapter_path", "train_data_dir", "train_data_meta", "validation_data_meta", "cache_folder", "output_dir"),
+    *("resume_from_checkpoint", "control_detector", "validation_paths", "validation_control_from"),
+)
 ANY_BYTES = (  # paths of clips and lists, which may be of another time; safetensors and tokenizers take UTF-8 alone
     *("train_data_dir", "train_data_meta", "validation_data_meta"),
     *("validation_paths", "validation_control_from"),
@@ -18,6 +23,7 @@ def text_rules(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
     """As `broken_rules`."""
     yield from _empty_words(values)
     yield from _unwritable(values)
+    yield from _shell_words(values)
 
 
 def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -27,6 +33,13 @@ def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
             yield (name,), f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
     if not values["output_dir"].strip():
         yield ("output_dir",), "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
+
+
+def _shell_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name in PATHS:
+        for path in values[name] if isinstance(values[name], tuple) else (values[name] or "",):
+            if word := shell_word(path):
+                yield (name,), f"{name} is {path}, in which only a shell replaces {word}; write that folder out"
 
 
 def _unwritable(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

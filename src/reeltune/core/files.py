@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ UNTOLD = (
 )  # torch's writers, which do not pass the system's words on
 MOST_LETTERS = 50  # of a name, in that of the file beside it: names have 255 bytes at most, and letters up to 4
 MOST_SHOWN = 300  # letters of a path
+SHELL_WORD = re.compile(r"^~[^/]*(?=/|$)|(?:^|/)\$(?:\w+|\{\w+\})(?=/|$)")
 NO_NAMES = ("", "..")  # of `/` and `.`, and of a folder's own folder
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
@@ -71,6 +73,13 @@ def is_disk_error(error: BaseException) -> bool:
         return True
     words = str(error)
     return any(told in words for told in (*map(os.strerror, REFUSED + LOST), *UNTOLD))
+
+
+def shell_word(path: str) -> str | None:
+    """What of a path only a shell replaces, and would else be a folder of that name: ~ or $HOME. It does so in none of
+    YAML, quotes and, of ~, --name=~/folder."""
+    found = SHELL_WORD.search(path)
+    return found[0].strip("/") if found else None
 
 
 def is_utf8(text: str, *, any_bytes: bool = False) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import is_utf8
+from reeltune.core.files import is_utf8, shell_word
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
@@ -26,6 +26,10 @@ class Options(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         self.flags += [name for name in names if name.startswith("-")]
         return super().add_argument(*names, **settings)
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse passes over what cannot be written."""
+        print(self.format_help(), end="", file=file, flush=True)
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Raises UserError, also for words that belong to no option."""
@@ -83,6 +87,8 @@ def a_path(text: str) -> Path:
     """Empty is a variable that a shell had not set, and would be this folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; expected a path, and . is this folder")
+    if word := shell_word(text):
+        raise argparse.ArgumentTypeError(f"is {text!r}, in which only a shell replaces {word}; write that folder out")
     return Path(text)
 
 

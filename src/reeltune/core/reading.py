@@ -271,8 +271,13 @@ def read_yaml(path: Path, what: str, *, typed: bool) -> dict[str, Any]:
         raise UserError(str(path), f"is {known[0]}; expected {what} in YAML; {known[1]}")
     if len(data) > MOST_YAML_BYTES:
         raise UserError(str(path), f"has more than {MOST_YAML_BYTES:,} bytes; {what} has a few thousand")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        raise UserError(str(path), f"cannot be read as {what} ({where}); save the file as UTF-8") from None
     with as_user_error(path, f"cannot be read as {what}", "mend it, as the files in recipes/ are written"):
-        tree = yaml.load(data.decode("utf-8-sig"), Loader=_Typed if typed else _Bounded)
+        tree = yaml.load(text, Loader=_Typed if typed else _Bounded)
     if not isinstance(tree, dict | None):
         raise UserError(str(path), f"{what} is lines of `name: value`, as the files in recipes/ are")
     return tree or {}

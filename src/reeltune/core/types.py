@@ -118,6 +118,7 @@ class Record:
     control_path: str | None = None  # a clip or picture of the same length and aspect
     camera_path: str | None = None  # a pose file (.txt)
     content: int = 0  # of size and both ends of the file: the same for a copy; 0 is unknown
+    control_content: int = 0  # the same of control_path or camera_path, of which a row has one at most
 
 
 class Crop(NamedTuple):

@@ -27,6 +27,7 @@ class Identity:
     content: np.ndarray  # uint64: of kind, frames, rate and size, and the files' bytes counted
     text: np.ndarray  # uint64
     camera: np.ndarray | None = None  # uint64, of the camera path's bytes; None of checkpoints before 2026-11-27
+    control: np.ndarray | None = None  # int64: Record.control_content; None of checkpoints before 2026-11-27 too
 
     @classmethod
     def of(cls, records: Records, root: Path) -> Identity:
@@ -34,7 +35,7 @@ class Identity:
         and may be mended without another size. root: of the data; a data set may move."""
         rows = np.array([_hashes(record, str(root.absolute()) + os.sep) for record in records], np.uint64)
         name, content, text, camera = rows.reshape(-1, 4).T
-        return cls(np.array(records.entry), name, content, text, camera)
+        return cls(np.array(records.entry), name, content, text, camera, np.array(records.control_content))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {f"record_{name}": array for name, array in vars(self).items() if array is not None}
@@ -145,8 +146,9 @@ def changes(then: Identity, now: Identity) -> Changes:
     new = np.ones(len(now), bool)
     new[there] = False
     other = now.content[there] != then.content[stays]
-    if now.camera is not None and then.camera is not None:
-        other |= now.camera[there] != then.camera[stays]
+    for mine, theirs in ((now.camera, then.camera), (now.control, then.control)):
+        if mine is not None and theirs is not None:
+            other |= mine[there] != theirs[stays]
     replaced = there[other]
     retold = there[now.text[there] != then.text[stays]]
     places = np.argsort(np.argsort(there))  # among those that both have

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from reeltune.core.reading import foreign
 ENDINGS = (".json", ".jsonl", ".csv")
 COLUMNS = ("file_path", "text")  # that a CSV header must name
 
+MOST_DIGITS = sys.get_int_max_str_digits()  # of a whole number, in Python
 LARGEST_BYTES = 2**31  # of a list; it is read as a whole, and a million entries take a tenth of it
 # Keys of other tools' lists -> ours.
 OTHER_KEYS = {
@@ -30,6 +32,9 @@ OTHER_KEYS = {
                      "conditioning_image", "conditioning_path"), "control_file_path"),
     **dict.fromkeys(("subject", "subject_path", "object", "object_path"), "object_file_path"),
 }  # fmt: skip
+OUR_KEYS = frozenset(
+    {"file_path", "text", "type", "control_file_path", "object_file_path", "width", "height"}
+)  # others are ignored
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FOREIGN_MARKS = {
@@ -88,9 +93,11 @@ def _near(meta: Path) -> str:
 
 
 def renames(keys: Iterable[Any]) -> list[tuple[str, str]]:
-    """(key, what it should be called) of those that other tools use, where ours is not there too."""
+    """(key, what it should be called) of those that other tools use, or ours in other letters, where ours is not there
+    too."""
     keys = [key for key in keys if isinstance(key, str)]
-    meant = ((key, OTHER_KEYS.get(key.strip().lower())) for key in keys)
+    plain = ((key, key.strip().lower()) for key in keys)
+    meant = ((key, name if name in OUR_KEYS else OTHER_KEYS.get(name)) for key, name in plain)
     return [(key, ours) for key, ours in meant if ours is not None and ours not in keys]
 
 
@@ -147,8 +154,10 @@ def _value(meta: Path, text: str, place: int) -> tuple[Any, int]:
         elif error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             problem += "; the file seems to be cut short"
         raise _refusal(meta, text, error.pos, problem) from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
-        raise _refusal(meta, text, place, f"not usable JSON: {error}") from None
+    except RecursionError:
+        raise _refusal(meta, text, place, "not usable JSON: it is nested too deeply") from None
+    except ValueError:
+        raise _refusal(meta, text, place, f"not usable JSON: a number has more than {MOST_DIGITS:,} digits") from None
 
 
 def _json_list(meta: Path, text: str) -> Iterator[Any]:
@@ -212,7 +221,7 @@ def _csv(meta: Path, text: str) -> Iterator[Any]:
                 problem += "; separate the columns by commas"
             problem += "".join(f"; {key} seems to be {ours}: rename it" for key, ours in renames(header))
             raise UserError(str(meta), problem)
-        twice = sorted({name for name in header if header.count(name) > 1})
+        twice = sorted({name for name in header if name and header.count(name) > 1})  # nameless ones are ignored
         if twice:
             raise UserError(str(meta), f"the header names {', '.join(twice)} more than once")
         for cells in reader:

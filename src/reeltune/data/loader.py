@@ -133,6 +133,7 @@ class Reader(Dataset[Batch]):
     def _control(self, record: Record, draw: Draw, frames: Sequence[int]) -> np.ndarray:
         assert record.control_path is not None
         try:
+            require_same(record.control_path, record.control_content)
             return read_frames(record.control_path, frames, draw.crop, draw.shape)
         except MediaError as error:
             raise MediaError(f"has a control that {error}: {record.control_path}") from error
@@ -141,10 +142,13 @@ class Reader(Dataset[Batch]):
         """Rays of the whole resized picture, cut as it is."""
         assert record.camera_path is not None
         try:
+            require_same(record.camera_path, record.control_content)
             rows = resample(read_poses(record.camera_path), record.frames, frames)
             rays_FHWC = rays(rows, draw.crop.height, draw.crop.width)
         except CameraError as error:
             raise CameraError(f"has a camera path that is bad at {error}: {record.camera_path}") from error
+        except MediaError as error:
+            raise MediaError(f"has a camera path that {error}: {record.camera_path}") from error
         crop, shape = draw.crop, draw.shape
         window = rays_FHWC[:, crop.top : crop.top + shape.height, crop.left : crop.left + shape.width]
         return np.ascontiguousarray(window.transpose(0, 3, 1, 2))

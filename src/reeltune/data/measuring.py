@@ -25,6 +25,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.interrupt import unheard
 from reeltune.data.camera import CameraError, read_poses
+from reeltune.data.findings import content_of
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measure_control, require_times
 
 INDEX_VERSION = 2  # raise it when a Measure is found otherwise
@@ -49,6 +50,11 @@ class Finding(NamedTuple):
     lasting: bool = True  # holds as long as the file's bytes do
     remedy: str = ""  # where there is more to say than to mend or replace the file
     poses: int = 0  # of a camera path
+    content_of_path: int = 0  # of a camera path, see content_of
+
+    @property
+    def content(self) -> int:
+        return self.measure.content if self.measure else self.content_of_path
 
 
 def stamps(paths: Iterable[str]) -> np.ndarray:
@@ -149,7 +155,8 @@ def _save_index(index_dir: Path | None, decode_check: str, index: dict[str, list
 def _packed(finding: Finding) -> list:
     m = finding.measure
     measured = None if m is None else [m.kind, m.frames, m.fps, m.height, m.width, m.notes, m.content]
-    return [measured, finding.reason, finding.remedy, finding.poses]
+    of_path = [finding.content_of_path] if finding.poses else []
+    return [measured, finding.reason, finding.remedy, finding.poses, *of_path]
 
 
 def _remembered(held: Any, stamp: list[int]) -> Finding | None:
@@ -161,13 +168,15 @@ def _remembered(held: Any, stamp: list[int]) -> Finding | None:
 
 
 def _unpacked(packed: list) -> Finding:
-    measured, reason, remedy, poses = packed
+    measured, reason, remedy, poses, *of_path = packed
+    if len(of_path) != bool(poses):  # as before 2026-11-27: a camera path is soon read again
+        raise ValueError(of_path)
     if measured is not None:
         kind, frames, fps, height, width, notes, content = measured
         if kind not in ("video", "image") or not all(type(n) is int and n > 0 for n in (frames, height, width)):
             raise ValueError(kind)
         measured = Measure(kind, frames, float(fps), height, width, tuple(map(str, notes)), content)
-    return Finding(measured, reason, remedy=remedy, poses=poses)
+    return Finding(measured, reason, remedy=remedy, poses=poses, content_of_path=sum(of_path))
 
 
 # The processes
@@ -176,7 +185,7 @@ def _unpacked(packed: list) -> Finding:
 def _examine(file: File, decode_check: DecodeCheck) -> Finding:
     try:
         if file.kind == "camera":
-            return Finding(None, poses=len(read_poses(file.path)))
+            return Finding(None, poses=len(read_poses(file.path)), content_of_path=content_of(file.path))
         if file.kind == "keypoints":
             found = measure_control(file.path, "video")
             if file.clip:
@@ -187,6 +196,8 @@ def _examine(file: File, decode_check: DecodeCheck) -> Finding:
         return Finding(None, str(error), lasting=os.path.exists(file.path))
     except MediaError as error:
         return Finding(None, str(error), error.lasting, error.remedy)
+    except OSError as error:
+        return Finding(None, f"cannot be read: {error.strerror}", lasting=False)
 
 
 def _serve(link: Connection, decode_check: DecodeCheck, seconds: float) -> None:

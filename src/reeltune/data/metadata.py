@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from reeltune.core.files import is_utf8
 from reeltune.core.types import Kind
-from reeltune.data.lists import Misshapen, Twice, kind_of, renames
+from reeltune.data.lists import OUR_KEYS, Misshapen, Twice, kind_of, renames
 from reeltune.data.records import Records
 
 __all__ = ["Folder", "LeftOut", "Problem", "Records", "Row", "check_row", "shown"]
@@ -32,7 +32,7 @@ VIDEO_ENDINGS = frozenset({".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4
 EMPTY_WORDS = frozenset({"nan", "none", "null", "n/a", "<na>", "undefined"})  # what tables write for nothing
 FILE_NAME = re.compile(r"\S+\.(txt|caption|json|jsonl|csv|md)|[^\n]*[/\\][^\n]*\.(txt|caption|json|jsonl|csv|md)", re.I)
 SHOWN = 120  # characters of a value in a message
-KNOWN_KEYS = frozenset({"file_path", "text", "type", "control_file_path", "object_file_path", "width", "height"})
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)  # of another machine's file (RFC 3986, 3.1)
 
 
 class Problem(NamedTuple):
@@ -77,11 +77,13 @@ class Folder:
         self.path = os.path.abspath(data_dir)
         self.real_path = os.path.realpath(data_dir)
         self.allow_outside_paths = allow_outside_paths
+        self._beginnings = tuple(path.rstrip(os.sep) + os.sep for path in (self.path, self.real_path))  # of / too
 
     def join(self, named: str) -> str | None:
         """The absolute path, or None where it leaves the folder."""
+        named = os.sep + named.lstrip(os.sep) if os.path.isabs(named) else named  # a second one counts as the first
         path = os.path.normpath(os.path.join(self.path, named))
-        if self.allow_outside_paths or path.startswith((self.path + os.sep, self.real_path + os.sep)):
+        if self.allow_outside_paths or path.startswith(self._beginnings):
             return path
         return None
 
@@ -123,7 +125,7 @@ def _missing(fields: dict[str, Any], key: str, remedy: str) -> Problem:
     names = ", ".join(given for given, ours in renames(fields) if ours == key)
     if names:
         return Problem(f"has no {key}, but {names}", f"Rename {names} to {key}")
-    others = ", ".join(shown(given) for given in list(fields)[:8] if given not in KNOWN_KEYS)
+    others = ", ".join(shown(given) for given in list(fields)[:8] if given not in OUR_KEYS)
     return Problem(f"has no {key}" + (f"; its other keys are {others}" if others else ""), remedy)
 
 
@@ -134,6 +136,9 @@ def _path(row: Row, folder: Folder, key: str, named: Any) -> str | None:
         row.problems.append(Problem(f"{key} is empty", "Give a path"))
     elif "\0" in named or not is_utf8(named):
         row.problems.append(Problem(f"{key} {shown(named)} cannot be a file's name", "Correct the path"))
+    elif ADDRESS.match(named):
+        remedy = "Give the path of the file in the data folder, downloaded there if need be"
+        row.problems.append(Problem(f"{key} {shown(named)} is an address, not a path", remedy))
     elif (path := folder.join(named)) is None:
         reason = f"{key} {shown(named)} leaves the data folder"
         row.problems.append(Problem(reason, "Move the file into it, or set allow_outside_paths"))

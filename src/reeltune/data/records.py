@@ -20,6 +20,7 @@ _NUMBERS = {
     "height": np.int32,
     "width": np.int32,
     "content": np.int64,
+    "control_content": np.int64,
 }
 OF_PATHS: dict[str, Any] = {"errors": "surrogateescape"}  # bytes of a file's name that are no UTF-8, as Python has them
 STRINGS = ("path", "text", "control_path", "camera_path")
@@ -38,6 +39,7 @@ class Records(Sequence[Record]):
     height: np.ndarray  # int32
     width: np.ndarray  # int32
     content: np.ndarray  # int64
+    control_content: np.ndarray  # int64
     strings: np.ndarray  # uint8: STRINGS of row 0, of row 1, ...
     ends: np.ndarray  # int64: where each string begins, and the last ends
 
@@ -111,6 +113,7 @@ class Records(Sequence[Record]):
             height=int(self.height[row]),
             width=int(self.width[row]),
             content=int(self.content[row]),
+            control_content=int(self.control_content[row]),
             control_path=control or None,
             camera_path=camera or None,
         )

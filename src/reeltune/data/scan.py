@@ -26,7 +26,7 @@ from reeltune.data.metadata import Folder, LeftOut, Problem, Row, check_row, sho
 from reeltune.data.near_miss import NearMisses
 from reeltune.data.records import OF_PATHS, Records
 
-SCAN_VERSION = 4  # raise it when a row is judged otherwise
+SCAN_VERSION = 5  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
 SAME_RATE = 0.02  # rates may differ by this share: headers round them
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
@@ -68,9 +68,10 @@ def scan(
     progress          called with (files done, files)
     just_scanned      another process of this run has put it into index_dir: files are not looked at again
     Raises UserError naming the metadata file: if it cannot be read, if nothing in it can be used, or with every bad
-    row if their share exceeds max_bad_share.
+    row if their share exceeds max_bad_share. And if data_dir is a file.
     """
     data = read_list(meta)
+    _refuse_file(data_dir, meta)
     folder = Folder(data_dir, allow_outside_paths)
     options = [SCAN_VERSION, str(meta.absolute()), folder.path, sorted(needs), decode_check, allow_outside_paths]
     saved = index_dir / f"scan-{_digest(json.dumps(options).encode())}.npz" if index_dir else None
@@ -100,6 +101,13 @@ def scan(
         raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
     _refuse_bad(meta, data_dir, found, max_bad_share)
     return found
+
+
+def _refuse_file(data_dir: Path, meta: Path) -> None:
+    if data_dir.is_file():
+        what = "is that list" if data_dir.resolve() == meta.resolve() else "is a file"
+        remedy = f"give the folder in which the list's paths begin, as {data_dir.absolute().parent} may be"
+        raise UserError("train_data_dir", f"{str(data_dir)!r} {what}; {remedy}")
 
 
 def _refuse_bad(meta: Path, data_dir: Path, found: Scan, max_bad_share: float) -> None:
@@ -180,6 +188,7 @@ class _Judge:
                 control_path=row.control,
                 camera_path=row.camera,
                 content=measured.content,
+                control_content=self._content_of_control(row),
             )
 
     def notices(self) -> list[str]:
@@ -208,6 +217,11 @@ class _Judge:
             row.notices.append("the camera path has not one pose for each frame, and is stretched over the clip")
         self._compare_stated(row, own.measure)
         return own.measure
+
+    def _content_of_control(self, row: Row) -> int:
+        """As it was measured, of a control or a camera path; 0 where there is none."""
+        file = File(row.camera, "camera") if row.camera else _control_of(row)
+        return self.findings[file].content if file else 0
 
     def _compare_stated(self, row: Row, own: Measure) -> None:
         size = own.height, own.width
@@ -245,6 +259,8 @@ def _compare_control(row: Row, own: Measure, control: Measure) -> None:
     if abs(math.log(factor)) > math.log(SAME_ASPECT):
         sizes = f"{control.width}x{control.height} pixels, its subject {own.width}x{own.height}"
         row.problems.append(Problem(f"control {name} has {sizes}: aspects differ", "Make the control in that aspect"))
+    if own.content and own.content == control.content:
+        row.notices.append("its control is the clip itself or a copy of it, and teaches the model to copy its control")
     if own.fps and abs(control.fps / own.fps - 1) > SAME_RATE:
         row.notices.append("its control has another rate; frame by frame they are read together, whatever their times")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from reeltune.config.recipe import Recipe
+from reeltune.core.terminal import Terminal
 from reeltune.estimate.machines import Machines
 from reeltune.estimate.main import Forecast, forecast
 from reeltune.estimate.remedies import MARGIN
@@ -273,14 +274,14 @@ def size_chart(plan: Forecast) -> str:
 
 def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     """`reeltune plan`: prints the forecast; with `html` also writes it there."""
-    waiting = Console(stderr=True)
+    waiting = Terminal(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
         _ = plan.offers, plan.faster  # which take long
     uncompiled = ["compile is blocks: memory and arithmetic are those of uncompiled blocks"]
     for notice in [*slow_bf16(recipe), *(uncompiled if recipe.training.compile == "blocks" else [])]:
         waiting.print(notice, highlight=False, markup=False, soft_wrap=True)
-    console = Console()
+    console = Terminal()
     show(plan, console)
     if html is not None:
         console.print(f"page: {write_page(plan, html)}", highlight=False, soft_wrap=True)

@@ -223,8 +223,8 @@ def _family(recipe: Recipe) -> Family:
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
-    """dtype: as the command names it."""
-    return tensor if dtype == "as_stored" else tensor.to(DTYPES[dtype])
+    """dtype: as the command names it; of whole numbers and truth values, which it would round, as they are."""
+    return tensor if dtype == "as_stored" or not tensor.is_floating_point() else tensor.to(DTYPES[dtype])
 
 
 def renamed(outline: Mapping[str, Tensor], family: Family | None, config: dict) -> dict[str, str]:
@@ -259,6 +259,7 @@ def _tried(recipe: Recipe, folder: Path, outline: Mapping[str, Tensor]) -> str:
         return f"no forward pass: it takes {needed / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB are free"
     family = _family(recipe)
     mode = check_mode(family, recipe.model.train_mode)
-    widest = max((meta.dtype for meta in outline.values()), key=lambda dtype: dtype.itemsize)
+    floats = (meta.dtype for meta in outline.values() if meta.is_floating_point())
+    widest = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float32)
     shape = forward_check.forward(Path(model), family, mode, folder, widest)
     return f"a forward pass of {family.name} on a clip of {'x'.join(map(str, shape))}: finite"

@@ -63,25 +63,60 @@ TABLES = ("state_dict", "module", "model", "ema")  # in which trainers wrap the 
 def files_of(path: Path) -> list[Path]:
     """The files that hold one network: `path` itself, or the single file or all shards in a folder.
 
-    Raises UserError if there are none, or a shard is missing.
+    Raises UserError if there are none, or a shard is missing, or a single file and shards hold other weights.
     """
     if path.is_file():
         _refuse_unfinished([path])
         return [path]
-    names = _shards(path)
-    for stem in reversed(STEMS):
-        index = path / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = _indexed(index)
-        if (path / f"{stem}.safetensors").is_file():
-            names = [f"{stem}.safetensors"]
-    missing = [f"{name} {absent(path / name)}" for name in names if not (path / name).is_file()]
-    refuse(str(path), few(missing))
-    if not names:
+    files, *others = [_of_stem(path, stem) for stem in STEMS if _has_stem(path, stem)] or [[]]
+    if not files:
         raise UserError(str(path), why_no_weights(path))
-    files = [path / name for name in names]
+    for other in others:
+        notice(f"{path}: {files[0].name} is read, and {other[0].name}, which is there too, is not")
     _refuse_unfinished(files)
     return files
+
+
+def _has_stem(folder: Path, stem: str) -> bool:
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    return any((folder / name).is_file() for name in names) or bool(_shards(folder, stem))
+
+
+def _of_stem(folder: Path, stem: str) -> list[Path]:
+    """Raises as `files_of`."""
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    shards = [folder / name for name in (_indexed(index) if index.is_file() else _shards(folder, stem))]
+    missing = [file.name for file in shards if not file.is_file()]
+    if not single.is_file():
+        refuse(str(folder), few([f"{name} {absent(folder / name)}" for name in missing]))
+        return shards
+    if missing:
+        notice(f"{folder}: {single.name} is read; {missing[0]}, a shard of what is there too, is not there")
+    elif shards and (unlike := _unlike([single], shards)):
+        raise UserError(
+            str(folder),
+            f"holds {single.name} and {len(shards)} shards, {shards[0].name} the first, and these are other weights "
+            f"({unlike}); one of the two is left from before: move it away",
+        )
+    return [single]
+
+
+def _unlike(files: Sequence[Path], others: Sequence[Path]) -> str:
+    """What is not the same in two sets of files, by their headers and each tensor's first row: weights of another
+    training differ everywhere. Empty: nothing."""
+    ours, theirs = ({name: file for file in one for name in header_of(file)} for one in (files, others))
+    if lone := sorted(ours.keys() ^ theirs.keys()):
+        return f"{lone[0]} is in one of them alone"
+    return next((name for name in ours if _first_row(ours[name], name) != _first_row(theirs[name], name)), "")
+
+
+def _first_row(file: Path, name: str) -> tuple[str, list[int], bytes]:
+    """Its type, the tensor's shape, and its bytes."""
+    with as_user_error(file, "cannot be read"), safe_open(file, "pt", device="cpu") as tensors:
+        held = tensors.get_slice(name)
+        shape = held.get_shape()
+        row = held[:1] if shape else tensors.get_tensor(name)
+        return held.get_dtype(), shape, row.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _refuse_unfinished(files: Sequence[Path]) -> None:
@@ -97,7 +132,7 @@ def has_weights(path: Path) -> bool:
     """Whether `path` is a file, or a folder in which `files_of` would look further than its names."""
     endings = ("", ".index.json")
     named = (path / f"{stem}.safetensors{ending}" for stem in STEMS for ending in endings)
-    return path.is_file() or any(file.is_file() for file in named) or bool(_shards(path))
+    return path.is_file() or any(file.is_file() for file in named) or any(_shards(path, stem) for stem in STEMS)
 
 
 def why_no_weights(path: Path) -> str:
@@ -127,15 +162,14 @@ def _indexed(index: Path) -> list[str]:
         raise UserError(str(index), f"{outside}, but weight_map must name files beside it; {AGAIN}") from None
 
 
-def _shards(folder: Path) -> list[str]:
+def _shards(folder: Path, stem: str) -> list[str]:
     """Names of all shards that those present belong to, where there is no index."""
-    for stem in STEMS:
-        for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
-            if match := SHARD.search(file.name):
-                number, total = match.groups()
-                if len(total) > 9 or int(total) > MOST_SHARDS:
-                    raise UserError(str(file), f"says that it is one of {total}; a network has at most {MOST_SHARDS}")
-                return [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
+    for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+        if match := SHARD.search(file.name):
+            number, total = match.groups()
+            if len(total) > 9 or int(total) > MOST_SHARDS:
+                raise UserError(str(file), f"says that it is one of {total}; a network has at most {MOST_SHARDS}")
+            return [f"{stem}-{i + 1:0{len(number)}d}-of-{total}.safetensors" for i in range(int(total))]
     return []
 
 

@@ -120,7 +120,7 @@ def swap(
         raise UserError(
             "recipe",
             f"blocks_to_swap is {count}, but of the network's {len(blocks)} blocks {len(still)} have weights that do "
-            f"not learn; set it to {len(still)} or less, or name fewer parts in trainable_modules",
+            f"not learn; set it to at most {len(still)}, or name fewer parts in trainable_modules",
         )
     chosen = [still[i * len(still) // count] for i in range(count)]
     for block in chosen:

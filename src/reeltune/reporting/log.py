@@ -28,6 +28,7 @@ from torch import Tensor
 from reeltune.core.errors import refuse
 from reeltune.core.files import whole_file, writing
 from reeltune.core.reading import as_user_error, json_value, refuse_absent
+from reeltune.core.terminal import Terminal
 from reeltune.reporting.metrics import PARTS
 from reeltune.reporting.time_verdict import verdict
 
@@ -62,7 +63,7 @@ class Log:
         console: Console | None = None,
     ):
         self.main = main
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(highlight=False, soft_wrap=True)
         self.logging_steps = logging_steps
         self.total_steps = total_steps
         self.peak_flops = peak_flops

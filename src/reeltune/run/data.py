@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from reeltune.config.recipe import Recipe
+from reeltune.core.terminal import Terminal
 from reeltune.data.held_out import refuse_shared, split
 from reeltune.data.loader import Reader
 from reeltune.data.metadata import LeftOut
@@ -75,7 +75,7 @@ def gather(
 
     def scanned_with_bar(meta: str) -> Scan:
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
+        with Progress(*columns, console=Terminal(stderr=True), disable=not show_progress, transient=True) as bar:
             task = bar.add_task(f"scan {Path(meta).name}", total=None)
             return scanned(meta, lambda done, files: bar.update(task, completed=done, total=files))
 

@@ -17,6 +17,7 @@ from reeltune.control.kinds import kind_named, open_for_previews
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.types import Batch, Draw, Kind, MaskLaw, Record, Sample, Shape
 from reeltune.data.camera import CameraError, rays, read_poses, resample
+from reeltune.data.findings import content_of, require_same
 from reeltune.data.held_out import fixed_draw
 from reeltune.data.keypoints import is_keypoints
 from reeltune.data.loader import Reader, collate
@@ -125,7 +126,7 @@ def prompt_requests(
     plan = partial(Plan, Records.of(records), rules, group=1, seed=seed)  # never asked for: these draws are fixed
     everything = MaskLaw({"all": 1.0}, {"all": 1.0})  # is to be made of a clip that follows another
     reader = Reader(records, plan, group=1, drop=drop, text_drop_ratio=0.0, needs=needs, mask_law=everything)
-    make = read_one if guide == "control" else from_picture
+    make = partial(read_one, make=Reader.open if guide == "control" else from_picture)
     notice_cut(family, [(f"prompt {i + 1}", prompt) for i, prompt in enumerate(prompts)])
     requests = []
     for i, record in enumerate(records):
@@ -147,13 +148,15 @@ def prompt_record(entry: int, prompt: str, path: str, rules: SizeRules, guide: s
         kind = seen.kind if is_keypoints(path) else kind
         for note in seen.notes:
             notice("%s: %s", path, note)
-        return Record(entry, path, prompt, kind, seen.frames, seen.fps, seen.height, seen.width, control_path=path)
+        size = seen.height, seen.width
+        return Record(entry, path, prompt, kind, seen.frames, seen.fps, *size, path, content=seen.content)
     if guide == "camera":
         read_poses(path)
-        return Record(entry, "", prompt, "video", frames, fps, side, side, camera_path=path)
+        poses = {"camera_path": path, "control_content": content_of(path)}
+        return Record(entry, "", prompt, "video", frames, fps, side, side, **poses)
     if path:
         seen = measure(path, "image")
-        return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width)
+        return Record(entry, path, prompt, "video", frames, fps, seen.height, seen.width, content=seen.content)
     return Record(entry, "", prompt, "video", frames, fps, side, side)
 
 
@@ -174,17 +177,20 @@ def notice_short(record: Record, rules: SizeRules) -> None:
         notice(f"{name}: the clip has fewer than {wanted} frames {step}, and {made} made")
 
 
-def read_one(reader: Reader, draw: Draw) -> Batch:
-    """A batch of one, on the CPU, read as training does. Raises UserError if the file has broken since the scan."""
+def read_one(reader: Reader, draw: Draw, *, make: Callable[[Reader, Draw], Sample] = Reader.open) -> Batch:
+    """A batch of one, on the CPU, by default read as training does. Raises UserError if the file has broken since it
+    was measured."""
     try:
-        return collate([reader.open(draw)])
+        return collate([make(reader, draw)])
     except (MediaError, CameraError) as error:
-        path = reader.records[draw.record].path
-        raise UserError("validation", f"{path} {error}; mend or replace it") from error
+        record = reader.records[draw.record]
+        path = record.path or record.camera_path
+        raise UserError("validation", f"{path} {error}; restore or mend it, and run again") from error
 
 
-def from_picture(reader: Reader, draw: Draw) -> Batch:
-    """A batch of a prompt, with the first frame and the poses that there are: the rest is black, and to be made."""
+def from_picture(reader: Reader, draw: Draw) -> Sample:
+    """Of a prompt, with the first frame and the poses that there are: the rest is black, and to be made. Raises
+    MediaError or CameraError."""
     record, (frames, height, width) = reader.records[draw.record], draw.shape
     made = Sample(draw, record.text, torch.zeros(frames, 3, height, width, dtype=torch.uint8))
     made.keep = {name: p < 1 for name, p in reader.drop.items()}
@@ -192,12 +198,14 @@ def from_picture(reader: Reader, draw: Draw) -> Batch:
         made.mask_FHW = torch.ones(frames, height, width, dtype=torch.bool)
         made.mask_FHW[: bool(record.path)] = False
     if record.path:
+        require_same(record.path, record.content)
         first_FCHW = read_frames(record.path, (0,), draw.crop, Shape(1, height, width))
         made.pixels_FCHW[:1] = torch.from_numpy(first_FCHW)
     if record.camera_path is not None:
+        require_same(record.camera_path, record.control_content)
         poses = resample(read_poses(record.camera_path), frames, range(frames))
         made.camera_FCHW = torch.from_numpy(rays(poses, height, width)).permute(0, 3, 1, 2).contiguous()
-    return collate([made])
+    return made
 
 
 def played(record: Record, rules: SizeRules) -> float:

@@ -54,6 +54,7 @@ class HeldOut:
     held_out_levels: int
     output_dir: Path
     contents: list[int] = field(default_factory=list)  # of their files: one of the same name may be another clip
+    controls: list[int] = field(default_factory=list)  # the same of their controls
 
     @classmethod
     def build(
@@ -62,8 +63,8 @@ class HeldOut:
         """reader: of the held-out records, one at least, dropping nothing."""
         draws = [fixed_draw(record, row, rules) for row, record in enumerate(reader.records)]
         names = [Path(record.path).name for record in reader.records]
-        contents = [record.content for record in reader.records]
-        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir), contents)
+        files = [record.content for record in reader.records], [record.control_content for record in reader.records]
+        return cls(setup, draws, names, partial(read_one, reader), held_out_levels, Path(output_dir), *files)
 
     @property
     def levels(self) -> list[float]:
@@ -139,7 +140,7 @@ class HeldOut:
     def _start(self, step: int, losses: np.ndarray) -> tuple[int, np.ndarray]:
         """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
         path = self.output_dir / "validation" / "start.json"
-        measured_on = {"clips": self.names, "levels": self.levels, "contents": self.contents}
+        measured_on = {"clips": self.names, "levels": self.levels, "contents": self.contents, "controls": self.controls}
         count = losses.shape[1]
         kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
         if kept is None:
@@ -147,6 +148,7 @@ class HeldOut:
             keep_start(path, {"step": step, **measured_on, **sizes, "losses": losses.tolist()})
             return step, losses
         kept.setdefault("contents", self.contents)  # which runs begun before 2026-11-26 have not
+        kept.setdefault("controls", self.controls)  # before 2026-11-27
         changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
         if changed:
             raise UserError(
