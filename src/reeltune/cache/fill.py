@@ -52,7 +52,7 @@ def fill(recipe: Recipe) -> int:
     work = Work.of(keys, inputs, Store(folder), rank, world, together=together)
     encoder = Encoder(recipe, family, mode, inputs, device)
     ends = "ends after this entry" if rank == 0 else ""
-    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0, title="encode") as bar:
         for notice in [*inputs.scan.notices, *machine_notices(recipe, only_encoding=True)]:
             bar.say(notice)
         full = told_when_full(
