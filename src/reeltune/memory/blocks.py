@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from reeltune.core.errors import UserError
 from reeltune.memory.kept import Contexts
 
-LEAST_BYTES = 2**20  # of an activation that is worth a journey to the CPU's memory
+LEAST_BYTES = 2**20  # of an activation that is worth a copy to the CPU's memory
 
 
 def blocks_of(net: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
