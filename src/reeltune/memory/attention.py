@@ -63,9 +63,9 @@ def preferring(kernels: Sequence[str]) -> Iterator[None]:
 
 
 class Attention:
-    """Chooses the kernel of attention in these blocks, also where they are recomputed: apply it before `recompute`.
+    """By which kernel it is computed in these blocks, and again where they recompute: this comes before `recompute`.
 
-    torch has one choice for the whole process: while a block computes, no other thread may compute attention.
+    torch's choice is of the whole process: meanwhile no other thread may compute attention.
 
     kernel: of KERNELS, and no other is taken; or AUTO, as torch chooses, until `prefer` says otherwise.
     """
@@ -78,7 +78,7 @@ class Attention:
             block.forward = partial(self._forward, block.forward)
 
     def prefer(self, kernels: Sequence[str]) -> None:
-        """From here on, attention in the blocks is computed by the first of these kernels that can."""
+        """From here on the first of these that can do what a block asks."""
         self._within = partial(preferring, kernels)
 
     def _forward(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
