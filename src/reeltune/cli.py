@@ -33,7 +33,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
 
   train    fine-tune a checkpoint as a recipe says
   check    scan the data and show what training would do with it; trains nothing
-  plan     tell what a run will see, what memory it needs and how long it takes, before it
+  plan     estimate what a run will see, what memory it needs and how long it takes, before it starts
   control  make a control for every clip of a list: edges, depth, a camera's path, poses
   cache    encode the data once, to train from files; cache verify and cache prune look after them
   sample   make clips from a checkpoint
@@ -41,7 +41,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   serve    a page to look at data and runs, on this machine alone
   export   turn a checkpoint-N into a folder that the original tools, or diffusers, load; an adapter into a file
   rank     measure which rank an adapter needs to do what a full fine-tune did
-  import   tell what an adapter of any tool is, and how strong it would be in each tool
+  import   show what an adapter file of any tool is, and how strong it would be in each tool
   demo     make a small data set and a tiny model, and fine-tune it here in a few minutes
 
 reeltune COMMAND --help tells more.
@@ -50,8 +50,8 @@ ABOUT = {
     "train": "Fine-tunes a checkpoint; the run's folder is output_dir.",
     "check": "Scans the data and prints what is unusable and why, the sizes that will be drawn, and the steps of an "
     "epoch. Trains nothing and loads no weights.",
-    "plan": "Tells what a run will see, what it needs in memory by part, how long it takes, whether it fits and what "
-    "would make it fit. Reads measurements of the data and headers of the checkpoint, no weights; needs no GPU.",
+    "plan": "Estimates what a run will see, what it needs in memory by part, how long it takes, whether it fits and "
+    "what would make it fit. Reads measurements of the data and headers of the checkpoint, no weights; needs no GPU.",
     "cache": "Encodes what the recipe trains on into cache_folder, as far as it is not there. Any number of processes "
     "share the work. With verify before the recipe: reads all of it and sets damaged files aside. With prune: deletes "
     "what this recipe does not ask for.",
@@ -230,8 +230,8 @@ def _plan(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="80GB", metavar="NAME", help="such as H100, or its memory [80GB]")
     parser.add_argument("--throughput", type=number, metavar="TFLOPS", help="TFLOP/s that each device reaches")
-    parser.add_argument("--measured", type=a_path, metavar="RUN", help="take it from an earlier run's steps")
-    parser.add_argument("--html", type=a_path, metavar="FILE", help="write it as a page with pictures, too")
+    parser.add_argument("--measured", type=a_path, metavar="RUN", help="take the TFLOP/s from an earlier run's steps")
+    parser.add_argument("--html", type=a_path, metavar="FILE", help="write the plan as a page with pictures, too")
     found = _split(argv, "plan", parser)
     if found is None:
         return 0

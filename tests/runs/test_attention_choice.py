@@ -73,7 +73,7 @@ def test_a_cpu_has_nothing_to_try_and_the_bits_of_its_only_kernel(wan, data, tmp
     ours, flash, math = tmp_path / "ours", tmp_path / "flash", tmp_path / "math"
     assert train(recipe(wan, data, ours, **SHORT)) == 0
     assert told(ours) == [
-        "attention is auto: flash computes it, beside which torch has nothing to try on a CPU",
+        "attention is auto: flash computes it, the one kernel that torch has to try on a CPU",
     ]
     assert kernel_of(ours) == "flash" and progress_of(ours / "checkpoint-2").attention == ""
     assert train(recipe(wan, data, flash, **SHORT, attention="flash")) == 0
@@ -150,7 +150,7 @@ def test_a_network_without_attention_is_left_alone(toy, data, tmp_path, math_is_
     ("changes", "words"),
     [
         ({"encode_ahead": True}, "a kernel is chosen for the whole process, and encoders are at work meanwhile"),
-        ({"deterministic": True}, "deterministic is true, and by a clock another run may find another"),
+        ({"deterministic": True}, "deterministic is true, and timing them may find another one in another run"),
     ],
     ids=str,
 )

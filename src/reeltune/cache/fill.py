@@ -60,7 +60,7 @@ def fill(recipe: Recipe) -> int:
     encoder = Encoder(recipe, family, mode, inputs, device)
     ends = "ends after this entry" if rank == 0 else ""
     told: set[str] = set()  # paths of what cannot be read
-    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0) as bar:
+    with Interrupt(ends) as interrupt, ProgressBar(work.count, shown=rank == 0, title="encode") as bar:
         for notice in [*inputs.scan.notices, *machine_notices(recipe, only_encoding=True)]:
             bar.say(notice)
         full = told_when_full(

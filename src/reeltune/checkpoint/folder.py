@@ -75,23 +75,23 @@ def _has_ours(folder: Path) -> bool:
 
 
 def parts(checkpoint: Path) -> dict[str, Path]:
-    """Expert -> its folder, of a run that trained both; {} of another."""
+    """Expert -> its folder in the checkpoint of a run that trained both; {} for any other run."""
     found = {name: checkpoint / folder for name, folder in PARTS.items()}
     return found if all(folder.is_dir() for folder in found.values()) else {}
 
 
 def part(checkpoint: Path, expert: str | None) -> Path:
-    """What it keeps of that expert: its folder, or all of it where one network alone learnt."""
+    """Where it keeps this expert's network: in a part of its own, or right in it if only one network learnt."""
     return checkpoint if expert is None else parts(checkpoint).get(expert, checkpoint)
 
 
 def part_in(checkpoint: Path, expert: str | None) -> Path:
-    """Where one that is written keeps what is of that expert, or under None of the one network."""
+    """Where to write this expert's network; None: the only network."""
     return checkpoint if expert is None else checkpoint / PARTS[expert]
 
 
 def whole(path: Path) -> Path:
-    """The checkpoint that a part is of, or itself."""
+    """The checkpoint that this is a part of, or the checkpoint itself."""
     return path.parent if path.name in PARTS.values() and (path.parent / "progress.json").is_file() else path
 
 
@@ -101,7 +101,7 @@ def is_ours(path: Path) -> bool:
 
 
 def expert_of(path: Path) -> str | None:
-    """Of a part, whose it is."""
+    """The expert whose part this is; None for a whole checkpoint."""
     return None if whole(path) == path else next(name for name, folder in PARTS.items() if folder == path.name)
 
 
@@ -142,8 +142,8 @@ def save(
 ) -> tuple[Path, int]:
     """Writes checkpoint-N whole or not at all, then prunes. Returns (folder, bytes).
 
-    write_networks: with write_state too, of each that learns. Raises UserError if the disk is full or refuses; what
-    was there before stays as it was.
+    write_networks: writes weights and, by write_state, optimizer state of each network that learns; write_more: what is
+    beside them. Raises UserError if the disk is full or refuses; what was there before stays as it was.
     """
     with _partial(output_dir, progress.step, main=True) as partial:
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +154,7 @@ def save(
 
 
 def write_state(folder: Path, optimizer_state: dict) -> None:
-    """Of the network that a checkpoint, or a part of it, keeps."""
+    """Writes the optimizer state of the network that this checkpoint, or part of one, keeps."""
     torch.save(optimizer_state, folder / "optimizer.pt")
 
 
@@ -167,9 +167,9 @@ def save_shares(
     write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, int] | None:
-    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps: those of each expert,
-    or under None of the one network. The first of them does what is to be done once: write_more is called there alone,
-    and what is returned, in it alone, is the whole's.
+    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps.
+
+    pieces: by expert; None: the only network. The first process calls write_more and returns as `save`, others None.
     """
     main = dist.get_rank(group) == 0
     with _partial(output_dir, progress.step, main=main) as partial:
@@ -217,7 +217,7 @@ def _partial(output_dir: Path, step: int, *, main: bool) -> Iterator[Path]:
 def _finish(
     partial: Path, progress: Progress, keep: int | None, shares: digests.Digests | None = None
 ) -> tuple[Path, int]:
-    """Progress, digests, the new name, and the end of older ones. Returns (folder, bytes).
+    """Writes progress and digests, renames the folder, and deletes older ones. Returns (folder, bytes).
 
     shares: digests that the processes which wrote them have made already.
     """
@@ -315,8 +315,8 @@ def verify(checkpoint: Path, *, under: tuple[str, ...] = ("",)) -> None:
 
 
 def holder_of(weights: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Of a folder or file of weights: the checkpoint of ours that it is or lies in, and beginnings of the names of its
-    files there. None for weights of elsewhere."""
+    """(the checkpoint of ours that a folder or file of weights is or lies in, beginnings of the names of its files
+    there); None for weights from elsewhere."""
     path = weights.absolute()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "progress.json").is_file():
@@ -326,7 +326,7 @@ def holder_of(weights: Path) -> tuple[Path, tuple[str, ...]] | None:
 
 
 def verify_weights(weights: Path | None) -> None:
-    """As `verify`, of the given weights alone; None, and weights of elsewhere, are taken as they are."""
+    """As `verify`, for these weights alone. None, and weights from elsewhere, are not checked."""
     if weights is not None and (held := holder_of(weights)) is not None:
         folder, under = held
         verify(folder, under=under)
@@ -379,7 +379,7 @@ def is_adapter(checkpoint: Path) -> bool:
 
 
 def transformer_of(checkpoint: Path) -> Path | None:
-    """The whole network's weights, where one process wrote them, or of a part."""
+    """Where a checkpoint, or a part of one, has the whole network's weights; None if it is sharded or an adapter's."""
     return None if is_shared(checkpoint) or is_adapter(checkpoint) else weights_in(checkpoint)
 
 
@@ -389,7 +389,7 @@ def weights_in(checkpoint: Path) -> Path:
 
 
 def is_shared(checkpoint: Path) -> bool:
-    """Whether several processes wrote it, or a part."""
+    """Whether several processes wrote it, or any part of it."""
     return any((folder / SHARES).is_dir() for folder in (checkpoint, *parts(checkpoint).values()))
 
 

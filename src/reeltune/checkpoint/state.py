@@ -70,30 +70,30 @@ class Shared:
         return name in self.sizes
 
     def keys(self, name: str) -> list[str]:
-        """The kinds of optimizer state of that weight's shape."""
+        """The keys of the weight's optimizer state that are tensors of its shape."""
         return self._keys.get(name, [])
 
     def scalars(self, name: str) -> dict[str, float]:
-        """What of its optimizer state is one number."""
+        """The values in the weight's optimizer state that are single numbers."""
         return self._scalars.get(name, {})
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Raises UserError naming what is missing, or is of another size."""
+        """Reads these pieces, in place. Raises UserError naming what is missing, or is of another size."""
         sharded_io.read(self.folder, pieces, self._metadata)
 
     def fill_network(self, net: nn.Module, names: Mapping[str, str]) -> None:
-        """Those of its weights that are named, in place. names: of parameters -> released. Raises as `fill`."""
+        """Reads the named weights of a network, in place. names: ours -> released. Raises as `fill`."""
         weights = dict(net.named_parameters())
         self.fill(sharded_io.whole(f"weights/{released}", weights[name]) for name, released in names.items())
 
     def weights(self, *, average: bool = False) -> Weights:
-        """By released name; with `average` those of the moving average, where there are."""
+        """Weights by released name; with `average` the moving average in place of those that have one."""
         labels = {name: f"average/{name}" for name in self.shapes if average and f"average/{name}" in self}
         return Weights(self, {name: labels.get(name, f"weights/{name}") for name in self.shapes})
 
 
 class Weights(Mapping[str, Tensor]):
-    """Each read whole, as stored, when asked for; `outline` has them on the meta device."""
+    """Weights of a sharded checkpoint, each read whole when it is asked for; `outline` has them on the meta device."""
 
     def __init__(self, shared: Shared, labels: Mapping[str, str]):
         self._shared, self._labels = shared, labels
@@ -116,7 +116,11 @@ class Weights(Mapping[str, Tensor]):
 
 
 class Whole:
-    """A checkpoint that one process wrote. learning: the released names in the order of the optimizer's parameters."""
+    """A checkpoint that one process wrote, read like a Shared one.
+
+    state: as `folder.load` gives it. learning: released names, in the order of the optimizer's parameters. names: ours
+    -> released.
+    """
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any], learning: Sequence[str], names: Mapping[str, str]):
         self.where = str(checkpoint)
@@ -133,6 +137,7 @@ class Whole:
         return name in self._tensors
 
     def _elementwise(self, name: str) -> list[str]:
+        """The keys of the weight's optimizer state that are tensors of its shape."""
         shape = self._tensors[f"weights/{name}"].shape
         state = self._state.get(name, {})
         return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
@@ -144,7 +149,7 @@ class Whole:
         return numbers(self._state.get(name, {}))
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Raises UserError naming what is missing."""
+        """Reads these pieces, in place. Raises UserError naming what is missing."""
         pieces = list(pieces)
         refuse(self.where, [f"{piece.name} is missing" for piece in pieces if piece.name not in self._tensors])
         for piece in pieces:

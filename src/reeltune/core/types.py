@@ -258,7 +258,7 @@ class Posterior:
     """What a VAE says of a clip: a normal distribution per latent cell, already in the network's units.
 
     Wan normalises the mean alone, so the sample is mean + exp(logvar / 2) * eps with the raw logvar
-    (DECISIONS 11). Families whose latents are scaled as a whole put 2 log(scale) into logvar.
+    (as released). Families whose latents are scaled as a whole put 2 log(scale) into logvar.
     """
 
     mean: Tensor  # B C T h w

@@ -137,7 +137,7 @@ class Plan:
         return self._rules
 
     def _groups_before(self, epoch: int) -> np.ndarray:
-        """Of each bucket, those that start before this epoch."""
+        """int[buckets]: how many of each bucket's groups start before this epoch."""
         if self._runs_on:
             return -(-epoch * self._sizes // self.group)
         return epoch * -(-self._sizes // self.group)
@@ -159,21 +159,21 @@ class Plan:
         return np.concatenate(parts)
 
     def _name(self, bucket: int) -> tuple[int | str, ...]:
-        """By which chance knows it, whatever other buckets there are."""
+        """What random choices name the bucket by: the same whatever other buckets there are."""
         return self._kinds[bucket], *(int(of[bucket]) for of in (self._aspects, self._lengths, self._open))
 
     def micro_steps_before(self, epoch: int) -> int:
-        """Of all epochs before this one, which differ in length."""
+        """Micro-steps of all epochs before this one; epochs differ in length."""
         return int(self._groups_before(epoch).sum())
 
     def epochs_within(self, micro_steps: int) -> int:
-        """How many epochs the first so many micro-steps of a run begin."""
+        """How many epochs a run of so many micro-steps begins."""
         if not self._sizes.any():
             return 0
         return bisect_left(range(micro_steps * self.group + 1), micro_steps, key=self.micro_steps_before)
 
     def repeats(self, epochs: int) -> int:
-        """Samples of the first epochs past one of each item and epoch: what fills up the last group of each bucket."""
+        """Samples of so many epochs beyond one of each item per epoch: what fills up the last group of each bucket."""
         return self.micro_steps_before(epochs) * self.group - epochs * int(self._sizes.sum())
 
     def _too_short(self, record: int) -> str:
@@ -331,7 +331,7 @@ class Plan:
         )
 
     def _seen(self, record: int, shape: Shape, variant: int | None, where: tuple[int, ...]) -> dict[str, Any]:
-        """What the frozen networks see of the record: of its own in every place, or that of its variant."""
+        """The fields of a Draw that decide what the frozen networks see: drawn anew each time, or the variant's."""
         records, rules = self._records, self._rules
         seed, at = self._seed, where
         if variant is not None:

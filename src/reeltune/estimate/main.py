@@ -37,7 +37,7 @@ PREFETCHED = 2  # batches that each worker holds ready (torch.utils.data.DataLoa
 
 
 def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None] = lambda _: None) -> Forecast:
-    """progress: is told what is estimated now.
+    """What the run will see, need and take. progress: is called with what is being estimated.
 
     Raises UserError for what training would refuse, and for machines that there are not.
     """
@@ -70,7 +70,7 @@ class Forecast:
 
     @property
     def networks(self) -> int:
-        """That learn."""
+        """How many networks learn."""
         return 2 if self.recipe.model.expert == "both" else 1
 
     # ---- data
@@ -113,7 +113,7 @@ class Forecast:
 
     @cached_property
     def draws(self) -> list[Draw]:
-        """Of the first rank in the first micro-step, which is the largest."""
+        """The samples of the first rank in the first micro-step, which is the largest."""
         recipe = self.recipe
         batch, seed = recipe.training.train_batch_size, recipe.training.seed
         group = batch * self.machines.gpus // recipe.parallel.context_parallel
@@ -121,7 +121,7 @@ class Forecast:
         return Plan(self.inputs.train, rules, group=group, seed=seed, largest_first=True).share(0, 0, batch)
 
     def estimate(self, draws: list[Draw], *, preview: bool = False) -> StepEstimate:
-        """Of one device, in the precision in which the engine computes."""
+        """A step of these samples on one device, in the precision in which the engine computes."""
         recipe = self.recipe
         if ENGINES[self.engine].own_copies and recipe.training.mixed_precision != "no":
             recipe = replace(recipe, model=replace(recipe.model, trained_weights="bf16_stochastic"))
@@ -136,8 +136,11 @@ class Forecast:
 
     @cached_property
     def shares(self) -> tuple[dict[str, sharding.Parts], int, int]:
-        """(as of sharding.peaks with another that learns and, where the next batch is encoded beside training, that
-        too; bytes that each process keeps in the machine's own memory; of those of another that learns)"""
+        """(phase -> part -> bytes on each device, bytes that each process keeps in the machine's own memory, those that
+        it keeps there of a second network that learns).
+
+        The first count that second network too and, where the next batch is encoded while training, its encoding.
+        """
         parallel, run = self.recipe.parallel, (self.largest_step, self.engine, self.machines.gpus)
         peaks, host = sharding.peaks(*run, offload=parallel.offload, keep_gathered=parallel.keep_gathered)
         other, resting = sharding.resting(*run, offload=parallel.offload) if self.networks > 1 else (0, 0)
@@ -188,13 +191,13 @@ class Forecast:
 
     @cached_property
     def offers(self) -> list[Offer]:
-        """Of what could make it fit, the cheapest."""
+        """The cheapest sets of changes that would make it fit."""
         possible = [one for one in changes(self.values) if self.goes([one])]
         return search(possible, self.goes, self.try_out, (self.verdict, self.largest_step))
 
     @cached_property
     def faster(self) -> Offer | None:
-        """What could be changed for a faster step where there is room to spare."""
+        """The changes that would make a step faster, where there is room to spare."""
         return spend(speedups(self.values), self.goes, self.try_out, (self.verdict, self.largest_step))
 
     @cached_property
@@ -212,7 +215,7 @@ class Forecast:
 
     @property
     def host_bytes(self) -> dict[str, int]:
-        """Of the machine's own memory in the largest step, for all processes of one."""
+        """What all processes together hold in the machine's own memory during the largest step -> bytes."""
         recipe, family, step, gpus = self.recipe, self.estimator.family, self.largest_step, self.machines.gpus
         (frames, height, width), needs = self.draws[0].shape, family.needs[self.estimator.mode]
         per_pixel = 3 + 3 * ("control" in needs) + 6 * 4 * ("camera" in needs) + ("mask" in needs)  # bytes; rays: fp32
@@ -279,7 +282,7 @@ class Forecast:
         return sizes
 
     def mean(self, values: Sequence[int]) -> float:
-        """Over the micro-steps of an epoch, of what has these values at `sizes`."""
+        """The mean over an epoch's micro-steps of a quantity that has these values at `sizes`."""
         by_tokens = curve(self.sizes, values)
         return (
             sum(by_tokens(bucket.tokens) * bucket.micro_steps for bucket in self.data.buckets) / self.data.micro_steps
@@ -287,13 +290,13 @@ class Forecast:
 
     @property
     def step_flops(self) -> dict[str, float]:
-        """phase -> of a mean micro-step of one process."""
+        """phase -> FLOPs of a mean micro-step of one process."""
         passes = [step.passes for step in self.sizes.values()]
         return {phase: self.mean([one[phase] for one in passes]) for phase in passes[0]}
 
     @property
     def run_flops(self) -> float:
-        """Of all steps, on all devices."""
+        """FLOPs of all steps, on all devices."""
         return sum(self.step_flops.values()) * self.micro_steps * self.machines.gpus
 
     @property

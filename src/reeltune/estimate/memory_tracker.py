@@ -76,23 +76,28 @@ class Tracker(TorchDispatchMode):
             self._phase = before
 
     def work(self, phase: str) -> Work:
-        """What has run in it."""
+        """What has run in this phase."""
         return Work(Counter(self.peaks[phase]), self.flops[phase])
 
     def own(self, tensors: Iterable[Tensor], part: str, times: int = 1) -> None:
-        """These are `part` from now on, whoever made them, and stand for so many such. ELSEWHERE: they are not on the
-        device."""
+        """These tensors belong to `part` from now on, whatever made them, and each counts `times` times.
+
+        part: ELSEWHERE and HOST are not on the device.
+        """
         for tensor in tensors:
             block = self.block_of(tensor)
             self._count(block, part, max(block.times, times))
         self._look()
 
     def stand_for(self, times: int, *, unseen: bool = False) -> None:
-        """What runs from now on runs so often. unseen: and its moments are none of the fullest."""
+        """What runs from now on counts `times` times. unseen: and is not looked at for the fullest moment."""
         self._times, self._seen = times, not unseen
 
     def multiply(self, times: int, part: str | None = None) -> None:
-        """Of what ran last for more, what is still there, of that part or of all, is there so often."""
+        """What was made while `stand_for` counted several times, and is still there, counts `times` times.
+
+        part: that of this part alone; None: all of it.
+        """
         for block in self._made:
             if id(block.reference()) in self._known and part in (None, block.part):
                 self._count(block, block.part, times)
@@ -100,7 +105,7 @@ class Tracker(TorchDispatchMode):
         self._look()
 
     def rise(self, run: Callable[[], T]) -> tuple[T, Work]:
-        """What it returns, and what it takes."""
+        """(what `run` returns; what it takes, its bytes beyond those that were there before it)."""
         phase, before, flops = self._phase, on_device(self.live), self.flops[self._phase]
         earlier, self.peaks[phase] = self.peaks[phase], before
         out = run()
@@ -110,7 +115,7 @@ class Tracker(TorchDispatchMode):
         return out, Work(peak, self.flops[phase] - flops)
 
     def again(self, work: Work, make: Callable[[], T]) -> T:
-        """Counts it once more. make: of fake tensors, what it left."""
+        """Counts `work` once more without running it. make: makes fake tensors like those that it left."""
         self.flops[self._phase] += work.flops
         self._look(work.peak)
         self._seen = False  # what it left is there beside what it took the place of
@@ -202,12 +207,12 @@ def on_device(live: Counter[str]) -> dict[str, int]:
 
 @dataclass
 class Block:
-    """One storage."""
+    """A storage, and what it counts as: torch's unit of memory, which several tensors may share."""
 
     reference: weakref.ref
     part: str
     one_bytes: int
-    times: int = 1  # that it is there
+    times: int = 1  # that it counts
 
     @property
     def size_bytes(self) -> int:

@@ -48,37 +48,37 @@ class StepEstimate:
     offloaded_bytes: int
     """Activations that wait in the machine's own memory."""
     swapped_bytes: int
-    """Weights of blocks that do."""
+    """Weights of swapped blocks, which wait there too."""
     gradient_bytes: int
     parameters: int
     trainable: int
+    """Parameters that learn."""
     number_bytes: int
-    """Of a number in the precision that the network computes in."""
+    """Bytes of a number in the precision in which the network computes."""
     weight_bytes: dict[str, int]
     """name -> bytes of the trained network ("network") and of each frozen one."""
     kept_bytes: int
-    """Weights of a checkpoint."""
+    """Weights in a checkpoint."""
     block_parameters: int
-    """Of the largest block, which an engine that shards gathers whole."""
+    """Parameters of the largest block, which an engine that shards gathers whole."""
     blocks: int
     still_blocks: int
-    """Blocks of which not all learns, and so some can wait on the host."""
+    """Blocks with weights that do not learn, which can wait on the host."""
     block_bytes: int
-    """Of that block as it is gathered: in the precision that computes, but for weights in 8 or 4 bits."""
+    """Bytes of that block once gathered: in the precision that computes, but for weights in 8 or 4 bits."""
     other_parameters: int
-    """Outside of blocks."""
+    """Parameters outside of blocks."""
     buffer_bytes: int
-    """Of what does not learn that which is no parameter, such as scales of weights in 8 or 4 bits: each process has all
-    of it."""
+    """Bytes of buffers, such as scales of weights in 8 or 4 bits, which are never sharded: each process has all."""
     encoded_bytes: int = 0
-    """Of what encoding makes of one sample, in float32."""
+    """Bytes that encoding makes of one sample, in float32."""
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer."""
+        """Bytes of the optimizer's state."""
         return self.resident["optimizer"]
 
     @property
     def passes(self) -> dict[str, int]:
-        """phase -> FLOPs, of those that each micro-step has."""
+        """phase -> FLOPs, for the phases that each micro-step has."""
         return {phase: self.flops.get(phase, 0) for phase in ("encode", "forward", "backward")}

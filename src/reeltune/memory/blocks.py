@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from reeltune.core.errors import UserError
 from reeltune.memory.kept import Contexts
 
-LEAST_BYTES = 2**20  # of an activation that is worth a journey to the CPU's memory
+LEAST_BYTES = 2**20  # of an activation that is worth a copy to the CPU's memory
 
 
 def blocks_of(net: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
@@ -26,8 +26,11 @@ def blocks_of(net: nn.Module, classes: tuple[str, ...]) -> list[nn.Module]:
 
 
 def spread(blocks: Sequence[nn.Module], share: float) -> list[nn.Module]:
-    """That share of them, evenly spread."""
-    count = round(share * len(blocks))
+    """This share of the blocks, evenly spread."""
+    return _spread(blocks, round(share * len(blocks)))
+
+
+def _spread(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:
     return [blocks[i * len(blocks) // count] for i in range(count)]
 
 
@@ -65,8 +68,8 @@ def offload_activations(
     to_host: Callable[[Tensor], Tensor] = to_host,
     to_device: Callable[[Tensor, torch.device], Tensor] = to_device,
 ) -> None:
-    """What its forward pass keeps for the backward pass waits in the CPU's memory: all tensors of LEAST_BYTES or more
-    but the weights, which are on the device anyway."""
+    """Has what the network's forward pass keeps for the backward pass wait in the CPU's memory: all tensors of
+    LEAST_BYTES or more but the weights, which are on the device anyway."""
     passes: list[saved_tensors_hooks] = []
 
     def begins(_: nn.Module, _given: Any) -> None:
@@ -93,12 +96,12 @@ def offload_activations(
 
 
 def waiting(block: nn.Module) -> list[Tensor]:
-    """What of a swapped block is on the device for visits only: all that does not learn."""
+    """The tensors of a swapped block that are on the device only while it computes: all that do not learn."""
     return [tensor for tensor in chain(block.parameters(), block.buffers()) if not tensor.requires_grad]
 
 
 def can_wait(block: nn.Module) -> bool:
-    """Whether it has weights that do not learn."""
+    """Whether the block has weights that do not learn, and so can be swapped."""
     return not all(weight.requires_grad for weight in block.parameters())
 
 
@@ -109,11 +112,12 @@ def swap(
     *,
     copy: Callable[[Tensor, Tensor], object] = copy_over,
 ) -> list[nn.Module]:
-    """Of `count` of the blocks, evenly spread, what does not learn waits in the CPU's memory; `move` leaves it there.
+    """Keeps the weights of `count` blocks, evenly spread, that do not learn in the CPU's memory; `move` leaves them
+    there. Returns these blocks.
 
-    It comes to the device for the block's forward pass, and again in the backward pass, where the block recomputes its
-    activations; nothing is sent back. copy: (there, home), what sends one tensor. Returns the blocks. Raises UserError
-    if there are fewer of which something does not learn.
+    They come to the device for the block's forward pass, and again in the backward pass, where the block recomputes its
+    activations; nothing is sent back. copy: (tensor on the device, tensor at home) -> sends one tensor. Raises
+    UserError if fewer blocks have weights that do not learn.
     """
     still = [block for block in blocks if can_wait(block)]
     if count > len(still):
@@ -122,7 +126,7 @@ def swap(
             f"blocks_to_swap is {count}, but of the network's {len(blocks)} blocks {len(still)} have weights that do "
             f"not learn; set it to at most {len(still)}, or name fewer parts in trainable_modules",
         )
-    chosen = [still[i * len(still) // count] for i in range(count)]
+    chosen = _spread(still, count)
     for block in chosen:
         for tensor in waiting(block):
             tensor.data = tensor.data if device.type == "cpu" else tensor.data.cpu().pin_memory()
@@ -150,7 +154,7 @@ class Visits:
         self.sent: tuple[int, list[Tensor]] | None = None  # which block's, and the copies
 
     def computing(self, i: int) -> Callable[..., Any]:
-        """The forward pass of that block, which its weights visit the device for."""
+        """The forward pass of block i, during which its weights are on the device."""
         forward = self.blocks[i].forward
 
         def visit(*given: Any, **named: Any) -> Any:
@@ -165,7 +169,8 @@ class Visits:
 
     @contextmanager
     def _visiting(self, i: int) -> Iterator[None]:
-        """What the backward pass needs of the copies it keeps itself."""
+        """Within, block i computes with copies on the device. No reference to them is kept here: what the backward pass
+        needs of them, autograd keeps."""
         copies = self._arrived(i)
         self._send(i - 1 if self.recomputing else i + 1)
         visitors = {id(home): _as(home, copy) for home, copy in zip(self.homes[i], copies, strict=True)}
@@ -230,7 +235,7 @@ class Recomputing:
 
 
 def move(net: nn.Module, device: torch.device, *, besides: Sequence[nn.Module] = ()) -> None:
-    """As net.to(device), but what waits of these blocks stays where it is."""
+    """As net.to(device), but the waiting tensors of the swapped blocks `besides` stay where they are."""
     stay = {id(tensor) for block in besides for tensor in waiting(block)}
     for tensor in chain(net.parameters(), net.buffers()):
         if id(tensor) not in stay:

@@ -83,23 +83,23 @@ class Compiled:
             block.forward = partial(self._forward, block, block.forward)
 
     def keep(self, blocks: Sequence[nn.Module], contexts: Callable[[], Contexts]) -> None:
-        """These recompute all but what is kept by that one of kept.KEPT, which is compiled with them."""
+        """These blocks recompute all but what `contexts`, one of kept.KEPT, keeps; that is compiled with them."""
         # It warns of in-place operations, which EasyAnimate's blocks have: a step so compiled is the plain one (tests).
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._functions |= {block: recomputing(type(block).forward, contexts) for block in blocks}
 
     @property
     def count(self) -> int:
-        """Of graphs, those of networks that share them included."""
+        """Graphs compiled so far, for all networks that share them."""
         return 0 if self._graphs is None else self._graphs.count
 
     def begin(self, sizes: int, label: str, *others: Compiled) -> None:
-        """From here on blocks are compiled: for one size as it is, for several with sides that are left open.
+        """From here on blocks are compiled: with static shapes for one number of tokens, with dynamic ones for several.
 
-        others: of networks of the same sizes, of which what is compiled serves all. label: the size that comes first.
-        What torch remembers on the disk is kept apart by it, as open sides are compiled with the first size in view;
-        and by whether a backward pass may run twice, which torch forgets: it gave such a pass the code of one that
-        writes over activations (torch 2.13, 2026-11-26).
+        sizes: how many numbers of tokens there are. others: blocks of networks of the same sizes, which share what is
+        compiled. label: names the size that comes first. torch's cache on the disk is kept apart by it, as dynamic
+        shapes are compiled with the first size in view; and by whether a backward pass may run twice, which torch
+        forgets: it gave such a pass the code of one that writes over activations (torch 2.13, 2026-11-26).
         """
         import torch._dynamo.config as graphs
         import torch._functorch.config as passes

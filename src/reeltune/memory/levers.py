@@ -64,7 +64,7 @@ LEVERS: tuple[Lever, ...] = (
         "low_vram",
         True,
         "VAE and encoders between uses",
-        "two journeys of their weights a step; [a cache](cache.md) spares both",
+        "their weights are copied to the device and back in each micro-step; [a cache](cache.md) spares both",
         "{visits_gib:.1f} GiB to and from the device each micro-step, {visits_s:.1f} s of PCIe 4",
         excludes=(
             Exclusion(
@@ -101,7 +101,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradient_checkpointing",
         "products_kept",
         "activations within blocks, but what linear layers and attention gave (0.31 left at 33,000 tokens)",
-        "1.17 of the time at few tokens; at 33,000 counted 1.005 of the arithmetic",
+        "1.18 of the time at few tokens; at 33,000 counted 1.005 of the arithmetic",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         excludes=WHERE_NOTHING_IS_KEPT,
@@ -112,7 +112,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradient_checkpointing",
         "attention_kept",
         "activations within blocks, but what attention gave (0.05 left at 33,000 tokens, [counted](speed.md))",
-        "1.28 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
+        "1.37 of the time at few tokens; at 33,000 counted 1.09 of the arithmetic, 1.30 by `true`",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         excludes=WHERE_NOTHING_IS_KEPT,
@@ -123,7 +123,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradient_checkpointing",
         True,
         "all activations within blocks (0.35 left)",
-        "1.33 of the time",
+        "1.35 of the time",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         faster=(False, "products_kept", "attention_kept"),
@@ -132,7 +132,7 @@ LEVERS: tuple[Lever, ...] = (
         "gradient_checkpointing_share",
         1.0,
         "half of those (0.56 left)",
-        "1.16 of the time",
+        "1.15 of the time",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=TRAINED,
         label="`gradient_checkpointing_share: 0.5`",
@@ -141,8 +141,8 @@ LEVERS: tuple[Lever, ...] = (
         "offload_activations",
         True,
         "activations, to the CPU's memory (0.04 left); beside `gradient_checkpointing` blocks' inputs too (0.26 left)",
-        "the way there and back: measured without a GPU, a copy each, 1.09; beside `gradient_checkpointing` of far "
-        "fewer bytes",
+        "copies there and back: 1.00 of the time, measured without a GPU; beside `gradient_checkpointing` of far fewer "
+        "bytes",
         "{offloaded_gb:.0f} GB to and from the host in a step, {offloaded_s:.1f} s of PCIe 4",
         phases=TRAINED,
         excludes=(not_in(SHARDED, "use gradient_checkpointing, or engine ddp"),),
@@ -152,7 +152,8 @@ LEVERS: tuple[Lever, ...] = (
         "blocks_to_swap",
         0,
         "weights of blocks that do not learn, but of two blocks at a time",
-        "two journeys of the weights a step, and those blocks are recomputed: 1.46 without any way to go",
+        "the weights are copied to the device twice a step, and those blocks are recomputed: 1.45 of the time without "
+        "the copies",
         "{swapped_gb:.0f} GB to the device in a step, {swapped_s:.1f} s of PCIe 4; {more_flops:+.0%} arithmetic in a "
         "step, the same result",
         alone=True,
@@ -196,7 +197,7 @@ LEVERS: tuple[Lever, ...] = (
         "step_in_backward",
         True,
         "all gradients but one",
-        "without clipping nothing (1.04), with clipping a second backward pass (1.69)",
+        "1.16 of the time; with clipping a second backward pass, 1.87",
         "{more_flops:+.0%} arithmetic in a step, the same result",
         phases=frozenset({"backward", "step"}),
         alone=True,
@@ -220,7 +221,7 @@ LEVERS: tuple[Lever, ...] = (
         "offload",
         True,
         "what is sharded, to the CPU's memory",
-        "the way there and back in each step",
+        "copies there and back in each step",
         "what is sharded lives in the host's memory",
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),

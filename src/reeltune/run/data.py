@@ -74,8 +74,9 @@ def gather(
         )
 
     def scanned_with_bar(meta: str) -> Scan:
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        with Progress(*columns, console=Terminal(stderr=True), disable=not show_progress, transient=True) as bar:
+        columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Terminal(stderr=True)
+        shown = show_progress and console.is_terminal  # elsewhere a transient bar leaves an empty line
+        with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
             task = bar.add_task(f"scan {Path(meta).name}", total=None)
             return scanned(meta, lambda done, files: bar.update(task, completed=done, total=files))
 

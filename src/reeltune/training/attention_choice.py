@@ -21,7 +21,7 @@ from reeltune.training.warm_up import Sizes, forward_pass
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: None where torch chooses for each shape. is_kept: by checkpoints. told: in the log."""
+    """kernel: None where torch chooses for each shape. is_kept: whether checkpoints keep it. told: line of the log."""
 
     kernel: str | None
     is_kept: bool
@@ -29,8 +29,8 @@ class Choice:
 
 
 def choose_attention(run: Run) -> Choice:
-    """For `attention: auto`, in all processes alike: as the checkpoint says that the run goes on from, else the kernel
-    that is the soonest in a trial. What learns has it from here on."""
+    """Decides `attention: auto`, alike in all processes: the kernel that the resumed checkpoint keeps, else the fastest
+    one in a trial. The networks that learn use it from here on."""
     chosen = _chosen(run)
     if chosen.kernel is not None and chosen.is_kept:
         for turn in run.turns.each:
@@ -63,15 +63,15 @@ def _candidates(run: Run) -> tuple[str, ...]:
 
 def _only(kernel: str, begins: str, engine: Engine) -> Choice:
     device = engine.device.type.upper()
-    return Choice(kernel, False, f"{begins}{kernel} computes it, beside which torch has nothing to try on a {device}")
+    return Choice(kernel, False, f"{begins}{kernel} computes it, the one kernel that torch has to try on a {device}")
 
 
 def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
-    """Why no kernel can be chosen for the network's blocks alone, or none by a clock."""
+    """Why no kernel can be chosen for the network's blocks alone, or none by timing it; None: one can."""
     if engine.context > 1:
         return "with context_parallel the backward pass computes attention outside the network's blocks"
     if recipe.training.deterministic:
-        return "deterministic is true, and by a clock another run may find another"
+        return "deterministic is true, and timing them may find another one in another run"
     if encodes_beside(recipe, on_gpu=engine.device.type == "cuda"):
         return (
             "a kernel is chosen for the whole process, and encoders are at work meanwhile; train from a cache or set "
@@ -81,7 +81,7 @@ def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
 
 
 def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
-    """Why this process cannot take it."""
+    """Why this process cannot use that kernel; None: it can."""
     if kernel == attention.MATH and isinstance(kept := recipe.training.gradient_checkpointing, str):
         return f"gradient_checkpointing is {kept}"
     try:
@@ -92,8 +92,8 @@ def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
 
 
 def _trial(run: Run, kernels: Sequence[str]) -> tuple[Trial | None, Shape]:
-    """By the main process, of what all processes' blocks ask for the largest clip of epoch 0, and that clip's size;
-    None if they ask nothing."""
+    """(the trial, the clip's size): the main process times each kernel on the attention calls of the network's blocks
+    for the largest clip of epoch 0. The trial is None if they make no such call."""
     engine, (micro_step, shape) = run.engine, next(iter(Sizes.of(run.reader.plan(0)).first.items()))
     turn = run.turns.now
     forward = partial(forward_pass(run, micro_step), turn)

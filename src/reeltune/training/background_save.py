@@ -1,4 +1,4 @@
-"""The checkpoints of a run, each written beside the training that goes on, from a copy of all that it holds."""
+"""Checkpoints written in the background: from a copy in the host's memory, while training goes on."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Saving:
             self.finish()
 
     def has_failed(self) -> bool:
-        """Whether the writing has failed in this process; if it is done instead, that is told."""
+        """Whether writing has failed in this process. If the checkpoint is whole by now, that is logged."""
         if self.under_way is None or not self.under_way.done.done():
             return False
         return self._error() is not None
@@ -105,7 +105,7 @@ class Saving:
         self.under_way = None
 
     def _error(self) -> BaseException | None:
-        """Of what is under way, once it is done; a checkpoint that is whole is told of."""
+        """The error of the checkpoint under way, once it is done; None if it is whole, which is then logged."""
         assert self.under_way is not None
         error = self.under_way.done.exception()
         if error is None and not self.under_way.is_logged:
@@ -120,14 +120,14 @@ class Saving:
     # ---- what is written
 
     def _contents(self) -> Any:
-        """By this process, of each network that learns: tensors that train on, and plain values."""
+        """Expert (None: the only network) -> what this process writes of it: plain values, and tensors (not copies)."""
         learners = {turn.expert: turn.learner for turn in self.turns.each}
         if self.engine.sharded:
             return {expert: (list(one.pieces()), one.scalars()) for expert, one in learners.items()}
         return {expert: (one.weights(), one.state()) for expert, one in learners.items() if self.engine.main}
 
     def _work(self, progress: Progress, contents: Any, shares: list[Share]) -> Callable[[], Written]:
-        """contents: as `_contents` gives it, or a copy."""
+        """The function that writes the checkpoint. contents: as `_contents` gives it, or a copy of that."""
         keep, write_more = self.recipe.output.checkpoints_total_limit, partial(self._write_more, shares)
         if self.engine.sharded:
             group = self.engine.cpu_group
@@ -182,7 +182,7 @@ class Saving:
 
 
 def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> Future[tuple[Written, float]]:
-    """In a thread of its own, which ends with it. asked: when, by time.perf_counter."""
+    """Runs the work in a thread of its own. asked: time.perf_counter() when the save was asked for."""
 
     def timed() -> tuple[Written, float]:
         if device.type == "cuda":
@@ -197,7 +197,7 @@ def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> F
 
 
 def copied(contents: Any) -> Any:
-    """Its tensors as they are now, in the host's memory."""
+    """The same tree, with its tensors copied into the host's memory."""
     return tree_map(_copied, contents)
 
 

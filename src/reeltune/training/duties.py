@@ -65,7 +65,7 @@ class Duties:
             raise explained(error, *run.watchdog.now, self.shape, held_bytes, run.recipe) from error
 
     def account(self, kind: type | None) -> None:
-        """The ledger and the report, of what all processes did. kind: of the error that ended the run."""
+        """Writes ledger and report, of what all processes did. kind: class of the error that ended the run, or None."""
         self._tell_compilations()
         self.log.flush()
         if kind is not None and self.engine.world > 1:
@@ -121,7 +121,10 @@ class Duties:
         return chosen.kernel
 
     def count(self, batch: Batch) -> None:
-        """Into the ledger; the run's first batch is shown. Raises UserError if too many files broke since the scan."""
+        """Counts the batch in the ledger; writes the run's first one to first_batch/.
+
+        Raises UserError if too many files broke since the scan.
+        """
         if self.engine.main and self.run.progress.step == 0 and self.shape is None:
             self._show(batch)
         self._tell_compilations()
@@ -135,13 +138,14 @@ class Duties:
             raise UserError("train_data_meta", problem)
 
     def _tell_compilations(self) -> None:
-        """Of the pass before, if it was compiled anew."""
+        """Warns if blocks were compiled anew in the pass before."""
         if self.compiled and self.shape is not None and self.compiled[0].count > self.compilations:
             self.compilations = self.compiled[0].count
             F, H, W = self.shape
             self.log.warn(f"{F}x{H}x{W} was compiled anew, in its step; that makes {self.compilations} compilations")
 
     def _show(self, batch: Batch) -> None:
+        """Writes the batch to first_batch/. Its pixels are read again where it comes from a cache, which has none."""
         run, (rank, world) = self.run, self.engine.place
         if run.pixel_reader is not None:
             place = rank * run.split.passes, world * run.split.passes
@@ -217,7 +221,7 @@ class Duties:
 
 
 def _sent(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """On its way to the host, and the event after which it is there."""
+    """(the value on its way to the host, the event after which it is there; None if it was on the host already)."""
     if not value.is_cuda:
         return value, None
     copy, is_there = value.to("cpu", non_blocking=True), torch.cuda.Event()

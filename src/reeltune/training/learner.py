@@ -35,9 +35,11 @@ from reeltune.training.trained_network import TrainedNetwork, prepare_network
 
 
 class Learner:
-    """`net` is the network to call in training (it may be wrapped); `plain` the same without wrapping.
+    """A network in training, with its optimizer and moving average.
 
-    batch: samples of this process in a pass, of which a step has `accumulate`.
+    `net` is the network to call in training, which the engine may have wrapped; `plain` is the same one unwrapped.
+
+    batch: samples that this process takes in a forward and backward pass. accumulate: passes in an optimizer step.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Learner:
         self.plain.train()
 
     def _on_device(self) -> Iterator[tuple[Tensor, bool]]:
-        """Between two steps, when there are no gradients: tensors, and whether a step changes them."""
+        """(tensor, whether a step may change it) of all that is on the device between two steps, without gradients."""
         yield from ((weight, weight.requires_grad) for weight in self.plain.parameters())
         yield from ((buffer, False) for buffer in self.plain.buffers())
         average = {} if self.average is None else self.average.weights
@@ -72,16 +74,16 @@ class Learner:
                 yield leaf, True
 
     def rest(self) -> None:
-        """Leaves the device to another, if this process has all of it; shards stay where they are."""
+        """Moves all of it to the CPU's memory, to make room for another network. Shards stay on the device."""
         if not self.engine.sharded and self.engine.device.type != "cpu":
             self.resting.leave()
 
     def wake(self) -> None:
-        """Comes back to where it computes."""
+        """Moves all of it back to the device."""
         self.resting.come()
 
     def held_bytes(self) -> dict[str, int]:
-        """part -> bytes of it that this process has now."""
+        """part -> bytes that this process holds of it now."""
         parts = {
             "weights": list(self.plain.parameters()),
             "gradients": [weight.grad for weight in self.plain.parameters()],
@@ -91,7 +93,7 @@ class Learner:
         return {part: size_bytes(tree) for part, tree in parts.items()}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """last: of the micro-steps of a step."""
+        """The backward pass of a micro-step. last: whether it is the last one of its optimizer step."""
         if self.in_backward is None:
             self.trainer.backward(loss, last=last)
         else:
@@ -102,7 +104,10 @@ class Learner:
         (self.trainer if self.in_backward is None else self.in_backward).rehearse(loss)
 
     def step(self, step: int, rate: float) -> Tensor:
-        """Clips, steps and clears the gradients. Returns their norm before clipping, still on the device."""
+        """Clips gradients, takes an optimizer step, clears gradients. Returns the norm before clipping, on the device.
+
+        step: how many were taken before. rate: the learning rate.
+        """
         optimization = self.optimization
         start = optimization.abnormal_norm_clip_start
         ceiling = clip_ceiling(step, self._most_norm, optimization.initial_grad_norm_ratio, start)
@@ -118,38 +123,42 @@ class Learner:
         return norm
 
     def rates(self, rate: float) -> dict[str, float]:
-        """Of a row: "lr", the recipe's, and of Prodigy "d", the estimate that it multiplies lr by in the next step."""
+        """For a row of metrics.jsonl: "lr", the learning rate; with Prodigy also "d", by which it multiplies lr in the
+        next step."""
         d = self.optimizer.param_groups[0].get("d")
         return {"lr": rate} if d is None else {"lr": rate, "d": float(d)}
 
     @property
     def _most_norm(self) -> float:
+        """max_grad_norm; infinity where nothing is clipped."""
         most = self.optimization.max_grad_norm
         return math.inf if most is None else most
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by our names, as it trains on."""
+        """The tensors that a checkpoint keeps, by our names: not copies, so training goes on changing them."""
         return self.network.weights()
 
     def write_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None, folder: Path) -> None:
-        """transformer/ (or adapter/) and, if there is an average, transformer_ema/, both in the released form; of a
-        part of a checkpoint the network right in it."""
+        """Writes transformer/ (or adapter/) and, if there is an average, transformer_ema/, under the released names.
+
+        folder: a checkpoint, or the part of one that is this network's, which has the weights right in it.
+        """
         self.network.write(self.network.weights_in(folder), weights)
         if average is not None:
             self.network.write(folder / f"{self.network.folder}_ema", {**weights, **average})
 
     def pieces(self) -> Iterator[Piece]:
-        """What this process keeps of weights, optimizer state and average, views of them all."""
+        """Views of what this process keeps of weights, optimizer state and average."""
         yield from self.trainer.pieces(self.network.kept)
         for name, average in ({} if self.average is None else self.average.weights).items():
             yield piece(f"average/{self.names[name]}", average, self.engine.rank, self.engine.world)
 
     def scalars(self) -> dict[str, dict[str, float]]:
-        """Released name -> what its optimizer state has that is one number."""
+        """Released name of a weight -> the values in its optimizer state that are single numbers, such as the step."""
         return self.trainer.scalars(self.network.kept)
 
     def write_outline(self, folder: Path, scalars: dict[str, dict[str, float]]) -> None:
-        """What the pieces do not say: a config.json, shapes, and numbers of the optimizer's state."""
+        """Writes what the pieces do not hold: config.json, whole shapes, and single numbers of the optimizer state."""
         kept, shapes = self.network.kept, self.network.shapes
         outline = {name: torch.empty(shapes[name], device="meta") for name in kept}
         self.network.write(self.network.weights_in(folder), outline)
@@ -157,7 +166,7 @@ class Learner:
         Shared.write_outline(folder, shapes, scalars)
 
     def state(self) -> dict:
-        """All but the weights that an exact resume needs, as it trains on."""
+        """All that an exact resume needs beside the weights: not copies, so training goes on changing it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.engine.scaler_state(),
@@ -165,7 +174,10 @@ class Learner:
         }
 
     def load_state(self, resumed_from: Path) -> None:
-        """Of the checkpoint whose weights are in the network already."""
+        """Reads optimizer state, loss scale and average from the checkpoint whose weights the network has already.
+
+        Raises UserError for a state that this engine cannot take over.
+        """
         is_shared = checkpoint.is_shared(resumed_from)
         if is_shared != self.engine.sharded and self.optimization.use_came:
             raise UserError(
@@ -187,6 +199,7 @@ class Learner:
                 weight.copy_(state["average"][name])
 
     def _whole(self, resumed_from: Path) -> Whole:
+        """A checkpoint that one process wrote, to be read by several."""
         names = {id(weight): self.names[name] for name, weight in self.plain.named_parameters()}
         state = checkpoint.load(resumed_from)
         return Whole(resumed_from, state, [names[id(weight)] for weight in self.learning], self.names)
@@ -202,13 +215,13 @@ def learner_of(
     accumulate: int,
     resumed_from: Path | None = None,
 ) -> Learner:
-    """What learns in a run of this recipe; `load_state` then reads what goes with the weights of `resumed_from`."""
+    """The Learner of a recipe. If a run is resumed, call `load_state` next: only the weights are read here."""
     network = prepare_network(family, parts, engine, recipe, resumed_from=resumed_from)
     return with_optimizer(network, recipe, engine, batch=batch, accumulate=accumulate)
 
 
 def with_optimizer(network: TrainedNetwork, recipe: Recipe, engine: Engine, *, batch: int, accumulate: int) -> Learner:
-    """batch, accumulate: as of Learner."""
+    """A Learner of this network, by the recipe's optimizer. batch, accumulate: as for Learner."""
     rounding_seed = recipe.training.seed if recipe.model.trained_weights == "bf16_stochastic" else None
     return Learner(
         network,
@@ -222,7 +235,7 @@ def with_optimizer(network: TrainedNetwork, recipe: Recipe, engine: Engine, *, b
 
 
 def optimizer_of(groups: list[dict[str, Any]], optimization: Optimization, *, rounding_seed: int | None) -> Any:
-    """rounding_seed: of the dice that round bf16 weights; None: weights are in fp32."""
+    """The optimizer that the recipe asks for. rounding_seed: for stochastic rounding of bf16 weights; None: fp32."""
     build = partial(
         build_optimizer,
         learning_rate=optimization.learning_rate,

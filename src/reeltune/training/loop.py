@@ -77,7 +77,7 @@ def train(recipe: Recipe) -> int:
 
 
 def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[str] = ()) -> Run:
-    """Each process loads what it trains and what it trains on, as the checkpoint left it that the run goes on from."""
+    """Loads networks, data and, where the run is resumed, its checkpoint, in each process. Raises UserError."""
     refuse_apart(engine, recipe)
     out, training = Path(recipe.output.output_dir), recipe.training
     attention.refuse_missing(training.attention, engine.device, engine.dtype)
@@ -209,7 +209,8 @@ def loop(run: Run) -> int:
 
 
 def _loss(run: Run, turn: Turn, batch: Batch, encoded: Encoded, micro_step: int) -> Loss:
-    """Of a micro-step, whose arithmetic is counted; that of compiled blocks in another pass, where they are not."""
+    """The loss of a micro-step. The first clip of each shape has its FLOPs counted, if blocks are compiled by an extra
+    pass that runs them uncompiled, since compiled code cannot be counted."""
     recipe, engine, learner, shape = run.recipe, run.engine, turn.learner, batch.draws[0].shape
     loss = partial(training_loss, turn.setup, learner.net, encoded, batch.draws, recipe.loss)
     where = recipe.training.seed, run.progress.step, micro_step, engine.rank
@@ -223,7 +224,7 @@ def _loss(run: Run, turn: Turn, batch: Batch, encoded: Encoded, micro_step: int)
 def _gather(
     recipe: Recipe, engine: Engine, family: Family, mode: str, *, group: int, groups_run_on: bool
 ) -> tuple[Inputs, DrawnControls]:
-    """The main process scans and draws controls; the others take its index and what is drawn."""
+    """The main process scans the data and draws controls first; the others then read what it wrote."""
     with engine.main_first():
         first = engine.main
         inputs = gather(
@@ -240,7 +241,7 @@ def _gather(
 
 
 def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger, recipe: Recipe) -> list[str]:
-    """The ledger goes on from the checkpoint's. Returns notices. Raises UserError for data that is not what it was."""
+    """Takes the ledger over from the checkpoint. Returns notices. Raises UserError for data that has changed."""
     micro_steps = len(inputs.plan(progress.epoch))
     notices = ledger.load(resumed_from / "ledger.npz", accept_changes=recipe.data.accept_changed_data)
     if progress.cursor > micro_steps and not notices:  # with new clips an epoch may have one fewer of a bucket
@@ -281,7 +282,7 @@ def _prefetcher(
     progress: Progress,
     total_steps: int,
 ) -> Prefetcher:
-    """Of the batches from `progress` on, as many as the run takes."""
+    """Reads and encodes the batches from `progress` on, as many as are left of the run."""
     rank, world = engine.place
     workers = recipe.data.dataloader_num_workers
     batches = stream(inputs.reader, progress, workers=workers, rank=rank, world=world, passes=split.passes)

@@ -19,42 +19,45 @@ SECONDS: dict[Doing, str] = dict(zip(("data", "encode", "forward", "step"), PART
 
 
 class Meter:
-    """samples: of a step, over all processes. count_flops: whether there is a peak to compare them with."""
+    """Counts the losses, tokens, FLOPs and seconds of a step for its row of metrics.jsonl.
+
+    samples: in a step, over all processes. count_flops: whether the device's peak is known, to compare them with.
+    """
 
     def __init__(self, engine: Engine, watchdog: Watchdog, geometry: Geometry, *, samples: int, count_flops: bool):
         self._engine, self._watchdog, self._geometry, self._samples = engine, watchdog, geometry, samples
         self._flop_count = FlopCount(enabled=count_flops)
 
     def begin(self, step: int) -> None:
-        """step: how many have been taken."""
+        """Begins a step. step: how many have been taken before."""
         self._step, self._stopwatch = step, Stopwatch(self._engine.device)
         self._losses: list[Tensor] = []
         self._tokens = self._flops = 0
 
     @contextmanager
     def stage(self, name: Doing) -> Iterator[None]:
-        """What is inside, and what came since the stage before, is this one's; the watchdog knows it by its name."""
+        """Times what runs inside, with what ran since the stage before, as stage `name`; the watchdog is told too."""
         self._watchdog.doing(name, self._step)
         yield
         self._stopwatch.mark(SECONDS[name])
 
     def counts(self, shape: Shape) -> bool:
-        """Whether the next `flops` of that shape counts."""
+        """Whether the next `flops` of that shape will count: each shape is counted once."""
         return self._flop_count.enabled and shape not in self._flop_count.known
 
     def flops(self, shape: Shape) -> AbstractContextManager:
-        """Around the forward pass of a batch of that shape."""
+        """To be entered around the forward pass of a batch of that shape."""
         return self._flop_count.forward(shape)
 
     def count(self, loss: Tensor, shape: Shape, samples: int) -> None:
-        """A pass. loss: the mean over all processes; samples: of this process."""
+        """Adds a pass. loss: its mean over all processes; samples: those of this process."""
         self._shape = shape
         self._losses.append(loss)
         self._tokens += self._geometry.tokens(shape) * samples * self._engine.place[1]
         self._flops += self._flop_count.known.get(shape, 0) * self._engine.world
 
     def row(self, progress: Progress, grad_norm: Tensor, rates: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the step that is done, for `Log.step`; tensors are still on the device. rates: "lr", and others."""
+        """The finished step's row, for `Log.step`; tensors are still on the device. rates: "lr", and others."""
         return {
             "step": progress.step,
             "epoch": progress.epoch,
@@ -69,5 +72,5 @@ class Meter:
         }
 
     def seconds(self) -> Callable[[], dict[str, float]]:
-        """Gives the seconds of each of PARTS when asked: it may wait for the device."""
+        """A function that returns the seconds of each of PARTS; it may wait for the device."""
         return partial(self._stopwatch.seconds, PARTS)

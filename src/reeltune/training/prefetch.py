@@ -16,11 +16,11 @@ Placed = tuple[Batch, int, int]  # a batch, its epoch, and the cursor after it
 
 
 class Prefetcher:
-    """For each micro-step: `batch`, `encoded`, and `begin_next` before the network is asked.
+    """Reads and encodes batches. Call `batch`, `encoded` and, before the network runs, `begin_next` in each micro-step.
 
-    ahead: the next batch is read and encoded by a thread, on a GPU in a stream of its own. Nothing else may use the
-    encoders meanwhile: `wait` waits for that. What goes wrong there is raised where that batch is asked for. Without
-    it, all is done when asked for.
+    ahead: a thread reads and encodes the next batch meanwhile, on a GPU in a stream of its own. Nothing else may use
+    the encoders then: call `wait` first. An error in the thread is raised where that batch is asked for. Without
+    `ahead`, a batch is read and encoded when it is asked for.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Prefetcher:
             self._thread.shutdown(cancel_futures=True)
 
     def batch(self) -> Placed:
-        """The first is read by the thread that asks, which alone may set up workers' signals."""
+        """The next batch. The first is read here: only the main thread may set up signal handlers for workers."""
         placed = next(self._batches) if self._next is None else self._next[0].result()
         assert placed is not None, "asked for more batches than there are"
         self._now = placed[0]
         return placed
 
     def encoded(self) -> Encoded:
-        """Of the batch that `batch` gave last."""
+        """What the encoders make of the batch that `batch` returned last."""
         assert self._now is not None
         if self._next is None:
             return self._encode(self._now)
@@ -67,6 +67,7 @@ class Prefetcher:
         return encoded
 
     def begin_next(self) -> None:
+        """Begins to read and encode the next batch, if that is done ahead."""
         if self._thread is not None:
             placed = self._thread.submit(next, self._batches, None)
             self._next = placed, self._thread.submit(self._encode_next, placed)
@@ -88,7 +89,7 @@ class Prefetcher:
 
 def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
     """Whether to encode while the network trains: as the recipe asks; else on a GPU, unless it is short of memory, or
-    encoders would find the network's kernels chosen. On a CPU both would share the cores."""
+    the kernels chosen for the network would be used for the encoders too. On a CPU both would share the cores."""
     if recipe.memory.encode_ahead is not None:
         return recipe.memory.encode_ahead
     chosen = recipe.training.attention != attention.AUTO or recipe.training.deterministic
@@ -96,7 +97,7 @@ def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
 
 
 def encodes_beside(recipe: Recipe, *, on_gpu: bool) -> bool:
-    """Whether encoders compute while the network trains: from a cache they do not, what is read ahead of it or not."""
+    """Whether encoders compute while the network trains. With a cache they do not, even if batches are read ahead."""
     return _encoders_run(recipe) and encodes_ahead(recipe, on_gpu=on_gpu)
 
 

@@ -31,6 +31,8 @@ from reeltune.run.experts import own_part, refuse_adapters
 
 @dataclass(frozen=True)
 class TrainedAdapter:
+    """What a checkpoint writes of adapters beside their weights."""
+
     alphas: dict[str, float]  # by the layer's released name: the change is alpha / rank * B @ A
     about: dict[str, Any]  # what its file says of it
     notices: list[str]
@@ -39,9 +41,10 @@ class TrainedAdapter:
 def put_adapters(
     net: nn.Module, names: dict[str, str], family: Family, recipe: Recipe, *, resumed: bool
 ) -> tuple[dict[str, str], TrainedAdapter]:
-    """Adapters in place around the network's layers. Returns the names of its parameters now, and what they are.
+    """Puts adapters around the network's layers, in place. Returns its parameters' names (ours -> released), which now
+    include those of the adapters, and what the adapters are.
 
-    They begin as the recipe says; resumed: what a checkpoint keeps will be read over them. Raises UserError for names
+    They begin as the recipe says; resumed: a checkpoint will be read over them. Raises UserError for names
     that match nothing, and for an adapter_path that is no adapter of these layers and ranks.
     """
     wanted = recipe.adapter
@@ -114,7 +117,7 @@ def is_fake(net: nn.Module) -> bool:
 
 
 def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | None, resumed_from: Path) -> None:
-    """What a checkpoint keeps and the base has not. Raises UserError for a checkpoint of another kind or scale."""
+    """Reads what the base does not have from a checkpoint. Raises UserError for adapters of another kind or scale."""
     if adapter is None:
         if checkpoint.is_shared(resumed_from):
             Shared(resumed_from).fill_network(net, names)
@@ -140,8 +143,8 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
 def take_principal_parts(
     net: nn.Module, names: dict[str, str], recipe: Recipe, engine: Engine, *, resumed: bool
 ) -> None:
-    """Of PiSSA: what adapters begin with, found by all processes together unless a checkpoint had it, and what is left
-    of a base in fewer bits, which is read once more for it. Without values in `net` nothing is done."""
+    """For PiSSA: finds the principal parts that adapters begin with, unless a checkpoint had them; processes share the
+    layers. A base in 8 or 4 bits is read again and rounded without them. Does nothing for a fake network."""
     how = recipe.adapter.lora_init
     if not is_principal(how) or is_fake(net):
         return
@@ -161,7 +164,7 @@ def take_principal_parts(
 
 
 def _refuse_wide(net: nn.Module, around: list[Target]) -> None:
-    """Raises UserError where twice the rank, in which it is written, is over what a layer has."""
+    """Raises UserError for PiSSA where twice the rank, in which adapters are written, is over a layer's own rank."""
     layers = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
     sizes = {name: min(one.in_features, one.out_features) for name, one in layers.items()}
     twice = "and lora_init is pissa, whose adapters are written in twice the rank"

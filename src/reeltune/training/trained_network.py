@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from reeltune.training.trained_adapter import TrainedAdapter, put_adapters, read
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """Ready for an optimizer. Parameters have our names in it, and the released ones in files and patterns."""
+    """The network to train, ready for an optimizer. Its parameters have our names; files and patterns released ones."""
 
     family: Family
     config: dict[str, Any]  # its own config.json, as read
@@ -50,8 +51,8 @@ class TrainedNetwork:
 
     @cached_property
     def kept(self) -> dict[str, str]:
-        """Of the names those whose weights a checkpoint keeps: all, or with an adapter what learns, and what that began
-        with where it counts."""
+        """Our name -> released name of the weights that a checkpoint keeps: all of them, or with an adapter what learns
+        and, for PiSSA, what that began with."""
         if self.adapter is None:
             return self.names
         return {
@@ -62,20 +63,20 @@ class TrainedNetwork:
 
     @property
     def folder(self) -> str:
-        """Of a checkpoint's, where they lie."""
+        """The folder in a checkpoint that holds the weights."""
         return "transformer" if self.adapter is None else ADAPTER
 
     def weights_in(self, checkpoint: Path) -> Path:
-        """Where a checkpoint, or the part of one that is this network's, has them."""
+        """Where a checkpoint, or the part of one that is this network's, has the weights."""
         return weights_in(checkpoint) if self.adapter is None else checkpoint / ADAPTER
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by our names, as it trains on."""
+        """The tensors that a checkpoint keeps, by our names: not copies, so training goes on changing them."""
         state = self.plain.state_dict()
         return state if self.adapter is None else {name: state[name] for name in self.kept}
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """In the released form. weights: by our names; of meta tensors what is beside them is written alone."""
+        """Writes weights, given by our names, under released names. For meta tensors, only the files beside them."""
         if self.adapter is None:
             self.family.save(folder, weights, self.config)
             return
@@ -114,12 +115,14 @@ def prepare_network(
     *,
     resumed_from: Path | None = None,
 ) -> TrainedNetwork:
-    """Of `parts.net`, which is changed in place.
+    """Prepares `parts.net`, in place: adapters, what learns, recomputed, swapped and compiled blocks, sharding.
 
-    resumed_from: the checkpoint that the run goes on from. One that several processes wrote is read here; of another
-    the weights are in the network already. Raises UserError for patterns that match nothing, and for ways of sparing
-    memory that several processes have not.
+    resumed_from: the checkpoint that the run goes on from. One that several processes wrote is read here; of any other
+    the weights are in the network already. Raises UserError for patterns that match nothing, and for memory levers
+    that several processes cannot use.
     """
+    # torch's, once, of each RMSNorm whose weights are in fp32 and whose input autocast gives in bf16: as it is meant.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     net, model, wanted = parts.net, recipe.model, recipe.adapter
     names = released_names(net, lambda state: family.to_released(state, parts.config))
     adapter = None
@@ -144,6 +147,7 @@ def prepare_network(
 
 
 def _refuse_alone(engine: Engine, recipe: Recipe) -> None:
+    """Raises UserError for memory levers of one process alone, where there are several."""
     memory = recipe.memory
     refuse(
         "recipe",

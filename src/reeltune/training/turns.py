@@ -34,7 +34,7 @@ class Turn:
     rate: Callable[[int], float]  # step of the run -> learning rate
 
     def row(self, rate: float) -> dict[str, Any]:
-        """Of the row of a step that was just taken, in metrics.jsonl."""
+        """What this network adds to a step's row of metrics.jsonl. rate: the learning rate of that step."""
         expert = {} if self.expert is None else {"expert": self.expert}
         return {**self.learner.rates(rate), **expert}
 
@@ -46,9 +46,11 @@ class Turn:
 
 
 class Turns:
-    """Of two, the first learns in `share` of the steps: those at which floor(share * n + offset) grows, n the steps
-    from the run's beginning on, as a line is drawn in pixels (https://doi.org/10.1147/sj.41.0025). Of any n steps in a
-    row it has share * n to within one. offset: in [0, 1).
+    """Which network learns in which step: the only one, or of two the first in `share` of the steps.
+
+    The first learns in step n of the run if floor(share * n + offset) grows from n to n + 1, as a line is drawn in
+    pixels (Bresenham, https://doi.org/10.1147/sj.41.0025). So of any n steps in a row it has share * n to within one.
+    offset: in [0, 1).
     """
 
     def __init__(self, each: Sequence[Turn], *, share: float = 1.0, offset: float = 0.0):
@@ -57,7 +59,7 @@ class Turns:
         self.come(self.now)
 
     def at(self, step: int) -> tuple[Turn, int]:
-        """(whose turn it is in that step, how many it has had before), at which it is on the device."""
+        """(the network that learns in this step, now on the device; in how many steps it has learnt before)."""
         before, after = self._of_first(step), self._of_first(step + 1)
         first = after > before or len(self.each) == 1
         turn = self.each[0 if first else 1]
@@ -71,7 +73,7 @@ class Turns:
         return {name: sum(one[name] for one in counts) for name in counts[0]}
 
     def come(self, turn: Turn) -> None:
-        """To the device, which the other leaves."""
+        """Moves this network to the device, once the other has left it."""
         for other in self.each:
             if other is not turn:
                 other.learner.rest()
@@ -79,7 +81,7 @@ class Turns:
         self.now = turn
 
     def _of_first(self, steps: int) -> int:
-        """How many of so many are the first one's."""
+        """In how many of the run's first `steps` steps the first network learns."""
         return steps if len(self.each) == 1 else math.floor(self._share * steps + self._offset)
 
 
@@ -93,8 +95,11 @@ def turns_of(
     total_steps: int,
     resumed_from: Path | None,
 ) -> Turns:
-    """Each network that learns, as the checkpoint left it. setup: of the run, whose parts have the first one's network;
-    another's is read here, once the one before it has left the device. batch, accumulate: as of Learner."""
+    """Every network that learns, as the checkpoint left it.
+
+    setup: the run's, with the first network in its parts. A second one is read here, once the first has left the
+    device. batch, accumulate: as for Learner.
+    """
     each: list[Turn] = []
     for family in learning(setup.family):
         own, part = of_expert(recipe, family.expert), resumed_from and checkpoint.part(resumed_from, family.expert)
@@ -114,7 +119,7 @@ def turns_of(
 
 
 def _beside(recipe: Recipe, family: Family, parts: Parts, engine: Engine, part: Path | None) -> Parts:
-    """Another network with the same frozen ones."""
+    """The parts for a second network that learns: its weights, beside the same frozen networks."""
     start_on = torch.device("cpu") if engine.sharded else None
     source = None if part is None else checkpoint.transformer_of(part)
     other = load_parts(recipe, family, engine.device, source, encoders=False, start_on=start_on)
@@ -122,7 +127,7 @@ def _beside(recipe: Recipe, family: Family, parts: Parts, engine: Engine, part: 
 
 
 def looked_at(turns: Turns, setup: Setup) -> Setup:
-    """What clips and held-out losses are made with: where two learn, by each at its own noise levels."""
+    """The Setup for previews and held-out losses. Where two networks learn, each answers at its own noise levels."""
     if len(turns.each) == 1:
         return setup
     assert setup.family.boundary is not None

@@ -1,5 +1,4 @@
-"""Blocks are compiled before the first step, and alike in a run and in every resume of it: for the first clips of
-epoch 0, the largest before the others."""
+"""Compiles blocks before the first step: for clips of epoch 0, the largest first, alike in a run and its resumes."""
 
 from __future__ import annotations
 
@@ -21,8 +20,11 @@ from reeltune.training.turns import Turn
 
 @dataclass(frozen=True)
 class Sizes:
-    """tokens: how many different numbers of tokens clips of the plan may have. first: micro-step -> its shape, for the
-    largest of each rung of the ladder and for the smallest of all; most tokens first."""
+    """The sizes of clips that blocks are compiled with.
+
+    tokens: how many different numbers of tokens the clips of the plan have. first: micro-step -> its shape, for the
+    largest shape of each side of the ladder and for the smallest of all; most tokens first.
+    """
 
     tokens: int
     first: dict[int, Shape]
@@ -43,8 +45,8 @@ class Sizes:
 
 
 def warm_up(run: Run, compiled: Sequence[Compiled]) -> str:
-    """Compiles the blocks of each network that learns by passes whose gradients are thrown away. Returns what it came
-    to, for the log.
+    """Compiles the blocks of each network that learns, by passes whose gradients are thrown away. Returns the line for
+    the log.
 
     compiled: those blocks, in the order of run.turns.
     """
@@ -67,7 +69,7 @@ def warm_up(run: Run, compiled: Sequence[Compiled]) -> str:
 
 
 def forward_pass(run: Run, micro_step: int) -> Callable[[Turn], Loss]:
-    """Of a network that learns, over that batch of epoch 0, which is read and encoded here."""
+    """A function: network that learns -> its loss over this micro-step of epoch 0, which is read and encoded here."""
     recipe, engine = run.recipe, run.engine
     rank, world = (number * run.split.passes for number in engine.place)
     batch = run.reader[0, micro_step, rank, world]

@@ -131,7 +131,8 @@ def tell_heads(arguments: dict[str, Any], where: str) -> None:
     """A notice of heads that no release has: weights do not tell, and a wrong number trains and answers noise."""
     width = arguments["attention_head_dim"]
     if width != HEAD_DIM:
-        notice(f"{where}: config.json makes heads of {width}; those of released networks have {HEAD_DIM}")
+        rule = f"config.json gives attention heads of width {width}, where released networks have {HEAD_DIM}"
+        notice(f"{where}: {rule}; fine for a small network of your own, as the demo's; else restore that file")
 
 
 def released_config(arguments: dict[str, Any]) -> dict[str, Any]:
