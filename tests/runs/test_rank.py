@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from reeltune import cli
 from reeltune.adapters import saved
 from reeltune.adapters.factors import EXACT, factors
 from reeltune.core.errors import UserError
-from reeltune.export.rank import Measured, measure_ranks
+from reeltune.export.rank import Extracted, Measured, _beginning, _line, measure_ranks
 from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.small_run import recipe
@@ -74,6 +75,15 @@ def test_more_than_all_is_not_advised(run, monkeypatch, tmp_path):
     assert most.endswith(
         "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
     )
+
+
+def test_a_share_of_the_gain_is_told_where_there_is_one():
+    """A fine-tune that is worse than its base has none."""
+    base, row = np.array([[0.5], [0.7]]), Measured(4, 0.5, 10**6, 0.5, 0.1, None)
+    for tuned, share in ((base - 0.2, ", 50% of its gain"), (base, ""), (base + 0.2, "")):
+        assert _line(row, base, tuned).endswith(f"+0.1000 from the fine-tune{share}")
+        (first,) = _beginning(base, tuned, Extracted({}, {}))
+        assert first.endswith("clips") == bool(share)
 
 
 def test_the_command(run, capsys):

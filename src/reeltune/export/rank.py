@@ -191,10 +191,11 @@ def _measured(rank: int, adapter: Adapter, share: float, losses: np.ndarray, ful
 
 
 def _beginning(before: np.ndarray, full: np.ndarray, extracted: Extracted) -> Iterator[str]:
-    gain = (full - before).mean(1)
+    change = (full - before).mean(1)
+    none = "; it is no better than the base, so that there is no gain to keep" if change.mean() >= 0 else ""
     yield (
         f"held-out loss {before.mean():.4f} of the base, {full.mean():.4f} of the fine-tune "
-        f"({gain.mean():+.4f}{_band(band95(gain))}), {len(full)} clips"
+        f"({change.mean():+.4f}{_band(band95(change))}), {len(full)} clips{none}"
     )
     if extracted.others:
         total = sum(one.square for one in extracted.layers.values()) + sum(extracted.others.values())
@@ -205,10 +206,10 @@ def _beginning(before: np.ndarray, full: np.ndarray, extracted: Extracted) -> It
 
 def _line(row: Measured, before: np.ndarray, full: np.ndarray) -> str:
     gained = before.mean() - full.mean()
-    kept = (before.mean() - row.loss) / gained if gained else float("nan")
+    kept = f", {(before.mean() - row.loss) / gained:.0%} of its gain" if gained > 0 else ""
     apart = f"{row.difference:+.4f} from the fine-tune{_band(row.band95)}"
     size = f"{row.size_bytes / 1e6:,.1f} MB, {row.share:.1%} of the change"
-    return f"rank {row.rank}: {size}, held-out loss {row.loss:.4f}, {apart}, {kept:.0%} of its gain"
+    return f"rank {row.rank}: {size}, held-out loss {row.loss:.4f}, {apart}{kept}"
 
 
 def _band(band: list[float] | None) -> str:
