@@ -59,14 +59,24 @@ def planned_parts(given):
     return load_parts(given, family, CPU, network=False, fake=FakeTensorMode(allow_non_fake_inputs=True))
 
 
+@pytest.fixture
+def each_warning(recwarn):
+    """torch's own too, each time and not once a process."""
+    torch.set_warn_always(True)
+    yield recwarn
+    torch.set_warn_always(False)
+
+
 @pytest.mark.slow
-def test_one_estimator_tells_types_apart(run, wan):
+def test_one_estimator_tells_types_apart(run, wan, each_warning):
+    """And of a norm's weights in fp32 beside a clip in bf16, as autocast has them, torch does not warn."""
     half = run("half", wan, mixed_precision="bf16")
     whole = run("whole", wan, mixed_precision="bf16", encoder_weights="fp32")
     estimator = Estimator(half)
     draws = [Draw(0, Shape(5, 32, 32), Crop(32, 32, 0, 0), tuple(range(5)), 0, 0)]
     vaes = [estimator.step(given, draws, ["a kite"], preview=False).weight_bytes["vae"] for given in (half, whole)]
     assert vaes[1] == 2 * vaes[0]
+    assert not [one for one in each_warning if "Mismatch dtype" in str(one.message)]
 
 
 @pytest.mark.slow
