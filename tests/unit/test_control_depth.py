@@ -75,7 +75,8 @@ def test_pixels_are_the_librarys_depths_on_one_scale(tmp_path, kind):
     clip = scene(5, 70, 98)
     clip[2] //= 4  # a frame of another range
     source = Source.of(clip, 8)
-    prepare = transformers.AutoImageProcessor.from_pretrained(folder)
+    own = transformers.ZoeDepthImageProcessorPil if kind == "zoedepth" else transformers.DPTImageProcessorPil
+    prepare = own.from_pretrained(folder)
     near = []
     for frame in clip:
         with torch.no_grad():
@@ -124,6 +125,11 @@ def test_other_folders_are_refused_in_words(tmp_path):
     assert "config.json" in refused(tmp_path / "empty")
     folder = saved(tmp_path / "net", depth_anything(), "depth_anything")
     assert "--device cuda:77" in refused(folder, "cuda:77")
+    settings = (folder / "preprocessor_config.json").read_text()
+    (folder / "preprocessor_config.json").write_text(settings.replace("DPTImageProcessor", "BitImageProcessor"))
+    assert "image_processor_type is 'BitImageProcessor'; depth_anything needs DPTImageProcessor" in refused(folder)
+    (folder / "preprocessor_config.json").write_text(settings.replace("DPTImageProcessor", "DPTImageProcessorFast"))
+    assert open_depth(folder, Settings())
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "model.safetensors" in refused(folder)

@@ -79,9 +79,9 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
     """(what it makes of a frame, the files it is made of). Raises UserError."""
     import transformers
 
-    classes: dict[str, Any] = {
-        "depth_anything": transformers.DepthAnythingForDepthEstimation,
-        "zoedepth": transformers.ZoeDepthForDepthEstimation,
+    classes: dict[str, tuple[Any, Any]] = {  # network, and what prepares its pictures, without torchvision
+        "depth_anything": (transformers.DepthAnythingForDepthEstimation, transformers.DPTImageProcessorPil),
+        "zoedepth": (transformers.ZoeDepthForDepthEstimation, transformers.ZoeDepthImageProcessorPil),
     }
     config_path, settings_path = folder / "config.json", folder / "preprocessor_config.json"
     remedy = "give a folder as it is downloaded from a hub, in transformers' form"
@@ -90,12 +90,15 @@ def _network(folder: Path, device: str) -> tuple[Near, list[Path]]:
     model_type = read_table(config_path, remedy).get("model_type")
     if model_type not in classes:
         raise UserError(str(config_path), f"model_type is {model_type!r}; depth needs {' or '.join(classes)}; {remedy}")
-    read_table(settings_path, remedy)
+    network, processor = classes[model_type]
+    own = processor.__name__.removesuffix("Pil")
+    named = read_table(settings_path, remedy).get("image_processor_type", own)
+    if named not in (own, f"{own}Fast", f"{own}Pil"):
+        raise UserError(str(settings_path), f"image_processor_type is {named!r}; {model_type} needs {own}; {remedy}")
     require_device(device)
-    net = load_encoder(classes[model_type], folder, torch.float32).to(device)
-    transformers.utils.logging.set_verbosity_error()  # of torchvision, which is not needed
+    net = load_encoder(network, folder, torch.float32).to(device)
     with as_user_error(settings_path, "cannot be read as settings of pictures", MISFIT):
-        prepare = from_files(transformers.AutoImageProcessor, folder, use_fast=False)
+        prepare = from_files(processor, folder)
     metric = model_type == "zoedepth" or net.config.depth_estimation_type == "metric"
     margin = PADDED if model_type == "zoedepth" and prepare.do_pad else 0.0
 
