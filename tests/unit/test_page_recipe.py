@@ -92,7 +92,7 @@ def test_check_and_plan_say_what_the_commands_say(folder):  # noqa: F811
     while "checking and planning" in (told := client.post("/recipe/verdict", data=sent).text):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "It fits." in told and "of 1.0 GB on one 1GB" in told
+    assert "It fits." in told and "of 1.0 GB on one device" in told
     assert "entry 6, gone.mp4" in told and "train_mode normal" in told
     assert not (folder / "run").exists()
 

@@ -76,8 +76,9 @@ class Judge:
     def unmeasured(self) -> str:
         """What to tell where it is None for every clip."""
         return (
-            f"obedience is not measured: of no preview is there a control of kind {self.kind}, and on it what the "
-            "detector finds; is control_kind what the controls are? are previews large and long enough?"
+            f"obedience is not measured: no preview has a control of kind {self.kind} and anything that the detector "
+            "of that kind finds in it; see that control_kind is what the controls are, and that previews are large and "
+            "long enough"
         )
 
 

@@ -153,7 +153,10 @@ def make_all(order: Order, maker: Maker, workers: int) -> int:
         left = [job for job in jobs if not maker.is_done(job)]
         crew = _start(order, min(workers, len(left)) - 1)
         try:
-            with Interrupt("ends after this clip") as interrupt, ProgressBar(len(left), shown=True) as bar:
+            with (
+                Interrupt("ends after this clip") as interrupt,
+                ProgressBar(len(left), shown=True, title="control") as bar,
+            ):
                 there = Counter(job.kind.name for job in set(jobs).difference(left, maker.unread))
                 for name, count in sorted(there.items()):
                     bar.say(f"{name}: {count} were there")

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.terminal import Terminal
-from reeltune.estimate.machines import Machines
+from reeltune.estimate.machines import DEVICES, Machines
 from reeltune.estimate.main import Forecast, forecast
 from reeltune.estimate.remedies import MARGIN
 from reeltune.estimate.result import PARTS, PHASES
@@ -47,7 +47,8 @@ def tables(plan: Forecast) -> list[Table]:
 def verdict_lines(plan: Forecast) -> tuple[str, str, str]:
     """(the answer, its reason, its tone: a key of TONES)"""
     verdict, machines = plan.verdict, plan.machines
-    where = f"one {machines.device}" if machines.gpus == 1 else f"each of {machines.gpus} x {machines.device}"
+    name = machines.device if machines.device in DEVICES else "device" if machines.gpus == 1 else "devices"
+    where = f"one {name}" if machines.gpus == 1 else f"each of {machines.gpus} {name}"
     batch, (frames, height, width) = len(plan.draws), plan.draws[0].shape
     needs = (
         f"The fullest moment is the {PHASES[verdict.phase]} of the largest step ({batch} x {frames} frames of "
