@@ -221,6 +221,8 @@ def test_prune_keeps_what_the_recipe_asks_for(run, tmp_path):
 
 
 def test_prune_of_no_folder_is_told(run, tmp_path):
+    with pytest.raises(UserError, match="holds no cache; give one that does"):
+        maintenance.prune(cached(run("a"), tmp_path))
     with pytest.raises(UserError, match=r"mistyped is no folder; give that of a cache"):
         maintenance.prune(cached(run("run"), tmp_path / "mistyped"))
     assert not (tmp_path / "mistyped").exists()

@@ -38,6 +38,8 @@ def prune(recipe: Recipe) -> str:
     folder = Path(str(recipe.cache.cache_folder))
     if not folder.is_dir():
         raise UserError("cache_folder", f"{folder} is no folder; give that of a cache, or fill it by reeltune cache")
+    if not (folder / files.MANIFEST).is_dir():
+        raise UserError("cache_folder", f"{folder} holds no cache; give one that does, or fill it by reeltune cache")
     keys, asked = _asked_for(recipe)
     freed_bytes = files.prune(folder, asked, keys.facts)
     return f"{folder}: {freed_bytes / 1e9:.3g} GB freed; {len(Store(folder).entries)} entries stay"

@@ -34,6 +34,7 @@ from reeltune.core.files import flush_folder, whole_file, writing
 from reeltune.core.reading import as_user_error, bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
+MANIFEST = "manifest"  # a folder of every cache
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
 OPEN_SHARDS = 64  # mapped at a time in one process
 SPLITS = {"train", "held_out", "text"}  # what an entry may be of
@@ -62,7 +63,7 @@ class Manifest:
 
 def parts(folder: Path) -> list[Path]:
     """The manifest's files, oldest first."""
-    return sorted(path for path in (folder / "manifest").glob("*.jsonl") if path.stem.isdigit())
+    return sorted(path for path in (folder / MANIFEST).glob("*.jsonl") if path.stem.isdigit())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -176,17 +177,17 @@ class Writer:
 
     def _open(self) -> FileIO:
         """The manifest of this process; the folder is locked as long as it is open."""
-        for name in ("manifest", "shards"):
+        for name in (MANIFEST, "shards"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._lock = self._lock or _locked(self.folder, fcntl.LOCK_SH)
         number = max((int(path.stem) for path in parts(self.folder)), default=0)
         while True:
             number += 1
             try:
-                manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("xb", buffering=0)
+                manifest = (self.folder / MANIFEST / f"{number:05}.jsonl").open("xb", buffering=0)
             except FileExistsError:  # another process was quicker
                 continue
-            flush_folder(self.folder / "manifest")
+            flush_folder(self.folder / MANIFEST)
             self._manifest = manifest
             _add_line(manifest, {"format": FORMAT, "facts": dict(self.facts)})
             return manifest

@@ -99,7 +99,8 @@ def scan(
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(str(meta), f"cannot be checked: {error.strerror}; raise that limit (ulimit -n)") from error
-        raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
+        told = f"the index cannot be written: {error.strerror}; give an output_dir where it can be"
+        raise UserError(str(index_dir), told) from error
     _refuse_bad(meta, data_dir, found, max_bad_share)
     return found
 
