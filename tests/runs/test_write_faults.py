@@ -173,7 +173,7 @@ def cached(folder, shard_bytes=1):
     for key in KEYS:
         if key not in held.entries:
             writer.add(key, "train", {"x0": torch.full((40,), float(ord(key)))})
-    if "unreadable" not in held:
+    if "unreadable" not in held.failed:
         writer.fail("unreadable", "cannot be read")
     writer.close()
 
