@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reeltune.config.flags import flags
 from reeltune.config.moved import in_its_folder, recipe_beside
-from reeltune.config.parse import build, nearest, read, sentences, settings
+from reeltune.config.parse import build, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(USAGE, end="")
             return 0
         if command not in COMMANDS:
-            raise UserError(
-                "reeltune", f"{command} is no command{nearest(command, COMMANDS)}; reeltune --help lists them"
-            )
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            meant = f"; the nearest is {near[0]}" if near else ""
+            raise UserError("reeltune", f"{command} is no command{meant}; reeltune --help lists them")
         return COMMANDS[command](rest)
 
     return guarded(act)

@@ -250,7 +250,6 @@ def test_one_helper_calls_from_pretrained():
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("~/models/wan", "nothing expands ~ in a recipe; write '/"),
         (
             "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",
             "`hf download alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control",

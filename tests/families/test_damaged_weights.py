@@ -122,6 +122,16 @@ def test_an_index_without_a_map(table, copy):
     refused(lambda: families.find(copy), "has no weight_map")
 
 
+def test_what_is_ours_and_no_whole_weights(tmp_path):
+    (tmp_path / "checkpoint-2/adapter").mkdir(parents=True)
+    (tmp_path / "checkpoint-2/adapter/adapter_config.json").write_text("{}")
+    words = "keeps an adapter and no whole weights; adapter_path goes on with it"
+    refused(lambda: weights.read(tmp_path / "checkpoint-2"), words)
+    refused(lambda: weights.read(tmp_path / "checkpoint-2/adapter"), words)
+    (tmp_path / "checkpoint-10").mkdir()
+    refused(lambda: weights.read(tmp_path), "is a run's folder; give one of its checkpoints, as ", "checkpoint-10")
+
+
 STEM = "diffusion_pytorch_model"
 
 

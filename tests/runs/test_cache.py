@@ -153,6 +153,24 @@ def test_only_what_changed_is_encoded_again(run, own_data, tmp_path, capfd):
     assert train(given) == 0
 
 
+def test_a_control_that_was_replaced_within_its_second_is_encoded_again(run, own_data, tmp_path, capfd):
+    """Keys know a file by its size and whole seconds."""
+    given = cached(run("run", data=own_data, held_out_share=0), tmp_path / "cache")
+    control = own_data / "control/2.mp4"
+    os.utime(control, ns=(0, 10**18))
+    fill.fill(given)
+    control.write_bytes(control.read_bytes()[:-1] + b"?")
+    os.utime(control, ns=(0, 10**18 + 1))
+    with pytest.raises(UserError, match=r"lacks 2 of 10 readings of clips, the first of .*/2\.mp4; run reeltune cache"):
+        train(given)
+    with pytest.raises(UserError, match=r"2 of .* entries are missing"):
+        maintenance.verify(given)
+    fill.fill(given)
+    assert entries_written(capfd)[1:] == [2] and train(given) == 0
+    maintenance.prune(given)
+    assert "all whole" in maintenance.verify(given)
+
+
 def test_another_way_of_encoding_is_another_cache_and_told(run, tmp_path, capfd):
     given = cached(run("run"), tmp_path / "cache")
     fill.fill(given)

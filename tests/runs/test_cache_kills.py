@@ -212,7 +212,7 @@ def test_prune_keeps_what_the_recipe_asks_for(run, tmp_path):
     maintenance.prune(few)
     after = contents(tmp_path / "cache")
     _, asked = maintenance._asked_for(few)
-    assert after.keys() == asked < before.keys()
+    assert after.keys() == asked.keys() < before.keys()
     assert all(torch.equal(tensor, before[key][name]) for key, held in after.items() for name, tensor in held.items())
     assert len(list((tmp_path / "cache/shards").glob("*"))) == len(list((tmp_path / "cache/manifest").glob("*"))) == 1
     assert "all whole" in maintenance.verify(few)
@@ -221,6 +221,8 @@ def test_prune_keeps_what_the_recipe_asks_for(run, tmp_path):
 
 
 def test_prune_of_no_folder_is_told(run, tmp_path):
+    with pytest.raises(UserError, match="holds no cache; give one that does"):
+        maintenance.prune(cached(run("a"), tmp_path))
     with pytest.raises(UserError, match=r"mistyped is no folder; give that of a cache"):
         maintenance.prune(cached(run("run"), tmp_path / "mistyped"))
     assert not (tmp_path / "mistyped").exists()

@@ -182,7 +182,7 @@ def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path)
 
 @pytest.mark.parametrize(
     ("machines", "words"),
-    [(Machines(gpus=0), "train nothing"), (Machines(device="80 MB"), "not one of B200")],
+    [(Machines(gpus=0), "gpus is 0; it must be at least 1"), (Machines(device="80 MB"), "not one of B200")],
 )
 def test_machines_that_there_are_not_are_refused(place, tmp_path, machines, words):
     with pytest.raises(UserError, match=words):
@@ -270,6 +270,7 @@ def test_adapters_of_14_billion_parameters_on_24_gigabytes(goldens, tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "machines", "words"),
     [
+        ({}, Machines(gpus=10**6), "gpus is 1000000; it must be at least 1 and at most 16,384"),
         ({"context_parallel": 2}, Machines(gpus=3), "gpus is 3 and context_parallel is 2.*give 4"),
         ({"step_in_backward": True}, Machines(gpus=2), "step_in_backward is True and gpus is 2.*plan for one"),
         ({}, Machines(throughput_tflops=-3), "throughput is -3 TFLOP/s; it must be more than 0"),

@@ -71,7 +71,9 @@ def test_more_than_all_is_not_advised(run, monkeypatch, tmp_path):
     checkpoint = tmp_path.parent / run.output.output_dir / "checkpoint-6"
     *_, row, less = measure_ranks(run, checkpoint, [1, 1])
     assert row.startswith("rank 1:") and less.endswith("try more than 1")
-    *_, most = measure_ranks(run, checkpoint, [2 * WIDTH])
+    _, _, told, row, most = measure_ranks(run, checkpoint, [2 * WIDTH, WIDTH])
+    assert told == f"no linear layer that changed has a rank over {WIDTH}, which is measured in place of {2 * WIDTH}"
+    assert row.startswith(f"rank {WIDTH}:")
     assert most.endswith(
         "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
     )

@@ -171,9 +171,9 @@ def cached(folder, shard_bytes=1):
     held = store.Store(folder)
     writer = store.Writer(folder, {"how": 1}, shard_bytes=shard_bytes)
     for key in KEYS:
-        if key not in held:
+        if key not in held.entries:
             writer.add(key, "train", {"x0": torch.full((40,), float(ord(key)))})
-    if "unreadable" not in held:
+    if "unreadable" not in held.failed:
         writer.fail("unreadable", "cannot be read")
     writer.close()
 

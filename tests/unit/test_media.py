@@ -1,5 +1,7 @@
 """Clips and pictures made here, read back: which frame, which way up, which colour, which pixels."""
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -242,21 +244,34 @@ def test_picture_modes(tmp_path):
     assert read_picture(tmp_path / "palette.png", 32, 32, 3)[2, :, 5, 5].tolist() == [10, 120, 230]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
-    """Row 0 and column 0 of the stored picture lie where the tag says (Exif 2.3, table 6)."""
+@pytest.mark.parametrize("ending", ["jpg", "tiff", "webp", "png"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation(tmp_path, orientation, ending):
+    """Row 0 and column 0 of the stored picture lie where the tag says (Exif 2.3, table 6); 0 and 9 say nothing."""
     stored = np.full((32, 48, 3), 30, np.uint8)
     stored[:16, :24] = 220
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "photo.jpg"
-    Image.fromarray(stored).save(path, quality=95, exif=exif)
-    found = measure(path, "image")
-    assert (found.height, found.width) == ((48, 32) if orientation >= 5 else (32, 48))
+    path = tmp_path / f"photo.{ending}"
+    Image.fromarray(stored).save(path, exif=exif, **({} if ending == "tiff" else {"quality": 95}))
+    for how in ("header", "ends"):
+        found = measure(path, "image", how)
+        assert (found.height, found.width) == ((48, 32) if 5 <= orientation <= 8 else (32, 48)), how
     shown = read_picture(path, found.height, found.width)[0, 0]
     corners = [shown[4, 4], shown[4, -4], shown[-4, -4], shown[-4, 4]]
-    at = {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
+    at = {0: 0, 9: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
     assert [value > 128 for value in corners] == [place == at for place in range(4)]
+
+
+def test_a_picture_with_too_many_pixels(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    with pytest.raises(MediaError, match="has more than 178,956,970 pixels"):
+        measure(tmp_path / "huge.png", "image", "header")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")  # of which Pillow warns
+    words = "import sys; from reeltune.data.media import measure; print(measure(sys.argv[1], 'image', 'header').width)"
+    command = [sys.executable, "-c", words, str(tmp_path / "large.png")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("10000\n", "")
 
 
 def test_what_cannot_be_read_says_why(tmp_path):

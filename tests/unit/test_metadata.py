@@ -1,8 +1,10 @@
 """Lists and rows: what is read, left out, refused and told."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -159,6 +161,19 @@ def test_paths_that_other_programs_understand(folder):
     found = scan(write_list(folder, entries), folder, needs=PLAIN, max_bad_share=0.5)
     assert [row.path for row in found.records] == [str(folder / "0.png")]
     assert found.left_out[0].reason == "file_path https://a.b/0.png is an address, not a path"
+
+
+def test_a_rate_that_can_hardly_be_meant_is_told(folder):
+    rates = (0.5, 1, 1000, 100_000)
+    for fps in rates:
+        with av.open(str(folder / f"{fps}.mkv"), "w") as clip:
+            stream = clip.add_stream("ffv1", rate=Fraction(fps), width=64, height=48, pix_fmt="yuv420p")
+            for _ in range(9):
+                clip.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+            clip.mux(stream.encode())
+    entries = [{"file_path": f"{fps}.mkv", "text": "x", "type": "video"} for fps in rates]
+    (notice,) = scan(write_list(folder, entries), folder, needs=PLAIN).notices
+    assert notice.startswith("2 entries (0, 3): by its own times it has less than 1 frame or more than 1,000 a second")
 
 
 def test_a_control_of_another_rate_is_told(folder):

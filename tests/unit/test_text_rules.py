@@ -70,6 +70,11 @@ def test_empty_words_are_no_patterns_and_no_folder():
         "train_data_dir is empty, as is a variable that the shell has not set; it has no default, so give it; where "
         "the list has absolute paths, / is it"
     ]
+    for name in ("validation_paths", "validation_control_from"):
+        given = {"validation_prompts": ["a", "b"], "control_kind": "canny", name: ["a.mp4", ""]}
+        assert problems(given) == [
+            f"{name} has an empty word, as is a variable that the shell has not set; give paths alone"
+        ]
     assert problems({"output_dir": " "}) == [
         "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
     ]

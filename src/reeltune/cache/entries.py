@@ -40,6 +40,8 @@ class Item(NamedTuple):
     shape: Shape
     clip: str
     text: str
+    content: str = ""  # of its files, as they were measured
+    text_content: str = ""  # the same, where its text depends on them
 
 
 def keys_of(recipe: Recipe, family: Family, mode: str, *, show_progress: bool = True) -> Keys:
@@ -87,7 +89,14 @@ def items_of(keys: Keys, inputs: Inputs) -> Iterator[Item]:
                         f"{gone.filename} cannot be opened: {gone.strerror}; it was there when the list was looked "
                         "through; put it back, or start again, which leaves its entry out",
                     ) from gone
-                yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip))
+                content = content_in(record)
+                of_text = content if keys.text_of_clip else ""
+                yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip), content, of_text)
+
+
+def content_in(record: Record) -> str:
+    """What its files held when they were measured; "" is unknown. Keys have it not, since older caches do not."""
+    return f"{record.content:x} {record.control_content:x}" if record.content or record.control_content else ""
 
 
 def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
@@ -155,7 +164,9 @@ class View:
         if clip in self.store.failed:
             raise MediaError(self.store.failed[clip])
         text = self.keys.text(record, clip)
-        if clip not in self.store or text not in self.store:
+        content = content_in(record)
+        of_text = content if self.keys.text_of_clip else ""
+        if not self.store.has_made(clip, content) or not self.store.has_made(text, of_text):
             raise UserError(
                 "cache_folder",
                 f"{record.path} is not in the cache as it is now, at {tuple(draw.shape)}: it has changed since the run "
@@ -201,10 +212,10 @@ def _refuse_missing(folder: Path, keys: Keys, store: Store, inputs: Inputs) -> N
     count, missing, first = 0, 0, ""
     for item in items_of(keys, inputs):
         count += 1
-        if item.clip not in store or item.text not in store:
+        if not is_there(store, item.clip, item.content) or not is_there(store, item.text, item.text_content):
             missing += 1
             first = first or splits(inputs)[item.split][item.row].path
-    if not missing and keys.null in store:
+    if not missing and is_there(store, keys.null):
         return
     what = f"{missing} of {count} readings of clips, the first of {first}" if missing else "the empty caption"
     raise UserError(
@@ -215,6 +226,11 @@ def _refuse_missing(folder: Path, keys: Keys, store: Store, inputs: Inputs) -> N
             *differences(keys.facts, store.facts),
         ],
     )
+
+
+def is_there(store: Store, key: str, content: str = "") -> bool:
+    """Or is of a file that could not be read, for which another clip stands in."""
+    return key in store.failed or store.has_made(key, content)
 
 
 def differences(now: Mapping[str, Any], then: list[dict[str, Any]]) -> list[str]:

@@ -41,7 +41,7 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-Entry = tuple[str, str, Tensors | Unreadable]  # key, split, and what it holds or why it cannot be made
+Entry = tuple[str, str, Tensors | Unreadable, str]  # key, split, what it holds or why it cannot be made, of what files
 
 
 def fill(recipe: Recipe) -> int:
@@ -67,14 +67,14 @@ def fill(recipe: Recipe) -> int:
             recipe, device, partial(outlines, recipe, family), "clips are encoded", network=False, besides=AT_WORK
         )
         with full, closing(Writer(folder, keys.facts)) as writer:  # what was made stays, whatever ends this
-            for key, split, made in encoder.entries(work):
+            for key, split, made, content in encoder.entries(work):
                 if isinstance(made, Unreadable):
                     writer.fail(key, made.reason)
                     if made.path not in told:
                         bar.say(f"left out: {made.path} {made.reason}; mend it, and run reeltune cache again")
                     told.add(made.path)
                 else:
-                    writer.add(key, split, made)
+                    writer.add(key, split, made, content)
                 bar.advance()
                 if interrupt.code:
                     break
@@ -100,12 +100,13 @@ class Work:
         """
         work, seen = cls(), set()
 
-        def to_do(key: str) -> bool:
+        def to_do(key: str, content: str = "") -> bool:
             if key in seen:
                 return False
             seen.add(key)
-            work.there += key in store.entries
-            return key not in store.entries
+            there = store.has_made(key, content)
+            work.there += there
+            return not there
 
         def mine(key: str) -> bool:
             return int(key[:8], 16) % world == rank
@@ -114,7 +115,7 @@ class Work:
             work.null = keys.null
 
         def missing(item: Item) -> Item:
-            clip, text = to_do(item.clip), to_do(item.text)
+            clip, text = to_do(item.clip, item.content), to_do(item.text, item.text_content)
             if text and not keys.text_of_clip:
                 if mine(item.text):
                     work.texts[item.text] = splits(inputs)[item.split][item.row].text
@@ -147,9 +148,9 @@ class Encoder:
 
     def entries(self, work: Work) -> Iterator[Entry]:
         if work.null is not None:
-            yield work.null, "text", self.family.blank_caption(self.parts)
+            yield work.null, "text", self.family.blank_caption(self.parts), ""
         for key, caption in work.texts.items():
-            yield key, "text", self._text(caption, None)
+            yield key, "text", self._text(caption, None), ""
         if work.groups:
             opened = read_ahead(Opened(self.inputs), work.groups, self.recipe.data.dataloader_num_workers)
             for group in opened:
@@ -158,16 +159,17 @@ class Encoder:
     def of_group(self, group: Group) -> Iterator[Entry]:
         for item, reason in group.failed:
             unreadable = Unreadable(splits(self.inputs)[item.split][item.row].path, reason)
-            yield from ((key, item.split, unreadable) for key in (item.clip, item.text) if key)
+            yield from ((key, item.split, unreadable, "") for key in (item.clip, item.text) if key)
         if group.batch is None:
             return
         batch = group.batch.to(self.device)
         clips = self._clips(batch) if any(item.clip for item in group.items) else []
         for i, item in enumerate(group.items):
             if item.clip:
-                yield item.clip, item.split, clips[i]
+                yield item.clip, item.split, clips[i], item.content
             if item.text:
-                yield item.text, "text", self._text(batch.text[i], batch.pixels_BFCHW[i : i + 1, 0])
+                text = self._text(batch.text[i], batch.pixels_BFCHW[i : i + 1, 0])
+                yield item.text, "text", text, item.text_content
 
     def _clips(self, batch: Batch) -> list[Tensors]:
         """Of each, all but the text; of what is kept, the answer if the draw drops it, then if the draw keeps it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reeltune.cache import store as files
-from reeltune.cache.entries import items_of, keys_of
+from reeltune.cache.entries import is_there, items_of, keys_of
 from reeltune.cache.keys import Keys
 from reeltune.cache.store import Store
 from reeltune.config.recipe import Recipe
@@ -23,7 +23,7 @@ def verify(recipe: Recipe) -> str:
     problems = [f"{line}; run reeltune cache, which encodes it again" for line in files.set_aside_damaged(folder)]
     _, asked = _asked_for(recipe)
     store = Store(folder)
-    missing = [key for key in asked if key not in store]
+    missing = [key for key, content in asked.items() if not is_there(store, key, content)]
     if missing:
         problems.append(f"{len(missing)} of {len(asked)} entries are missing; run reeltune cache")
     if problems:
@@ -38,12 +38,18 @@ def prune(recipe: Recipe) -> str:
     folder = Path(str(recipe.cache.cache_folder))
     if not folder.is_dir():
         raise UserError("cache_folder", f"{folder} is no folder; give that of a cache, or fill it by reeltune cache")
+    if not (folder / files.MANIFEST).is_dir():
+        raise UserError("cache_folder", f"{folder} holds no cache; give one that does, or fill it by reeltune cache")
     keys, asked = _asked_for(recipe)
-    freed_bytes = files.prune(folder, asked, keys.facts)
+    freed_bytes = files.prune(folder, asked.keys(), keys.facts)
     return f"{folder}: {freed_bytes / 1e9:.3g} GB freed; {len(Store(folder).entries)} entries stay"
 
 
-def _asked_for(recipe: Recipe) -> tuple[Keys, set[str]]:
+def _asked_for(recipe: Recipe) -> tuple[Keys, dict[str, str]]:
+    """(keys, each entry's key with the content of its files)."""
     family, mode, _ = choose_family(recipe)
     inputs, keys = gather(recipe, family, mode), keys_of(recipe, family, mode)
-    return keys, {keys.null, *(key for item in items_of(keys, inputs) for key in (item.clip, item.text))}
+    asked = {keys.null: ""}
+    for item in items_of(keys, inputs):
+        asked |= {item.clip: item.content, item.text: item.text_content}
+    return keys, asked

@@ -34,6 +34,7 @@ from reeltune.core.files import flush_folder, whole_file, writing
 from reeltune.core.reading import as_user_error, bare_name, few, json_value, reason_of
 
 FORMAT = 1  # of the manifest
+MANIFEST = "manifest"  # a folder of every cache
 SHARD_BYTES = 256 * 2**20  # at most, but for one entry that is larger; a kill loses as much of the work at most
 OPEN_SHARDS = 64  # mapped at a time in one process
 SPLITS = {"train", "held_out", "text"}  # what an entry may be of
@@ -49,6 +50,7 @@ class Shard:
     blake2b: str
     entries: Mapping[str, str]  # key -> "train", "held_out" or "text"
     crc32: Mapping[str, int] | None  # key -> `checksum` of its tensors; None: written by a version before 0.2
+    contents: Mapping[str, str]  # key -> what its files held, where that is known
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Manifest:
 
 def parts(folder: Path) -> list[Path]:
     """The manifest's files, oldest first."""
-    return sorted(path for path in (folder / "manifest").glob("*.jsonl") if path.stem.isdigit())
+    return sorted(path for path in (folder / MANIFEST).glob("*.jsonl") if path.stem.isdigit())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -95,7 +97,7 @@ def _take(manifest: Manifest, row: dict[str, Any]) -> None:
         sums = row.get("crc32")
         if sums is not None and (not isinstance(sums, dict) or sums.keys() != entries.keys()):
             raise ValueError(f"shard {name} has sums of other entries")
-        manifest.shards[name] = Shard(name, size_bytes, hashed, entries, sums)
+        manifest.shards[name] = Shard(name, size_bytes, hashed, entries, sums, _words(row.get("contents", {})))
     elif "failed" in row:
         manifest.failed |= _words(row["failed"])
     elif row["format"] == FORMAT:
@@ -134,17 +136,20 @@ class Writer:
         self._tensors: Tensors = {}
         self._entries: dict[str, str] = {}
         self._sums: dict[str, int] = {}
+        self._contents: dict[str, str] = {}
         self._failed: dict[str, str] = {}
         self._size = 0  # bytes
 
-    def add(self, key: str, split: str, tensors: Tensors) -> None:
-        """Kept as they are, in the smallest of their own type and half floats that holds them exactly."""
+    def add(self, key: str, split: str, tensors: Tensors, content: str = "") -> None:
+        """Kept as they are, in the smallest of their own type and half floats that holds them exactly. content: of the
+        files that they were made of, where it is known."""
         packed = {f"{key}/{name}": pack(tensor) for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in packed.values())
         if self._size and self._size + size > self.shard_bytes:
             self.flush()
         self._tensors |= packed
         self._entries[key] = split
+        self._contents |= {key: content} if content else {}
         self._sums[key] = checksum({name.partition("/")[2]: tensor for name, tensor in packed.items()})
         self._size += size
 
@@ -155,6 +160,7 @@ class Writer:
     def flush(self) -> None:
         """Everything added so far is on the disk, and in the manifest; or forgotten, if it cannot be."""
         tensors, entries, sums, failed = self._tensors, self._entries, self._sums, self._failed
+        contents = self._contents
         self._clear()
         if not entries and not failed:
             return
@@ -168,6 +174,7 @@ class Writer:
                     file.write(data)
                 hashed = hashlib.blake2b(data, digest_size=16).hexdigest()
                 row = {"shard": name, "bytes": len(data), "blake2b": hashed, "entries": entries, "crc32": sums}
+                row |= {"contents": contents} if contents else {}
                 _add_line(manifest, row)
                 self.count += len(entries)
                 self.bytes += len(data)
@@ -176,17 +183,17 @@ class Writer:
 
     def _open(self) -> FileIO:
         """The manifest of this process; the folder is locked as long as it is open."""
-        for name in ("manifest", "shards"):
+        for name in (MANIFEST, "shards"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._lock = self._lock or _locked(self.folder, fcntl.LOCK_SH)
         number = max((int(path.stem) for path in parts(self.folder)), default=0)
         while True:
             number += 1
             try:
-                manifest = (self.folder / "manifest" / f"{number:05}.jsonl").open("xb", buffering=0)
+                manifest = (self.folder / MANIFEST / f"{number:05}.jsonl").open("xb", buffering=0)
             except FileExistsError:  # another process was quicker
                 continue
-            flush_folder(self.folder / "manifest")
+            flush_folder(self.folder / MANIFEST)
             self._manifest = manifest
             _add_line(manifest, {"format": FORMAT, "facts": dict(self.facts)})
             return manifest
@@ -274,10 +281,12 @@ class Store:
         self.sums = {shard.name: shard.crc32 for shard in there}
         self._checked: set[str] = set()  # shards without sums that were read whole
         self.entries = {key: (shard.name, split) for shard in there for key, split in shard.entries.items()}
+        self.contents = {key: shard.contents.get(key, "") for shard in there for key in shard.entries}
         self.failed = {key: reason for key, reason in manifest.failed.items() if key not in self.entries}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.entries or key in self.failed
+    def has_made(self, key: str, content: str) -> bool:
+        """Whether the entry is there, and of files that held this; of what is not known on either side, is there."""
+        return key in self.entries and (not content or self.contents[key] in ("", content))
 
     def read(self, key: str, split: str) -> Tensors:
         """Raises UserError if the shard is gone, written for another split, or does not hold what was written."""
@@ -363,7 +372,7 @@ def _prune(folder: Path, wanted: Set[str], facts: Mapping[str, Any]) -> None:
                 stays.add(shard.name)
                 continue
             for key in kept:
-                writer.add(key, shard.entries[key], store.read(key, shard.entries[key]))
+                writer.add(key, shard.entries[key], store.read(key, shard.entries[key]), shard.contents.get(key, ""))
         for key in store.failed.keys() & wanted:
             writer.fail(key, store.failed[key])
         writer.flush()

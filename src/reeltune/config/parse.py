@@ -160,7 +160,7 @@ def build(
 
 
 def _missing(name: str, given: Mapping[str, Any]) -> str:
-    if name not in given:
+    if given.get(name) is None or str(given[name]).strip():  # not given, or none
         return f"{name} is missing; it has no default, so give it"
     absolute = "; where the list has absolute paths, / is it" if name == "train_data_dir" else ""
     return f"{name} is empty, as is a variable that the shell has not set; it has no default, so give it{absolute}"

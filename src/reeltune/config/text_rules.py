@@ -31,6 +31,9 @@ def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], s
     for name in PATTERNS:
         if not all(word.strip() for word in values[name]):
             yield (name,), f"{name} has an empty word, which is part of every name; leave it out, or write . for all"
+    for name in ("validation_paths", "validation_control_from"):
+        if not all(path.strip() for path in values[name]):
+            yield (name,), f"{name} has an empty word, as is a variable that the shell has not set; give paths alone"
     if not values["output_dir"].strip():
         yield ("output_dir",), "output_dir is empty; it must be a folder, and . is this one; give one, or leave it out"
 

@@ -60,7 +60,11 @@ def require_same(path: str, content: int) -> None:
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}", lasting=False) from None
     if not is_same:
-        raise MediaError("is another file than when it was measured: it was written anew since", lasting=False)
+        raise MediaError(  # the index, which goes by size and time, would have it measured anew only where these differ
+            "is another file than when it was measured: it was written anew since; if with its old size and time, "
+            "touch it to have it measured again",
+            lasting=False,
+        )
 
 
 def content_of(path: str) -> int:

@@ -29,6 +29,7 @@ from reeltune.data.findings import content_of
 from reeltune.data.media import DecodeCheck, Measure, MediaError, measure, measure_control, require_times
 
 INDEX_VERSION = 2  # raise it when a Measure is found otherwise
+KEYS = {"image": "image 2"}  # or, of one kind of file, what its keys begin with; 2: turned TIFFs
 SAVE_SECONDS = 30.0  # between saves while measuring
 START_SECONDS = 1200.0  # that a process may take to import what it needs: of a busy machine's share, hundreds
 # In which a process that reads a file waits and does not compute at all: its disk or network share does not answer.
@@ -99,7 +100,7 @@ def measure_files(
     unusable. `progress(done, total)`. Raises UserError if no process can be started.
     """
     index = _load_index(index_dir, decode_check)
-    keys = [":".join(filter(None, (file.kind, file.path, file.clip))) for file in files]
+    keys = [":".join(filter(None, (KEYS.get(file.kind, file.kind), file.path, file.clip))) for file in files]
     stamp_of = dict(zip((file.path for file in files), stamps_N2.tolist(), strict=True))
     findings: list[Finding | None] = []
     for file, key in zip(files, keys, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,10 @@ from reeltune.core.types import Crop
 from reeltune.data.findings import DecodeCheck, Measure, MediaError
 
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS or PDF, which start other programs
-_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, OverflowError,
-           Image.DecompressionBombError)  # fmt: skip
+_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, OverflowError)
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond which Pillow opens none
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of half as many, and of damaged tags; what it opens is looked at
+EXCHANGED = (5, 6, 7, 8)  # EXIF Orientations that exchange the sides; other values than 1 to 8 mean nothing
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a colour profile's space (ICC.1, 7.2.6) -> Pillow's mode
 
 
@@ -27,6 +30,8 @@ def opened(path: str) -> Iterator[Image.Image]:
             yield picture
     except UnidentifiedImageError:
         raise MediaError(f"is not a picture ({', '.join(_FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise MediaError(f"has more than {MOST_PIXELS:,} pixels", remedy="Make it smaller") from None
     except _ERRORS as error:
         raise MediaError(f"is a picture that cannot be read: {error}") from None
 
@@ -35,7 +40,7 @@ def is_picture(path: str) -> bool:
     try:
         with Image.open(path, formats=_FORMATS):
             return True
-    except _ERRORS:
+    except (*_ERRORS, Image.DecompressionBombError):
         return False
 
 
@@ -53,11 +58,11 @@ def measure_picture(path: str, decode_check: DecodeCheck) -> Measure:
         if stored.format == "MPO":  # several views in one JPEG, as telephones write
             notes = []
         width, height = stored.size
-        if stored.getexif().get(0x0112, 1) >= 5:  # EXIF Orientation: 5 to 8 exchange the sides
+        if decode_check != "header" or stored.format == "TIFF":  # which has either size, by Pillow's version
+            picture, more = displayed(stored)
+            (width, height), notes = picture.size, notes + more
+        elif stored.getexif().get(0x0112) in EXCHANGED:
             width, height = height, width
-        if decode_check != "header":
-            _, more = displayed(stored)
-            notes += more
     return Measure("image", 1, 0.0, height, width, tuple(notes))
 
 

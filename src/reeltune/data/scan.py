@@ -28,6 +28,7 @@ from reeltune.data.records import OF_PATHS, Records
 
 SCAN_VERSION = 5  # raise it when a row is judged otherwise
 SAME_ASPECT = 1.02  # a control may differ by this factor in width / height: sizes rounded to a multiple do
+ODD_RATES = (1, 1000)  # frames a second, beyond which a clip's times are rather wrong than meant
 SAME_RATE = 0.02  # rates may differ by this share: headers round them
 LONG_SIDE = 4.0  # the most elongated bucket is 4:1; beyond it most of a picture is cut away
 WORDS = {"video": "a clip", "image": "a picture", "camera": "a camera path", "keypoints": "a file of key points"}
@@ -98,7 +99,8 @@ def scan(
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(str(meta), f"cannot be checked: {error.strerror}; raise that limit (ulimit -n)") from error
-        raise UserError(str(index_dir), f"the index cannot be written: {error.strerror}") from error
+        told = f"the index cannot be written: {error.strerror}; give an output_dir where it can be"
+        raise UserError(str(index_dir), told) from error
     _refuse_bad(meta, data_dir, found, max_bad_share)
     return found
 
@@ -224,12 +226,17 @@ class _Judge:
         return self.findings[file].content if file else 0
 
     def _compare_stated(self, row: Row, own: Measure) -> None:
+        """What the file is with what the row says, and with what files usually are."""
         size = own.height, own.width
         stated = tuple(given if given is not None else held for given, held in zip(row.stated, size, strict=True))
         if stated == size[::-1] and own.height != own.width:
             row.notices.append("width and height are exchanged; the file's own size is used")
         elif stated != size:
             row.notices.append("width and height are not the file's; the file's own size is used")
+        if own.fps and not ODD_RATES[0] <= own.fps <= ODD_RATES[1]:
+            least, most = ODD_RATES
+            sentence = f"by its own times it has less than {least} frame or more than {most:,} a second"
+            row.notices.append(f"{sentence}, by which video_sample_fps takes them; see whether they are right")
         if max(own.height / own.width, own.width / own.height) > LONG_SIDE:
             row.notices.append(f"the picture is longer than {LONG_SIDE:g}:1, and most of it will be cut away")
 

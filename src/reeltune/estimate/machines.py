@@ -14,6 +14,7 @@ from reeltune.memory import choices
 
 GB = 10**9  # of a device's size. Cards have some 7 % more than so many; CUDA's own needs and gaps are left that
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9  # bytes/s one way: 16 lanes of 16 and 32 GT/s, 128 of 130 bits of them data
+MOST_GPUS = 16_384  # that one run is planned for; the samples of a step of more take a minute to draw
 MOST_TFLOPS = 100_000  # of one device; more is a slip of units
 
 
@@ -63,8 +64,8 @@ def check(recipe: Recipe, machines: Machines) -> None:
     machines.size_bytes  # noqa: B018
     gpus, together, given = machines.gpus, recipe.parallel.context_parallel, machines.throughput_tflops
     problems = []
-    if gpus < 1:
-        problems.append(f"gpus is {gpus}, and so many devices train nothing; give 1 or more")
+    if not 1 <= gpus <= MOST_GPUS:
+        problems.append(f"gpus is {gpus}; it must be at least 1 and at most {MOST_GPUS:,}; give all of a run")
     elif gpus % together:
         problems.append(
             f"gpus is {gpus} and context_parallel is {together}, of which gpus must be a multiple; give "

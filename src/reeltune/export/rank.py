@@ -117,7 +117,10 @@ def _of_network(
     before = held_out.losses(net)
     yield from _beginning(before, full, extracted)
     rows = []
-    for rank in sorted(set(ranks)):
+    most = extracted.full_rank
+    if max(ranks) > most:
+        yield f"no linear layer that changed has a rank over {most}, which is measured in place of {max(ranks)}"
+    for rank in sorted({min(rank, most) for rank in ranks}):
         adapter = extracted.adapter(rank)
         with applied(net, trained.names, [(adapter, 1.0)]):
             rows.append(_measured(rank, adapter, extracted.share(rank), held_out.losses(net), full))
@@ -125,12 +128,12 @@ def _of_network(
     chosen = next((row for row in rows if row.is_as_good), None)
     if chosen is None:
         all_of_it = "no rank does more: what is lacking lies outside linear layers, which adapters learn by train_whole"
-        more = f"try more than {max(ranks)}" if max(ranks) < extracted.full_rank else all_of_it
+        more = f"try more than {max(ranks)}" if max(ranks) < most else all_of_it
         yield f"none of these ranks is as good as the whole fine-tune; {more}"
     else:
         yield f"rank {chosen.rank} is the smallest that is as good as the whole fine-tune, by these clips"
     if out is not None:
-        rank = max(ranks) if chosen is None else chosen.rank
+        rank = rows[-1].rank if chosen is None else chosen.rank
         with whole_folder(out) as beside:
             saved.save(beside, extracted.adapter(rank), _about(recipe.model, family, checkpoint))
         yield f"{out / saved.FILE}: rank {rank}; for a tool: `reeltune export {out} FILE --adapter --for TOOL`"

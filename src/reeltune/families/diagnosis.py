@@ -15,8 +15,6 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def no_folder(path: Path) -> str:
     """Of a path that is no folder."""
     text = str(path)
-    if text.startswith("~"):
-        return f"{text!r} is not a folder: nothing expands ~ in a recipe; write {str(path.expanduser())!r}"
     if path.is_symlink():
         return f"{text!r} is not a folder: it {absent(path)}"
     if path.is_file():

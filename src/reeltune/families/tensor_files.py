@@ -140,6 +140,10 @@ def why_no_weights(path: Path) -> str:
     expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
     if not path.is_dir():
         return absent(path)
+    if any((path / inner / "adapter_config.json").is_file() for inner in ("", "adapter")):
+        return "keeps an adapter and no whole weights; adapter_path goes on with it, and export --merge makes weights"
+    if steps := sorted(path.glob("checkpoint-*"), key=lambda one: (len(one.name), one.name)):
+        return f"is a run's folder; give one of its checkpoints, as {steps[-1]}"
     there = sorted(file.name for file in path.iterdir())
     for name in there:
         if name.endswith(".safetensors") and not (path / name).exists():
