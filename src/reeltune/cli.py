@@ -44,7 +44,7 @@ Fine-tunes video diffusion transformers, and proves what it does.
   import   show what an adapter file of any tool is, and how strong it would be in each tool
   demo     make a small data set and a tiny model, and fine-tune it here in a few minutes
 
-reeltune COMMAND --help tells more.
+reeltune COMMAND --help tells more; reeltune --version tells what is installed.
 """
 ABOUT = {
     "train": "Fine-tunes a checkpoint; the run's folder is output_dir.",
@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def act() -> int:
         if command in ("-h", "--help"):
             print(USAGE, end="")
+            return 0
+        if command in ("-V", "--version"):
+            from reeltune.core.versions import with_python  # here: importlib.metadata takes a while
+
+            print("\n".join(f"{name} {number}" for name, number in with_python().items()))
             return 0
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, 1)

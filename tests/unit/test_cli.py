@@ -2,12 +2,14 @@
 
 import io
 import os
+import platform
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -123,12 +125,19 @@ def test_help_of_the_program(capsys):
     assert all(f"\n  {command} " in listed for command in cli.COMMANDS)
 
 
+def test_the_version_is_what_a_run_writes_of_itself(capsys):
+    assert cli.main(["--version"]) == 0
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert told == {"python": platform.python_version()} | {name: version(name) for name in told.keys() - {"python"}}
+    assert {"python", "reeltune", "torch", "transformers"} < told.keys()
+
+
 def test_a_command_that_there_is_not(capsys):
     assert cli.main(["trian"]) == 2
     assert "trian is no command; the nearest is train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--seed", "x"]])
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "--seed", "x"]])
 def test_answers_come_without_torch_and_numpy(argv):
     code = (
         "import sys; from reeltune.cli import main; main(sys.argv[1:]);"

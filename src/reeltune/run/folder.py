@@ -7,7 +7,6 @@ import os
 import platform
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from reeltune.config.rules import OPTIMIZERS
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import TEXT, few, read_table, require_fields
+from reeltune.core.versions import with_python
 
 # Settings beside all sizes that decide which sample comes when, and with which noise.
 ORDERING = (
@@ -33,7 +33,6 @@ ORDERING = (
     "context_parallel",
 )
 RESTORE = "restore it from a copy"
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy", "safetensors")
 
 
 def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
@@ -102,15 +101,6 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
 
 
-def versions() -> dict[str, str]:
-    """Of this package, which may be used from its source without being installed, and of LIBRARIES."""
-    try:
-        own = version("reeltune")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {"reeltune": own, **{name: version(name) for name in LIBRARIES}}
-
-
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
     """Writes recipe.yaml (every field but where it went on from) and run.json (versions, machine and `facts`)."""
     anew = replace(recipe, output=replace(recipe.output, resume_from_checkpoint=None))
@@ -119,7 +109,7 @@ def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:
     on_gpu = torch.cuda.is_available()
     about = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": with_python(),
         "machine": {
             "system": platform.platform(),
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),

@@ -14,9 +14,9 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Model, Recipe
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.versions import versions
 from reeltune.data.records import Records
 from reeltune.distributed.engine import Engine
-from reeltune.run.folder import versions
 
 T = TypeVar("T")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # read of each file of a checkpoint, over all of it
