@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from reeltune.estimate import repeated_ops
+
 ROUND_BYTES = 512  # CUDA's allocator gives whole blocks of it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 ELSEWHERE = "elsewhere"  # the part of what is not on the device
 HOST = "host"  # the part of what has left it for the machine's own memory
@@ -148,9 +150,7 @@ class Tracker(TorchDispatchMode):
 
     def _run(self, func, types, args, kwargs) -> Any:
         if FakeTensor in types and _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is None:
-            # As the tensors themselves would, by a way that takes as long again: 186 us an op, and 92 by this one
-            # (measured, 2026-11-27).
-            return self.fake.__torch_dispatch__(func, types, args, kwargs)
+            return repeated_ops.run(self.fake, func, types, args, kwargs)
         if isinstance(args[0], Tensor) or not func._schema.name.endswith(FACTORIES):
             return func(*args, **kwargs)
         with self.fake:
@@ -187,6 +187,8 @@ class Tracker(TorchDispatchMode):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):  # as what most operators make
+        return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
