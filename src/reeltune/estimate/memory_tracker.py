@@ -26,7 +26,7 @@ AWAY = (ELSEWHERE, HOST)
 WEIGHTS = ("weights", "still")  # parts of which a copy in another precision is told apart, as "casts"
 FACTORIES = ("::empty", "::zeros", "::full", "::rand", "::randn", "::randint")
 VALUED = 2**20  # numbers; tensors made of nothing of more than that are noise or room, and nobody looks at them
-aten = torch.ops.aten
+aten, DEVICE = torch.ops.aten, torch.ops.prim.device.default
 T = TypeVar("T")
 FLOPS = {  # torch's own table leaves the CPU's kernel out, which begins with the same arguments as the GPU's
     **flop_registry,
@@ -134,6 +134,8 @@ class Tracker(TorchDispatchMode):
         self.live[new] += self.live.pop(old, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is DEVICE and isinstance(args[0], FakeTensor):  # half of all that is asked
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return torch.ones((), dtype=args[0].dtype).item()  # any number does for one that has no value

@@ -130,7 +130,7 @@ def _outline(out: Any, given: Sequence[FakeTensor], owners: dict[int, list[int]]
             return within
     else:
         raise _UntoldError  # of several that have it only one may in a call that is alike
-    outline = Outline(out.shape, out.stride(), out.storage_offset(), out.dtype, out.fake_device, within)
+    outline = Outline(out.shape, out.stride(), int(out.storage_offset()), out.dtype, out.fake_device, within)
     whole = within is not None or outline.make(out.fake_mode, given).untyped_storage().nbytes() == storage.nbytes()
     if not whole or not _is_plain(out) or out.requires_grad or out.is_inference():
         raise _UntoldError
