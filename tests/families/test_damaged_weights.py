@@ -24,10 +24,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def refused(act, *words) -> UserError:
     """What `act` raises, in bounded time and after at most a few lines."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError) as told:
         act()
-    assert time.monotonic() - began < 20 and len(told.value.problems) < 40
+    assert time.process_time() - began < 20 and len(told.value.problems) < 40
     for word in words:
         assert word in str(told.value)
     return told.value

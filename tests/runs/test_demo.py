@@ -188,7 +188,8 @@ def test_a_short_demo_runs_from_end_to_end(tmp_path, capsys, reports):
 
 
 @pytest.mark.slow
-def test_the_demo_of_an_adapter(tmp_path, capsys, measured_here, reports):
+def test_the_demo_of_an_adapter(tmp_path, capsys, measured_here, reports, monkeypatch):
+    monkeypatch.setattr(demo, "VARIANTS", 2)  # encoding takes most of the time
     with reports():
         assert run(tmp_path / "demo", clips=4, stills=4, held_out=2, steps=8, adapter=True) == 0
     out = tmp_path / "demo/run"
@@ -247,7 +248,8 @@ def test_models_of_wan_are_written_as_released(name, found, tmp_path):
 def test_an_untrained_family_learns_in_a_few_steps(family, tmp_path, capsys, measured_here, reports, monkeypatch):
     def of_untrained(*given, real=demo.of_untrained, **more):  # whose previews, of random weights, are of few steps
         made = real(*given, **more)
-        return replace(made, validation=replace(made.validation, preview_steps=2))
+        sizes, validation = replace(made.sizes, video_sample_n_frames=5), replace(made.validation, preview_steps=2)
+        return replace(made, sizes=sizes, validation=validation)
 
     monkeypatch.setattr(demo, "of_untrained", of_untrained)
     clips, last = (24, 60) if family == "toy" else (4, 8)

@@ -90,7 +90,7 @@ def id_of(folder, name="metadata.json"):
 
 
 def once_measured(client, address):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while "measuring …" in (answer := client.get(address)).text and time.monotonic() < deadline:
         time.sleep(0.05)
     return answer
@@ -255,14 +255,14 @@ def test_jobs_run_once_and_tell_what_was_wrong(capsys):
 
     def act():
         calls.append(1)
-        go.wait(20)
+        go.wait(300)
         raise UserError("list", "is empty")
 
     jobs.begin("a", act)
     jobs.begin("a", act)
     assert jobs.result("a") == (None, None)
     go.set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while jobs.result("a") == (None, None) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert jobs.result("a")[1].problems == ["is empty"] and calls == [1]
@@ -272,7 +272,7 @@ def test_jobs_keep_the_latest_results():
     jobs = Jobs()
     for key in range(20):
         jobs.begin(key, lambda key=key: str(key))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while jobs.result(key)[0] is None and time.monotonic() < deadline:
             time.sleep(0.001)
     assert [key for key in range(20) if jobs.begun(key)] == list(range(12, 20))

@@ -42,11 +42,11 @@ BROKEN_JSON = {
 def test_what_is_no_json_is_said(name, tmp_path):
     content, words = BROKEN_JSON[name]
     (tmp_path / "config.json").write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=words) as told:
         read_json(tmp_path / "config.json")
     assert told.value.where == str(tmp_path / "config.json") and len(told.value.problems) == 1
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_json_is_read_up_to_its_bounds(tmp_path):
@@ -109,10 +109,10 @@ BROKEN_YAML = {
 def test_yaml_that_is_no_table_or_would_explode(name, typed, tmp_path):
     content, words = BROKEN_YAML[name]
     (tmp_path / "a.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=words):
         read_yaml(tmp_path / "a.yaml", "a recipe", typed=typed)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_yaml_that_is_no_table_or_would_explode(name, typed, tmp_path):
 )
 def test_typed_scalars_that_yaml_trips_over(value, tmp_path):
     (tmp_path / "a.yaml").write_text(f"shift: {value}\n")
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match="cannot be read as a model"):
         read_yaml(tmp_path / "a.yaml", "a model's yaml", typed=True)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_yaml_types_are_asked_for(tmp_path):
@@ -136,7 +136,7 @@ def test_yaml_types_are_asked_for(tmp_path):
 
 
 def test_many_unknown_settings_are_counted():
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match="980 more names are no settings") as told:
         build({f"word_{i}": "x" for i in range(1000)})
     assert len(told.value.problems) == 21
@@ -144,7 +144,7 @@ def test_many_unknown_settings_are_counted():
         build({"x" * 90_000: "y"})
     with pytest.raises(UserError) as told:
         build({"seed": "y" * 90_000})
-    assert len(str(told.value)) < 400 and time.monotonic() - began < 20
+    assert len(str(told.value)) < 400 and time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
