@@ -91,12 +91,16 @@ def test_calls_that_differ_are_told_apart(monkeypatch):
     with fake:
         x, whole = torch.empty(4, 6), torch.empty(4, 6, dtype=torch.int64)
     with Through(lambda *given: repeated_ops.run(fake, *given)):
-        dtypes = [(whole * number).dtype for number in (1, 1.0, True, 1j)]
-        views = [x[:, first:].storage_offset() for first in (0, 1, 2)]
-        other = x.t().contiguous().t() + 1
-    assert dtypes == [torch.int64, torch.float32, torch.int64, torch.complex64]
-    assert views == [0, 1, 2]
-    assert other.stride() == (1, 4)
+        by_number = [(whole * number).dtype for number in (1, 1.0, True, 1j)]
+        by_dtype = [(one + 1).dtype for one in (x, x.half(), x.double())]
+        by_stride = [(one + 1).stride() for one in (x, x.t().contiguous().t())]
+        by_offset = [x[:, first : first + 3].t().storage_offset() for first in (0, 1, 2)]
+        by_shape = [(one * 2).shape for one in (x, x[:, :3], x[None])]
+    assert by_number == [torch.int64, torch.float32, torch.int64, torch.complex64]
+    assert by_dtype == [torch.float32, torch.float16, torch.float64]
+    assert by_stride == [(6, 1), (1, 4)]
+    assert by_offset == [0, 1, 2]
+    assert by_shape == [(4, 6), (4, 3), (1, 4, 6)]
 
 
 def test_a_view_is_of_the_tensor_that_is_given_this_time():
@@ -106,4 +110,4 @@ def test_a_view_is_of_the_tensor_that_is_given_this_time():
             x, y = torch.empty(2, 4, 6), torch.empty(2, 4, 6)
         with Through(lambda *given: repeated_ops.run(fake, *given)):
             assert y.view(48).untyped_storage() is y.untyped_storage()
-            assert x.mul_(y) is x
+        assert repeated_ops.run(fake, aten.mul_.Tensor, (type(x),), (x, y), {}) is x
