@@ -6,13 +6,13 @@ import pytest
 from tests.distributed.each_way import rows_of, run_each
 
 WAYS = {
-    "ddp": {"engine": "ddp", "gradient_checkpointing": True},
+    "ddp": {"engine": "ddp"},
     "adapters": {
         **{"engine": "ddp", "rank": 4, "target_name": ["q", "ffn.0"], "base_weights": "int8"},
         "gradient_checkpointing": "products_kept",
     },
     "fsdp": {"engine": "fsdp", "gradient_checkpointing": "attention_kept", "use_ema": True},
-    "zero2": {"engine": "zero2"},
+    "zero2": {"engine": "zero2", "gradient_checkpointing": True},
 }
 
 
@@ -27,8 +27,8 @@ def operators(rank):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """FSDP's of several sizes, whose compilation takes three times as long."""
-    of_one_size = WAYS.keys() - {"fsdp"}
+    """One of several sizes, whose compilation takes three times as long."""
+    of_one_size = WAYS.keys() - {"ddp"}
     return run_each(WAYS, "compile", ("none", "blocks"), tmp_path_factory, before=operators, of_clips=of_one_size)
 
 
@@ -43,5 +43,5 @@ def test_the_run_of_uncompiled_blocks(way, folder):
     (told,) = [text for text in notices if "blocks are compiled" in text or "was compiled anew" in text]
     # Of adapters the first block is given what needs no gradient, and the others what does.
     count = "2 compilations" if way == "adapters" else "1 compilation"
-    sizes = "2 numbers" if way == "fsdp" else "1 number"
+    sizes = "2 numbers" if way == "ddp" else "1 number"
     assert told.startswith(f"the network's blocks are compiled: {count} for {sizes} of tokens")
