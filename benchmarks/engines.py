@@ -51,7 +51,7 @@ def run(model: Path, data: Path, folder: Path, engines: tuple[str, ...], **chang
         torch.set_num_threads(1)
         assert train(recipes["alone"]) == 0
     shared = [made for engine, made in recipes.items() if engine != "alone"]
-    started = processes.forked(shared, 2, folder)
+    started = processes.forked(shared, 2, folder, flushed=True)
     assert started.end(silence_seconds=900) == [0, 0], started.print()
     files = {engine: folder / engine / "metrics.jsonl" for engine in engines}
     return {engine: [json.loads(line) for line in file.read_text().splitlines()] for engine, file in files.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from reeltune.core.imports import lean_imports
+from tests.flushing import flush_nothing
 
 HERE = Path(__file__).resolve().parent
 BESIDE = HERE.parents[1] / "shared"
@@ -24,7 +25,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """What is remembered for all runs of a user is not this user's, nor that of another session."""
+    """What is remembered for all runs of a user is not this user's, nor that of another session; and disks are not
+    waited for."""
+    flush_nothing()
     folder = tempfile.TemporaryDirectory(prefix="user-cache-")
     config.add_cleanup(folder.cleanup)
     os.environ["XDG_CACHE_HOME"] = folder.name

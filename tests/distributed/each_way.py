@@ -24,12 +24,16 @@ SETTINGS = {
 }
 
 
-def run_each(ways, setting, values, tmp_path_factory, before=None):
-    """ways: name -> what its recipes say beside SETTINGS. before: as of processes.train. Returns the folder of all."""
+def run_each(ways, setting, values, tmp_path_factory, before=None, of_clips=()):
+    """ways: name -> what its recipes say beside SETTINGS. before: as of processes.train. of_clips: ways without stills,
+    which have one size. Returns the folder of all."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("engines")
     (folder / "model").mkdir()
     model, data = tiny_checkpoint(folder / "model", "control_v1.1"), data_set(tmp_path_factory.mktemp("data"), clips=4)
+    rows, clips = json.loads((data / "metadata_control.json").read_text()), data / "clips.json"
+    clips.write_text(json.dumps([row for row in rows if row["type"] == "video"]))
+    ways = {name: {**way, "train_data_meta": str(clips)} if name in of_clips else way for name, way in ways.items()}
     settings = {**SETTINGS, "cache_folder": str(folder / "cache")}
     recipes = [
         recipe(model, data, folder / f"{name}-{value}", **{setting: value}, **settings, **way)
@@ -37,7 +41,8 @@ def run_each(ways, setting, values, tmp_path_factory, before=None):
         for value in values
         if WITH_DEEPSPEED or name != "zero2"
     ]
-    assert fill(recipes[0]) == 0
+    for listed in {one.data.train_data_meta: one for one in recipes}.values():
+        assert fill(listed) == 0
     train(recipes, 2, folder, before=before)
     return folder
 

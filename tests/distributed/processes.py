@@ -26,6 +26,7 @@ from reeltune.distributed import watchdog
 from reeltune.families import MODULES
 from reeltune.reporting import report
 from reeltune.training import loop
+from tests.flushing import flush_nothing
 
 SILENCE_SECONDS = 300.0  # of a busy machine; the whole of a run may take as long as it needs
 FOUND_SECONDS = 120.0  # silence after which a rank that is gone, late or lost must have been missed by the others
@@ -175,27 +176,39 @@ class Run:
 Work = Recipe | Callable[[], int]  # which returns an exit code
 
 
-def forked(work: Sequence[Work], count: int, folder: Path, before: Callable[[int], None] | None = None) -> Run:
+def forked(
+    work: Sequence[Work],
+    count: int,
+    folder: Path,
+    before: Callable[[int], None] | None = None,
+    *,
+    flushed: bool = False,
+) -> Run:
     """One thing after another in the same `count` processes, which print into files in `folder`.
 
-    before: is called in each, with its rank; a function of a module's own.
+    before: is called in each, with its rank; a function of a module's own. flushed: what is written is on the disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     told = [folder / f"{port}-rank-{rank}.txt" for rank in range(count)]
-    forks = [FORKS.Process(target=_one, args=(rank, count, port, work, told[rank], before)) for rank in range(count)]
+    given = [(rank, count, port, work, told[rank], before, flushed) for rank in range(count)]
+    forks = [FORKS.Process(target=_one, args=one) for one in given]
     for fork in forks:
         fork.start()
     return Run(forks, told, [folder, *(Path(one.output.output_dir) for one in work if isinstance(one, Recipe))])
 
 
-def _one(rank: int, count: int, port: int, work: Sequence[Work], told: Path, before: Callable | None) -> None:
+def _one(
+    rank: int, count: int, port: int, work: Sequence[Work], told: Path, before: Callable | None, flushed: bool = False
+) -> None:
     with told.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
+    if not flushed:
+        flush_nothing()
     if before is not None:
         before(rank)
     for one in work:

@@ -15,11 +15,11 @@ from reeltune.checkpoint.state import Shared
 from reeltune.families import MODULES
 from reeltune.training import loop
 from tests.distributed.processes import forked, train
-from tests.distributed.test_engines import LIVE, on_a_slow_disk
+from tests.distributed.test_engines import LIVE, Held
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 OF_TOY = {  # tried with one family
     "dora": {"use_dora": True},  # magnitudes are of weights in full: so they are gathered where they are measured
     "pissa": {"lora_init": "pissa"},
@@ -120,7 +120,7 @@ def test_killed_within_a_save_it_ends_in_the_same_bits(runs):
     ours = shutil.ignore_patterns(f"checkpoint-{STEPS}")
     out = shutil.copytree(runs.folder / engine, runs.folder / name, ignore=ours)
     recipes = [runs.recipe(name, resume_from_checkpoint="latest")]
-    run = forked(recipes, 2, runs.folder, on_a_slow_disk)
+    run = forked(recipes, 2, runs.folder, Held((0, 1), save=STEPS))
     run.until((out / f".checkpoint-{STEPS}.partial").exists)
     run.kill()
     assert run.end() == [-signal.SIGKILL] * 2

@@ -26,9 +26,10 @@ ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[
 of_engines = pytest.mark.parametrize("engine", ENGINES)
 pytestmark = pytest.mark.slow
 ADAPTER = {"rank": 4}
-HIGH = {"expert": "high", "max_train_steps": 2}
+HIGH = {"expert": "high", "max_train_steps": 2, "preview_count": 0}
 SHARED = {"context_parallel": 2, "train_batch_size": 4}  # each clip by both processes
 LOOKED_AT = {"held_out_share": 0.25, "preview_count": 1, "preview_steps": 2, "guidance_scale": 1.0}
+BLIND = {"preview_count": 0}  # of runs that are others' once more, but for their previews
 
 
 class Runs:
@@ -74,13 +75,13 @@ def runs(tmp_path_factory):
     recipes = []
     for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
         recipes.append(made.recipe(engine))
-        recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
+        recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other), **BLIND))
         recipes.append(made.recipe(f"{engine}-adapter", **ADAPTER))
         recipes.append(made.recipe(f"{engine}-high", **HIGH))
     recipes.insert(0, made.recipe("fsdp-shared", **SHARED))
     train(recipes, 2, made.folder)
     last = made.half_of(ENGINES[-1])
-    assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
+    assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last, **BLIND)) == 0
     return made
 
 
@@ -149,7 +150,7 @@ def test_killed_it_ends_in_the_same_bits(runs):
     """Of engines that share, one; runs/test_resume.py has one process."""
     engine = "fsdp"
     name = f"{engine}-killed"
-    recipes = [runs.recipe(name, checkpointing_steps=1, resume_from_checkpoint="latest")]
+    recipes = [runs.recipe(name, checkpointing_steps=1, resume_from_checkpoint="latest", **BLIND)]
     run = forked(recipes, 2, runs.folder, hasty)
     run.until((runs.folder / name / "checkpoint-2").exists)
     run.kill()

@@ -22,12 +22,13 @@ from reeltune.distributed.watchdog import EXIT_CODE
 from reeltune.export.main import export
 from reeltune.families import MODULES, configs, weights
 from reeltune.training import loop as module
+from reeltune.training.learner import Learner
 from tests.distributed.gathered import leave_gathered
 from tests.distributed.processes import FOUND_SECONDS, Run, forked, hasty, train
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
-STEPS, HALF = 8, 4
+STEPS, HALF = 6, 3
 BF16 = {"mixed_precision": "bf16", "max_train_steps": HALF}
 GROUP = 4  # samples of a micro-step over all processes
 TOLERANCE = 2e-6  # relative, in fp32; of the first 8 steps at most 1.7e-7 was measured, of 12 3.8e-7
@@ -181,14 +182,30 @@ def test_each_is_killed_in_each_way():
         assert {kind_of(family, engine) for engine in EVERY} == set(KILLED)
 
 
-def on_a_slow_disk(rank):
-    hasty(rank)
+@dataclass(frozen=True)
+class Held:
+    """For `before`: these ranks come no further than they are to be killed at, however late the kill."""
 
-    def fsync(handle, real=os.fsync):
-        time.sleep(0.05)
-        real(handle)
+    ranks: tuple[int, ...]
+    save: int | None = None  # the checkpoint's step; its first flush does not end
+    step: int | None = None  # does not end, counted from 0
 
-    os.fsync = fsync
+    def __call__(self, rank):
+        hasty(rank)
+        if rank not in self.ranks:
+            return
+
+        def fsync(handle, real=os.fsync):
+            if f".checkpoint-{self.save}.partial" in os.readlink(f"/proc/self/fd/{handle}"):
+                time.sleep(FOUND_SECONDS)
+            real(handle)
+
+        def step(learner, number, rate, real=Learner.step):
+            if number == self.step:
+                time.sleep(FOUND_SECONDS)
+            return real(learner, number, rate)
+
+        os.fsync, Learner.step = fsync, step
 
 
 @dataclass
@@ -206,11 +223,13 @@ def kill(runs, engine):
     out = runs.begin(engine, f"{engine}-killed")
     step, rank = HALF + chance.randint(1, 2), chance.randrange(2)
     saved, partial = out / f"checkpoint-{step}", out / f".checkpoint-{step}.partial"
-    run = forked([runs.after_kill(engine)], 2, runs.folder, on_a_slow_disk if "save" in kind else hasty)
+    ranks = (0, 1) if "all" in kind else (rank,)
+    held = Held(ranks, save=step if "save" in kind else None, step=STEPS - 1)
+    run = forked([runs.after_kill(engine)], 2, runs.folder, held)
     run.until(partial.exists if "save" in kind else saved.exists)
     if "save" not in kind:
-        time.sleep(chance.uniform(0, STEPS - 2 - step) * statistics.median(row["step_s"] for row in runs.rows(engine)))
-    run.kill(*(() if "all" in kind else [rank]))
+        time.sleep(chance.uniform(0, STEPS - step) * statistics.median(row["step_s"] for row in runs.rows(engine)))
+    run.kill(*ranks)
     return Killed(kind, rank, run.end(FOUND_SECONDS), run, saved.exists())
 
 

@@ -1,5 +1,7 @@
 """A step on few blocks for many, against all of them."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ SETTINGS = {
     "spread": {"gradient_checkpointing": "attention_kept", "gradient_checkpointing_share": 0.5},
     "products": {"gradient_checkpointing": "products_kept", "rank": 4},
     "elsewhere": {"offload_activations": True},
-    "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": 8, "offload_activations": True},
+    "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": DEPTH, "offload_activations": True},
     "dora": {"rank": 4, "use_dora": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
@@ -44,17 +46,31 @@ def deep(name, place, layers=DEPTH):
     return derive(SHOWN[name].write(source), folder, changes=changes)
 
 
+@pytest.fixture(scope="module")
+def estimated(tmp_path_factory):
+    """(model, setting) -> (an Estimator, a recipe). Settings of a model share one: encoders and VAE run once."""
+    estimators = {}
+
+    @cache
+    def model_of(name, layers):
+        return deep(name, tmp_path_factory.mktemp("model"), layers)
+
+    def made(name, setting):
+        model, out = model_of(name, SETTINGS[setting].get("blocks_to_swap", DEPTH)), tmp_path_factory.mktemp("out")
+        asked = {"train_mode": families.find(model).modes[0], "mixed_precision": "bf16", **SETTINGS[setting]}
+        run = recipe(model, out, out, **asked)
+        return estimators.setdefault(model, Estimator(run)), run
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "setting"), CASES)
-def test_four_blocks_of_a_kind_stand_for_all(name, setting, tmp_path, monkeypatch):
+def test_four_blocks_of_a_kind_stand_for_all(name, setting, estimated, monkeypatch):
     monkeypatch.setattr(
         memory_tracker, "ROUND_BYTES", 1
     )  # or small tensors, such as norms, would be large in so small a net
-    model = deep(name, tmp_path, SETTINGS[setting].get("blocks_to_swap", DEPTH))
-    mode = families.find(model).modes[0]
-    run = recipe(model, tmp_path, tmp_path / "out", train_mode=mode, mixed_precision="bf16", **SETTINGS[setting])
-
-    estimator = Estimator(run)
+    estimator, run = estimated(name, setting)
 
     def step():
         return estimator.step(run, draws(Shape(5, 32, 48)), CAPTIONS, preview=setting != "in_backward")

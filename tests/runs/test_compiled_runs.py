@@ -22,6 +22,7 @@ from tests.runs.small_run import recipe
 BLOCKS = {"compile": "blocks", "max_train_steps": 4, "checkpointing_steps": 3}  # of which a run is gone on with
 OF_SIZES = {"random_hw_adapt": True, "training_with_video_token_length": True, "image_sample_size": 160}
 ADAPTER = {"rank": 2, "lora_dropout": 0.2, "gradient_checkpointing": True, "blocks_to_swap": 1}
+ADAPTER |= {"target_name": ["q", "ffn.0"]}  # layers alike beside them would only be compiled for longer
 
 
 @pytest.fixture
