@@ -12,6 +12,7 @@ from reeltune.adapters import saved
 from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import is_shared
 from reeltune.checkpoint.state import Shared
+from reeltune.distributed import fsdp
 from reeltune.families import MODULES
 from reeltune.training import loop
 from tests.distributed.processes import forked, train
@@ -77,6 +78,10 @@ class Runs:
         return {released: stored[released] for released in stored}
 
 
+def too_old(engine, settings):
+    return engine == "fsdp" and "base_weights" in settings and fsdp.OLD
+
+
 @pytest.fixture(scope="module")
 def runs(one_of_a_family, data, tmp_path_factory):
     torch.set_num_threads(1)
@@ -90,7 +95,7 @@ def runs(one_of_a_family, data, tmp_path_factory):
     for kind, settings in made.kinds.items():
         changes = {**settings, "max_train_steps": HALF}
         assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
-        recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES]
+        recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES if not too_old(engine, settings)]
     if made.family == "toy":
         onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
         recipes.append(made.recipe("fsdp-onward", **onward))
@@ -169,6 +174,8 @@ def test_losses_and_adapter_are_those_of_one_process(engine, runs):
 )
 def test_other_kinds_learn_as_in_one_process(kind, engine, runs):
     made_by(engine)
+    if too_old(engine, runs.kinds[kind]):
+        pytest.skip(f"torch {torch.__version__} shards no integers, which FSDP does from 2.12 on")
     alone, plain = runs.losses(f"alone-{kind}"), runs.losses("alone")
     assert runs.losses(f"{engine}-{kind}") == pytest.approx(alone, rel=1e-5)
     assert alone[HALF] != plain[HALF]

@@ -27,7 +27,7 @@ SETTINGS = {
     "spread": {"gradient_checkpointing": "attention_kept", "gradient_checkpointing_share": 0.5},
     "products": {"gradient_checkpointing": "products_kept", "rank": 4},
     "elsewhere": {"offload_activations": True},
-    "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": DEPTH, "offload_activations": True},
+    "adapters": {"rank": 4, "base_weights": "int8", "blocks_to_swap": DEPTH + 1, "offload_activations": True},
     "dora": {"rank": 4, "use_dora": True},
     "in_backward": {"gradient_checkpointing": True, **LEAN},
 }
@@ -75,7 +75,15 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, estimated, monkeypat
     def step():
         return estimator.step(run, draws(Shape(5, 32, 48)), CAPTIONS, preview=setting != "in_backward")
 
+    stands, shortened = [], repeated_blocks.shorten
+
+    def looked_at(*args, **how):
+        stands.extend(shortened(*args, **how))
+        return stands
+
+    monkeypatch.setattr(repeated_blocks, "shorten", looked_at)
     few = step()
+    assert bool(stands) == (setting != "spread") and all(stand.times > 1 for stand in stands)
     for key in [key for key in estimator._known if key[0] == "step"]:  # which shortens a network
         del estimator._known[key]
     whole = []
