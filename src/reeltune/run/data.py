@@ -54,38 +54,15 @@ def gather(
     group: samples of a micro-step over all processes; those of one process, if not given. groups_run_on: as of Plan.
     just_scanned: another process of this run has; its index is taken, and no file is looked at.
     """
-    data = recipe.data
-    root = Path(data.train_data_dir)
-    needs = FILE_INPUTS & set(family.needs[mode])
+    data, needs = recipe.data, FILE_INPUTS & set(family.needs[mode])
     rules = size_rules(recipe, family)
-
-    def scanned(meta: str, progress: Callable[[int, int], None]) -> Scan:
-        return scan(
-            Path(meta),
-            root,
-            needs=needs,
-            decode_check=data.decode_check,
-            allow_outside_paths=data.allow_outside_paths,
-            max_bad_share=data.max_bad_share,
-            index_dir=Path(recipe.output.output_dir) / "index",
-            workers=usable_cores(),
-            progress=progress,
-            just_scanned=just_scanned,
-        )
-
-    def scanned_with_bar(meta: str) -> Scan:
-        columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Terminal(stderr=True)
-        shown = show_progress and console.is_terminal  # elsewhere a transient bar leaves an empty line
-        with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-            task = bar.add_task(f"scan {Path(meta).name}", total=None)
-            return scanned(meta, lambda done, files: bar.update(task, completed=done, total=files))
-
-    train_scan = scanned_with_bar(data.train_data_meta)
+    scanned = partial(_scanned, recipe, needs, show_progress=show_progress, just_scanned=just_scanned)
+    train_scan = scanned(data.train_data_meta)
     usable, unsuited = suited(train_scan.records, rules, family.least_frames)
     notices = [*train_scan.notices, *lone_frames(rules), *short_clips(usable, rules)]
     notices += [] if just_scanned else cut_captions(family, named_captions(usable))
     if data.validation_data_meta is not None:
-        train, held_out_scan = usable, scanned_with_bar(data.validation_data_meta)
+        train, held_out_scan = usable, scanned(data.validation_data_meta)
         held_out, short = suited(held_out_scan.records, rules, family.least_frames)
         refuse_shared(train, held_out)
         lines = [*map(str, held_out_scan.left_out), *map(str, short), *held_out_scan.notices]
@@ -93,7 +70,7 @@ def gather(
         lines += [] if just_scanned else cut_captions(family, named_captions(held_out))
         notices += [f"{Path(data.validation_data_meta).name}: {line}" for line in lines]
     else:
-        rows = split(usable, data.held_out_share, str(root))
+        rows = split(usable, data.held_out_share, str(Path(data.train_data_dir)))
         train, held_out = (usable.take(part) for part in rows)
     group = group or recipe.training.train_batch_size
     plan = partial(
@@ -123,6 +100,27 @@ def gather(
         reader=reader(train, drop=family.drop, text_drop_ratio=data.text_drop_ratio),
         held_out_reader=reader(held_out, drop=dict.fromkeys(family.drop, 0.0), text_drop_ratio=0.0),
     )
+
+
+def _scanned(recipe: Recipe, needs: frozenset[str], meta: str, *, show_progress: bool, just_scanned: bool) -> Scan:
+    """The clips of a list."""
+    data = recipe.data
+    columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Terminal(stderr=True)
+    shown = show_progress and console.is_terminal  # elsewhere a transient bar leaves an empty line
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task(f"scan {Path(meta).name}", total=None)
+        return scan(
+            Path(meta),
+            Path(data.train_data_dir),
+            needs=needs,
+            decode_check=data.decode_check,
+            allow_outside_paths=data.allow_outside_paths,
+            max_bad_share=data.max_bad_share,
+            index_dir=Path(recipe.output.output_dir) / "index",
+            workers=usable_cores(),
+            progress=lambda done, files: bar.update(task, completed=done, total=files),
+            just_scanned=just_scanned,
+        )
 
 
 def named_captions(records: Records) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from reeltune.data.plan import Plan
 from reeltune.diffusion.loss import Loss
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
-from reeltune.families.spec import Family, learning
+from reeltune.families.spec import Family, Parts, learning
 from reeltune.memory import attention, compiled
 from reeltune.memory.choices import faster
 from reeltune.reporting.ledger import Ledger
@@ -105,11 +105,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if resumed_from is not None:
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
     cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
-    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    first = learning(family)[0]
-    own, part = of_expert(recipe, first.expert), resumed_from and checkpoint.part(resumed_from, first.expert)
-    transformer = None if part is None else checkpoint.transformer_of(part)
-    parts = load_parts(own, first, engine.device, transformer, encoders=cache is None, start_on=start_on)
+    parts = _load(recipe, engine, family, resumed_from, encoders=cache is None)
     pixel_reader = None if cache is None else inputs.reader
     if cache is not None:
         parts.null |= cache.null(engine.device)
@@ -129,8 +125,6 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
-    stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
-    slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
@@ -154,16 +148,30 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         facts=facts | {**turns.counts, "attention": training.attention, "processes": engine.world},
         notices=[
             *notices,
-            *engine.parallelism.notices,
-            *inputs.scan.notices,
-            *stale,
-            *slow,
+            *_notices(recipe, engine, inputs, total_steps),
             *changes,
-            *(notice for turn in turns.each for notice in turn.learner.network.notices),
+            *turns.notices,
             *attention.notices(training.attention),
             *validation.notices,
         ],
     )
+
+
+def _load(recipe: Recipe, engine: Engine, family: Family, resumed_from: Path | None, *, encoders: bool) -> Parts:
+    """The network that learns, the first of two, as it is released or as the checkpoint has it, and those beside it."""
+    first = learning(family)[0]
+    part = None if resumed_from is None else checkpoint.part(resumed_from, first.expert)
+    transformer = None if part is None else checkpoint.transformer_of(part)
+    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
+    own = of_expert(recipe, first.expert)
+    return load_parts(own, first, engine.device, transformer, encoders=encoders, start_on=start_on)
+
+
+def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -> list[str]:
+    """Of what is to be trained on, where, and at which rate."""
+    stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
+    slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
+    return [*engine.parallelism.notices, *inputs.scan.notices, *stale, *slow]
 
 
 def loop(run: Run) -> int:

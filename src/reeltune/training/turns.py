@@ -72,6 +72,10 @@ class Turns:
         counts = [turn.learner.network.counts for turn in self.each]
         return {name: sum(one[name] for one in counts) for name in counts[0]}
 
+    @property
+    def notices(self) -> list[str]:
+        return [notice for turn in self.each for notice in turn.learner.network.notices]
+
     def come(self, turn: Turn) -> None:
         """Moves this network to the device, once the other has left it."""
         for other in self.each:
