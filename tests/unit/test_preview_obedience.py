@@ -98,7 +98,10 @@ def test_previews_of_which_nothing_can_be_said_are_left_out_of_both_means(tmp_pa
     assert later["n"] == 2 and later["score"] == pytest.approx(0.4) and later["score_start"] == pytest.approx(0.2)
     assert later["previews"][1]["score"] == 1.0 and later["previews"][1]["score_start"] is None
     assert measured(judged, 3, [1, 1, 1], controls=[0, 0, 0]) is None
-    assert "is control_kind what the controls are? are previews large and long enough?" in JUDGE.unmeasured
+    assert (
+        "see that control_kind is what the controls are, and that previews are large and long enough"
+        in JUDGE.unmeasured
+    )
 
 
 def test_a_resumed_run_pairs_with_the_same_start(tmp_path):
