@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -126,6 +126,13 @@ def captions_in(case: Path) -> tuple[list[str], int]:
     length = re.search(r"max_length=(\d+)", readme)
     assert said is not None and length is not None
     return re.findall(r'"([^"]*)"', said.group(1)), int(length.group(1))
+
+
+def measured(path: Path, kinds: Mapping[str, Callable[[Golden, Family, Parts], None]]) -> list[Row]:
+    """All rows of one golden file. kinds: what its name begins with -> what compares such a file."""
+    golden = Golden(path)
+    kinds[path.stem.split("_")[0]](golden, *loaded(path.parent))
+    return golden.rows
 
 
 # ---- inputs of ours, and comparisons

@@ -24,7 +24,7 @@ from benchmarks.golden import (
     compare_schedule,
     compare_vae,
     gradients,
-    loaded,
+    measured,
     settings_of,
     to_u8,
 )
@@ -46,11 +46,8 @@ def golden_files(goldens: Path) -> list[Path]:
 
 def measure(path: Path) -> list[Row]:
     """All rows of one golden file."""
-    golden = Golden(path)
-    family, parts = loaded(path.parent)
     kinds = {"scheduler": scheduler, "vae": vae, "text": text, "transformer": transformer, "train": train_step}
-    kinds[path.stem.split("_")[0]](golden, family, parts)
-    return golden.rows
+    return measured(path, kinds)
 
 
 def scheduler(golden: Golden, family: Family, parts: Parts) -> None:

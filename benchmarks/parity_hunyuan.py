@@ -21,7 +21,7 @@ from benchmarks.golden import (
     compare_schedule,
     compare_vae,
     gradients,
-    loaded,
+    measured,
     settings_of,
     to_u8,
 )
@@ -41,11 +41,7 @@ def golden_files(goldens: Path) -> list[Path]:
 
 def measure(path: Path) -> list[Row]:
     """All rows of one golden file."""
-    golden = Golden(path)
-    family, parts = loaded(path.parent)
-    kind = path.stem.split("_")[0]
-    {"scheduler": scheduler, "vae": vae, "transformer": transformer, "train": train_step}[kind](golden, family, parts)
-    return golden.rows
+    return measured(path, {"scheduler": scheduler, "vae": vae, "transformer": transformer, "train": train_step})
 
 
 def scheduler(golden: Golden, family: Family, parts: Parts) -> None:

@@ -21,6 +21,7 @@ from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
 from reeltune.core.guarded import guarded
 from reeltune.core.imports import lean_imports
+from reeltune.core.near import nearest
 from reeltune.core.options import Options, a_path, number, one_of, utf8_path, whole_number, whole_numbers
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
@@ -85,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(f"{name} {number}" for name, number in with_python().items()))
             return 0
         if command not in COMMANDS:
-            near = difflib.get_close_matches(command, COMMANDS, 1)
-            meant = f"; the nearest is {near[0]}" if near else ""
-            raise UserError("reeltune", f"{command} is no command{meant}; reeltune --help lists them")
+            raise UserError(
+                "reeltune", f"{command} is no command{nearest(command, COMMANDS)}; reeltune --help lists them"
+            )
         return COMMANDS[command](rest)
 
     return guarded(act)

@@ -7,10 +7,11 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from reeltune.config.flags import flags
-from reeltune.config.parse import build, dump, flat, nearest, read, sentences, settings
+from reeltune.config.parse import build, dump, flat, read, sentences, settings
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import RANGES
 from reeltune.core.errors import UserError
+from reeltune.core.near import nearest
 
 MODES = ("normal", "inpaint", "i2v", "ti2v", "control", "control_ref", "control_ref_camera")
 

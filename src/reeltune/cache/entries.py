@@ -89,14 +89,14 @@ def items_of(keys: Keys, inputs: Inputs) -> Iterator[Item]:
                         f"{gone.filename} cannot be opened: {gone.strerror}; it was there when the list was looked "
                         "through; put it back, or start again, which leaves its entry out",
                     ) from gone
-                content = content_in(record)
-                of_text = content if keys.text_of_clip else ""
-                yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip), content, of_text)
+                yield Item(split, row, variant, draw.shape, clip, keys.text(record, clip), *contents_of(keys, record))
 
 
-def content_in(record: Record) -> str:
-    """What its files held when they were measured; "" is unknown. Keys have it not, since older caches do not."""
-    return f"{record.content:x} {record.control_content:x}" if record.content or record.control_content else ""
+def contents_of(keys: Keys, record: Record) -> tuple[str, str]:
+    """What the files of its clip, and of its text where that depends on them, held when they were measured; "" is
+    unknown. Keys have it not, since older caches do not."""
+    content = f"{record.content:x} {record.control_content:x}" if record.content or record.control_content else ""
+    return content, content if keys.text_of_clip else ""
 
 
 def grouped(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
@@ -164,8 +164,7 @@ class View:
         if clip in self.store.failed:
             raise MediaError(self.store.failed[clip])
         text = self.keys.text(record, clip)
-        content = content_in(record)
-        of_text = content if self.keys.text_of_clip else ""
+        content, of_text = contents_of(self.keys, record)
         if not self.store.has_made(clip, content) or not self.store.has_made(text, of_text):
             raise UserError(
                 "cache_folder",

@@ -21,11 +21,13 @@ import yaml
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import broken_rules
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.near import nearest
 from reeltune.core.reading import brief, read_yaml
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
 NOTHING = ("", "none", "null", "~")  # words for None, where a field may be None
+ALL_SETTINGS = "; reeltune train --help lists all"
 UNKNOWN_NAMED = 20  # names that are no settings, told one by one
 TRUTH = {"true": True, "false": False}
 TRAIN_MODE_ALIASES = {
@@ -142,7 +144,7 @@ def build(
     for name, value in given.items():
         if name not in known:
             if name in unknown[:UNKNOWN_NAMED]:
-                problems.append(f"{brief(name)[1:-1]} is no setting{nearest(name[:100], known)}")
+                problems.append(f"{brief(name)[1:-1]} is no setting{nearest(name[:100], known, ALL_SETTINGS)}")
             continue
         try:
             values[name] = converted(known[name], value)
@@ -172,12 +174,6 @@ def _assembled(values: Mapping[str, Any]) -> Recipe:
         sections.setdefault(settings()[name].section, {})[name] = value
     kinds = get_type_hints(Recipe)
     return Recipe(**{section: kinds[section](**given) for section, given in sections.items()})
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; the nearest is {close[0]}" if close else "; reeltune train --help lists all"
 
 
 def converted(setting: Setting, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import is_utf8, shell_word
+from reeltune.core.near import nearest
 
 notices = logging.getLogger(__name__)  # without a handler, Python prints its warnings bare on stderr
 
@@ -55,13 +56,10 @@ class Options(argparse.ArgumentParser):
     def _unknown(self, rest: Sequence[str]) -> list[str]:
         """Of flags alone, where there are any: a word behind one may be its value."""
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
-        return [f"{flag} is no flag of {self.prog}{self._nearest(flag)}" for flag in flags] or [
+        listed = f"; {self.prog} --help lists all"
+        return [f"{flag} is no flag of {self.prog}{nearest(flag, self.flags, listed)}" for flag in flags] or [
             f"{word!r} is a word too many; {self.prog} --help tells what it takes" for word in rest
         ]
-
-    def _nearest(self, flag: str) -> str:
-        close = difflib.get_close_matches(flag, self.flags, 1)
-        return f"; the nearest is {close[0]}" if close else f"; {self.prog} --help lists all"
 
 
 def tell_repeated(argv: Sequence[str], flags: Container[str]) -> None:

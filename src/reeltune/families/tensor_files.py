@@ -130,9 +130,7 @@ def _refuse_unfinished(files: Sequence[Path]) -> None:
 
 def has_weights(path: Path) -> bool:
     """Whether `path` is a file, or a folder in which `files_of` would look further than its names."""
-    endings = ("", ".index.json")
-    named = (path / f"{stem}.safetensors{ending}" for stem in STEMS for ending in endings)
-    return path.is_file() or any(file.is_file() for file in named) or any(_shards(path, stem) for stem in STEMS)
+    return path.is_file() or any(_has_stem(path, stem) for stem in STEMS)
 
 
 def why_no_weights(path: Path) -> str:

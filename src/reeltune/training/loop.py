@@ -32,7 +32,7 @@ from reeltune.run.experts import of_expert
 from reeltune.run.folder import changes_since, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
-from reeltune.run.model import choose_family, encode_options, load_parts
+from reeltune.run.model import choose_family, encode_options
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import DrawnControls, drawn_controls
 from reeltune.sampling.sample import Setup
@@ -52,7 +52,7 @@ from reeltune.training.rank_checks import (
 )
 from reeltune.training.rate import rate_notices
 from reeltune.training.run import Run
-from reeltune.training.turns import Turn, looked_at, turns_of
+from reeltune.training.turns import Turn, load_network, looked_at, turns_of
 
 
 def train(recipe: Recipe) -> int:
@@ -161,10 +161,7 @@ def _load(recipe: Recipe, engine: Engine, family: Family, resumed_from: Path | N
     """The network that learns, the first of two, as it is released or as the checkpoint has it, and those beside it."""
     first = learning(family)[0]
     part = None if resumed_from is None else checkpoint.part(resumed_from, first.expert)
-    transformer = None if part is None else checkpoint.transformer_of(part)
-    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
-    own = of_expert(recipe, first.expert)
-    return load_parts(own, first, engine.device, transformer, encoders=encoders, start_on=start_on)
+    return load_network(of_expert(recipe, first.expert), first, engine, part, encoders=encoders)
 
 
 def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -> list[str]:

@@ -124,10 +124,16 @@ def turns_of(
 
 def _beside(recipe: Recipe, family: Family, parts: Parts, engine: Engine, part: Path | None) -> Parts:
     """The parts for a second network that learns: its weights, beside the same frozen networks."""
-    start_on = torch.device("cpu") if engine.sharded else None
-    source = None if part is None else checkpoint.transformer_of(part)
-    other = load_parts(recipe, family, engine.device, source, encoders=False, start_on=start_on)
+    other = load_network(recipe, family, engine, part, encoders=False)
     return replace(parts, net=other.net, config=other.config)
+
+
+def load_network(recipe: Recipe, family: Family, engine: Engine, part: Path | None, *, encoders: bool) -> Parts:
+    """One network that learns, as it is released or as this part of a checkpoint has it; encoders: and those beside
+    it."""
+    source = None if part is None else checkpoint.transformer_of(part)
+    start_on = torch.device("cpu") if engine.sharded else None  # each process moves its share alone
+    return load_parts(recipe, family, engine.device, source, encoders=encoders, start_on=start_on)
 
 
 def looked_at(turns: Turns, setup: Setup) -> Setup:
