@@ -34,7 +34,9 @@ def run(argv, folder: Path, place: str):
         loader.read_frames = hung
     else:
         module, *owner, name = place.split(":")
-        setattr(getattr(import_module(module), owner[0]) if owner else import_module(module), name, hung)
+        holder = getattr(import_module(module), owner[0]) if owner else import_module(module)
+        assert hasattr(holder, name), f"{place} is nowhere"
+        setattr(holder, name, hung)
     sys.exit(cli.main(argv))
 
 

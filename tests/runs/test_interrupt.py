@@ -103,7 +103,7 @@ def test_the_second_leaves_a_hung_reader(command, workers, run, hang, tmp_path):
     ("command", "place"),
     [
         ("train", "reeltune.families.spec:Family:encode"),
-        ("train", "reeltune.training.loop:load_parts"),
+        ("train", "reeltune.training.turns:load_parts"),
         ("sample", "reeltune.families.spec:Family:encode"),
         ("plan", "reeltune.estimate.main:gather"),
         ("check", "reeltune.estimate.check:gather"),
