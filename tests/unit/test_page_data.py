@@ -18,7 +18,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Shape
 from reeltune.data.keypoints import Keypoints, People, write_keypoints
 from reeltune.data.media import read_frames, write_clip
-from reeltune.page import seen
+from reeltune.page import jobs, seen
 from reeltune.page.app import make_app
 from reeltune.page.found import Shelf
 from reeltune.page.jobs import Jobs
@@ -55,7 +55,8 @@ def ball(path, shade, size=(64, 96), frames=FRAMES):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A list of five clips, one of them short, a picture, and an entry whose file is not there."""
+    """A list of five clips, one of them short, a picture, and an entry whose file is not there. What a page began to
+    measure in them ends with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = tmp_path / "served"
     served.mkdir()
@@ -72,7 +73,10 @@ def folder(tmp_path, monkeypatch):
     (served / "model").mkdir()
     (served / "model/toy.json").write_text("{}")
     (served / "toy.yaml").write_text(RECIPE.format(folder=served, model=served / "model"))
-    return served
+    yield served
+    for thread in threading.enumerate():
+        if thread.name == jobs.THREAD:
+            thread.join()
 
 
 def within(folder):
@@ -251,31 +255,31 @@ def test_posters_are_made_once_and_small(folder):
 
 
 def test_jobs_run_once_and_tell_what_was_wrong(capsys):
-    jobs, calls, go = Jobs(), [], threading.Event()
+    ours, calls, go = Jobs(), [], threading.Event()
 
     def act():
         calls.append(1)
         go.wait(300)
         raise UserError("list", "is empty")
 
-    jobs.begin("a", act)
-    jobs.begin("a", act)
-    assert jobs.result("a") == (None, None)
+    ours.begin("a", act)
+    ours.begin("a", act)
+    assert ours.result("a") == (None, None)
     go.set()
     deadline = time.monotonic() + 300
-    while jobs.result("a") == (None, None) and time.monotonic() < deadline:
+    while ours.result("a") == (None, None) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert jobs.result("a")[1].problems == ["is empty"] and calls == [1]
+    assert ours.result("a")[1].problems == ["is empty"] and calls == [1]
 
 
 def test_jobs_keep_the_latest_results():
-    jobs = Jobs()
+    ours = Jobs()
     for key in range(20):
-        jobs.begin(key, lambda key=key: str(key))
+        ours.begin(key, lambda key=key: str(key))
         deadline = time.monotonic() + 300
-        while jobs.result(key)[0] is None and time.monotonic() < deadline:
+        while ours.result(key)[0] is None and time.monotonic() < deadline:
             time.sleep(0.001)
-    assert [key for key in range(20) if jobs.begun(key)] == list(range(12, 20))
+    assert [key for key in range(20) if ours.begun(key)] == list(range(12, 20))
 
 
 # ---- the screen

@@ -9,6 +9,7 @@ from typing import Any
 
 from reeltune.core.errors import UserError
 
+THREAD = "judge"  # name of those that work
 KEPT = 8  # results; those of a long list are large
 
 
@@ -28,7 +29,7 @@ class Jobs:
             for old in done[: max(len(done) - KEPT + 1, 0)]:
                 del self._jobs[old]
             self._jobs[key] = future = Future()
-        threading.Thread(target=self._run, args=(future, act), name="judge", daemon=True).start()
+        threading.Thread(target=self._run, args=(future, act), name=THREAD, daemon=True).start()
 
     def _run(self, future: Future[Any], act: Callable[[], Any]) -> None:
         with self._one_at_a_time:
