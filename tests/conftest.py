@@ -83,8 +83,8 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config, items):
     """Of tests that run over families, those of the marker `family` stay with theirs; of those of `quick_by_family` the
-    first checkpoint and mode of each family, or of those that it names, stay quick; those of `first_by_family` run over
-    the first alone."""
+    first checkpoint and mode of each family, or of those that it names, stay quick; those of `first_by_family` and of
+    `first_by_network` run over the first alone."""
     others, first, alone = set(), {}, {}
     for item in items:
         quick = item.get_closest_marker("quick_by_family")
@@ -94,10 +94,12 @@ def pytest_collection_modifyitems(config, items):
             is_first = first.setdefault((item.path, pair.family), pair) == pair
             if not is_first or (quick.args and pair.family not in quick.args):
                 item.add_marker("slow")
-        if item.get_closest_marker("first_by_family"):
-            checkpoint = item.callspec.params["any_checkpoint"]
-            if alone.setdefault(checkpoint.family, checkpoint) != checkpoint:
-                others.add(item)
+        for by in ("family", "network"):
+            if item.get_closest_marker(f"first_by_{by}"):
+                checkpoint = item.callspec.params["any_checkpoint"]
+                alike = (checkpoint.family, checkpoint.network) if by == "network" else checkpoint.family
+                if alone.setdefault(alike, checkpoint) != checkpoint:
+                    others.add(item)
         family = item.get_closest_marker("family")
         if family and item.callspec.params["one_of_a_family"].family not in family.args:
             others.add(item)

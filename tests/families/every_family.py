@@ -46,6 +46,8 @@ class Pair:
     mode: str
     lay_out: Callable[[Path], Path]
     """An empty folder -> the checkpoint's: the same one, filled, or where the files lie already."""
+    network: str = ""
+    """Of a family, one for all networks that differ in the channels that they take in alone."""
     settings: tuple[tuple[str, str], ...] = ()
     """What a recipe must say beside the mode."""
 
@@ -65,20 +67,23 @@ def pairs(goldens: Path, *, modes: bool = True) -> list[Any]:
     for folder in sorted(folders):
         family = families.find(folder)
         variants.add(family.name)
-        found.append(_pairs(family, folder.name, family.modes, partial(_there, folder)))
-        for mode, changes in others(family, configs.read_config(folder / "transformer")):
-            found.append(_pairs(family, f"{folder.name}-other", (mode,), partial(derive, folder, changes=changes)))
+        config = configs.read_config(folder / "transformer")
+        found.append(_pairs(family, folder.name, family.modes, partial(_there, folder), _network(config)))
+        for mode, changes in others(family, config):
+            other = partial(derive, folder, changes=changes)
+            found.append(_pairs(family, f"{folder.name}-other", (mode,), other, _network(config | changes)))
     covered = {one[0].values[0].family for one in found if one}
     for family in [family for family in OWN_WAN if family.name not in variants]:
         variant, shown = family.name.removeprefix("wan_fun/"), family.modes
         if family in OF_WHOLE_RUNS:
             shown = family.modes[:1] if modes else ()
-        found.append(_pairs(family, variant, shown, partial(tiny_checkpoint, variant=variant)))
+        found.append(_pairs(family, variant, shown, partial(tiny_checkpoint, variant=variant), variant))
     for name, family in OWN.items():
         if name not in covered:
-            found.append(_pairs(family, name, family.modes, SHOWN[name].write))
+            found.append(_pairs(family, name, family.modes, SHOWN[name].write, _network({})))
             for mode, changes in others(family, {}):
-                found.append(_pairs(family, f"{name}-other", (mode,), partial(_derive_own, name, changes)))
+                other = partial(_derive_own, name, changes)
+                found.append(_pairs(family, f"{name}-other", (mode,), other, _network(changes)))
     return [pair for one in found for pair in (one if modes else one[:1])]
 
 
@@ -91,11 +96,20 @@ def one_each(goldens: Path) -> list[Any]:
     ]
 
 
-def _pairs(family: Family, checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path]) -> list[Any]:
+def _network(config: dict[str, Any]) -> str:
+    return repr(sorted((key, value) for key, value in config.items() if key not in ("in_channels", "in_dim")))
+
+
+def _pairs(
+    family: Family, checkpoint: str, modes: tuple[str, ...], lay_out: Callable[[Path], Path], network: str = ""
+) -> list[Any]:
     name = family.name.partition("/")[0]
     expert = "high" if family.name in HIGH else "low"
     settings = () if family.boundary is None else (("expert", expert),)
-    return [pytest.param(Pair(name, checkpoint, mode, lay_out, settings), id=f"{checkpoint}-{mode}") for mode in modes]
+    return [
+        pytest.param(Pair(name, checkpoint, mode, lay_out, network, settings), id=f"{checkpoint}-{mode}")
+        for mode in modes
+    ]
 
 
 def _there(source: Path, folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """Ways of saving memory, in every family: the bits of the plain run."""
 
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.runs.same_run import assert_equal
 from tests.runs.small_run import data_set, recipe
 from tests.unit.test_attention import Operators
 
-pytestmark = pytest.mark.quick_by_family("toy", "wan_fun")
+pytestmark = [pytest.mark.quick_by_family("toy", "wan_fun"), pytest.mark.first_by_network]
 STEPS = 2  # the first makes the optimizer's state, and the second finds what the first left
 KINDS = {
     "fp32": {"use_ema": True, "max_grad_norm": 1e-3},
@@ -52,7 +53,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(any_checkpoint: Pair, data, tmp_path_factory):
-    """(family, recipe, batch of its first step)."""
+    """(family, recipe, batch of its first step, networks by their settings)."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     (folder / "model").mkdir()
@@ -61,23 +62,23 @@ def start(any_checkpoint: Pair, data, tmp_path_factory):
     family, mode, objective = choose_family(made)
     batch = gather(made, family, mode, show_progress=False).reader[0, 0, 0, 1]
     setup = Setup(family, mode, family.load(model), objective, options=encode_options(made))
-    return family, made, setup.encode(batch), setup.parts.null, batch
+    load = cache(partial(family.load, model, encoders=False))
+    return family, made, setup.encode(batch), setup.parts.null, batch, load
 
 
-def steps(start, **changes) -> tuple[list, Learner]:
+def steps(start, count=STEPS, **changes) -> tuple[list, Learner]:
     """(loss and gradient norm of each step, what learned)."""
-    family, made, encoded, null, batch = start
+    family, made, encoded, null, batch, load = start
     made = with_changes(made, changes)
     engine = Engine(made.training.mixed_precision)
     dtype = torch.float32 if made.model.trained_weights == "fp32" else torch.bfloat16
-    model, coarse = made.model.pretrained_model_name_or_path, made.adapter.base_weights
-    parts = family.load(model, dtype=dtype, encoders=False, base_weights=coarse)
-    learner = learner_of(made, family, parts, engine, batch=2, accumulate=1)
+    parts = load(dtype=dtype, base_weights=made.adapter.base_weights)
+    learner = learner_of(made, family, replace(parts, net=deepcopy(parts.net)), engine, batch=2, accumulate=1)
     _, _, objective = choose_family(made)
     if learner.network.compiled is not None:
         learner.network.compiled.begin(1, "first")
     told = []
-    for step in range(STEPS):
+    for step in range(count):
         seeds = [seed + step for seed in batch.seeds]
         strata = [draw.stratum for draw in batch.draws]
         loss = diffusion_loss(family.denoise, learner.net, objective, encoded, null, seeds, strata)
@@ -147,7 +148,7 @@ def test_products_that_are_kept_are_computed_once(adapters, start, monkeypatch):
 
     def run(recomputed):
         with Operators() as seen:
-            found = steps(start, **adapters, gradient_checkpointing=recomputed)
+            found = steps(start, 1, **adapters, gradient_checkpointing=recomputed)
         return found, sum(seen.counts[operator] for operator in kept.PRODUCTS)
 
     (plain, once), (ours, ours_count), (_, twice) = map(run, (False, "products_kept", True))
