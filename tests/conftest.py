@@ -17,6 +17,7 @@ from tests.flushing import flush_nothing
 HERE = Path(__file__).resolve().parent
 BESIDE = HERE.parents[1] / "shared"
 GOLDENS = BESIDE / "goldens" if (BESIDE / "goldens").is_dir() else HERE / "goldens"
+ONCE = {"first_by_family": ["family"], "first_by_network": ["network"], "each_once": ["network", "mode"]}
 LEFT_BEHIND = pytest.StashKey[set[str]]()
 
 
@@ -84,7 +85,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Of tests that run over families, those of the marker `family` stay with theirs; of those of `quick_by_family` the
     first checkpoint and mode of each family, or of those that it names, stay quick; those of `first_by_family` and of
-    `first_by_network` run over the first alone."""
+    `first_by_network` run over the first alone, those of `each_once` over what brings a network or a mode."""
     others, first, alone = set(), {}, {}
     for item in items:
         quick = item.get_closest_marker("quick_by_family")
@@ -94,12 +95,12 @@ def pytest_collection_modifyitems(config, items):
             is_first = first.setdefault((item.path, pair.family), pair) == pair
             if not is_first or (quick.args and pair.family not in quick.args):
                 item.add_marker("slow")
-        for by in ("family", "network"):
-            if item.get_closest_marker(f"first_by_{by}"):
-                checkpoint = item.callspec.params["any_checkpoint"]
-                alike = (checkpoint.family, checkpoint.network) if by == "network" else checkpoint.family
-                if alone.setdefault(alike, checkpoint) != checkpoint:
-                    others.add(item)
+        if over := [marker for marker in ONCE if item.get_closest_marker(marker)]:
+            params = item.callspec.params
+            pair = params.get("pair") or params["any_checkpoint"]
+            brings = [(item.path, pair.family, what, getattr(pair, what)) for what in ONCE[over[0]]]
+            if all([alone.setdefault(what, pair) != pair for what in brings]):
+                others.add(item)
         family = item.get_closest_marker("family")
         if family and item.callspec.params["one_of_a_family"].family not in family.args:
             others.add(item)

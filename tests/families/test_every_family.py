@@ -31,7 +31,7 @@ from tests.runs.caching import cached
 from tests.runs.same_run import StopAfter, assert_same_end, rows
 from tests.runs.small_run import data_set, recipe
 
-pytestmark = pytest.mark.quick_by_family("toy", "wan_fun", "easyanimate")
+pytestmark = [pytest.mark.quick_by_family("toy", "wan_fun", "easyanimate"), pytest.mark.each_once]
 SHAPE = Shape(5, 32, 64)
 STEPS, TEXT_DROP = 4, 0.5
 PREVIEWS = {"preview_count": 1, "preview_steps": 2, "validation_steps": 2}

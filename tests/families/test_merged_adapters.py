@@ -1,4 +1,4 @@
-"""In every family and mode: merged into the weights, an adapter answers as the layers do in which it is trained; and a
+"""In every network: merged into the weights, an adapter answers as the layers do in which it is trained; and a
 negative prompt takes the blank caption's place."""
 
 import copy
@@ -16,7 +16,7 @@ from reeltune.export.forward_check import black_clip
 from reeltune.optim.trainable import released_names
 from reeltune.sampling.sample import Setup
 
-pytestmark = pytest.mark.quick_by_family("toy", "wan_fun")
+pytestmark = [pytest.mark.quick_by_family("toy", "wan_fun"), pytest.mark.first_by_network]
 
 
 @pytest.fixture(scope="module")

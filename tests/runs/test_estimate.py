@@ -150,6 +150,7 @@ def compare(tiny: Tiny, monkeypatch, **settings) -> None:
 
 
 @pytest.mark.quick_by_family("toy", "wan_fun")
+@pytest.mark.first_by_network
 @pytest.mark.parametrize(
     ("precision", "checkpointing"),
     [
