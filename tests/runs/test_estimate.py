@@ -70,6 +70,13 @@ class Tiny:
         return self.encodings[key]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    """What is there already is no garbage, which is looked for in each real step."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def any_tiny(any_checkpoint, tmp_path_factory):
     return Tiny(any_checkpoint.lay_out(tmp_path_factory.mktemp("any")), any_checkpoint.asked)
