@@ -272,6 +272,7 @@ def measured_by_two(files):
     return measure_files(files, stamps(file.path for file in files), **options)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_start_is_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     monkeypatch.setattr(measuring, "_serve", serve_once_started)
@@ -279,6 +280,7 @@ def test_a_process_that_does_not_start_is_done_without(tmp_path, monkeypatch):
     assert (tmp_path / "mark").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_where_no_process_starts_that_is_said(how, tmp_path, monkeypatch):
     monkeypatch.setenv("MARK", how)
