@@ -48,7 +48,7 @@ def forecast(recipe: Recipe, machines: Machines, progress: Callable[[str], None]
     inputs = gather(recipe, estimator.family, estimator.mode, group=group)
     plan = Forecast(recipe, machines, inputs, estimator, timed, progress)
     progress("the largest step")
-    _ = plan.largest_step, plan.kept_bytes, plan.sizes  # what takes long, while progress is told
+    _ = plan.largest_step  # which training may refuse
     return plan
 
 

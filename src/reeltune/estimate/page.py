@@ -278,7 +278,7 @@ def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
     waiting = Terminal(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
-        _ = plan.offers, plan.faster  # which take long
+        _ = plan.kept_bytes, plan.sizes, plan.offers, plan.faster  # which take long
     uncompiled = ["compile is blocks: memory and arithmetic are those of uncompiled blocks"]
     for notice in [*slow_bf16(recipe), *(uncompiled if recipe.training.compile == "blocks" else [])]:
         waiting.print(notice, highlight=False, markup=False, soft_wrap=True)
