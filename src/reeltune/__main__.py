@@ -8,7 +8,7 @@ from reeltune.core.interrupt import ends_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """As `cli.main`."""
+    """What `cli.main` does; Ctrl-C is answered while its modules are imported, too. Returns the exit code."""
     ends_at_once()
     from reeltune.cli import main
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(script: str) -> int:
-    """As `compat.train`."""
+    """What `compat.train` does; Ctrl-C is answered while its modules are imported, too. Returns the exit code."""
     ends_at_once()
     from reeltune.compat import train
 
@@ -24,7 +24,8 @@ def train(script: str) -> int:
 
 
 def zero_to_bf16() -> int:
-    """As `compat.zero_to_bf16`."""
+    """What `compat.zero_to_bf16` does; Ctrl-C is answered while its modules are imported, too. Returns the exit
+    code."""
     ends_at_once()
     from reeltune.compat import zero_to_bf16
 

@@ -24,7 +24,8 @@ class LowRank:
     rank_stabilised: bool = False
     """The scale is alpha / sqrt(rank), not alpha / rank (https://arxiv.org/abs/2312.03732)."""
     magnitude_O: Tensor | None = None
-    """Of DoRA, whose weight is magnitude * (W + change) / norm of its rows (https://arxiv.org/abs/2402.09353)."""
+    """DoRA's: the weight is magnitude * (W + change) / norm of its rows (https://arxiv.org/abs/2402.09353). None: no
+    DoRA."""
 
     @property
     def rank(self) -> int:
@@ -50,7 +51,7 @@ class LowRank:
 @dataclass(frozen=True)
 class Adapter:
     layers: dict[str, LowRank] = field(default_factory=dict)
-    """By the released name of the layer's module."""
+    """Low-rank changes, by the released name of the layer's module."""
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Weights that were trained in full, as they are now, by released parameter name."""
     changes: dict[str, Tensor] = field(default_factory=dict)

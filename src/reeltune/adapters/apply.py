@@ -48,7 +48,7 @@ def check(adapter: Adapter, shapes: Mapping[str, Sequence[int]], where: str) -> 
 
 
 def _shapes(low_rank: LowRank) -> list[tuple[int, ...]]:
-    """Of the weight that it changes, as each of its tensors has it."""
+    """The changed weight's shape, as each tensor of the change implies it."""
     outputs, inputs = low_rank.B_OR.shape[0], low_rank.A_RI.shape[1]
     magnitude_O = low_rank.magnitude_O
     return [(outputs, inputs), *([] if magnitude_O is None else [(magnitude_O.numel(), inputs)])]
@@ -92,7 +92,7 @@ def parameters_of(net: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]
 
 
 def _quantised(net: nn.Module, names: Mapping[str, str]) -> dict[str, QuantizedLinear]:
-    """By the released name of the weight."""
+    """The network's quantised layers, by the released name of the weight."""
     layers = {name: module for name, module in net.named_modules() if isinstance(module, QuantizedLinear)}
     return {names[f"{name}.weight"]: layer for name, layer in layers.items()}
 
@@ -136,7 +136,7 @@ def applied(net: nn.Module, names: Mapping[str, str], adapters: Strengths, *, ke
 
 
 def _forward(layer: QuantizedLinear, name: str, adapters: Strengths, input: Tensor) -> Tensor:
-    """Of a quantised layer with adapters in it."""
+    """The forward pass of a quantised layer, with adapters merged into its dequantised weight."""
     place = input.device.type
     dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else input.dtype
     weight_OI = merged(name, layer.dequantized(torch.float32), adapters).to(dtype)

@@ -72,7 +72,7 @@ def read_adapter(
 def adapter_of(
     stored: Stored, base: Mapping[str, Tensor] | None = None, *, alpha: float | None = None
 ) -> tuple[Adapter, Found]:
-    """As `read_adapter`, of a file that is read already."""
+    """What `read_adapter` gives, of a file that is read already."""
     where = str(stored.file)
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(where, f"alpha is {alpha:g}; give a number above 0")
@@ -165,7 +165,7 @@ def _knows(network: Network, text: str, spelling: Spelling, form: Form) -> bool:
 
 
 class _Reader:
-    """Of one file: makes layers of its tensors, and keeps what is wrong with it."""
+    """Makes layers of one file's tensors, and keeps what is wrong with it."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class _Reader:
             self.wrong("has numbers that are not finite; give an earlier checkpoint's", one.key)
 
     def low_rank(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, LowRank]:
-        """By released name."""
+        """The file's low-rank changes, by the layer's released name."""
         out: dict[str, LowRank] = {}
         for text, keys in modules.items():
             if not {"A", "B", "alpha", "magnitude", "bias"} & keys.keys():
@@ -284,7 +284,7 @@ class _Reader:
         return self.stored.settings_from or ("" if self.given_alpha is None else "you")
 
     def changes(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, Tensor]:
-        """Of whole weights, by released parameter name."""
+        """The file's changes of whole weights, by released parameter name."""
         out = {}
         for text, keys in modules.items():
             for kind in ("diff", "diff_b", "bias"):
@@ -306,7 +306,7 @@ class _Reader:
         return {text: self.stored.tensors[keys["whole"]] for text, keys in modules.items() if "whole" in keys}
 
     def check(self, layers: Mapping[str, LowRank], tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
-        """Against the alpha that was given, and the base."""
+        """Keeps what does not go with the alpha that was given, or with the base's names and shapes."""
         if self.given_alpha is not None and (self.own_alphas or self.stored.settings):
             self.wrong("says its alpha itself; --alpha is for files that do not")
         elif self.given_alpha is not None and OURS in self.stored.metadata:

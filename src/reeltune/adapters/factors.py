@@ -24,7 +24,8 @@ class Factors:
     square: float  # of the whole change's norm
 
     def low_rank(self, rank: int) -> LowRank:
-        """Of that rank, or of all that are here: B A is the change's nearest of such a rank (Eckart and Young)."""
+        """The pair of that rank, or of all that are here: B A is the nearest to the change of such a rank (Eckart and
+        Young)."""
         root_R = self.S_R[:rank].sqrt()
         return LowRank(root_R[:, None] * self.V_IR[:, :rank].T, self.U_OR[:, :rank] * root_R, float(len(root_R)))
 
@@ -34,8 +35,8 @@ class Factors:
 
 
 def factors(change_OI: Tensor, most_rank: int, name: str, *, iterations: int = ITERATIONS) -> Factors:
-    """Of an fp32 change, up to `most_rank`. name: of the weight, which seeds the random directions of a large one, to
-    whose nearest ones `iterations` lead."""
+    """An fp32 change's largest singular values, at most `most_rank`. A large change's are found from random directions,
+    which `name`, the weight's, seeds, and which come nearer with each of `iterations`."""
     square, least = float(change_OI.double().square().sum()), min(change_OI.shape)
     count = min(most_rank, least)
     if least <= EXACT or count + OVER >= least:

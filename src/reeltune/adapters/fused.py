@@ -30,7 +30,7 @@ def fuse(parts: Mapping[int, LowRank], outputs: Sequence[int]) -> LowRank:
 
 
 def outputs_of(pair: LowRank, count: int) -> list[int]:
-    """Of `count` layers in one: query, key and value have as many as inputs, a fourth has what is left."""
+    """Outputs of each of `count` layers in one: query, key and value have as many as inputs, a fourth has the rest."""
     width = pair.A_RI.shape[1]
     return [width] * 3 + ([pair.B_OR.shape[0] - 3 * width] if count == 4 else [])
 
@@ -53,7 +53,7 @@ def split(pair: LowRank, outputs: Sequence[int]) -> list[LowRank | None]:
 
 
 def _own_columns(blocks: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-    """From which column to which each is not zero, if no two of them overlap and not all are zero; else None."""
+    """The columns from first to last in which each block is not zero; None if two overlap, or if all are zero."""
     if blocks[0].is_meta:
         return None
     found = [block.ne(0).any(0).nonzero().reshape(-1).tolist() for block in blocks]

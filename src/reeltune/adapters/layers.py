@@ -85,7 +85,8 @@ def adapted(net: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _released(name: str, layers: Mapping[str, str], before: Mapping[str, str]) -> str:
-    """Of a parameter by its name with adapters around layers: our layer name -> released; before: without adapters."""
+    """A parameter's released name. name: ours, with adapters around layers; layers: our layer name -> released; before:
+    our parameter name without adapters -> released."""
     for kind, suffix in KINDS.items():
         layer, found, ending = name.partition(f".{kind}.{SLOT}")
         if found:
@@ -139,7 +140,7 @@ def begin_from(
 def _misplaced(
     adapter: Adapter, weights: Mapping[str, Tensor], alphas: Mapping[str, float], whole: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """As `grouped` takes them."""
+    """What does not fit, as pairs that `grouped` takes."""
     for layer, pair in adapter.layers.items():
         if layer not in alphas:
             yield "", f"it changes {layer}, which gets no adapter; name it in target_name"

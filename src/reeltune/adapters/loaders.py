@@ -126,7 +126,7 @@ def _apply(
 
 
 def _pieces(change: LowRank, layers: Sequence[tuple[Layer, str]]) -> dict[str, LowRank]:
-    """By released name; of layers that are one there each has its rows."""
+    """Changes by released name; of layers that are one there each has its rows."""
     if len(layers) == 1:
         return {layers[0][1]: change}
     pieces = fused.split(change, fused.outputs_of(change, len(layers)))

@@ -81,7 +81,7 @@ class Network:
         return None if other is None else other.format(*numbers)
 
     def numbers(self, name: str) -> list[str]:
-        """Of the blocks that a name is in."""
+        """Numbers of the blocks that a name is in."""
         return general(name)[1]
 
     def layer(self, released: str) -> Layer | None:

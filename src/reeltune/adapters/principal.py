@@ -70,7 +70,7 @@ def change_of(start_A: Tensor, start_B: Tensor, gained: LowRank) -> LowRank:
 
 
 def put_gained(layer: LoraLayer, slot: str, start_dtype: torch.dtype) -> None:
-    """Into PEFT's layer, in the place of its pair."""
+    """Puts the parts that PiSSA trains into PEFT's layer, in the place of its pair."""
     coarse = isinstance(layer.get_base_layer(), QuantizedLinear)
     layer.lora_A[slot] = GainedA(cast("nn.Linear", layer.lora_A[slot]).weight, start_dtype, adds_start=coarse)
     layer.lora_B[slot] = GainedB(cast("nn.Linear", layer.lora_B[slot]).weight, start_dtype, adds_start=coarse)
@@ -106,7 +106,7 @@ def is_principal(how: str) -> bool:
 
 
 def iterations(how: str) -> int:
-    """Of "pissa" or "pissa_niter_N"."""
+    """How many iterations "pissa" or "pissa_niter_N" asks for."""
     return int(how.rpartition("_")[2]) if "_niter_" in how else ITERATIONS
 
 

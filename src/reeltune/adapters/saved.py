@@ -54,7 +54,7 @@ def save(folder: Path, adapter: Adapter, about: Mapping[str, Any]) -> None:
 
 
 def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
-    """By their names in the file."""
+    """The tensors that a checkpoint's file holds, by their names in it."""
     A, B, _ = KINDS.values()
     named = {(PREFIX if is_adapter(name) else WHOLE) + name: weight for name, weight in weights.items()}
     tensors = {name: weight.detach().contiguous() for name, weight in named.items() if not is_start(name)}
@@ -66,7 +66,7 @@ def tensors_in_file(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) 
 
 
 def _widened(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, LowRank]:
-    """Of PiSSA's layers the pair that is the change. weights: by released name."""
+    """For each of PiSSA's layers the pair that is the change. weights: by released name."""
     A, B, _ = KINDS.values()
     return {
         layer: change_of(
@@ -80,7 +80,7 @@ def _widened(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict
 
 
 def metadata(about: Mapping[str, Any]) -> dict[str, str]:
-    """Of the file: text as it is, other values in JSON."""
+    """The file's metadata: text as it is, other values in JSON."""
     return {"format": "pt"} | {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()
     }
@@ -111,7 +111,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def _apart(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Of PiSSA's layers what learns and what it began with, from the pairs in the file."""
+    """What learns in PiSSA's layers and what it began with, from the pairs in the file."""
     A, B, _ = KINDS.values()
     parts = {}
     for name, start_RI in starts.items():
@@ -140,7 +140,7 @@ def adapter_of(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adap
 
 
 def load(folder: Path) -> Adapter:
-    """Of a checkpoint's `adapter`. Raises UserError for damaged files, and for halves of a layer."""
+    """The adapter in a checkpoint's folder `adapter`. Raises UserError for damaged files, and for halves of a layer."""
     config, weights = config_of(folder), read(folder)
     A, B, _ = KINDS.values()
     wanted = {f"{layer}.{kind}" for layer in config["alphas"] for kind in (A, B)}

@@ -43,7 +43,7 @@ def targets(
     alphas: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> list[Target]:
-    """In the network's order. Nothing wanted: every linear layer of the blocks.
+    """The layers that get an adapter, in the network's order. Nothing wanted: every linear layer of the blocks.
 
     ranks, alphas: "part of a name=number" for layers with another one. whole: parts of released parameter names that
     learn in full, and need no adapter. Raises UserError for what matches nothing, and for ranks above a layer's size.

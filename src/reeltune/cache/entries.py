@@ -233,7 +233,7 @@ def is_there(store: Store, key: str, content: str = "") -> bool:
 
 
 def differences(now: Mapping[str, Any], then: list[dict[str, Any]]) -> list[str]:
-    """In what the cache was made otherwise, if it was never made as it is asked for now."""
+    """What the cache was made with otherwise, if it was never made as it is asked for now."""
     if not then or any(facts == now for facts in then):
         return []
     last = then[-1]

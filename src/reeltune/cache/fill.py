@@ -172,7 +172,8 @@ class Encoder:
                 yield item.text, "text", text, item.text_content
 
     def _clips(self, batch: Batch) -> list[Tensors]:
-        """Of each, all but the text; of what is kept, the answer if the draw drops it, then if the draw keeps it."""
+        """Each clip's tensors, all but the text; of what is kept, the answer if the draw drops it, then if it keeps
+        it."""
         answers = []
         for drawn in (False, True):
             batch.keep = {name: torch.full_like(keep_B, drawn) for name, keep_B in batch.keep.items()}

@@ -44,7 +44,7 @@ class Keys:
         return digest(dict(self.facts))
 
     def clip(self, record: Record, draw: Draw, split: Split) -> str:
-        """Of all but the text. Raises OSError if a file is gone."""
+        """The key of a clip's entry, which has all but the text. Raises OSError if a file is gone."""
         files = [path and self._file(path) for path in (record.path, record.control_path, record.camera_path)]
         seed = draw.seen_seed if self.seeds_count else None
         frames = [draw.frames, draw.rate]
@@ -56,7 +56,7 @@ class Keys:
 
     @property
     def null(self) -> str:
-        """Of what a dropped caption becomes."""
+        """The key of what a dropped caption becomes."""
         return digest([self._facts, "null"])
 
     def _file(self, path: str) -> list[Any]:

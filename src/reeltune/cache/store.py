@@ -310,7 +310,7 @@ class Store:
             ) from broken
 
     def _is_as_written(self, path: Path, key: str, tensors: Tensors) -> bool:
-        """By the entry's sum; a shard without sums is read whole the first time."""
+        """Whether an entry has the sum that it was written with; a shard without sums is read whole the first time."""
         sums = self.sums[path.name]
         if sums is not None:
             return checksum(tensors) == sums.get(key)

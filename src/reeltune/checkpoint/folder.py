@@ -167,7 +167,8 @@ def save_shares(
     write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, int] | None:
-    """As `save`, but all processes of `group` call it, and each writes the pieces that it keeps.
+    """Writes a checkpoint as `save` does, but all processes of `group` call it, and each writes the pieces that it
+    keeps.
 
     pieces: by expert; None: the only network. The first process calls write_more and returns as `save`, others None.
     """
@@ -326,7 +327,7 @@ def holder_of(weights: Path) -> tuple[Path, tuple[str, ...]] | None:
 
 
 def verify_weights(weights: Path | None) -> None:
-    """As `verify`, for these weights alone. None, and weights from elsewhere, are not checked."""
+    """Verifies these weights alone, as `verify` does. None, and weights from elsewhere, are not checked."""
     if weights is not None and (held := holder_of(weights)) is not None:
         folder, under = held
         verify(folder, under=under)

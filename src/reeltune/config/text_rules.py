@@ -20,14 +20,15 @@ ANY_BYTES = (  # paths of clips and lists, which may be of another time; safeten
 
 
 def text_rules(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """As `broken_rules`."""
+    """The fields and the sentence of each rule that words break, as `broken_rules` has them."""
     yield from _empty_words(values)
     yield from _unwritable(values)
     yield from _shell_words(values)
 
 
 def _empty_words(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of a variable that a shell had not set: an empty pattern would match every name, an empty path be this folder."""
+    """An empty word comes of a variable that a shell had not set: as a pattern it would match every name, as a path it
+    would be this folder."""
     for name in PATTERNS:
         if not all(word.strip() for word in values[name]):
             yield (name,), f"{name} has an empty word, which is part of every name; leave it out, or write . for all"

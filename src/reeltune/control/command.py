@@ -111,7 +111,7 @@ def _outs(out: str | None, kinds: Sequence[str]) -> dict[str, Path]:
 
 
 def _detectors(given: Sequence[str], kinds: Sequence[str]) -> dict[str, Path]:
-    """By kind. A path without a kind is of the one kind that needs files."""
+    """Paths of detectors by kind. A path without a kind is of the one kind that needs files. Raises UserError."""
     found: dict[str, Path] = {}
     needing = [kind for kind in dict.fromkeys(kinds) if kind in KINDS and KINDS[kind].needs]
     for word in given:

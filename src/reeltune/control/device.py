@@ -21,8 +21,8 @@ def require_device(device: str) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """On a CPU: with more, a network's last bits depend on how many there are, and so on the machine and on what else
-    runs there. More cores are used by more processes."""
+    """Lets a CPU compute with one thread: with more, a network's last bits depend on how many there are, and so on the
+    machine and on what else runs there. More cores are used by more processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

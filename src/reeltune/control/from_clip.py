@@ -29,7 +29,7 @@ class Drawn:
 
     @property
     def told(self) -> dict[str, str]:
-        """Of a clip's .json."""
+        """What the .json of a preview says of its control."""
         return {"control_from": self.clip, "control_kind": self.kind, "control_detector": self.detector}
 
 

@@ -37,7 +37,7 @@ class Asked:
 
     @property
     def frames(self) -> Sequence[int]:
-        """Of the file."""
+        """The frames of the file that the clip has."""
         if self.record is None or self.draw.rate is None:
             return self.draw.frames
         return frames_on_show(self.record.path, self.draw.frames, self.record.fps, self.draw.rate)
@@ -51,12 +51,13 @@ class Measure(NamedTuple):
     unit: str  # behind it: nothing, or a degree sign
     rises: bool  # more is better
     compare: Callable[[Asked, list[Any]], Scores | None]
-    """With what the detector put, perhaps nothing; None where the control asks for nothing, or nothing can be said."""
+    """Scores of what the detector put, perhaps nothing; None where the control asks for nothing, or nothing can be
+    said."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Of one kind of control, by one detector."""
+    """Scores clips against one kind of control, with one detector."""
 
     kind: str
     detector: str  # digest of its files and settings
@@ -64,7 +65,8 @@ class Judge:
     detect: Callable[[Source, Callable[[Any], None]], Any] = field(repr=False)
 
     def scores(self, asked: Asked, clip_FHWC: np.ndarray, fps: float) -> Scores | None:
-        """Of a clip, uint8_FHWC; None where its control asks for nothing, or nothing can be said of the clip."""
+        """How far a clip, uint8, follows its control; None where that asks for nothing, or nothing can be said of the
+        clip."""
         found: list[Any] = []
         try:
             self.detect(Source.of(np.ascontiguousarray(clip_FHWC), fps), found.append)
@@ -83,8 +85,8 @@ class Judge:
 
 
 def judge_by(kind: str, opened: Detector, controls: Sequence[str | None] = ()) -> Judge:
-    """By a detector of that kind. controls: files that clips are given, as far as there are any; where none of them
-    has what the kind's measure needs, it is measured by the drawing."""
+    """The judge of that kind of control by that detector. controls: files that clips are given, as far as there are
+    any; where none of them has what the kind's measure needs, it is measured by the drawing."""
     by_drawing = kind in DRAWN and bool(controls) and all(map(_is_drawing, controls))
     return Judge(kind, opened.digest, (DRAWN if by_drawing else MEASURES)[kind], opened.detect)
 
@@ -112,7 +114,7 @@ def _lines(asked: Asked, found: list[Any]) -> Scores | None:
 
 
 def _soft_edges(asked: Asked, found: list[Any]) -> Scores | None:
-    """Where either is rather an edge than none."""
+    """Scores of soft edges: a pixel counts where it is an edge rather than none."""
     if asked.control_FHWC is None or not found:
         return None
     given_FHW, found_FHW = (
@@ -137,7 +139,7 @@ def _brightness(grey_FHWC: np.ndarray) -> np.ndarray:
 
 
 def _poses(asked: Asked, found: list[Any]) -> Scores | None:
-    """Of key points, which alone tell whose they are. Nothing found is nobody found."""
+    """Scores of key points, which alone tell whose they are. Nothing found is nobody found."""
     path = None if asked.record is None else asked.record.control_path
     if path is None or not is_keypoints(path):
         return None
@@ -149,7 +151,7 @@ def _poses(asked: Asked, found: list[Any]) -> Scores | None:
 
 
 def _drawn_poses(asked: Asked, found: list[Any]) -> Scores | None:
-    """Of a drawing, with that of what is found. Nothing found is nobody found."""
+    """Scores of a drawing, with that of what is found. Nothing found is nobody found."""
     if asked.control_FHWC is None:
         return None
     _, height, width = asked.draw.shape
@@ -163,7 +165,7 @@ def _drawn_poses(asked: Asked, found: list[Any]) -> Scores | None:
 def _people(
     keypoints: Keypoints, frames: Sequence[int], height: int, width: int, corner: tuple[int, int] = (0, 0)
 ) -> list[np.ndarray]:
-    """Of each frame N,K,3 of x, y and score, in pixels of a picture of that size from `corner` on."""
+    """The people of each frame, N,K,3 of x, y and score, in pixels of a picture of that size from `corner` on."""
     told = [keypoints.frame(int(frame), height, width) for frame in frames]
     return [np.concatenate([one.points_NP2 - corner, one.scores_NP[..., None]], axis=-1) for one in told]
 

@@ -33,7 +33,7 @@ class Source:
 
     @classmethod
     def of(cls, frames_FHW3: np.ndarray, fps: float) -> Source:
-        """Of frames in memory: uint8 F H W 3."""
+        """The source of frames in memory, uint8."""
         count, height, width, _ = frames_FHW3.shape
         size = frames_a_chunk(height, width)
         return cls(
@@ -109,7 +109,7 @@ class Kind:
 
 
 def digest_of(name: str, settings: Any, files: Sequence[Path] = ()) -> str:
-    """Of a detector: its name and version, what is set of it, and every byte of its files, in this order."""
+    """A detector's digest: of its name and version, what is set of it, and every byte of its files, in this order."""
     told = hashlib.blake2b(json.dumps([name, settings], sort_keys=True).encode(), digest_size=16)
     for path in files:
         with path.open("rb") as file:

@@ -88,7 +88,7 @@ KINDS = {
 
 
 def open_for_previews(name: str, detector: str | None, device: str) -> Detector:
-    """By a recipe's control_kind and control_detector. Raises UserError."""
+    """The detector that a recipe's control_kind and control_detector name. Raises UserError."""
     kind = kind_named(name)
     if detector is not None and not kind.needs:
         raise UserError(

@@ -78,7 +78,7 @@ class Backbone(nn.Module):
 
 
 class Join(nn.Module):
-    """Of a finer stage and a coarser one, beside each other at the finer one's size."""
+    """Joins a finer stage and a coarser one along the channels, at the finer one's size."""
 
     def __init__(self, finer: int, coarser: int):
         super().__init__()

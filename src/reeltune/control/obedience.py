@@ -44,7 +44,7 @@ def edge_agreement(given_FHW: np.ndarray, found_FHW: np.ndarray, reach: float | 
 
 
 def _agreement(pairs: Iterable[tuple[np.ndarray, np.ndarray]], reach: float) -> Edges | None:
-    """Of bool maps asked for and found."""
+    """How well bool maps found agree with those asked for; None where nothing is asked for. reach: in pixels."""
     asked, found, hits, covered = 0, 0, 0, 0
     for given_HW, found_HW in pairs:
         asked += int(given_HW.sum())
@@ -82,7 +82,7 @@ LEAST_SATURATION = 128  # of 255, of a hue
 
 
 def drawing_agreement(given_FHWC: np.ndarray, found_FHWC: np.ndarray) -> Edges | None:
-    """Of two drawings of poses, uint8 in RGB, as `edge_agreement`, each pixel held against those of its own colour
+    """`edge_agreement` of two drawings of poses, uint8 in RGB, where a pixel is held against those of its own colour
     alone: an arm does not lie well upon a leg, nor a left one upon a right one. None where nothing is asked for."""
     pairs = (
         (given_HW == colour, found_HW == colour)
@@ -129,7 +129,7 @@ def rank_correlation(given_FHW: np.ndarray, found_FHW: np.ndarray) -> float | No
 
 
 def _centred_ranks(counts: np.ndarray) -> np.ndarray:
-    """Of each value: the mean rank of those that have it, less the mean of all."""
+    """Each value's rank, the mean of those that have that value, less the mean of all. counts: how many have it."""
     return np.cumsum(counts) - (counts - 1) / 2 - (counts.sum() + 1) / 2
 
 

@@ -26,7 +26,7 @@ HEAD_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one entry."""
+    """What became of one entry."""
 
     entry: Entry
     control: str  # from the data's folder on; of an entry that is left out too, where it would be

@@ -16,7 +16,8 @@ NEEDS = KINDS["pose"].needs
 
 
 def open_pose(folder: Path | None, settings: Settings) -> Detector:
-    """By DWPose's networks where their files are there, else by RT-DETR and ViTPose. Raises UserError."""
+    """The detector of poses: DWPose's networks where their files are there, else RT-DETR and ViTPose. Raises
+    UserError."""
     finder = _finder(folder, settings.device)
 
     def detect(source: Source, put: Put) -> Quality:

@@ -32,5 +32,5 @@ def padded(box_4: np.ndarray, aspect: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_left(boxes_N4: np.ndarray) -> np.ndarray:
-    """Their places in order: that of the scores may differ where two are nearly equal."""
+    """Places of boxes from left to right: their order by score may differ where two are nearly equal."""
     return np.lexsort((boxes_N4[:, 1], boxes_N4[:, 0]))

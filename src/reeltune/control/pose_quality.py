@@ -75,7 +75,7 @@ def quality_of(keypoints: Keypoints) -> Quality:
 
 
 def _part(value: float, ends: tuple[float, float]) -> float:
-    """From 0 at the first to 1 at the second, and no further."""
+    """How far a value is from the first end to the second: 0 to 1, and no further."""
     none, whole = ends
     return float(np.clip((value - none) / (whole - none), 0, 1))
 
@@ -101,14 +101,14 @@ def is_plausible(person: Person) -> bool:
 
 
 def _lengths(person: Person) -> np.ndarray:
-    """Of each bone in pixels, NaN where an end of it is not seen."""
+    """Each bone's length in pixels, NaN where an end of it is not seen."""
     starts, ends = np.array(list(BONES)).T
     lengths = np.hypot(*(person.points_P2[starts] - person.points_P2[ends]).T)
     return np.where(person.seen_P[starts] & person.seen_P[ends], lengths, np.nan)
 
 
 def limb_change_of(frames: list[list[Person]]) -> float:
-    """By how much a bone changes its length in the picture from one frame to the next: the median, in body sizes.
+    """How much a bone changes its length in the picture from one frame to the next: the median, in body sizes.
 
     0 where nobody is seen in two frames that follow each other.
     """

@@ -59,7 +59,7 @@ def open_vit(folder: Path, device: str) -> PoseFinder:
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """Of each network, by the config.json there. Raises UserError."""
+    """Each network's folder, by the config.json there. Raises UserError."""
     found: dict[str, Path] = {}
     for config in sorted(folder.glob("*/config.json")):
         found.setdefault(str(read_table(config).get("model_type")), config.parent)

@@ -58,13 +58,14 @@ _KINDS = {
 
 
 def key_of(kind: str, detector: str, content: int, control: str) -> str:
-    """Of all that a control's bytes depend on: detector and settings, the clip's bytes (`content_of`), the place."""
+    """A digest of all that a control's bytes depend on: detector and settings, the clip's bytes (`content_of`), the
+    place."""
     told = json.dumps([FORMAT, kind, detector, content, control])
     return blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 class Records:
-    """Of one data folder."""
+    """The records of one data folder."""
 
     def __init__(self, data_dir: Path):
         self.data_dir = data_dir
@@ -129,7 +130,7 @@ def made_by(control: str | Path) -> Made | None:
 
 
 def data_dir_of(folder: str) -> str | None:
-    """Of an absolute folder, in which controls may lie: the data's folder that they are of."""
+    """The data's folder whose controls lie in this absolute folder; None where none can."""
     above = folder
     while above != os.path.dirname(above):
         above, name = os.path.split(above)

@@ -80,7 +80,7 @@ def _card(kind: Kind, data_dir: Path, one: Outcome) -> Card:
 
 
 def _pictures(kind: Kind, data_dir: Path, one: Outcome) -> list[tuple[str, str]]:
-    """Of the frame in the middle; what cannot be read is not shown, as the card or `verify` tells why."""
+    """Pictures of the frame in the middle; what cannot be read is not shown, as the card or `verify` tells why."""
     if not one.entry.inside:
         return []
     shown: list[tuple[str, str]] = []

@@ -180,7 +180,7 @@ def _start(order: Order, count: int) -> list:
 
 
 def _help(order: Order) -> None:
-    """Of a process that was started: what it cannot do, the one that started it does and tells."""
+    """The work of a process that was started: what it cannot do, the one that started it does and tells."""
     with suppress(UserError):  # the disk is full: the other meets it too
         maker = Maker(order, order.opened())
         with claims(order.data_dir) as held, Interrupt() as interrupt:

@@ -103,7 +103,7 @@ def refusal(error: OSError) -> UserError:
 
 
 def room(path: Path) -> str:
-    """Of its disk, as the end of a parenthesis; nothing where that is not known."""
+    """The free space of its disk, as the end of a parenthesis; empty where that is not known."""
     there = next((folder for folder in (path, *path.parents) if os.path.exists(folder)), None)
     try:
         return "" if there is None else f"; {shutil.disk_usage(there).free / 1e9:,.1f} GB free"

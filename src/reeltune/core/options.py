@@ -39,7 +39,7 @@ class Options(argparse.ArgumentParser):
         return options
 
     def read_known(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """And the words that belong to none."""
+        """The options, and the words that belong to none. Raises UserError."""
         tell_repeated(argv or (), self.flags)
         try:
             return self.parse_known_args(argv)
@@ -54,7 +54,8 @@ class Options(argparse.ArgumentParser):
         return self.prog.rpartition(" ")[2]
 
     def _unknown(self, rest: Sequence[str]) -> list[str]:
-        """Of flags alone, where there are any: a word behind one may be its value."""
+        """What is wrong with words that belong to no option: of flags alone, where there are any, as a word behind one
+        may be its value."""
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
         listed = f"; {self.prog} --help lists all"
         return [f"{flag} is no flag of {self.prog}{nearest(flag, self.flags, listed)}" for flag in flags] or [
@@ -63,7 +64,7 @@ class Options(argparse.ArgumentParser):
 
 
 def tell_repeated(argv: Sequence[str], flags: Container[str]) -> None:
-    """Of one of these flags that is given again with other words the last counts, which is said."""
+    """Says of each of these flags that is given again with other words that the last counts."""
     given: dict[str, set[str]] = {}
     flag, words = "", []
     for word in [*argv, "--"]:

@@ -47,7 +47,7 @@ class as_user_error:
 
 
 def reason_of(error: BaseException) -> str:
-    """Its first line, or its kind where that says nothing."""
+    """The error's first line, or its kind where that says nothing."""
     lines = str(error).strip().splitlines() or [""]
     first = " ".join(" ".join(lines).split()) if isinstance(error, yaml.YAMLError) else lines[0]
     plain = first and isinstance(error, OSError | ValueError | yaml.YAMLError)
@@ -127,7 +127,7 @@ def grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def brief(value: Any, most: int = 120) -> str:
-    """As Python writes it, cut."""
+    """A value as Python writes it, cut to `most` characters."""
     text = repr(value[: most + 1] if isinstance(value, str) else value)
     return text if len(text) <= most else f"{text[:most]}…"
 

@@ -147,7 +147,7 @@ class Draw:
 
     @property
     def seen_seed(self) -> int:
-        """From it comes all chance that the frozen networks see: masks, and noise on pixels."""
+        """Seed of all chance that the frozen networks see: masks, and noise on pixels."""
         return self.seed if self.variant_seed is None else self.variant_seed
 
 
@@ -299,7 +299,7 @@ class Encoded:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Encoded:
-        """From such a table."""
+        """The Encoded of a table that `tensors` made."""
 
         def under(part: str) -> dict[str, Tensor]:
             return {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}

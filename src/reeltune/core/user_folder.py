@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def user_cache_folder() -> Path | None:
-    """By the XDG Base Directory Specification (https://specifications.freedesktop.org/basedir-spec); None: no home."""
+    """Where this user's caches belong (XDG Base Directory Specification,
+    https://specifications.freedesktop.org/basedir-spec); None: there is no home."""
     said = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(said):  # a relative one is to be ignored
         return Path(said) / "reeltune"

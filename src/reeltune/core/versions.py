@@ -1,4 +1,4 @@
-"""Of which version everything is that numbers depend on.  (no torch)"""
+"""Versions of everything that numbers depend on.  (no torch)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy", 
 
 
 def versions() -> dict[str, str]:
-    """Of this package, which may be used from its source without being installed, and of LIBRARIES."""
+    """Versions of this package, which may be used from its source without being installed, and of LIBRARIES."""
     try:
         own = version("reeltune")
     except PackageNotFoundError:

@@ -110,7 +110,8 @@ class _Index(NamedTuple):
 
 
 def is_uneven(shown_F: np.ndarray, slack: float) -> bool:
-    """Of the times at which frames are shown, in any unit. slack: what rounding may add to an interval."""
+    """Whether frames are shown at uneven times. shown_F: these times, in any unit; slack: what rounding may add to an
+    interval."""
     intervals = np.diff(shown_F)
     middle = np.median(intervals) if len(intervals) > 1 else 0
     return len(intervals) > 1 and bool(np.abs(intervals - middle).max() > EVEN_RATE * middle + slack)

@@ -35,7 +35,7 @@ _LINEAR = (np.arange(256) / 255.0).astype(np.float32) ** _GAMMA
 
 
 class _Turn(NamedTuple):
-    """From coded rows and columns to displayed ones: transpose, then flip."""
+    """How coded rows and columns become displayed ones: transpose, then flip."""
 
     transposed: bool
     flip_rows: bool
@@ -98,7 +98,7 @@ class Displayer:
         return [turn.apply(plane) for plane in planes]
 
     def _over_white(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """At full size, so that what lies under transparent parts does not bleed out of them."""
+        """The frame over white, at full size, so that what lies under transparent parts does not bleed out of them."""
         covered = self._uncover.reformat(frame, format="gbrap", interpolation=FILTER, threads=1)
         green, blue, red, alpha = (plane.astype(np.int32) for plane in _planes(covered))
         rgb_HWC = np.stack([red, green, blue], axis=-1)

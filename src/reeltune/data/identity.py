@@ -20,7 +20,7 @@ from reeltune.data.records import Records
 
 @dataclass(frozen=True)
 class Identity:
-    """Of every record, in the plan's order."""
+    """What tells every record from others, in the plan's order."""
 
     entry: np.ndarray  # int64: place in the metadata file
     name: np.ndarray  # uint64: of the paths, from the data's folder
@@ -103,7 +103,7 @@ def _size_bytes(path: str) -> int:
 
 @dataclass(frozen=True)
 class Changes:
-    """Between the records of a checkpoint and those of now."""
+    """What changed between the records of a checkpoint and those of now."""
 
     moved_to: np.ndarray  # int64 per record of then: its row now; -1: it is gone
     gone: list[int]  # entries of then

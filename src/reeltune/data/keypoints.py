@@ -89,7 +89,8 @@ class Keypoints:
         cls, frames: Iterable[People], times_s: Sequence[float] | np.ndarray, *, layout: str, height: int, width: int,
         detector: str,
     ) -> Keypoints:  # fmt: skip
-        """From the people of each frame. Raises ValueError where there are not as many frames as times."""
+        """The key points of a clip, from the people of each frame. Raises ValueError where there are not as many frames
+        as times."""
         found = list(frames)
         if len(found) != len(times_s):
             raise ValueError(f"{len(found)} frames and {len(times_s)} times")
@@ -145,7 +146,7 @@ class Keypoints:
 
 
 def is_keypoints(path: str | Path) -> bool:
-    """By its name, as a camera path is told by its own."""
+    """Whether a path's name is one of key points, as a camera path is told by its own."""
     return str(path).lower().endswith(ENDING)
 
 
@@ -208,7 +209,8 @@ def _arrays(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _array(name: str, data: bytes) -> np.ndarray:
-    """From the bytes of an .npy file (NumPy, NEP 1): its header is held against what follows before memory is taken."""
+    """The array in the bytes of an .npy file (NumPy, NEP 1): its header is held against what follows before memory is
+    taken."""
     file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError(f"{name} is of another .npy version")
@@ -258,7 +260,7 @@ def _require_sound(made: Keypoints) -> None:
 
 
 def digest_of(path: str) -> str:
-    """Of all its bytes. Raises OSError."""
+    """A digest of all the file's bytes. Raises OSError."""
     status = os.stat(path)
     return _remembered_digest(path, status.st_size, status.st_mtime_ns)
 

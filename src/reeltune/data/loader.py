@@ -254,7 +254,7 @@ def read_ahead(data: Dataset[T], places: Iterable[Any], workers: int) -> Iterato
 
 
 def _allow_open_files(more: int) -> None:
-    """Without them a batch would be lost on its way, and be waited for without end."""
+    """Lets this process open so many files more: without them a batch would be lost, and be waited for without end."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + more
     if soft == resource.RLIM_INFINITY or needed <= soft:
@@ -269,7 +269,7 @@ def _allow_open_files(more: int) -> None:
 
 
 class _NoSharedMemory:
-    """In place of a batch for which there is none left."""
+    """What is handed over in place of a batch for which no shared memory is left."""
 
     def __init__(self, reason: str):
         self.reason = reason.splitlines()[0]

@@ -59,7 +59,7 @@ FINGER_COLOURS = tuple(map(_hue, range(len(FINGERS))))
 
 
 def drawing_digest(path: str) -> str:
-    """Of all that tells how the key points of that file are drawn, but for the size. Raises OSError."""
+    """A digest of all that tells how the key points of that file are drawn, but for the size. Raises OSError."""
     return f"{DRAWING_VERSION} {digest_of(path)}"
 
 

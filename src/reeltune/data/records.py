@@ -44,7 +44,7 @@ class Records(Sequence[Record]):
     ends: np.ndarray  # int64: where each string begins, and the last ends
 
     def __init__(self, **arrays: np.ndarray):
-        """From what `arrays()` gave."""
+        """arrays: what `arrays()` gave."""
         for name in (*_NUMBERS, "strings", "ends"):
             setattr(self, name, arrays[name])
 

@@ -221,7 +221,7 @@ class _Judge:
         return own.measure
 
     def _content_of_control(self, row: Row) -> int:
-        """As it was measured, of a control or a camera path; 0 where there is none."""
+        """The content of a control or a camera path, as it was measured; 0 where there is none."""
         file = File(row.camera, "camera") if row.camera else _control_of(row)
         return self.findings[file].content if file else 0
 

@@ -66,7 +66,7 @@ def transformer() -> WanFunTransformer:
 
 
 def tokenizer() -> T5Tokenizer:
-    """Of the captions' words, and of letters for all others."""
+    """A tokenizer of the captions' words, and of letters for all others."""
     letters = [*map(chr, range(ord("a"), ord("z") + 1)), *"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'-"]
     words = [(f"▁{word}", -4.0) for word in vocabulary()]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, ("▁", -8.0), *((c, -9.0) for c in letters)]

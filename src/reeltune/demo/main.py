@@ -129,7 +129,7 @@ def clear(out_dir: Path) -> None:
 
 
 def _is_demo(out_dir: Path) -> bool:
-    """Of one before 2026-11-27, which left no mark: its recipe tells."""
+    """Whether a demo of before 2026-11-27 is there, which left no mark: its recipe tells."""
     recipe = out_dir / "run/recipe.yaml"
     return recipe.is_file() and read(recipe).get("train_data_dir") in (
         str(out_dir / "data"),

@@ -71,7 +71,7 @@ def answer_at(
 def error_at(
     denoise: Denoise, net: nn.Module, objective: Objective, x0: Tensor, cond: Cond, noise: Tensor, level_B: Tensor
 ) -> Tensor:
-    """By how much that is wrong, in float32."""
+    """How much the network's answer is wrong, B C T h w in float32."""
     return objective.error(answer_at(denoise, net, objective, x0, cond, noise, level_B), x0, noise, level_B)
 
 

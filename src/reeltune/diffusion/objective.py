@@ -34,7 +34,7 @@ class Objective(Protocol):
 
     @property
     def share(self) -> float:
-        """Of the levels that one network for the whole schedule would learn at, how many this one draws."""
+        """The share of levels that this one draws, of those that one network for the whole schedule would learn at."""
         return 1.0
 
     @cached_property
@@ -95,7 +95,7 @@ class Flow(Objective):
         return range(self.steps)[self.first : self.end]
 
     def parted(self, boundary: float) -> tuple[Flow, Flow]:
-        """Of the levels from `boundary` on, and of those below it: together all, and none in both.
+        """Objectives of the levels from `boundary` on, and of those below it: together all, and none in both.
 
         Compared as timesteps, as samplers do that pass from one network to the other there.
         """
@@ -131,7 +131,7 @@ class Flow(Objective):
 
     @property
     def share(self) -> float:
-        """By the range, where it is sampled evenly, or by the density."""
+        """The range's share of all levels, where they are sampled evenly, or else of their density."""
         ends = (self.indices.start / self.steps, self.indices.stop / self.steps)
         if not self.uniform_sampling and self.weighting_scheme == "logit_normal":
             below = (_normal((math.log(p / (1 - p)) - self.logit_mean) / self.logit_std) for p in ends if 0 < p < 1)
@@ -161,7 +161,7 @@ class Flow(Objective):
         return torch.ones_like(level_B)
 
     def timestep(self, level_B: Tensor) -> Tensor:
-        """In [0, steps], fractional as it is (measured on the reference, 2026-11)."""
+        """The level in [0, steps], fractional as it is (measured on the reference, 2026-11)."""
         return level_B * self.steps
 
 
@@ -183,7 +183,7 @@ class Discrete(Objective, Protocol):
         return torch.arange(self.steps - 1, -1, -1, dtype=torch.float32) / self.steps
 
     def draw(self, generator: torch.Generator, stratum: tuple[int, int]) -> float:
-        """From share [i/n, (i+1)/n) of the schedule with uniform_sampling, else from all of it."""
+        """One level, from share [i/n, (i+1)/n) of the schedule with uniform_sampling, else from all of it."""
         i, n = stratum if self.uniform_sampling else (0, 1)
         return self.quantile((i + torch.rand((), generator=generator).item()) / n)
 
@@ -237,7 +237,7 @@ class Ddpm(Discrete):
         return self.at(self.signal**0.5, level_B, x0) * noise - self.at((1 - self.signal) ** 0.5, level_B, x0) * x0
 
     def to_x0(self, x: Tensor, answer: Tensor, level_B: Tensor) -> Tensor:
-        """With epsilon it is not determined where no signal is left: infinite or nan."""
+        """x0 from the network's answer; with epsilon it is not determined where no signal is left: infinite or nan."""
         kept, noise = self.at(self.signal**0.5, level_B, x), self.at((1 - self.signal) ** 0.5, level_B, x)
         return (x - noise * answer) / kept if self.prediction_type == "epsilon" else kept * x - noise * answer
 
@@ -319,7 +319,7 @@ class Sigma(Discrete):
 
 
 def log_likelihood(x0: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """Of x0 under a Gaussian cut into 255 bins of [-1, 1], the outer ones open; its integral by tanh
+    """The log likelihood of x0 under a Gaussian cut into 255 bins of [-1, 1], the outer ones open; its integral by tanh
     (https://arxiv.org/abs/2006.11239, eq. 13; https://doi.org/10.2307/2346872).
     """
 

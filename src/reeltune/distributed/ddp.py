@@ -113,7 +113,7 @@ class Direct:
         return parameter
 
     def _state_piece(self, name: str, value: Tensor, parameter: nn.Parameter) -> Piece:
-        """Of optimizer state that has a number for each of the parameter's."""
+        """This process's piece of optimizer state that has a number for each of the parameter's."""
         return self._piece(name, value)
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:

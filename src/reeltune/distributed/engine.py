@@ -129,7 +129,7 @@ class Engine:
         return self.rank // self.context, self.world // self.context
 
     def context_mesh(self) -> DeviceMesh:
-        """As diffusers wants it: its dimension `ulysses` are the processes of a clip."""
+        """The mesh that diffusers wants: its dimension `ulysses` is the processes of a clip."""
         shape = self.world // self.context, 1, self.context
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
 
@@ -201,7 +201,7 @@ class Engine:
         return [thing] if self.world == 1 else gather_object([thing])
 
     def of_samples(self, thing: Any) -> list:
-        """As gather, but of one process where several have the same samples."""
+        """What `gather` gives, but of one process where several have the same samples."""
         return self.gather(thing)[:: self.context]
 
     def first(self, thing: Any) -> Any:

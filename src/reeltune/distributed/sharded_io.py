@@ -138,7 +138,8 @@ def sizes(metadata: Metadata) -> dict[str, tuple[int, torch.dtype]]:
 
 
 def _tensor(metadata: Metadata, name: str) -> TensorStorageMetadata | None:
-    """Of one name alone: who reads a checkpoint tensor by tensor must not go through all of it each time."""
+    """What the metadata says of one name: who reads a checkpoint tensor by tensor must not go through all of it each
+    time."""
     entry = metadata.state_dict_metadata.get(name)
     return entry if isinstance(entry, TensorStorageMetadata) else None
 

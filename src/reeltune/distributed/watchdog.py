@@ -149,7 +149,7 @@ class Watchdog:
         return f"others wait for more than rank_timeout_seconds = {self.patience_seconds:g}: {_named(behind, statuses)}"
 
     def _announce(self, verdict: str) -> None:
-        """Once rank 0 is gone nobody can be told, and all find out by themselves."""
+        """Tells the others why all stop; once rank 0 is gone nobody can be told, and all find out by themselves."""
         with contextlib.suppress(dist.DistError):
             if not self._store.check(["watch/verdict"]):
                 self._store.set("watch/verdict", verdict)

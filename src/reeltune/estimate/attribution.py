@@ -1,4 +1,4 @@
-"""To which part of a step each tensor belongs. What belongs to a weight is there as often as the weight."""
+"""Which part of a step each tensor belongs to. What belongs to a weight is there as often as the weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reeltune.training.learner import Learner
 
 
 def own_network(tracker: Tracker, learner: Learner, stands: Sequence[Stand]) -> None:
-    """Its weights, those of `stands` as often as they stand for, and their moving average."""
+    """Marks the learner's weights, those of `stands` as often as they stand for, and their moving average."""
     times = {id(weight): stand.times for stand in stands for weight in weights_of(stand.block)}
     for weight in weights_of(learner.plain):
         tracker.own([weight], "weights" if weight.requires_grad else "still", times.get(id(weight), 1))
@@ -47,14 +47,15 @@ def gradients_owned(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> Ite
 
 
 def give_gradients(tracker: Tracker, parameters: Sequence[nn.Parameter]) -> None:
-    """As a backward pass would have left them."""
+    """Gives each parameter a gradient, as a backward pass would have left it."""
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
         tracker.own([parameter.grad], "gradients", tracker.block_of(parameter).times)
 
 
 def offload_activations(net: nn.Module, tracker: Tracker) -> None:
-    """As training does; of fake tensors, which are all of one device, the tracker knows which are on the host."""
+    """Offloads activations as training does; of fake tensors, which are all of one device, the tracker knows which are
+    on the host."""
 
     def to_host(tensor: Tensor) -> Tensor:
         copy = blocks.to_host(tensor)

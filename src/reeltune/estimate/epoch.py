@@ -48,7 +48,7 @@ class DataForecast:
     samples: int
     micro_steps: int
     step_tokens: tuple[float, float, float]
-    """Of an optimizer step over all processes: mean, 95th percentile, most."""
+    """Tokens of an optimizer step over all processes: mean, 95th percentile, most."""
     cropped: float
     picture_lost: float  # mean share of the picture that cropping takes
     footage_s: float

@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 
 class Estimator:
-    """For a recipe, and for others that have its checkpoint, train mode, precision and encoding options."""
+    """Estimates steps of a recipe, and of others that have its checkpoint, train mode, precision and encoding
+    options."""
 
     def __init__(self, recipe: Recipe):
         self.family, self.mode, self.objective = choose_family(recipe)

@@ -19,7 +19,7 @@ MOST_BYTES = 2**34  # of pixels in a step
 
 @contextmanager
 def first_of(count: int) -> Iterator[DeviceMesh | None]:
-    """As the first of so many processes that share a clip; what the others would send has no values."""
+    """Within, this process is the first of `count` that share a clip; what the others would send has no values."""
     if count == 1:
         yield None
         return

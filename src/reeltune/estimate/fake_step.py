@@ -45,7 +45,8 @@ def training_step(
     *,
     preview: bool,
 ) -> StepEstimate:
-    """Of an encoded batch, and with `preview` a denoising pass. Frozen networks and the batch itself are not counted.
+    """The memory and work of a step on an encoded batch, and with `preview` of a denoising pass. Frozen networks and
+    the batch itself are not counted.
 
     Raises UserError as a run does that prepares it.
     """
@@ -170,8 +171,8 @@ def counts_of(network: TrainedNetwork, number_bytes: int) -> dict[str, Any]:
 
 
 def as_counted(network: TrainedNetwork, fake: FakeTensorMode) -> TrainedNetwork:
-    """Without the weights of blocks that were taken out of it, and with fake tensors in the place of those that were
-    made beside what is loaded: adapters."""
+    """The network without the weights of blocks that were taken out of it, and with fake tensors in the place of those
+    that were made beside what is loaded: adapters."""
     there: dict[int, nn.Parameter] = {}
     with fake:
         for weight in network.plain.parameters():

@@ -61,7 +61,7 @@ def encode(setup: Setup, batch: Batch, fake: FakeTensorMode) -> Encoding:
 
 
 def decode(setup: Setup, x0_BCThw: Tensor, fake: FakeTensorMode) -> Work:
-    """Of one clip's latents, shaped as these."""
+    """The work of decoding one clip's latents, shaped as these."""
     tracker = Tracker(fake)
     with frozen_counted(setup, tracker, "preview") as counted, torch.no_grad():
         counted.family.decode(counted.parts, torch.empty_like(x0_BCThw[:1], dtype=torch.float32))

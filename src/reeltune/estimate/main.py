@@ -160,7 +160,7 @@ class Forecast:
         return judge(self.peaks, self.machines.size_bytes)
 
     def changed(self, changes: Sequence[Change]) -> Forecast:
-        """With these changes. Raises UserError if they do not go with the rest."""
+        """This run with these changes. Raises UserError if they do not go with the rest."""
         settings = {name: value for change in changes for name, value in change.settings.items()}
         machines = replace(self.machines, gpus=settings.pop("gpus", self.machines.gpus))
         recipe = build({**flat(self.recipe), **settings})
@@ -202,8 +202,8 @@ class Forecast:
 
     @cached_property
     def kept_bytes(self) -> dict[str, int]:
-        """With gradient checkpointing as it is asked for, or else all of it, and without -> activations kept for the
-        backward pass."""
+        """Bytes of activations kept for the backward pass: with gradient checkpointing as it is asked for, or else all
+        of it, and without."""
         training = self.recipe.training
         on = training.gradient_checkpointing
         with_it = "with gradient_checkpointing" + (f": {on}" if isinstance(on, str) else "")

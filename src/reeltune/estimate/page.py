@@ -183,7 +183,7 @@ def size(count: float) -> str:
 
 
 def rounded(number: float) -> str:
-    """To three digits."""
+    """A number with three digits that count, and commas between thousands."""
     return f"{float(f'{number:.3g}'):,.10g}"
 
 

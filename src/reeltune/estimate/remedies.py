@@ -66,7 +66,7 @@ class Change:
 
 
 def values_of(recipe: Recipe, engine: str, gpus: int, *, blocks: int, still_blocks: int, tiles: bool) -> Values:
-    """Of a run, for the table of levers.
+    """A run's values, for the table of levers.
 
     engine: a name of sharding.ENGINES. blocks, still_blocks: as of StepEstimate. tiles: the VAE has them.
     """
@@ -82,8 +82,8 @@ def changes(values: Values) -> Iterator[Change]:
 
 
 def speedups(values: Values) -> Iterator[list[Change]]:
-    """Of each lever that is pulled at a price in time alone, the dearest first: what to write in its place, the fastest
-    first."""
+    """For each lever that is pulled at a price in time alone, the dearest first, what to write in its place, the
+    fastest first."""
     for lever, faster in choices.faster(values):
         yield [Change(settings, lever.plan_price or lever.price) for settings in faster]
 
@@ -151,8 +151,8 @@ def spend(
     try_out: Callable[[tuple[Change, ...]], tuple[Verdict, StepEstimate]],
     before: tuple[Verdict, StepEstimate],
 ) -> Offer | None:
-    """Of each lever the first change with which, beside those taken before, it still fits with room to spare; their
-    prices are what the lever costs as it is. None: there is none, or no room."""
+    """Takes from each lever the first change with which, beside those taken before, the run still fits with room to
+    spare; their prices are what the lever costs as it is. None: there is none, or no room."""
     verdict, step = before
     chosen, prices = tuple[Change, ...](), tuple[str, ...]()
     if not verdict.safe:
@@ -193,7 +193,8 @@ class Tries:
         return Offer(picked, verdict, tuple(prices))
 
     def expected(self, chosen: Chosen) -> Verdict:
-        """If beside the largest part of the set that was estimated each change spares what it does alone."""
+        """The verdict if each change spares what it does alone, beside the largest part of the set that was
+        estimated."""
         part = max((part for part in self.known if part <= chosen), key=len)
         before, totals = self.known[NONE][0].totals, self.known[part][0].totals
         for i in chosen - part:

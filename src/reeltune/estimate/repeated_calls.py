@@ -35,7 +35,8 @@ def counted_once(vae: nn.Module | None, tracker: Tracker) -> Iterator[None]:
 
 
 class Once(nn.Module):
-    """In the place of a network, which it calls unless a call was alike; then tensors without values are the answer."""
+    """Stands in the place of a network, and calls it unless a call was alike; then tensors without values are the
+    answer."""
 
     def __init__(self, network: nn.Module, tracker: Tracker):
         super().__init__()

@@ -104,7 +104,7 @@ def _is_plain(tensor: FakeTensor) -> bool:
 
 
 def _answer(out: Any, given: Sequence[FakeTensor]) -> Any:
-    """As `_known` has it."""
+    """What an operation made, as `_known` keeps it."""
     owners: dict[int, list[int]] = {}  # a storage's id -> which of the tensors given have it
     for number, tensor in enumerate(given):
         owners.setdefault(id(tensor.untyped_storage()), []).append(number)

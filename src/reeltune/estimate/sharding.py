@@ -51,7 +51,8 @@ def _zero2(step: StepEstimate, phase: str, gpus: int) -> Parts:
 
 
 def _zero3(step: StepEstimate, phase: str, gpus: int) -> Parts:
-    """As ZeRO-2, and the weights too: whole only where they are at work, up to stage3_max_live_parameters."""
+    """ZeRO-2's parts, with the weights sharded too: whole only where they are at work, up to
+    stage3_max_live_parameters."""
     parts = _zero2(step, phase, gpus)
     whole = parts["weights"]
     parts["weights"] = -(-whole // gpus)
@@ -78,7 +79,7 @@ def _fsdp(step: StepEstimate, phase: str, gpus: int) -> Parts:
 
 
 def _fsdp_gathered(step: StepEstimate, phase: str, gpus: int) -> Parts:
-    """With keep_gathered all blocks stay whole from forward to backward pass."""
+    """FSDP's parts with keep_gathered: all blocks stay whole from forward to backward pass."""
     parts = _fsdp(step, phase, gpus)
     if phase in ("forward", "backward"):
         in_blocks = step.parameters - step.other_parameters
@@ -120,8 +121,8 @@ ENGINES = {
 
 
 def resting(step: StepEstimate, engine: str, gpus: int, *, offload: bool = False) -> tuple[int, int]:
-    """Of a network of the same sizes whose turn it is not, where two learn in one run: (bytes on each GPU, bytes that
-    each process has in the machine's own memory).
+    """What a network of the same sizes takes while it is not its turn, where two learn in one run: (bytes on each GPU,
+    bytes that each process has in the machine's own memory).
 
     What is sharded stays where it is. What is not waits in the machine's memory, where the one whose turn it is keeps
     its place, too; DDP's buckets stay.

@@ -57,7 +57,7 @@ class Timed:
 
 
 def timed_steps(run: Path) -> Timed:
-    """Of what it has left in metrics.jsonl. Raises UserError if it has too few."""
+    """The steps that a run has timed in its metrics.jsonl. Raises UserError if they are too few."""
     file, about = run / "metrics.jsonl", run / "run.json"
     if not file.is_file() or not about.is_file():
         raise UserError("measured", f"{str(run)!r} has no metrics.jsonl and run.json; give the output_dir of a run")

@@ -14,7 +14,8 @@ REACHED = PCIE_BYTES_PER_S / PCIE_4  # of a link's rate at least, in practice
 
 @dataclass(frozen=True)
 class Changes:
-    """Of the steps of a run in which both learn; those for previews and held-out losses are left out."""
+    """Changes of place at the steps of a run in which both learn; those for previews and held-out losses are left
+    out."""
 
     count: int
     sent_bytes: int  # by each device at each of them, there and back, one after the other

@@ -114,7 +114,7 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
 
 
 def exported(checkpoint: Path, out: Path, **settings: Any) -> Iterator[str]:
-    """As `export.main.export`."""
+    """What `export.main.export` does, which is imported here as it needs torch."""
     from reeltune.export.main import export
 
     return export(checkpoint, out, **settings)

@@ -18,7 +18,8 @@ SPARE = 1.2  # memory wanted, over the size of the files
 
 
 def needed_bytes(model: Path, transformer: Path) -> int:
-    """To hold the frozen networks of `model`, as stored, and the weights in `transformer`."""
+    """Bytes that hold the frozen networks of `model`, as stored, and the weights in `transformer`, with some to
+    spare."""
     frozen = [file for file in model.rglob("*") if file.suffix in (".safetensors", ".pth", ".pt", ".bin")]
     own = set(model.glob("diffusion_pytorch_model*")) | set((model / "transformer").glob("*"))
     files = [file for file in frozen if file not in own] + tensor_files.files_of(transformer)

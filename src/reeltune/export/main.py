@@ -84,7 +84,7 @@ def export(
 
 
 def of_both(out: Path, exports: Mapping[Path, Callable[[Path], Iterator[str]]]) -> Iterator[str]:
-    """Of each part of a checkpoint, into a folder of its name in `out`; nothing is left of `out` if one fails."""
+    """Exports each part of a checkpoint into a folder of its name in `out`; nothing is left of `out` if one fails."""
     was_there, is_whole = out.is_dir(), False
     try:
         for part, one in exports.items():

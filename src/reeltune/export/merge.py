@@ -126,7 +126,7 @@ def prove(folder: Path, theirs: Mapping[str, str], merging: Merged) -> float:
 
 
 def change(adapter: Adapter, name: str, base: Tensor) -> Tensor:
-    """Of the weight of that released name, in fp64, at strength 1; base: it, in fp64."""
+    """The change of the weight of that released name, in fp64, at strength 1. base: the weight, in fp64."""
     out = torch.zeros_like(base)
     if name in adapter.whole:
         out += adapter.whole[name].double() - base

@@ -45,11 +45,11 @@ class Extracted:
 
     @property
     def full_rank(self) -> int:
-        """From which on an adapter holds all that linear layers learnt."""
+        """The least rank at which an adapter holds all that linear layers learnt."""
         return max(min(len(one.U_OR), len(one.V_IR)) for one in self.layers.values())
 
     def share(self, rank: int) -> float:
-        """Of the square of all that was trained, what the adapter of that rank holds."""
+        """The share of the square of all that was trained that the adapter of that rank holds."""
         total = sum(one.square for one in self.layers.values()) + sum(self.others.values())
         return sum(one.square_at(rank) for one in self.layers.values()) / total
 
@@ -96,7 +96,7 @@ def measure_ranks(recipe: Recipe, checkpoint: Path, ranks: Sequence[int], out: P
 def _of_network(
     recipe: Recipe, family: Family, mode: str, inputs: Inputs, checkpoint: Path, ranks: Sequence[int], out: Path | None
 ) -> Iterator[str]:
-    """As measure_ranks, of the recipe and the family of one that learnt."""
+    """What `measure_ranks` says of one network that learnt, by its recipe and family."""
     training = recipe.training
     engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
     tuned = replace(
@@ -140,7 +140,7 @@ def _of_network(
 
 
 def _about(model: recipes.Model, family: Family, checkpoint: Path) -> dict[str, str | None]:
-    """Of the adapter."""
+    """What the adapter's file says of itself."""
     told = {
         "family": family.name,
         "base_model": model.pretrained_model_name_or_path,

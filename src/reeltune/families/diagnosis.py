@@ -13,7 +13,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def no_folder(path: Path) -> str:
-    """Of a path that is no folder."""
+    """What is wrong with a path that is no folder, and the remedy."""
     text = str(path)
     if path.is_symlink():
         return f"{text!r} is not a folder: it {absent(path)}"
@@ -28,7 +28,7 @@ def no_folder(path: Path) -> str:
 
 
 def unknown(folder: Path, supported: Sequence[str]) -> str:
-    """Of a folder in which no family finds its checkpoint."""
+    """What is wrong with a folder in which no family finds its checkpoint, and the remedy."""
     names = sorted(entry.name for entry in folder.iterdir())
     there = ", ".join(few(names, 12)) or "nothing"
     rule = f"which is no checkpoint of a supported family ({', '.join(supported)})"

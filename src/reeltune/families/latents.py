@@ -14,7 +14,8 @@ from reeltune.core.types import Posterior
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """Of its first weight, and so of what it is given. `.dtype` of diffusers goes through all of them at each call."""
+    """The dtype of a network's first weight, and so of its input. `.dtype` of diffusers goes through all weights at
+    each call."""
     return next(network.parameters()).dtype
 
 

@@ -74,7 +74,7 @@ class Loading:
     fake: AbstractContextManager | None = None
     """torch's FakeTensorMode: weights are fake tensors made within, and their values are not read."""
     quantisation: Quantisation | None = None
-    """Of linear layers of the trained network, which then do not learn, while it is read."""
+    """How linear layers of the trained network, which then do not learn, are quantised while it is read."""
 
 
 def plain(tokenizer: Any, captions: Sequence[str]) -> list[str]:
@@ -142,7 +142,7 @@ class Family:
     keep: Callable[[Batch, str], dict[str, Tensor]] = as_drawn
     """(batch, mode) -> keep_B of an Encoded: what the draw keeps (batch.keep), and what mask and reference say."""
     token_limits: tuple[TokenLimit, ...] = ()
-    """Of each encoder of captions."""
+    """The limit of each encoder of captions."""
     frozen_files: dict[str, Path] = field(default_factory=dict)
     """All that `encode` reads of the checkpoint: frozen networks, tokenizers, the network's config."""
     native_fps: float = 16.0
@@ -163,8 +163,8 @@ class Family:
     finish: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     """(x0_BCThw as sampled, cond) -> x0_BCThw with what the conditions fix put back. None: they fix nothing."""
     boundary: float | None = None
-    """Of two networks, the experts "high" and "low": the noise level from which on the first answers, else the second;
-    None: one network answers at all levels."""
+    """The noise level from which on the expert "high" answers, below it "low"; None: one network answers at all
+    levels."""
     experts: dict[str, Family] = field(default_factory=dict, repr=False, compare=False)
     """Each of them that is there, as a family of its own: its network, and an objective of its own levels."""
     expert: str | None = None
@@ -297,7 +297,7 @@ def check_expert(family: Family, expert: str | None) -> Family:
 
 
 def learning(family: Family) -> list[Family]:
-    """Of the family that `check_expert` gave: each network that learns, as a family of its own, the noisier first."""
+    """Each network that learns, as a family of its own, the noisier first. family: what `check_expert` gave."""
     if family.expert is not None or not family.experts:
         return [family]
     return [replace(one, geometry=family.geometry) for one in family.experts.values()]

@@ -36,7 +36,8 @@ except Exception:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Of the class that its files name. Raises UserError if they are not whole, or name code of their own."""
+    """The tokenizer in a folder, of the class that its files name. Raises UserError if they are not whole, or name code
+    of their own."""
     import transformers  # slow, and not every family has such encoders
 
     for file in sorted(folder.glob("*")):  # some of which the library reads as far as they go
@@ -111,14 +112,15 @@ def as_turns(tokenizer: Any, captions: Sequence[str]) -> list[str]:
 
 @cache
 def _ends(template: str) -> bool:
-    """In a process of its own, because neither its loops nor its powers can be interrupted."""
+    """Reads it in a process of its own, because neither its loops nor its powers can be interrupted."""
     code = RENDER.format(most_bytes=TEMPLATE_BYTES, most_s=TEMPLATE_S)
     done = subprocess.run([sys.executable, "-I", "-c", code], input=template.encode(), capture_output=True)
     return done.returncode == 0
 
 
 def load_image_processor(cls: Any, folder: Path) -> Any:
-    """Of a transformers class. Raises UserError if its settings are not there or not whole."""
+    """The image processor in a folder. cls: of transformers. Raises UserError if its settings are not there or not
+    whole."""
     settings = read_config(folder, "preprocessor_config.json")
     if not settings:
         raise UserError(str(folder), "no preprocessor_config.json; download it")

@@ -164,7 +164,7 @@ def write(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def encoding_files(parts: Mapping[str, Path]) -> dict[str, Path]:
-    """Of a checkpoint's components those that encoding reads: of the trained network its config alone."""
+    """What encoding reads of a checkpoint's components: of the trained network its config alone."""
     others = {name: path for name, path in parts.items() if name not in ("transformer", "scheduler")}
     return {"config": parts["transformer"] / "config.json", **others}
 

@@ -63,7 +63,7 @@ def preferring(kernels: Sequence[str]) -> Iterator[None]:
 
 
 class Attention:
-    """By which kernel it is computed in these blocks, and again where they recompute: this comes before `recompute`.
+    """Sets the kernel of attention in these blocks, and again where they recompute: this comes before `recompute`.
 
     torch's choice is of the whole process: meanwhile no other thread may compute attention.
 
@@ -78,7 +78,7 @@ class Attention:
             block.forward = partial(self._forward, block.forward)
 
     def prefer(self, kernels: Sequence[str]) -> None:
-        """From here on the first of these that can do what a block asks."""
+        """Has a block's attention computed by the first of these kernels that can do what it asks, from here on."""
         self._within = partial(preferring, kernels)
 
     def _forward(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:

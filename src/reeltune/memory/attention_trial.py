@@ -22,7 +22,7 @@ SECONDS, ROUNDS = 2.0, 20  # after which a trial ends, once each kernel was time
 NEAR = 1.03  # of the least median, up to which the order of kernels decides, and not noise
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
 TITLES = {"flash": "flash attention", "cudnn": "cudnn attention", "efficient": "memory efficient"}
-"""As torch begins the line after which it says why a kernel is not taken (pytorch, aten/src/ATen/native/transformers/
+"""How torch begins the line after which it says why a kernel is not taken (pytorch, aten/src/ATen/native/transformers/
 cuda/sdp_utils.cpp)."""
 
 
@@ -115,7 +115,7 @@ class _Listening(TorchFunctionMode):
 
 
 def _autocast(value: Any) -> Any:
-    """As attention gets it where autocast is on, which casts all that it is given."""
+    """A value as attention gets it, where autocast is on cast by it."""
     if not isinstance(value, Tensor):
         return value
     cast = value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
@@ -161,7 +161,7 @@ def _refusal(calls: Sequence[Call], kernel: str, kernels: Sequence[str]) -> str 
 
 
 def why(kernel: str, said: Sequence[str], error: str) -> str:
-    """Of torch's warnings those about this kernel; if there are none, how its error begins."""
+    """What torch's warnings say about this kernel; if there are none, how its error begins."""
     reasons, is_own = [], False
     for line in (text.partition(" (Triggered internally")[0].strip() for text in said):
         if line.endswith("not used because:"):

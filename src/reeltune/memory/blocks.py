@@ -235,7 +235,7 @@ class Recomputing:
 
 
 def move(net: nn.Module, device: torch.device, *, besides: Sequence[nn.Module] = ()) -> None:
-    """As net.to(device), but the waiting tensors of the swapped blocks `besides` stay where they are."""
+    """Does net.to(device), but the waiting tensors of the swapped blocks `besides` stay where they are."""
     stay = {id(tensor) for block in besides for tensor in waiting(block)}
     for tensor in chain(net.parameters(), net.buffers()):
         if id(tensor) not in stay:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def size_bytes(tree: Any) -> int:
-    """Of all tensors in a tree (lists, tuples, dicts), of a sharded one this process's share; nothing else has any."""
+    """Bytes of all tensors in a tree (lists, tuples, dicts), of a sharded one this process's share; nothing else has
+    any."""
     here = (leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(tree))
     return sum(leaf.numel() * leaf.element_size() for leaf in here if isinstance(leaf, Tensor))

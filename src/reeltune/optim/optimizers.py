@@ -197,7 +197,7 @@ class StochasticRounding:
 
     @contextmanager
     def in_parts(self) -> Iterator[PartStep]:
-        """As the function of that name."""
+        """What the function of that name does, with fp32 stand-ins for the parameters."""
         with in_parts(self.optimizer) as step_stand_ins:
 
             @torch.no_grad()
@@ -261,8 +261,8 @@ class StochasticRounding:
 
 
 def average_decay(step: int, most: float) -> float:
-    """Of the moving average at optimizer step `step`, counted from 0: 0 at the first, so that nothing is left of the
-    weights that a run began with, then (1 + step) / (10 + step), at most `most`. As diffusers' EMAModel, which the
+    """The moving average's decay at optimizer step `step`, counted from 0: 0 at the first, so that nothing is left of
+    the weights that a run began with, then (1 + step) / (10 + step), at most `most`. As diffusers' EMAModel, which the
     original scripts use as it comes.
     """
     return 0.0 if step == 0 else min((1 + step) / (10 + step), most)

@@ -29,8 +29,8 @@ def views(piece_N: Tensor, like: Sequence[Tensor], places: Sequence[int]) -> lis
 
 
 def round_by_chance(piece_N: Tensor, parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
-    """In place, to what bf16 can hold: a random number below one unit in the last bf16 place is added, then the low 16
-    bits are cut.
+    """Rounds in place to what bf16 can hold: a random number below one unit in the last bf16 place is added, then the
+    low 16 bits are cut.
 
     parts: views of the piece, each of which has the chance of its own seed, wherever it lies.
     """

@@ -66,7 +66,7 @@ class StepInBackward:
         self.loss.backward(retain_graph=keep)
 
     def _total(self, norms: dict[int, Tensor]) -> Tensor:
-        """In the order and form of torch.nn.utils.get_total_norm, for the same bits."""
+        """The norm of all gradients, in the order and form of torch.nn.utils.get_total_norm, for the same bits."""
         in_order = [norms[id(parameter)] for parameter in self.parameters if id(parameter) in norms]
         return torch.linalg.vector_norm(torch.stack(in_order))
 

@@ -28,7 +28,7 @@ def resume_command(run: Path) -> list[str]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """As a shell takes it."""
+    """A command as a shell takes it."""
     return shlex.join(command)
 
 

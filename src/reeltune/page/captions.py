@@ -32,7 +32,7 @@ def edited_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Change:
-    """Of one entry: from a caption to another."""
+    """The change of one entry's caption."""
 
     entry: int
     was: str

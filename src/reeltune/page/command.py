@@ -17,7 +17,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Until Ctrl-C. Returns the exit code. Raises UserError."""
+    """Serves the page until Ctrl-C. Returns the exit code. Raises UserError."""
     parser = Options(
         "reeltune serve",
         description="A page to look at data and runs, on this machine alone (127.0.0.1). Prints its address, with the "

@@ -95,9 +95,9 @@ def shared_clips(a: Path, b: Path) -> tuple[list[int], str]:
 
 
 def differences(a: Metrics, b: Metrics, clips: list[int]) -> list[Paired]:
-    """At each step at which both were measured: the same clips and noise, so that clips that are hard do not count for
-    either. clips: places of those that both have; of rows without losses of single clips the mean over all is taken,
-    which is right only where all are shared."""
+    """The held-out losses of two runs at each step at which both were measured: on the same clips and noise, so that
+    clips that are hard do not count for either. clips: places of those that both have; of rows without losses of single
+    clips the mean over all is taken, which is right only where all are shared."""
     of_a, of_b = ({row["step"]: row for row in metrics.validations} for metrics in (a, b))
     found = []
     for step in sorted(of_a.keys() & of_b.keys()) if clips else ():

@@ -38,7 +38,8 @@ def about_control(path: str, holds: Callable[[str], bool]) -> str:
 
 
 def left_out(path: Path, holds: Callable[[str], bool], most: int) -> LeftOut | None:
-    """Of a list with its ledger beside it; None for a list that has none, or one in which nothing is left out."""
+    """What was left out of a list, by the ledger beside it; None for a list that has none, or one in which nothing is
+    left out."""
     ledger = ledger_of(path)
     if not ledger.is_file() or not holds(str(ledger)):
         return None

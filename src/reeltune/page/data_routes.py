@@ -171,7 +171,7 @@ def routes(site: Site) -> list[Route]:
 
 
 def _back(site: Site, id: str, asked: Asked, form: Form) -> str:
-    """To the page of the list where the caption was changed."""
+    """The address of the list's page where the caption was changed."""
     names = {
         recipe for recipe, one in site.shelf.found.recipes.items() if is_named(one.named("train_data_meta"), asked.path)
     }

@@ -25,7 +25,7 @@ class Field:
 
     @property
     def on(self) -> bool:
-        """Of a switch."""
+        """Whether a switch is on."""
         return (self.value or self.usual) == "true"
 
     @property

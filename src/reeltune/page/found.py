@@ -78,7 +78,7 @@ class Shelf:
         ).hexdigest()
 
     def name_of(self, path: Path) -> str:
-        """As it is shown: below the folder."""
+        """A path as it is shown: below the folder."""
         named = os.path.relpath(path, self.folder)
         return self.folder.name if named == "." else named.encode("utf-8", "replace").decode()
 

@@ -66,7 +66,7 @@ class Guard:
         return None
 
     def _welcome(self, scope: Scope, others: list[tuple[str, str]]) -> Response:
-        """To the same address without the token, so that no history and no screenshot has it."""
+        """Sends the browser to the same address without the token, so that no history and no screenshot has it."""
         path = "/" + scope["path"].lstrip("/\\")  # never //another.site
         response = RedirectResponse(path + ("?" + urlencode(others) if others else ""), 303)
         response.set_cookie(self.cookie_name, self.cookie, httponly=True, samesite="strict", path="/")
@@ -75,7 +75,7 @@ class Guard:
 
 
 def _same(given: str, wanted: str) -> bool:
-    """In a time that does not tell how much of it is right."""
+    """Whether a token is right, in a time that does not tell how much of it is."""
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode())
 
 

@@ -31,7 +31,7 @@ from reeltune.run.model import choose_family
 
 @dataclass
 class Judged:
-    """By entry of the list."""
+    """What training would do with a list, by its entries."""
 
     records: dict[int, Record]
     reasons: dict[int, str]  # why an entry is left out
@@ -55,7 +55,7 @@ class Judged:
 
 
 def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
-    """Without a recipe: what can be used at all. Raises UserError for a list of which nothing can."""
+    """Judges a list without a recipe: what can be used at all. Raises UserError for a list of which nothing can."""
     found = scan(
         meta,
         data_dir,
@@ -69,7 +69,7 @@ def by_scan(meta: Path, data_dir: Path, store: Path) -> Judged:
 
 
 def by_recipe(recipe_path: Path, store: Path, holds: Callable[[str], bool]) -> Judged:
-    """As a run of the recipe would see its train_data_meta. holds: whether a path may be looked at.
+    """Judges a recipe's train_data_meta as a run would see it. holds: whether a path may be looked at.
 
     Raises UserError for what training would refuse, and for data that lies elsewhere.
     """

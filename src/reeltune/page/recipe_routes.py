@@ -95,7 +95,7 @@ class Pages:
         return self.site.page("recipe_saved.html", here="recipe", id=id, path=path, command=self._shown(path), log=None)
 
     def _path(self, name: str) -> Path:
-        """Of a new file in the served folder itself. Raises UserError for a name that leads elsewhere."""
+        """The path of a new file in the served folder itself. Raises UserError for a name that leads elsewhere."""
         name = name.strip() or "recipe.yaml"
         try:
             bare_name(name)

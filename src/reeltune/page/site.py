@@ -64,7 +64,7 @@ class Site:
         return self.shelf.look()
 
     def known(self, kind: str, id: str) -> Any:
-        """Of the runs, lists, caches or recipes the one of that id; 404 for none."""
+        """The run, list, cache or recipe of that id; 404 for none."""
         for found in (self.shelf.found, None):
             table = getattr(found or self.look(), kind)
             if id in table:
@@ -106,7 +106,7 @@ class Site:
 
 
 def whole_number(text: str | None, least: int = 0, default: int | None = None) -> int:
-    """Of a path or a query. 404 for what is none."""
+    """A whole number from a path or a query; 404 for what is none."""
     if text is None and default is not None:
         return default
     if text is None or not text.isascii() or not text.isdecimal() or len(text) > 18 or int(text) < least:
@@ -129,7 +129,8 @@ def posted(act: Callable[[Request, Form], Response]) -> Callable[[Request], Awai
 
 
 def after_post(request: Request, to: str) -> Response:
-    """To a page: a whole one for a form, and for htmx by its header (https://htmx.org/reference)."""
+    """Sends the browser on to a page after a form: by a redirect, or where htmx asked by its header
+    (https://htmx.org/reference)."""
     if request.headers.get("hx-request") == "true":
         return Response(status_code=204, headers={"HX-Redirect": to})
     return RedirectResponse(to, 303)

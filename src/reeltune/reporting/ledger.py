@@ -91,11 +91,12 @@ class Ledger:
 
     @cached_property
     def identity(self) -> Identity:
-        """Of the records trained on, as they are when this is first asked for: at a resume, or the first save."""
+        """What tells the records trained on from others, as they are when this is first asked for: at a resume, or the
+        first save."""
         return Identity.of(self.train, self.root)
 
     def share(self) -> Share:
-        """As it is now."""
+        """This process's counts as they are now."""
         return Share(self.used.copy(), self.repeated.copy(), dict(self.failures))
 
     def save(self, path: Path, shares: Sequence[Share] | None = None) -> None:

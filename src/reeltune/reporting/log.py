@@ -127,7 +127,7 @@ class Log:
         self._say(f"{told}{self._changed(row, 3)}, {row['n']} preview{'s' if row['n'] != 1 else ''}", markup=True)
 
     def _changed(self, row: dict[str, Any], figures: int) -> str:
-        """From the start, with the band of it."""
+        """The change from the start, with its band; empty at the start itself."""
         if self.step_now <= row["start_step"]:
             return ""
         changed = f", {round(row['difference'], figures) + 0:+.{figures}f} from the start"  # + 0: no minus before zero

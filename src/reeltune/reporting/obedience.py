@@ -56,7 +56,7 @@ def _reason(row: dict) -> str:
 
 
 def number(row: dict) -> dict[str, str]:
-    """Of the few at the top: what, value, and what it was at the start."""
+    """One of the few numbers at the top of a report: what it is, now and at the start."""
     truth = "" if row["truth"] is None else f"; real clips: {shown(row, row['truth'])}"
     now, start = shown(row, row["score"]), shown(row, row["score_start"])
     return {"what": "follows its control", "now": now, "start": start, "note": f"{row['measure']}{truth}"}
@@ -77,6 +77,6 @@ def shown(row: dict, value: float) -> str:
 
 
 def _signed(row: dict, value: float) -> str:
-    """With a figure more than it has alone."""
+    """A score's change, with a figure more than the score has alone."""
     figures, unit = (2, "°") if row["unit"] == "°" else (3, "")
     return f"{round(value, figures) + 0:+.{figures}f}{unit}".replace("-", "−")  # + 0: no minus before zero

@@ -280,7 +280,7 @@ def recipe_rows(path: Path) -> dict[str, list[tuple[str, str]]]:
 
 @cache
 def environment() -> jinja2.Environment:
-    """Of this package's pages."""
+    """The templates of this package's pages."""
     import jinja2
 
     environment = jinja2.Environment(

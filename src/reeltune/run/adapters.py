@@ -40,12 +40,13 @@ class Given:
 
     @property
     def told(self) -> dict[str, Any]:
-        """Of a clip's .json."""
+        """What the .json of a clip says of this adapter."""
         return {"path": self.path, "sha256": self.sha256, "strength": self.strength}
 
 
 def read_all(texts: Sequence[str], base: Mapping[str, Tensor]) -> list[Given]:
-    """Of FILE:strength each. base: the network's parameters by released name, meta tensors or not.
+    """The adapters of texts that are FILE:strength each. base: the network's parameters by released name, meta tensors
+    or not.
 
     Raises UserError with all that is wrong: files that are not there or damaged, no numbers, other networks.
     """

@@ -17,7 +17,8 @@ from reeltune.run.experts import own_part
 
 
 class Base(Mapping[str, Tensor]):
-    """Of a model's folder, or other weights for it; `outline` has them on the meta device.
+    """The parameters in a model's folder, or in other weights for it, by released name; `outline` has them on the meta
+    device.
 
     expert: whose weights, of a model of two networks; left out, it has names and shapes alone, which are those of both.
     Raises UserError for a folder that holds no model that is known.

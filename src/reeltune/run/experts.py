@@ -1,5 +1,5 @@
-"""Of two networks, the experts high and low: whose weights were given, as far as that can be told, and what a recipe
-says of each where both learn."""
+"""The two networks of Wan2.2's large models, the experts high and low: whose weights were given, as far as that can be
+told, and what a recipe says of each where both learn."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def of_expert(recipe: Recipe, expert: str | None) -> Recipe:
 
 
 def own_part(path: str | None, expert: str | None) -> str | None:
-    """Of a folder that has what is of both experts, that one's."""
+    """That expert's part of a folder that has both; any other path as it is."""
     return None if path is None else str(part(Path(path), expert))
 
 
 def whose(path: str | Path, family: Family) -> Any:
-    """By the recipe of a run's checkpoint, or by the place in the model's folder; None where neither tells."""
+    """Which expert weights are of, by the recipe of a run's checkpoint, or by their place in the model's folder; None
+    where neither tells."""
     given = Path(path)
     for folder in (given, given.parent, given.parent.parent):
         if all((folder / name).is_file() for name in ("progress.json", "recipe.yaml")):
@@ -62,7 +63,7 @@ def refuse_other_expert(setting: str, path: str | Path, family: Family) -> None:
 
 
 def refuse_adapters(adapters: Mapping[str, Adapter], family: Family) -> None:
-    """Of a path each. Raises UserError for those that say that they are of the other expert."""
+    """Raises UserError for adapters that say that they are of the other expert. adapters: by path."""
     if family.expert is not None:
         said = {path: _said(adapter.about) for path, adapter in adapters.items()}
         wrong = [
@@ -72,7 +73,8 @@ def refuse_adapters(adapters: Mapping[str, Adapter], family: Family) -> None:
 
 
 def _said(about: Mapping[str, Any]) -> Any:
-    """Of an adapter as it was trained, or as `reeltune export` wrote it for another tool."""
+    """Which expert an adapter says that it is of, as it was trained, or as `reeltune export` wrote it for another
+    tool."""
     if "expert" in about:
         return about["expert"]
     try:

@@ -74,7 +74,7 @@ class told_when_full:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU; None for the CPU."""
+    """A GPU's free memory; None for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 

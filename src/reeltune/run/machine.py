@@ -23,5 +23,5 @@ def too_many_workers(recipe: Recipe) -> list[str]:
 
 
 def usable_cores() -> int:
-    """Of this process, which schedulers of clusters may have bound to some of the machine's."""
+    """How many cores this process may use: schedulers of clusters may have bound it to some of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

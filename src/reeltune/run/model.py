@@ -117,7 +117,7 @@ def encode_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def network_dtype(recipe: Recipe) -> torch.dtype:
-    """Of the network's weights: of what learns, or beneath adapters the type it computes in."""
+    """The type of the network's weights: of what learns, or beneath adapters the type it computes in."""
     if recipe.adapter.rank:
         return DTYPES[recipe.training.mixed_precision]
     return torch.float32 if recipe.model.trained_weights == "fp32" else torch.bfloat16
@@ -182,7 +182,7 @@ def other_expert(family: Family, path: str | None) -> Family | None:
 
 
 def other_expert_bytes(recipe: Recipe, family: Family) -> int:
-    """Of the host's memory, from the first preview on."""
+    """What the other expert takes of the host's memory, from the first preview on."""
     other, validation = other_expert(family, recipe.model.other_expert_path), recipe.validation
     if other is None or other.weights is None or not (validation.validation_prompts or validation.preview_count):
         return 0

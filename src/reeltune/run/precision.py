@@ -1,4 +1,4 @@
-"""In which types a run computes: of VAE and encoders, and what of that this machine's CPU is slow at."""
+"""Types that a run computes in: those of VAE and encoders, and which of them this machine's CPU is slow at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOWER = 4  # times a matrix product of 1024 x 1024 in fp32: AVX-512 without its
 
 
 def encoder_dtype(recipe: Recipe) -> torch.dtype | None:
-    """Of VAE and encoders; None: as their files have it."""
+    """The type of VAE and encoders; None: as their files have it."""
     asked = recipe.model.encoder_weights
     return DTYPES[recipe.training.mixed_precision] if asked is None else STORED_OR[asked]
 

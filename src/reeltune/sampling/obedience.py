@@ -40,7 +40,8 @@ class Obedience:
     truths: dict[int, float | None] = field(default_factory=dict)  # of held-out clips themselves, by preview
 
     def scores(self, place: int, batch: Batch, made_BFCHW: Tensor) -> dict[str, float] | None:
-        """Of a preview, uint8, by its place; the first number is the score. None where nothing can be said of it."""
+        """The scores of a preview, uint8, by its place; the first number is the score. None where nothing can be said
+        of it."""
         request = self.requests[place]
         control_FHWC = None if batch.control_BFCHW is None else _frames(batch.control_BFCHW)
         asked = Asked(batch.draws[0], request.record, control_FHWC)
@@ -51,7 +52,7 @@ class Obedience:
         return self.judge.scores(asked, _frames(made_BFCHW), request.fps)
 
     def row(self, step: int, found: Sequence[dict[str, float] | None]) -> dict[str, Any] | None:
-        """For metrics.jsonl, of what `scores` gave of each preview; None where nothing can be said of any.
+        """A row of metrics.jsonl, of what `scores` gave of each preview; None where nothing can be said of any.
 
         The first of a run, or one at step 0, is the start. Means and band are over previews of which both are known.
         """
@@ -143,7 +144,7 @@ def _made_as(requests: Sequence[Request]) -> str | None:
 
 
 def _contents(request: Request) -> list[int]:
-    """Of the files that it is read from: one of the same name may be another."""
+    """The contents of the files that a request is read from: one of the same name may be another."""
     record = request.record
     paths = [] if record is None else [record.path, record.control_path, record.camera_path]
     there = [path for path in dict.fromkeys([request.control, *paths]) if path and Path(path).is_file()]

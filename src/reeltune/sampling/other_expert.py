@@ -59,12 +59,12 @@ class OtherExpert:
         return self.read(strength=self.strength).eval()
 
     def times(self, factor: float) -> OtherExpert:
-        """With its adapter so much stronger: read anew, unless that changes nothing."""
+        """This expert with its adapter so much stronger: read anew, unless that changes nothing."""
         return self if self.adapter is None or factor == 1 else replace(self, strength=self.strength * factor)
 
     @property
     def told(self) -> dict[str, Any]:
-        """Of a clip's .json."""
+        """What the .json of a clip says of the other expert."""
         adapter = {} if self.adapter is None else {"adapter": self.adapter, "strength": self.strength}
         return {"other_expert": {"name": self.name, "path": self.path, **adapter}}
 
@@ -95,11 +95,11 @@ class BothExperts:
 
     @property
     def told(self) -> dict[str, Any]:
-        """Of a clip's .json: all is of the run itself."""
+        """Nothing that the .json of a clip need say: all is of the run itself."""
         return {}
 
     def answering(self, net: nn.Module, timestep_B: Tensor, *, write: bool) -> nn.Module:
-        """As of OtherExpert; all processes ask it alike."""
+        """The network that answers there, as OtherExpert has it; all processes ask it alike."""
         half = self.halves["high" if timestep_B[0] >= self.boundary else "low"]
         half.come()
         return half.net

@@ -55,8 +55,8 @@ class Request:
 def requests_of(
     recipe: Recipe, family: Family, mode: str, rules: SizeRules, drawn: Sequence[Drawn] = ()
 ) -> list[Request]:
-    """Of validation_prompts, each with its file of validation_paths, or its control of those that were `drawn`. Raises
-    UserError."""
+    """Requests of validation_prompts, each with its file of validation_paths, or its control of those that were
+    `drawn`. Raises UserError."""
     validation, seed = recipe.validation, recipe.training.seed
     paths = [str(one.path) for one in drawn] or validation.validation_paths
     requests = prompt_requests(family, mode, validation.validation_prompts, paths, rules, seed=seed)
@@ -189,8 +189,8 @@ def read_one(reader: Reader, draw: Draw, *, make: Callable[[Reader, Draw], Sampl
 
 
 def from_picture(reader: Reader, draw: Draw) -> Sample:
-    """Of a prompt, with the first frame and the poses that there are: the rest is black, and to be made. Raises
-    MediaError or CameraError."""
+    """The sample of a prompt, with the first frame and the poses that there are: the rest is black, and to be made.
+    Raises MediaError or CameraError."""
     record, (frames, height, width) = reader.records[draw.record], draw.shape
     made = Sample(draw, record.text, torch.zeros(frames, 3, height, width, dtype=torch.uint8))
     made.keep = {name: p < 1 for name, p in reader.drop.items()}

@@ -41,8 +41,8 @@ class Setup:
     other: OtherExpert | BothExperts | None = None  # that makes clips together with the network, or in its place
 
     def encode(self, batch: Batch) -> Encoded:
-        """In groups of `vae_mini_batch`, by itself sample by sample, because networks give other last bits in other
-        batches; or as it came from the cache."""
+        """Encodes a batch in groups of `vae_mini_batch`, by itself sample by sample, because networks give other last
+        bits in other batches; or as it came from the cache."""
         batch = batch.to(self.parts.device)
         together = self.options.get("vae_mini_batch", 1)
         encoded = batch.encoded or joined([self._encode_group(group) for group in batch.groups(together)])
@@ -70,7 +70,7 @@ class Setup:
         return {name: cond[name] for name in self.family.caption}
 
     def _described(self, captions: list[str], pixels_BFCHW: Tensor) -> Described:
-        """Of one caption and its clip, whose first frame an encoder that sees pictures is shown."""
+        """What encoders make of one caption; one that sees pictures is shown the first frame of the clip."""
         if self.family.caption_sees_picture:
             with torch.no_grad():
                 return self.family.describe(self.parts, captions, pixels_BFCHW[:, 0])
@@ -98,8 +98,8 @@ class Setup:
     def denoise_together(
         self, net: nn.Module, x_BCThw: Tensor, timestep_B: Tensor, cond: Cond, *, write: bool = True
     ) -> Tensor:
-        """By the expert whose noise level it is. Without `write` nobody looks at the clip: only what learns, which may
-        be spread over processes, is asked."""
+        """One denoising pass by the expert whose noise level it is. Without `write` nobody looks at the clip: only what
+        learns, which may be spread over processes, is asked."""
         asked = net if self.other is None else self.other.answering(net, timestep_B, write=write)
         return torch.zeros_like(x_BCThw) if asked is None else self.denoise(asked, x_BCThw, timestep_B, cond)
 

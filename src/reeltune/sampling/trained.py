@@ -34,7 +34,7 @@ class Trained:
     adapters: list[Given] = field(default_factory=list)
 
     def told(self, factor: float = 1.0) -> dict[str, Any]:
-        """Of a clip's .json."""
+        """What the .json of a clip says of its weights."""
         adapters = [one.times(factor).told for one in self.adapters]
         return {"weights": self.weights, **({"adapters": adapters} if adapters else {})}
 
@@ -99,7 +99,8 @@ def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters:
 
 
 def _swap(net: nn.Module, count: int, family: Family, device: torch.device) -> None:
-    """As in training; without blocks to swap all of the network is on the device already."""
+    """Puts the network on the device but for blocks to swap, as in training; without such blocks all of it is there
+    already."""
     net.requires_grad_(False)
     if count:
         move(net, device, besides=swap(blocks_of(net, family.blocks), count, device))

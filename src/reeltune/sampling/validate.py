@@ -161,7 +161,7 @@ class HeldOut:
 
 
 def _change(losses_N: np.ndarray, start_N: np.ndarray) -> dict[str, Any]:
-    """Of each clip, because levels of one clip are not independent."""
+    """The change of the loss over clips, because levels of one clip are not independent."""
     differences = losses_N - start_N
     return {
         "loss": float(losses_N.mean()),

@@ -165,7 +165,7 @@ def _load(recipe: Recipe, engine: Engine, family: Family, resumed_from: Path | N
 
 
 def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -> list[str]:
-    """Of what is to be trained on, where, and at which rate."""
+    """Notices of what is to be trained on, where, and at which rate."""
     stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
     return [*engine.parallelism.notices, *inputs.scan.notices, *stale, *slow]

@@ -46,7 +46,7 @@ class Meter:
         return self._flop_count.enabled and shape not in self._flop_count.known
 
     def flops(self, shape: Shape) -> AbstractContextManager:
-        """To be entered around the forward pass of a batch of that shape."""
+        """Counts FLOPs, entered around the forward pass of a batch of that shape."""
         return self._flop_count.forward(shape)
 
     def count(self, loss: Tensor, shape: Shape, samples: int) -> None:

@@ -153,7 +153,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def sampled(file: Path) -> str:
-    """Its size, and a hash of bytes from all over it: weights of another training differ everywhere."""
+    """A file's size, and a hash of bytes from all over it: weights of another training differ everywhere."""
     size = file.stat().st_size
     hashed = hashlib.blake2b(digest_size=8)
     with file.open("rb") as opened:

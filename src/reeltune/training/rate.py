@@ -29,7 +29,7 @@ def rate_of(optimization: Optimization, total_steps: int) -> Callable[[int], flo
 
 @dataclass(frozen=True)
 class Rates:
-    """Over the steps of a run."""
+    """Learning rates over the steps of a run."""
 
     highest: float
     mean: float
@@ -46,7 +46,7 @@ class Rates:
 
 
 def rate_notices(optimization: Optimization, total_steps: int) -> list[str]:
-    """Where the run learns at much less than its learning_rate, in words."""
+    """Says where the run learns at much less than its learning_rate, and what to change."""
     rates = Rates.of(rate_of(optimization, total_steps), total_steps)
     if optimization.learning_rate == 0 or rates.mean >= LOW * optimization.learning_rate:
         return []

@@ -23,7 +23,7 @@ from reeltune.training.turns import Turns
 
 @dataclass(frozen=True)
 class Run:
-    """As `loop.start` makes it in each process; only `progress` and what has a state of its own change."""
+    """A run as `loop.start` makes it in each process; only `progress` and what has a state of its own change."""
 
     recipe: Recipe
     engine: Engine

@@ -143,7 +143,7 @@ def read_kept(net: nn.Module, names: dict[str, str], adapter: TrainedAdapter | N
 def take_principal_parts(
     net: nn.Module, names: dict[str, str], recipe: Recipe, engine: Engine, *, resumed: bool
 ) -> None:
-    """For PiSSA: finds the principal parts that adapters begin with, unless a checkpoint had them; processes share the
+    """Finds PiSSA's principal parts that adapters begin with, unless a checkpoint had them; processes share the
     layers. A base in 8 or 4 bits is read again and rounded without them. Does nothing for a fake network."""
     how = recipe.adapter.lora_init
     if not is_principal(how) or is_fake(net):

@@ -85,7 +85,7 @@ class Turns:
         self.now = turn
 
     def _of_first(self, steps: int) -> int:
-        """In how many of the run's first `steps` steps the first network learns."""
+        """How many of the run's first `steps` steps the first network learns in."""
         return steps if len(self.each) == 1 else math.floor(self._share * steps + self._offset)
 
 

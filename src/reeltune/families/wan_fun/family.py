@@ -291,7 +291,7 @@ def _network(path: Path) -> dict[str, Any] | None:
 
 
 def _with_experts(family: Family, places: dict[str, Path], boundary: float) -> Family:
-    """With each expert as a family of its own: its network, and the noise levels that sampling gives it."""
+    """The family with each expert as a family of its own: its network, and the noise levels that sampling gives it."""
     files: layout.Files = family.options["files"]
     assert isinstance(family.objective, Flow)
     ranges = dict(zip(layout.EXPERTS, family.objective.parted(boundary), strict=True))
@@ -312,7 +312,8 @@ def _with_experts(family: Family, places: dict[str, Path], boundary: float) -> F
 
 
 def _boundary(folder: Path, settings: dict[str, Any], family: Family) -> float:
-    """Of config_path, the checkpoint's model_index.json or the variant; says so where the first has another's."""
+    """The noise level between experts by config_path, the checkpoint's model_index.json or the variant; says so where
+    one of the first two has another than the variant."""
     said = (settings.get("transformer_additional_kwargs") or {}).get("boundary")
     said = configs.read_config(folder, "model_index.json").get("boundary_ratio") if said is None else said
     if said is None:

@@ -78,7 +78,7 @@ VAE = tuple(_vae_rows())
 
 
 def _vae_2_2_rows():
-    """Of Wan2.2's VAE, whose levels are blocks with shortcuts: two residual blocks going down, three going up."""
+    """Rows of Wan2.2's VAE, whose levels are blocks with shortcuts: two residual blocks going down, three going up."""
     yield from (row for row in VAE if not re.match(r"(en|de)coder\.(down|up)", row[0]))
     for side, way, end in (("encoder", "down", 2), ("decoder", "up", 3)):
         level, new_level = f"{side}.{way}samples.{{}}", f"{side}.{way}_blocks.{{}}"
@@ -129,7 +129,7 @@ def from_released(state: State, config: dict[str, Any] | None = None) -> State:
 
 
 def is_vae_2_2(state: State) -> bool:
-    """By names of either form."""
+    """Whether a state dict is of Wan2.2's VAE, by names of either form."""
     return any(
         name.startswith(("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets.")) for name in state
     )
