@@ -187,13 +187,13 @@ def _prune(recipe: Recipe) -> int:
 
 
 def _cache_command(argv: Sequence[str]) -> int:
-    word = argv[0] if argv and argv[0] in CARE else None
+    word = argv[0] if argv and argv[0] in MAINTENANCE else None
     if word is None or {"-h", "--help"} & set(argv):
-        near = difflib.get_close_matches(argv[0], CARE, 1) if argv and not Path(argv[0]).exists() else []
+        near = difflib.get_close_matches(argv[0], MAINTENANCE, 1) if argv and not Path(argv[0]).exists() else []
         if near:
             raise UserError("cache", f"{argv[0]} is no recipe; the nearest of what reeltune cache does is {near[0]}")
         return of_recipe("cache")(argv)
-    return CARE[word](recipe_of(argv[1:], "cache"))
+    return MAINTENANCE[word](recipe_of(argv[1:], "cache"))
 
 
 def _split(argv: Sequence[str], command: str, parser: Options) -> tuple[Namespace, Recipe] | None:
@@ -251,7 +251,7 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
-CARE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
+MAINTENANCE: Mapping[str, Callable[[Recipe], int]] = {"verify": _verify, "prune": _prune}
 RUN: Mapping[str, Callable[[Recipe], int]] = {"train": _train, "check": _check, "cache": _cache}
 
 

@@ -103,6 +103,7 @@ def test_a_second_list_is_told_of_too(given, tmp_path):
         (tmp_path / name).write_text(json.dumps(listed))
     metas = {"train_data_meta": tmp_path / "train.json", "validation_data_meta": tmp_path / "val.json"}
     lines = lines_of(given, tmp_path, **metas, max_bad_share=0.5)
+    assert f"held out 2 clips of validation_data_meta, {tmp_path / 'val.json'}" in lines
     told = [line.removeprefix("notice   ") for line in lines if line.startswith("notice")]
     assert [line.partition(": ")[0] for line in told] == ["val.json"] * 2
     assert "entry 2, gone.mp4: the file cannot be opened" in told[0] and "the caption is empty" in told[1]

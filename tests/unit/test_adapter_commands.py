@@ -38,14 +38,16 @@ def test_a_file_says_what_it_is(tmp_path):
 def test_import_tells_the_strength_in_each_tool_and_mends_it(tmp_path, capsys):
     adapter = made("wan_fun", rank=4, alpha=2.0)
     source = written_to(tmp_path, named(adapter, "wan_fun", "diffusion_model.", alpha=False))
-    assert "alpha: none in it, and every tool takes it for the rank" in list(tell(source))
+    assert "alpha: none in the file, so every tool takes the rank for it" in list(tell(source))
     words = {line.split()[0]: line for line in tell(source, alpha=2.0)}
     assert words["VideoX-Fun"] == "VideoX-Fun       strength 2.000"
     assert words["musubi-tuner"].endswith("loads none of it, and says so in a log at most")
     out = str(tmp_path / "mended.safetensors")
     assert cli.main(["import", str(source), "--alpha", "2", "--out", out, "--for", "comfyui"]) == 0
     assert cli.main(["import", out]) == 0
-    assert "ComfyUI          strength 1.000" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "ComfyUI          strength 1.000" in told
+    assert "alpha: none in the file, so the rank is taken for it, which is right" in told
     tensors = stored_in(tmp_path / "mended.safetensors", outline=False).tensors
     proof = prove(adapter.layers, adapter.changes, applied(BY_TOOL["VideoX-Fun"], tensors, NETWORKS["wan_fun"]))
     assert proof.lowest_ratio == proof.highest_ratio == 1 and not proof.missing and not proof.strange

@@ -11,7 +11,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Draw, Record, Shape
 from reeltune.data.metadata import LeftOut
 from reeltune.data.records import Records
-from reeltune.reporting.ledger import Ledger
+from reeltune.reporting.ledger import Ledger, in_words
 
 
 def records(entries):
@@ -152,3 +152,12 @@ def test_nothing_is_kept_per_row_beside_arrays(tmp_path):
     assert peak_bytes < 60 * n
     with (tmp_path / "ledger.csv").open() as file:
         assert sum(1 for _ in file) == n + 1
+
+
+def test_the_counts_in_words_say_which_list_is_held_out(tmp_path):
+    summary = ledger().write(tmp_path)
+    assert in_words(summary, None) == "10 entries: 0 used, 1 held out, 6 not reached, 3 left out (ledger.csv)"
+    assert in_words(summary | {"held_out": 0, "not_reached": 10, "left_out": 0}, "val.json") == (
+        "10 entries: 0 used, 10 not reached, none left out (ledger.csv); "
+        "held-out clips are those of validation_data_meta, val.json"
+    )

@@ -130,7 +130,7 @@ def test_points_land_where_the_resized_and_cut_clip_has_them(tmp_path):
         picture_FHWC = np.zeros((1, *size, 3), np.uint8)
         x, y = map(int, place)
         picture_FHWC[0, y - 8 : y + 8, x - 8 : x + 8] = 255
-        write_clip(tmp_path / "clip.mp4", picture_FHWC, 8.0, crf=1)
+        write_clip(tmp_path / "clip.mp4", picture_FHWC, 8.0)
         nose = People(np.zeros((1, 17, 2)), np.zeros((1, 17)), np.zeros((1, 4)), np.ones(1))
         nose.points_NP2[0, 0], nose.scores_NP[0, 0] = place, 1
         made = Keypoints.of([nose], [0], layout="coco", height=size[0], width=size[1], detector="d")

@@ -29,7 +29,12 @@ def test_a_warm_up_longer_than_the_run_is_said():
     (notice,) = rate_notices(optimization(lr_warmup_steps=500), 4)
     assert notice == (
         "the rate is at most 6e-07, 3e-07 in the mean, 6e-07 at the last step of the run's 4; learning_rate is 0.0001, "
-        "lr_scheduler is constant_with_warmup and lr_warmup_steps 500"
+        "lr_scheduler is constant_with_warmup and lr_warmup_steps 500; lower lr_warmup_steps"
     )
     assert rate_notices(optimization(lr_warmup_steps=4), 8) == []
     assert rate_notices(optimization(learning_rate=0.0, lr_warmup_steps=500), 4) == []
+
+
+def test_of_a_schedule_that_falls_early_the_warm_up_is_not_blamed():
+    (notice,) = rate_notices(optimization(lr_scheduler="polynomial", lr_power=4.0, lr_warmup_steps=2), 100)
+    assert notice.endswith("lr_scheduler is polynomial and lr_warmup_steps 2; raise learning_rate, if more is meant")

@@ -12,7 +12,7 @@ from reeltune.core.errors import UserError, refuse, together
 from reeltune.core.options import Options, a_path, number, whole_number
 
 PLACE = "{kind}"  # in --out
-CARE = ("verify", "prune")
+MAINTENANCE = ("verify", "prune")
 
 
 def _parser() -> Options:
@@ -43,27 +43,27 @@ def _parser() -> Options:
 
 def control_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line. Raises UserError; exits with 128 + the signal that ended it."""
-    care = argv[0] if argv and argv[0] in CARE else None
-    options = _parser().read(argv[1:] if care else argv)
+    word = argv[0] if argv and argv[0] in MAINTENANCE else None
+    options = _parser().read(argv[1:] if word else argv)
     with together("control") as attempt:
         for name in options.kind:
             attempt(kind_named, name)
         detectors = attempt(_detectors, options.detector, options.kind)
         attempt(_check_numbers, options)
-        attempt(_refuse_idle, options, care)
-        outs = {} if care else attempt(_outs, options.out, options.kind)
+        attempt(_refuse_idle, options, word)
+        outs = {} if word else attempt(_outs, options.out, options.kind)
     kinds = tuple(dict.fromkeys(options.kind))
     low_high = options.canny_thresholds
     settings = Settings(None if low_high is None else (low_high[0], low_high[1]), options.device or "cpu")
 
-    from reeltune.control.care import prune, verify
+    from reeltune.control.maintenance import prune, verify
     from reeltune.control.stage import Order
 
     data_dir = options.train_data_dir or options.list.absolute().parent
     order = Order(options.list, data_dir, kinds, detectors, settings)
-    if care == "verify":
+    if word == "verify":
         yield verify(order)
-    elif care == "prune":
+    elif word == "prune":
         yield from (prune(data_dir, order, kind_named(name)) for name in kinds)
     else:
         from reeltune.control.run import run
@@ -78,7 +78,7 @@ def _check_numbers(options: Namespace) -> None:
         raise UserError("least_score", f"--least_score is {options.least_score:g}; scores go from 0 to 1")
 
 
-def _refuse_idle(options: Namespace, care: str | None) -> None:
+def _refuse_idle(options: Namespace, word: str | None) -> None:
     """Raises UserError for flags that would change nothing."""
     named = ", ".join(dict.fromkeys(options.kind))
     problems = []
@@ -87,10 +87,10 @@ def _refuse_idle(options: Namespace, care: str | None) -> None:
     if options.canny_thresholds is not None and "canny" not in options.kind:
         low_high = " ".join(f"{value:g}" for value in options.canny_thresholds)
         problems.append(f"--canny_thresholds is {low_high}, and --kind is {named}; it is of canny alone; leave it out")
-    if care:
+    if word:
         of_lists = {name: getattr(options, name) for name in ("out", "workers", "least_score")}
         problems += [
-            f"--{name} is {value}, and {care} makes no list; leave it out"
+            f"--{name} is {value}, and {word} makes no list; leave it out"
             for name, value in of_lists.items()
             if value is not None
         ]

@@ -56,7 +56,8 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
         yield from (f"         {row}" for row in inputs.unsuited)
     stale = stale_controls(inputs.train, inputs.held_out)
     yield from (f"notice   {notice}" for notice in [*scan.notices, *stale, *machine_notices(recipe)])
-    yield f"held out {_count(len(inputs.held_out), 'clip')}"
+    whose = "" if data.validation_data_meta is None else f" of validation_data_meta, {data.validation_data_meta}"
+    yield f"held out {_count(len(inputs.held_out), 'clip')}{whose}"
 
 
 def _steps(recipe: Recipe, plan: Plan) -> Iterator[str]:

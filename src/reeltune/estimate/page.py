@@ -81,10 +81,12 @@ def offer_table(plan: Forecast) -> Table:
 def data_table(plan: Forecast) -> Table:
     data, inputs, ways = plan.data, plan.inputs, plan.recipe.cache.cache_variants
     mean, high, most = data.step_tokens
+    held_out, apart = f"{len(inputs.held_out):,} held out", plan.recipe.data.validation_data_meta
     rows = [
         (
             "entries",
-            f"{inputs.scan.entries:,}: {len(inputs.train):,} to train on, {len(inputs.held_out):,} held out",
+            f"{inputs.scan.entries:,}: {len(inputs.train):,} to train on"
+            + (f", {held_out}" if apart is None else f"; {held_out}, of {apart}"),
         ),
         ("left out", f"{len(plan.left_out):,}"),
         ("samples in the first epoch", f"{data.samples:,}"),

@@ -235,9 +235,9 @@ def _scale(adapter: Adapter, found: Found) -> Iterator[str]:
     if found.alpha_from:
         yield f"alpha: from {found.alpha_from}"
     elif writing.OURS in found.metadata:
-        yield "alpha: none in it, and none is missing: reeltune wrote it, with the scale in B"
+        yield "alpha: none in the file, so the rank is taken for it, which is right: reeltune writes the scale into B"
     elif adapter.layers:
         said = found.metadata.get("ss_network_alpha")
         hint = f"; its metadata says ss_network_alpha {said}, which no tool reads" if said else ""
-        yield f"alpha: none in it, and every tool takes it for the rank{hint}"
+        yield f"alpha: none in the file, so every tool takes the rank for it{hint}"
         yield "if it was trained with another, --alpha N tells what each tool makes of it, and with --out FILE mends it"

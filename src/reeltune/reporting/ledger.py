@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -220,4 +220,16 @@ def _sum(shares: Sequence[Share]) -> Share:
         np.stack([share.used for share in shares]).sum(axis=0, dtype=np.int32),
         np.stack([share.repeated for share in shares]).sum(axis=0, dtype=np.int32),
         failures,
+    )
+
+
+def in_words(summary: Mapping[str, int], held_out_from: str | None) -> str:
+    """The counts of `Ledger.write` in a line. held_out_from: the list that all held-out clips are of, if it is another:
+    then none of these entries is held out."""
+    left_out = f"{summary['left_out']} left out" if summary["left_out"] else "none left out"
+    held_out = "" if held_out_from is not None else f"{summary['held_out']} held out, "
+    whose = "" if held_out_from is None else f"; held-out clips are those of validation_data_meta, {held_out_from}"
+    return (
+        f"{summary['entries']} entries: {summary['used']} used, {held_out}{summary['not_reached']} not reached, "
+        f"{left_out} (ledger.csv){whose}"
     )

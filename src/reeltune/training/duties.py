@@ -16,6 +16,7 @@ from reeltune.diffusion.loss import Loss
 from reeltune.memory import attention
 from reeltune.reporting import report
 from reeltune.reporting.first_batch import write_first_batch
+from reeltune.reporting.ledger import in_words
 from reeltune.run.folder import describe
 from reeltune.training.attention_choice import choose_attention
 from reeltune.training.background_save import Saving
@@ -74,11 +75,7 @@ class Duties:
         shares = self.engine.of_samples(self.run.ledger.share())
         if self.engine.main:
             summary = self.run.ledger.write(self.out, shares)
-            left_out = f"{summary['left_out']} left out" if summary["left_out"] else "none left out"
-            self.log.notice(
-                f"{summary['entries']} entries: {summary['used']} used, {summary['held_out']} held out, "
-                f"{summary['not_reached']} not reached, {left_out} (ledger.csv)"
-            )
+            self.log.notice(in_words(summary, self.run.recipe.data.validation_data_meta))
             self.log.flush()
             self.log.notice(f"report: {report.write(self.out)}")
         self.engine.wait()  # or a launcher would see others end, and end this one

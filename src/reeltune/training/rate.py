@@ -50,7 +50,11 @@ def rate_notices(optimization: Optimization, total_steps: int) -> list[str]:
     rates = Rates.of(rate_of(optimization, total_steps), total_steps)
     if optimization.learning_rate == 0 or rates.mean >= LOW * optimization.learning_rate:
         return []
-    why = f"lr_scheduler is {optimization.lr_scheduler}"
-    if optimization.lr_warmup_steps:
-        why += f" and lr_warmup_steps {optimization.lr_warmup_steps}"
-    return [f"the rate is {rates} of the run's {total_steps:,}; learning_rate is {optimization.learning_rate:g}, {why}"]
+    said, warm_up = f"lr_scheduler is {optimization.lr_scheduler}", optimization.lr_warmup_steps
+    if warm_up:
+        said += f" and lr_warmup_steps {warm_up}"
+    remedy = "lower lr_warmup_steps" if warm_up >= total_steps else "raise learning_rate, if more is meant"
+    return [
+        f"the rate is {rates} of the run's {total_steps:,}; learning_rate is {optimization.learning_rate:g}, {said}; "
+        f"{remedy}"
+    ]
