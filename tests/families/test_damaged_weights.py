@@ -178,6 +178,19 @@ def test_one_file_and_shards_that_are_the_same_or_not_whole(tmp_path, caplog):
     assert f"{STEM}.safetensors is read, and model.safetensors, which is there too, is not" in caplog.messages[1]
 
 
+def test_files_that_are_compared_are_opened_once_each(tmp_path, monkeypatch):
+    state = {name: torch.arange(4.0).view(2, 2) for name in "abc"}
+    save_file(state, tmp_path / "one.safetensors")
+    save_file(dict(reversed(state.items())), tmp_path / "other.safetensors")
+    opened, safe_open = [], tensor_files.safe_open
+    monkeypatch.setattr(
+        tensor_files, "safe_open", lambda file, *more, **by: opened.append(file.name) or safe_open(file, *more, **by)
+    )
+    one, other = [tmp_path / "one.safetensors"], [tmp_path / "other.safetensors"]
+    assert tensor_files._unlike(one, other) == ""
+    assert opened == ["one.safetensors", "other.safetensors"]
+
+
 def test_missing_shards_are_counted(tmp_path):
     (tmp_path / "model-00001-of-00100.safetensors").write_bytes(one())
     error = refused(lambda: weights.read(tmp_path), "model-00002-of-00100.safetensors is missing", "and 91 more")

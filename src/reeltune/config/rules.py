@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reeltune.config.kernel_rules import kernel_rules
-from reeltune.config.recipe import Adapter, Model, Recipe, Validation
+from reeltune.config.recipe import Adapter, Model, Optimization, Recipe, Sizes, Validation
 from reeltune.config.text_rules import text_rules
 from reeltune.memory import choices
 
@@ -173,8 +173,7 @@ def _beginning(adapter: Adapter) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    model, data, sizes, validation = recipe.model, recipe.data, recipe.sizes, recipe.validation
-    optimization = recipe.optimization
+    model, data, validation = recipe.model, recipe.data, recipe.validation
     if not model.trainable_modules and not model.trainable_modules_low_learning_rate:
         yield ("trainable_modules",), "trainable_modules is empty, so nothing would learn; write . for everything"
     if model.add_full_ref_image_in_self_attention and model.train_mode not in (None, "control_ref"):
@@ -195,6 +194,35 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"validation_data_meta is {data.validation_data_meta} and held_out_share is {data.held_out_share}; "
             "held-out clips come from one of them; leave the other out",
         )
+    yield from _sizes(recipe.sizes)
+    if validation.negative_prompt and validation.guidance_scale == 1:
+        yield (
+            ("negative_prompt", "guidance_scale"),
+            f"negative_prompt is {validation.negative_prompt} and guidance_scale is 1, which guides away from nothing; "
+            "raise guidance_scale, or leave negative_prompt out",
+        )
+    yield from _engine(recipe)
+    yield from _optimization(recipe.optimization)
+    yield from _prodigy(recipe)
+    share = recipe.memory.gradient_checkpointing_share
+    if share < 1 and not recipe.training.gradient_checkpointing:
+        yield (
+            ("gradient_checkpointing_share", "gradient_checkpointing"),
+            f"gradient_checkpointing_share is {share} and gradient_checkpointing is false; it is a share of what that "
+            "recomputes; set gradient_checkpointing to true",
+        )
+    yield from kernel_rules(recipe)
+    if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
+        yield (
+            ("uniform_sampling", "weighting_scheme"),
+            f"uniform_sampling is true and weighting_scheme is {recipe.loss.weighting_scheme}; each is a density of "
+            "noise levels; leave one of the two out",
+        )
+    yield from _previews(recipe.validation)
+
+
+def _sizes(sizes: Sizes) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go together in how sizes are drawn."""
     if sizes.fix_sample_size is not None:
         if min(sizes.fix_sample_size) < 16:
             yield (
@@ -215,39 +243,21 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"video_sample_size is {sizes.video_sample_size} and image_sample_size is {sizes.image_sample_size}; with "
             "training_with_video_token_length, sides go from the first up to the second; raise image_sample_size",
         )
-    if validation.negative_prompt and validation.guidance_scale == 1:
-        yield (
-            ("negative_prompt", "guidance_scale"),
-            f"negative_prompt is {validation.negative_prompt} and guidance_scale is 1, which guides away from nothing; "
-            "raise guidance_scale, or leave negative_prompt out",
-        )
-    yield from _engine(recipe)
+
+
+def _optimization(optimization: Optimization) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What does not go together in an optimizer, its rate and its clipping."""
     optimizers = [name for name in OPTIMIZERS if getattr(optimization, name)]
     if len(optimizers) > 1:
         yield (
             tuple(optimizers),
             f"{' and '.join(optimizers)} are true; a run has one optimizer; leave all but one out",
         )
-    yield from _prodigy(recipe)
-    share = recipe.memory.gradient_checkpointing_share
-    if share < 1 and not recipe.training.gradient_checkpointing:
-        yield (
-            ("gradient_checkpointing_share", "gradient_checkpointing"),
-            f"gradient_checkpointing_share is {share} and gradient_checkpointing is false; it is a share of what that "
-            "recomputes; set gradient_checkpointing to true",
-        )
-    yield from kernel_rules(recipe)
     if optimization.max_grad_norm is None and optimization.abnormal_norm_clip_start is not None:
         yield (
             ("max_grad_norm", "abnormal_norm_clip_start"),
             f"max_grad_norm is none and abnormal_norm_clip_start is {optimization.abnormal_norm_clip_start}, which "
             "clips at a multiple of it; give max_grad_norm, or leave abnormal_norm_clip_start out",
-        )
-    if recipe.loss.uniform_sampling and recipe.loss.weighting_scheme in DENSITIES:
-        yield (
-            ("uniform_sampling", "weighting_scheme"),
-            f"uniform_sampling is true and weighting_scheme is {recipe.loss.weighting_scheme}; each is a density of "
-            "noise levels; leave one of the two out",
         )
     rules = optimization.lr_step_rules
     if (rules is not None) != (optimization.lr_scheduler == "piecewise_constant"):
@@ -261,7 +271,6 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("lr_step_rules",),
             f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
         )
-    yield from _previews(recipe.validation)
 
 
 def _experts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -104,19 +104,21 @@ def _of_stem(folder: Path, stem: str) -> list[Path]:
 def _unlike(files: Sequence[Path], others: Sequence[Path]) -> str:
     """What is not the same in two sets of files, by their headers and each tensor's first row: weights of another
     training differ everywhere. Empty: nothing."""
-    ours, theirs = ({name: file for file in one for name in header_of(file)} for one in (files, others))
-    if lone := sorted(ours.keys() ^ theirs.keys()):
+    ours, theirs = ({name for file in one for name in header_of(file)} for one in (files, others))
+    if lone := sorted(ours ^ theirs):
         return f"{lone[0]} is in one of them alone"
-    return next((name for name in ours if _first_row(ours[name], name) != _first_row(theirs[name], name)), "")
+    first_rows = dict(row for file in files for row in _first_rows(file))
+    return next((name for file in others for name, row in _first_rows(file) if row != first_rows[name]), "")
 
 
-def _first_row(file: Path, name: str) -> tuple[str, list[int], bytes]:
-    """Its type, the tensor's shape, and its bytes."""
+def _first_rows(file: Path) -> Iterator[tuple[str, tuple[str, list[int], bytes]]]:
+    """Each tensor's name, with its type, its shape and the bytes of its first row. Raises UserError."""
     with as_user_error(file, "cannot be read"), safe_open(file, "pt", device="cpu") as tensors:
-        held = tensors.get_slice(name)
-        shape = held.get_shape()
-        row = held[:1] if shape else tensors.get_tensor(name)
-        return held.get_dtype(), shape, row.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            held = tensors.get_slice(name)
+            shape = held.get_shape()
+            row = held[:1] if shape else tensors.get_tensor(name)
+            yield name, (held.get_dtype(), shape, row.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _refuse_unfinished(files: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from reeltune.cache.entries import open_cache
+from reeltune.cache.entries import Cache, open_cache
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
@@ -20,6 +20,7 @@ from reeltune.core.types import Batch, Encoded, Progress
 from reeltune.data.loader import stream
 from reeltune.data.plan import Plan
 from reeltune.diffusion.loss import Loss
+from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import Engine, peak_flops
 from reeltune.distributed.watchdog import Watchdog
 from reeltune.families.spec import Family, Parts, learning
@@ -79,15 +80,11 @@ def train(recipe: Recipe) -> int:
 def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[str] = ()) -> Run:
     """Loads networks, data and, where the run is resumed, its checkpoint, in each process. Raises UserError."""
     refuse_apart(engine, recipe)
-    out, training = Path(recipe.output.output_dir), recipe.training
+    training = recipe.training
     attention.refuse_missing(training.attention, engine.device, engine.dtype)
     if training.compile == "blocks":
         compiled.refuse_missing(engine.device.type)
-    resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
-    refuse_overwriting(out, resumed_from)
-    progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
-    changes = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
-    refuse_damaged_weights(engine, recipe.model, resumed_from)
+    resumed_from, progress, changes = _checkpoint(recipe, engine)
     split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
@@ -98,20 +95,16 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         if not progress.plan_version:
             changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
-        checkpoint.sweep(out)
+        checkpoint.sweep(Path(recipe.output.output_dir))
     inputs, drawn = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
         changes += from_first(engine, partial(go_on, resumed_from, progress, inputs, ledger, recipe))
     cache = open_cache(recipe, family, mode, inputs, show_progress=engine.main)
-    parts = _load(recipe, engine, family, resumed_from, encoders=cache is None)
+    setup = _setup(recipe, engine, family, mode, objective, cache, resumed_from)
     pixel_reader = None if cache is None else inputs.reader
-    if cache is not None:
-        parts.null |= cache.null(engine.device)
-        inputs = cache.feed(inputs)
-    other, options = OtherExpert.of(recipe, family, engine.device), encode_options(recipe)
-    setup = Setup(family, mode, parts, objective, autocast=engine.autocast, options=options, other=other)
+    inputs = inputs if cache is None else cache.feed(inputs)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
     total_steps = steps_of(recipe, inputs.plan(0))
@@ -127,7 +120,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
-        changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
+        later = checkpoint.set_later_aside(Path(recipe.output.output_dir), progress.step)
+        changes += [f"{path} is no longer of this run" for path in later]
     return Run(
         recipe=recipe,
         engine=engine,
@@ -155,6 +149,37 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
             *validation.notices,
         ],
     )
+
+
+def _checkpoint(recipe: Recipe, engine: Engine) -> tuple[Path | None, Progress, list[str]]:
+    """The checkpoint to go on from, None for a new run; how far it is; notices of it.
+
+    Raises UserError for one that is damaged, and where a new run would write over another.
+    """
+    out = Path(recipe.output.output_dir)
+    resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
+    refuse_overwriting(out, resumed_from)
+    progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
+    notices = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
+    refuse_damaged_weights(engine, recipe.model, resumed_from)
+    return resumed_from, progress, notices
+
+
+def _setup(
+    recipe: Recipe,
+    engine: Engine,
+    family: Family,
+    mode: str,
+    objective: Objective,
+    cache: Cache | None,
+    resumed_from: Path | None,
+) -> Setup:
+    """The networks with all that they train with; those that a cache stands for are not read."""
+    parts = _load(recipe, engine, family, resumed_from, encoders=cache is None)
+    if cache is not None:
+        parts.null |= cache.null(engine.device)
+    other, options = OtherExpert.of(recipe, family, engine.device), encode_options(recipe)
+    return Setup(family, mode, parts, objective, autocast=engine.autocast, options=options, other=other)
 
 
 def _load(recipe: Recipe, engine: Engine, family: Family, resumed_from: Path | None, *, encoders: bool) -> Parts:
