@@ -167,8 +167,7 @@ def save_shares(
     write_more: Callable[[Path], None],
     keep: int | None,
 ) -> tuple[Path, int] | None:
-    """Writes a checkpoint as `save` does, but all processes of `group` call it, and each writes the pieces that it
-    keeps.
+    """Writes a checkpoint as `save` does, called by all processes of `group`, of which each writes what it keeps.
 
     pieces: by expert; None: the only network. The first process calls write_more and returns as `save`, others None.
     """
