@@ -276,7 +276,7 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def printed(lines: Iterable[str]) -> int:
-    """Each as it comes. Returns the exit code."""
+    """Prints each line as it comes. Returns the exit code."""
     for line in lines:
         print(line)
     return 0

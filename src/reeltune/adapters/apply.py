@@ -28,7 +28,7 @@ def touched(adapter: Adapter) -> set[str]:
 
 
 def check(adapter: Adapter, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """shapes: of the network's parameters, by released name.
+    """Whether an adapter fits a network. shapes: the parameters', by released name.
 
     Raises UserError that names what of the adapter the network lacks, or has in another shape.
     """
@@ -81,7 +81,7 @@ def _changed(name: str, base: Tensor, adapter: Adapter, strength: float) -> Tens
 
 
 def parameters_of(net: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Its parameters by released name; of quantised ones an outline, of the shape that they stand for.
+    """The network's parameters by released name; of quantised ones an outline, of the shape that they stand for.
 
     names: ours -> released.
     """
@@ -98,7 +98,7 @@ def _quantised(net: nn.Module, names: Mapping[str, str]) -> dict[str, QuantizedL
 
 
 def merge(net: nn.Module, names: Mapping[str, str], adapters: Strengths) -> None:
-    """Puts them into the network's weights, in place: computed in fp32, rounded once to each weight's own type.
+    """Puts adapters into the network's weights, in place: computed in fp32, rounded once to each weight's own type.
 
     names: of its parameters, ours -> released. `check` is to be called before. Raises UserError for quantised weights.
     """
@@ -114,8 +114,8 @@ def _merge(weights: Mapping[str, Tensor], adapters: Strengths) -> None:
 
 @contextmanager
 def applied(net: nn.Module, names: Mapping[str, str], adapters: Strengths, *, keep: bool = True) -> Iterator[None]:
-    """Within, the network answers with them: they are in its weights, and into quantised ones they are put at each use,
-    when these are lifted to fp32.
+    """Within, the network answers with the adapters: they are in its weights, and into quantised ones they are put at
+    each use, when these are lifted to fp32.
 
     keep: afterwards it has its own bits again, which wait in the CPU's memory.
     """

@@ -55,7 +55,7 @@ def file_of(path: Path) -> Path:
 
 
 def stored_in(file: Path, *, outline: bool) -> Stored:
-    """outline: all but alphas on the meta device."""
+    """The tensors of a file, and what is said of them. outline: all but alphas on the meta device. Raises UserError."""
     head = beginning(file, 9)
     if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):  # a length may begin so, too
         raise UserError(str(file), f"is a file of torch.save; {ONLY}; have its tool save it as such")

@@ -53,7 +53,7 @@ def split(pair: LowRank, outputs: Sequence[int]) -> list[LowRank | None]:
 
 
 def _own_columns(blocks: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-    """The columns from first to last in which each block is not zero; None if two overlap, or if all are zero."""
+    """(first column, end) of what is not zero in each block; None if two of these overlap, or if all are empty."""
     if blocks[0].is_meta:
         return None
     found = [block.ne(0).any(0).nonzero().reshape(-1).tolist() for block in blocks]

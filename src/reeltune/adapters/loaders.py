@@ -69,7 +69,8 @@ BLOCKS = ("blocks.", "transformer_blocks.", "single_transformer_blocks.")
 
 
 def applied(loader: Loader, tensors: Tensors, network: Network) -> Applied:
-    """tensors: of a file, by their names there. Those on the meta device are taken for what their alphas say."""
+    """What a tool makes of a file in that network. tensors: by their names in the file. Those on the meta device are
+    taken for what their alphas say."""
     if network.name not in loader.names:
         return Applied(refused=f"it has no network of {network.title}")
     if why := loader.refuses(tensors, network):

@@ -36,7 +36,7 @@ class Layer:
     """Which of the layers that are one in the original, in their order there."""
 
     def name(self, spelling: Spelling) -> str:
-        """Empty where there is none."""
+        """The layer's name as a tool spells it; empty where it has none."""
         if spelling == "comfyui":
             return _in_comfyui(self.original)
         return {"released": self.released, "diffusers": self.diffusers, "original": self.original}[spelling]
@@ -64,7 +64,7 @@ class Network:
         return f"{self.title}, {self.sizes.get(width or 0, f'width {width}' if width else 'of any width')}"
 
     def parameter(self, module: str, kind: str) -> str:
-        """kind: weight or bias."""
+        """The released name of a module's weight or bias, as `kind` says."""
         return module if general(module)[0] in self.parameters else f"{module}.{kind}"
 
     def find(self, text: str, spelling: Spelling, joined: str = ".") -> list[tuple[Layer, str]]:

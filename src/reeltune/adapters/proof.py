@@ -20,7 +20,8 @@ EXACT = 1e-5  # of ratio and error
 
 @dataclass(frozen=True)
 class Proof:
-    """ratio: of the trained change, how much of it is in the applied one (1: all). error: what is left, relative."""
+    """How near the applied change is to the trained one. ratio: of the trained change, how much of it is in the applied
+    one (1: all). error: what is left, relative."""
 
     layers: int
     lowest_ratio: float
@@ -38,7 +39,7 @@ class Proof:
 
 
 def prove(layers: Mapping[str, LowRank], changes: Mapping[str, Tensor], applied: Applied) -> Proof:
-    """layers, changes: as they were trained, by released name."""
+    """Compares what a tool applies with `layers` and `changes`, which are as they were trained, by released name."""
     wanted = {*layers, *changes}
     there = {*applied.layers, *applied.changes}
     missing = [name for name in wanted - there if not _is_zero(layers.get(name))]

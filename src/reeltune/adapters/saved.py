@@ -31,7 +31,8 @@ COPY = "restore it from a copy"
 
 
 def write(folder: Path, weights: Mapping[str, Tensor], alphas: Mapping[str, float], about: Mapping[str, Any]) -> None:
-    """weights: by released name; of meta tensors the config alone is written. alphas: by the layer's released name.
+    """Writes an adapter that a run trains. weights: by released name; of meta tensors the config alone is written.
+    alphas: by the layer's released name.
 
     about: plain facts, also text in the file's own metadata.
     """
@@ -125,7 +126,7 @@ def _apart(weights: Mapping[str, Tensor], starts: Mapping[str, Tensor], where: s
 
 
 def adapter_of(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
-    """weights: by released name, as `read` gives them. config: as `config_of` does."""
+    """The adapter of weights by released name, as `read` gives them, and of its config, as `config_of` does."""
     A, B, magnitude = KINDS.values()
     layers = {
         layer: LowRank(weights[f"{layer}.{A}"], weights[f"{layer}.{B}"], float(alpha))

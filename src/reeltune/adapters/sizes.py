@@ -18,7 +18,7 @@ class Sizes:
 
 
 def solve(network: Network, layers: Mapping[str, LowRank]) -> Sizes:
-    """problems: one line for each layer that contradicts what the majority of others say."""
+    """The network's sizes, as most layers have them, with a line in `problems` for each layer that contradicts."""
     facts = list(_facts(network, layers))
     votes: dict[str, Counter[int]] = {}
     for _, expression, size in facts:

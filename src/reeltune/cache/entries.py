@@ -181,7 +181,7 @@ class View:
 def open_cache(
     recipe: Recipe, family: Family, mode: str, inputs: Inputs, *, show_progress: bool = True
 ) -> Cache | None:
-    """None without cache_folder. Raises UserError that says what is missing, if anything is.
+    """The recipe's cache; None without cache_folder. Raises UserError that says what is missing, if anything is.
 
     What was found complete is remembered, because a look at every reading of 100,000 clips takes a minute.
     """

@@ -46,7 +46,7 @@ def fingerprints(files: Mapping[str, Path], cache_folder: Path, *, show_progress
 
 
 def hashed(file: Path, on_read: Callable[[int], None]) -> str:
-    """on_read: is told of every piece's bytes."""
+    """A hash of the file's bytes. on_read: is told of every piece's bytes."""
     hasher = hashlib.blake2b(digest_size=16)
     with file.open("rb") as opened:
         while piece := opened.read(PIECE_BYTES):

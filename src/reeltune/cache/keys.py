@@ -51,7 +51,7 @@ class Keys:
         return digest([self._facts, "clip", split, files, draw.shape, draw.crop, frames, draw.ref_frame, seed])
 
     def text(self, record: Record, clip: str) -> str:
-        """clip: the key of the clip that it belongs to."""
+        """The key of a caption's entry. clip: the key of the clip that it belongs to."""
         return digest([self._facts, "text", record.text, clip if self.text_of_clip else None])
 
     @property

@@ -12,7 +12,8 @@ EVERY_SECONDS = 30.0  # between lines where there is no terminal
 
 
 class ProgressBar:
-    """On stderr. shown False: says nothing but `say`. title: what is done; unit: of what `total` counts, as " MB"."""
+    """A bar on stderr. shown False: says nothing but `say`. title: what is done; unit: of what `total` counts, as "
+    MB"."""
 
     def __init__(self, total: int, *, shown: bool, title: str = "", unit: str = ""):
         self.total, self.shown, self.title, self.unit, self.done = total, shown, title, unit, 0.0

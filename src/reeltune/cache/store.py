@@ -68,7 +68,8 @@ def parts(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Empty where there is none. A last line without its end was being written when the process was killed.
+    """All lines of the folder's manifest, none where it has none. A last line without its end was being written when
+    the process was killed.
 
     Raises UserError for lines that cannot be read, and for a manifest of another version.
     """

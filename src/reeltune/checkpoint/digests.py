@@ -36,7 +36,8 @@ def write(checkpoint: Path, digests: Mapping[str, tuple[int, str]]) -> None:
 
 
 def read(checkpoint: Path) -> Digests | None:
-    """None for a checkpoint without them, as versions before 0.2 wrote. Raises UserError if they cannot be read."""
+    """The checkpoint's digests; None if it has none, as versions before 0.2 wrote. Raises UserError if they cannot be
+    read."""
     path = checkpoint / NAME
     if not path.is_file():
         return None

@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def is_text_or_none(self) -> bool:
-        """Mostly a path."""
+        """Whether it may be text or none, which is mostly a path."""
         return self.may_be_none and self.alternatives == (str,)
 
     @property

@@ -318,7 +318,7 @@ def _previews(validation: Validation) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _prodigy(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """It finds one rate for all weights, from all of them at once."""
+    """What does not go with Prodigy, which finds one rate for all weights, from all of them at once."""
     if not recipe.optimization.use_prodigy:
         return
     for name in ("learning_rate", "low_expert_learning_rate"):

@@ -28,7 +28,7 @@ class Entry:
     reason: str = ""  # why it is left out
 
     def control(self, kind: Kind) -> str:
-        """Where its control belongs, from the data's folder on."""
+        """Where this entry's control belongs, from the data's folder on."""
         ending = ending_of(kind.form, self.media)
         name = self.inside if self.inside.lower().endswith(ending) else self.inside + ending
         return f"{FOLDER}/{kind.name}/{name}"

@@ -65,7 +65,7 @@ def edges_of(net: Hed, rgb_HW3: np.ndarray, device: str) -> np.ndarray:
 
 
 def to_size(edges_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The same, of that size."""
+    """Edges, as `edges_of` gives them, brought to that size."""
     grows = height > edges_HW.shape[0]
     resized_HW = cv2.resize(edges_HW, (width, height), interpolation=cv2.INTER_LINEAR if grows else cv2.INTER_AREA)
     return np.clip(resized_HW, 0, 255)

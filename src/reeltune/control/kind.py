@@ -49,7 +49,7 @@ class Source:
             yield from chunk_FHW3
 
     def spread(self, most: int) -> Iterator[np.ndarray]:
-        """The same, of at most so many, evenly from the first to the last."""
+        """At most so many of the frames, evenly from the first to the last."""
         count = len(self.times_s)
         wanted = set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist())
         return (frame for place, frame in enumerate(self.frames()) if place in wanted)

@@ -150,8 +150,8 @@ class Poses:
 
 
 def pose_agreement(given: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> Poses | None:
-    """given, found: for each frame N,K,3 of (x, y in pixels, score), COCO's 17 body points first; None where no person
-    is asked for.
+    """OKS and PCK of people found, against those given; None where no person is asked for. given, found: for each frame
+    N,K,3 of (x, y in pixels, score), COCO's 17 body points first.
 
     People are paired by their OKS, best first, as COCO's evaluation does. The mean is over the people of a frame, asked
     for or found, whichever are more, so that a missing person and one too many both count 0; then over the frames with

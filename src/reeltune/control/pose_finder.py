@@ -17,7 +17,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class PoseFinder:
-    """find: uint8 H W 3 in RGB -> the people there, in its pixels, from the left. digest: of networks and settings."""
+    """Networks that find people. find: uint8 H W 3 in RGB -> the people there, in its pixels, from the left. digest: of
+    networks and settings."""
 
     find: Callable[[np.ndarray], People]
     layout: str

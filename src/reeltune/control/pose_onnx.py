@@ -47,8 +47,8 @@ _FORMS: dict[str, list[list[int | None]]] = {  # of each file: its input, then i
 
 
 def open_onnx(folder: Path, device: str = "cpu") -> PoseFinder:
-    """device: by torch's name. Raises UserError without onnxruntime, or one for that device, and for files that are
-    missing, damaged or other networks."""
+    """DWPose's two networks. device: by torch's name. Raises UserError without onnxruntime, or one for that device, and
+    for files that are missing, damaged or other networks."""
     people_net, pose_net = _session(folder / PEOPLE_FILE, device), _session(folder / POSE_FILE, device)
 
     def find(frame_HW3: np.ndarray) -> People:

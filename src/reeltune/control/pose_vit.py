@@ -34,7 +34,7 @@ HEAT = (0.001, 50.0)  # to which it is limited before its logarithm is taken (th
 
 
 def open_vit(folder: Path, device: str) -> PoseFinder:
-    """folder: with a folder of each network in transformers' form. Raises UserError."""
+    """RT-DETR and ViTPose. folder: with a folder of each network in transformers' form. Raises UserError."""
     from transformers import RTDetrForObjectDetection, VitPoseForPoseEstimation
 
     where = _folders(folder)

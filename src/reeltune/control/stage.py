@@ -90,7 +90,7 @@ class Maker:
         self.unread: dict[Job, str] = {}  # why, of what may be readable another time
 
     def key(self, job: Job) -> str | None:
-        """None of a clip that is not there."""
+        """The key of a job's control; None if its clip is not there."""
         if job.clip not in self.contents:
             try:
                 path = str(self.data_dir / job.clip)

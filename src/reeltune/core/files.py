@@ -83,7 +83,8 @@ def shell_word(path: str) -> str | None:
 
 
 def is_utf8(text: str, *, any_bytes: bool = False) -> bool:
-    """any_bytes: as Python holds those of a file's name; else none may be half of a surrogate pair."""
+    """Whether UTF-8 can write a text. any_bytes: as Python holds those of a file's name; else none may be half of a
+    surrogate pair."""
     try:
         text.encode(errors="surrogateescape" if any_bytes else "strict")
     except UnicodeEncodeError:
@@ -125,7 +126,7 @@ def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """The same, for a library that opens its file itself: where it is to write it."""
+    """Where a library that opens its file itself is to write it: what `whole_file` does, for a path."""
     with writing(path):
         if path.name in NO_NAMES:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -143,7 +144,7 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same of a folder: where what is to be in it is written. `path` is not there, or empty.
+    """Where to write what is to be in a folder: what `whole_file` does, for all of it. `path` is not there, or empty.
 
     Raises CannotWriteError; nothing is left of it then.
     """

@@ -18,7 +18,8 @@ notices = logging.getLogger(__name__)  # without a handler, Python prints its wa
 
 
 class Options(argparse.ArgumentParser):
-    """prog: as the user calls it. What is wrong with the words is a UserError; --help still prints and ends."""
+    """A command's own options. prog: as the user calls it. What is wrong with the words is a UserError; --help still
+    prints and ends."""
 
     def __init__(self, prog: str, description: str = "", **settings: Any):
         self.flags: list[str] = []
@@ -83,7 +84,7 @@ def tell_repeated(argv: Sequence[str], flags: Container[str]) -> None:
 
 
 def a_path(text: str) -> Path:
-    """Empty is a variable that a shell had not set, and would be this folder."""
+    """A path of a flag. Empty is a variable that a shell had not set, and would be this folder: it is refused."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; expected a path, and . is this folder")
     if word := shell_word(text):

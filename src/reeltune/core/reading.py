@@ -175,7 +175,7 @@ def read_json(path: Path, remedy: str = AGAIN, most_bytes: int = MOST_JSON_BYTES
 
 
 def read_table(path: Path, remedy: str = AGAIN, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The same, of a JSON object."""
+    """What `read_json` gives, of a file that must hold a JSON object."""
     table = read_json(path, remedy, most_bytes)
     if not isinstance(table, dict):
         raise UserError(str(path), f"is no table of settings; {remedy}")

@@ -6,7 +6,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadshe
 
 
 def printable(text: str) -> str:
-    """The same, with what cannot be seen (but for ends of lines) written as Python writes it."""
+    """A text in which what cannot be seen (but for ends of lines) is written as Python writes it."""
     if text.isprintable():
         return text
     return "".join(
@@ -16,6 +16,6 @@ def printable(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """The same for a cell of a table, which begins with ' where a spreadsheet would take it for a formula."""
+    """The text of a table's cell, as `printable`, with ' before what a spreadsheet would take for a formula."""
     shown = printable(text)
     return f"'{shown}" if text.startswith(FORMULA) else shown

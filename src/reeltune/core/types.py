@@ -187,7 +187,7 @@ class Batch:
 
     @property
     def seen_seeds(self) -> list[int]:
-        """For `encode`, in modes that need a mask; elsewhere what it makes must not depend on chance."""
+        """Seeds for `encode`, in modes that need a mask; elsewhere what it makes must not depend on chance."""
         return [draw.seen_seed for draw in self.draws]
 
     def groups(self, count: int) -> list[Batch]:

@@ -163,7 +163,7 @@ def frames_on_show(path: str, frames: Sequence[int], fps: float, rate: float) ->
 
 
 def on_show(times_s: np.ndarray, frames: Sequence[int], fps: float, rate: float) -> list[int]:
-    """The same of frames that are shown from those times on."""
+    """What `frames_on_show` gives, of frames that are shown from those times on."""
     wanted_s = frames[0] / fps + np.arange(len(frames)) / rate
     return (np.searchsorted(times_s, wanted_s + TIME_ROUNDING, side="right") - 1).tolist()
 

@@ -42,7 +42,7 @@ class Identity:
 
     @classmethod
     def stored(cls, arrays: Mapping[str, np.ndarray]) -> Identity | None:
-        """None of a checkpoint that has none, as versions before 0.2 wrote."""
+        """What a checkpoint stored; None if it has nothing of it, as versions before 0.2 wrote."""
         if "record_name" not in arrays:
             return None
         keys = {name: f"record_{name}" for name in cls.__dataclass_fields__}

@@ -55,8 +55,8 @@ REMEDY = "Make it again with reeltune control, or give a control clip"
 
 
 class People(NamedTuple):
-    """Those of one frame, in pixels of a picture: x from 0 at its left edge, y from 0 at its upper one, so that the
-    centre of the first pixel lies at 0.5."""
+    """The people of one frame, in pixels of a picture: x from 0 at its left edge, y from 0 at its upper one, so that
+    the centre of the first pixel lies at 0.5."""
 
     points_NP2: np.ndarray  # float
     scores_NP: np.ndarray

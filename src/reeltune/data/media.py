@@ -50,7 +50,7 @@ def measure(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") ->
 
 
 def measure_control(path: str | Path, kind: Kind, decode_check: DecodeCheck = "ends") -> Measure:
-    """The same of a control, which may be key points: these are of a picture if they are of one frame.
+    """What `measure` gives, of a control, which may be key points: these are of a picture if they are of one frame.
     Raises MediaError.
     """
     if not is_keypoints(path):

@@ -65,7 +65,7 @@ def refuse_empty(plan: Plan, records: Sequence[Record]) -> None:
 
 
 def strata_over(group: int, steps: int = 1000) -> int:
-    """Into how many equal strata of a schedule of `steps` uniform_sampling divides the samples of a micro-step.
+    """How many equal strata of a schedule of `steps` uniform_sampling divides a micro-step's samples into.
 
     The most that divide both evenly; each stratum is drawn from by group / strata neighbouring samples. As released,
     but for batches larger than one a process: there neighbours shared a stratum by the process that they came to.

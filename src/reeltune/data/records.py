@@ -66,7 +66,7 @@ class Records(Sequence[Record]):
         return {name: getattr(self, name) for name in (*_NUMBERS, "strings", "ends")}
 
     def digest(self) -> str:
-        """The same for the same records."""
+        """A digest of all columns, the same for the same records."""
         told = hashlib.blake2b(digest_size=16)
         for column in self.arrays().values():
             told.update(np.ascontiguousarray(column).data)

@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def shipped(net: nn.Module, name: str) -> nn.Module:
-    """With the repository's weights, which are stored in half precision."""
+    """The network with the repository's weights, which are stored in half precision."""
     net.load_state_dict({key: weight.float() for key, weight in load_file(WEIGHTS / f"{name}.safetensors").items()})
     return net
 

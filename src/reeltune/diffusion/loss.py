@@ -76,7 +76,8 @@ def error_at(
 
 
 def mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Per sample, over the cells where the mask is not 0; a sample that is masked throughout has 0."""
+    """The mean square of each sample, over the cells where the mask is not 0; a sample that is masked throughout has
+    0."""
     if mask is None:
         return error.square().flatten(1).mean(1)
     mask = mask.to(error).expand_as(error)

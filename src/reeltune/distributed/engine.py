@@ -205,7 +205,7 @@ class Engine:
         return self.gather(thing)[:: self.context]
 
     def first(self, thing: Any) -> Any:
-        """That of rank 0, on every rank."""
+        """What rank 0 has, on every rank."""
         return self.gather(thing)[0]
 
     def give_from(self, rank: int, tensor: Tensor) -> None:
@@ -217,9 +217,10 @@ class Engine:
 
     @contextlib.contextmanager
     def same_bits(self) -> Iterator[None]:
-        """Around what trains, if kernels are deterministic: only if torch has to refuse what has none, attention sums
-        up gradients in a fixed order; where it may warn, it does not (pytorch, aten/src/ATen/native/transformers/cuda/
-        attention_backward.cu). Raises UserError for an operation without such a kernel."""
+        """Holds what trains to deterministic kernels, if these are asked for. Only if torch has to refuse what has
+        none, attention sums up gradients in a fixed order; where it may warn, it does not (pytorch,
+        aten/src/ATen/native/transformers/cuda/ attention_backward.cu). Raises UserError for an operation without such a
+        kernel."""
         if not torch.are_deterministic_algorithms_enabled():
             yield
             return
@@ -346,7 +347,7 @@ class FlopCount:
 
     @contextlib.contextmanager
     def forward(self, shape: Any) -> Iterator[None]:
-        """Around a forward pass of that shape."""
+        """Counts a forward pass of that shape, entered around it."""
         if not self.enabled or shape in self.known:
             yield
             return

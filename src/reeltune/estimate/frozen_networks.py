@@ -70,8 +70,8 @@ def decode(setup: Setup, x0_BCThw: Tensor, fake: FakeTensorMode) -> Work:
 
 @contextmanager
 def frozen_counted(setup: Setup, tracker: Tracker, phase: str) -> Iterator[Setup]:
-    """The same, whose frozen networks' work the tracker counts in that phase. A Setup of its own, which remembers no
-    captions yet."""
+    """The Setup with frozen networks whose work the tracker counts in that phase. It is a Setup of its own, which
+    remembers no captions yet."""
     parts = setup.parts
     for network in parts.frozen.values():
         tracker.own(weights_of(network), ELSEWHERE if parts.low_vram else "frozen")

@@ -301,7 +301,7 @@ class Forecast:
 
     @property
     def throughput(self) -> Throughput | None:
-        """None: it is not known."""
+        """What each device reaches, as given, measured or usual for it; None where it is not known."""
         given, device = self.machines.throughput_tflops, self.machines.device
         if given is not None:
             return Throughput(given * 1e12, given * 1e12, "as given, taken as exact")

@@ -72,7 +72,8 @@ def timed_steps(run: Path) -> Timed:
 
 
 def measured(timed: Timed, batch_flops: Callable[[float], float], batch_size: int) -> Throughput:
-    """batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of one."""
+    """What an earlier run's steps reached. batch_flops: FLOPs of a micro-step of `batch_size` samples by the tokens of
+    one."""
     taken_s = np.array([step_s for step_s, _, _ in timed.steps])
     flops = [samples / batch_size * batch_flops(tokens / samples) for _, samples, tokens in timed.steps]
     flops = np.array(flops) / timed.processes

@@ -23,7 +23,8 @@ class Changes:
 
 
 def changes_in(steps: int, share: float, step: StepEstimate, engine: str, device: str) -> Changes | None:
-    """share: of the levels of both, the first one's. device: as of Machines. None where nothing is sent: shards stay.
+    """How often two experts change places in so many steps, and what that takes; None where nothing is sent, as shards
+    stay. share: of the levels of both, the first one's. device: as of Machines.
 
     The expert with the smaller share has each of its turns alone (training/turns.py), so that two changes go with it.
     """

@@ -45,7 +45,7 @@ def forward(model: Path, family: Family, mode: str, transformer: Path, dtype: to
 
 
 def black_clip(family: Family, mode: str) -> Batch:
-    """With all that the mode needs."""
+    """A batch of one small black clip, with all that the mode needs."""
     side = CELLS * family.geometry.multiple
     shape = Shape(family.geometry.legal_frames(max(FRAMES, family.least_frames)), side, side)
     frames = shape.frames

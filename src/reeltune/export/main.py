@@ -223,7 +223,8 @@ def _family(recipe: Recipe) -> Family:
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
-    """dtype: as the command names it; of whole numbers and truth values, which it would round, as they are."""
+    """A tensor in that type, as the command names it; whole numbers and truth values, which it would round, stay as
+    they are."""
     return tensor if dtype == "as_stored" or not tensor.is_floating_point() else tensor.to(DTYPES[dtype])
 
 

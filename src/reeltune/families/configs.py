@@ -72,7 +72,8 @@ def check(cls: Any, config: Mapping[str, Any], where: str, none: Iterable[str] =
 
 
 def check_types(config: Mapping[str, Any], hints: Mapping[str, Any], where: str, none: Iterable[str] = ()) -> None:
-    """hints: name -> type, of what may be in `config`. none: the names that may be null, whatever their type."""
+    """Raises UserError for values of another type than `hints` have: name -> type, of what may be in `config`. none:
+    the names that may be null, whatever their type."""
     refuse(
         where,
         [

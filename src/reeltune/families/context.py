@@ -16,7 +16,8 @@ from reeltune.core.errors import UserError
 
 
 def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
-    """plan: module -> what of its inputs and outputs is sharded or gathered, as diffusers' `_cp_plan` says it.
+    """Shards a network's tokens over the processes of a clip. plan: module -> what of its inputs and outputs is sharded
+    or gathered, as diffusers' `_cp_plan` says it.
 
     Raises UserError if the heads cannot be shared evenly.
     """

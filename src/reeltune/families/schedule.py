@@ -30,7 +30,7 @@ TYPES = {
 
 
 def read(folder: Path, *, shift: float = 1.0) -> Objective:
-    """shift: of a flow schedule whose file names none.
+    """The objective that a checkpoint's schedule says. shift: of a flow schedule whose file names none.
 
     A shift that depends on the size, and CogVideoX's snr_shift_scale, are of sampling; training does not apply them
     (measured on the reference, 2026-11). Raises UserError for a file that is not there, or a schedule not known.
@@ -59,7 +59,8 @@ def read(folder: Path, *, shift: float = 1.0) -> Objective:
 
 
 def checked(said: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same values. Raises UserError for those of another type, and for numbers that are no schedule's."""
+    """A schedule's values as they are. Raises UserError for those of another type, and for numbers that are no
+    schedule's."""
     configs.check_types(said, TYPES, where)
     steps, shift = said.get("num_train_timesteps", 1000), said.get("shift", 1.0)
     start, end = said.get("beta_start", 0.0001), said.get("beta_end", 0.02)

@@ -181,7 +181,7 @@ def _shards(folder: Path, stem: str) -> list[str]:
 
 
 def tensors_of(path: Path, device: str) -> dict[str, Tensor]:
-    """Those of all files of a network, under the names that they have there."""
+    """The tensors of all files of a network, under the names that they have there."""
     state: dict[str, Tensor] = {}
     for file in files_of(path):
         tensors = tensors_in(file, device)

@@ -49,8 +49,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Trial:
-    """passes_s: kernel -> seconds of forward and backward passes, each of the attention of all blocks; none if nothing
-    else was left to be sooner. left_out: kernel -> why it cannot be had."""
+    """What a trial found. passes_s: kernel -> seconds of forward and backward passes, each of the attention of all
+    blocks; none if nothing else was left to be sooner. left_out: kernel -> why it cannot be had."""
 
     passes_s: dict[str, list[float]]
     left_out: dict[str, str]

@@ -164,7 +164,7 @@ class Visits:
         return visit
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Around a forward pass, and around its recomputation, in which blocks come in reversed order."""
+        """Contexts around a forward pass, and around its recomputation, in which blocks come in reversed order."""
         return nullcontext(), Recomputing(self)
 
     @contextmanager

@@ -33,7 +33,8 @@ class Exclusion:
     allowed: tuple[Any, ...] = ()
 
     def permits(self, value: Any) -> bool:
-        """None, which is not settled yet, is no value refused and none allowed."""
+        """Whether the other setting may have that value. None, which is not settled yet, is no value refused and none
+        allowed."""
         return value in self.allowed if self.allowed else value not in self.refused
 
     def applies(self, values: Values) -> bool:
@@ -134,7 +135,7 @@ def half_the_batch(values: Values) -> Iterator[Settings]:
 
 
 def keep(kept: str, *, where: tuple[bool | str, ...]) -> Callable[[Values], Iterator[Settings]]:
-    """where: what gradient_checkpointing is, if that would spare memory."""
+    """Makes the change to `kept`. where: what gradient_checkpointing is, if that would spare memory."""
 
     def change(values: Values) -> Iterator[Settings]:
         if values["gradient_checkpointing"] in where:

@@ -278,7 +278,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """step: of the optimizer, from 0, that was just taken."""
+        """Moves the average towards the weights. step: the optimizer's, from 0, that was just taken."""
         decay = average_decay(step, self.decay)
         for name, weight in self.trained.items():  # one by one: bf16 weights are lifted to fp32 for it
             self.weights[name].lerp_(weight.detach().float(), 1 - decay)

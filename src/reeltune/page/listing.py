@@ -82,7 +82,7 @@ class Listing:
         }
 
     def searched(self, entries: Iterable[int], words: str) -> np.ndarray:
-        """Those whose caption or path holds the words, in any case."""
+        """The entries whose caption or path holds the words, in any case."""
         wanted = words.casefold()
 
         def holds(fields: Any) -> bool:

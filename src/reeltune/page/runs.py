@@ -128,7 +128,7 @@ class Grid:
 
 
 def clip_path(run: Path, column: str, number: int) -> Path:
-    """column: one of GIVEN, or a step's number."""
+    """The file of a preview. column: one of GIVEN, or a step's number."""
     return run / "previews" / (column if column in GIVEN else f"step-{int(column)}") / f"{number}.mp4"
 
 
@@ -169,7 +169,7 @@ def obeyed(run: Run) -> dict[tuple[str, int], str]:
 
 
 def first_batch(run: Run) -> list[dict[str, Any]]:
-    """Per sample: its files by name, and its text."""
+    """The files by name and the text of each sample."""
     samples: dict[str, dict[str, Any]] = {}
     for path in sorted((run.folder / "first_batch").glob("*_*")):
         number, _, what = path.stem.partition("_")

@@ -22,7 +22,7 @@ _one_at_a_time = threading.Lock()
 
 
 def micro_step(judged: Judged, epoch: int, step: int, store: Path, holds: Callable[[str], bool]) -> dict[str, Any]:
-    """Its samples, each with its files below `store`. holds: whether a file may be shown.
+    """The samples of a micro-step, each with its files below `store`. holds: whether a file may be shown.
 
     Raises UserError where no file can be read or one may not be shown, LookupError for a micro-step that there is not.
     """

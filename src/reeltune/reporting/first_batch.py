@@ -12,7 +12,8 @@ from reeltune.data.media import write_clip
 
 
 def write_first_batch(batch: Batch, folder: Path, *, reference: bool, fps: float = 8.0) -> None:
-    """Per sample: pixels and control as mp4, the `reference` frame as png, caption and what is dropped as txt.
+    """Writes of each sample pixels and control as mp4, the `reference` frame as png, caption and what is dropped as
+    txt.
 
     `batch` is still on the CPU, its pixels 8-bit. Raises CannotWriteError.
     """

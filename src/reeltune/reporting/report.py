@@ -202,7 +202,8 @@ def time_split(metrics: Metrics) -> dict | None:
 
 
 def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]:
-    """Per preview: control, before and after training, ground truth; prompt, seed and settings; how far it obeys.
+    """What the report shows of each preview: control, before and after training, ground truth; prompt, seed and
+    settings; how far it obeys.
 
     obeyed: the rows of obedience.
     """
@@ -233,7 +234,7 @@ def read_previews(run: Path, album: Album, obeyed: Sequence[dict]) -> list[dict]
 
 
 def first_batch(run: Path, album: Album) -> list[dict]:
-    """Per sample: its pictures, clips and text, as the network was given them."""
+    """The pictures, clips and text of each sample, as the network was given them."""
     samples: dict[str, dict] = {}
     order = ("pixels", "control", "reference")  # what else there is follows
     for path in sorted((run / "first_batch").glob("*_*")):

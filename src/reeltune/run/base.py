@@ -57,7 +57,7 @@ class Base(Mapping[str, Tensor]):
 
 
 def base_of(model: Model) -> Base:
-    """That of a recipe. Raises UserError as Base."""
+    """The Base of a recipe's model. Raises UserError as Base."""
     return Base(
         model.pretrained_model_name_or_path,
         config_path=model.config_path,

@@ -1,5 +1,5 @@
-"""The two networks of Wan2.2's large models, the experts high and low: whose weights were given, as far as that can be
-told, and what a recipe says of each where both learn."""
+"""Models of two networks, the experts high and low: whose weights were given, as far as that can be told, and what a
+recipe says of each where both learn."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def load_other_expert(
 
 
 def outlines(recipe: Recipe, family: Family, transformer: Path | None = None) -> Parts:
-    """The same networks without their weights' values."""
+    """A recipe's networks, without their weights' values."""
     return load_parts(recipe, family, torch.device("cpu"), transformer, encoders=False, fake=FakeTensorMode())
 
 

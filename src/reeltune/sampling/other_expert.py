@@ -32,7 +32,8 @@ class OtherExpert:
 
     @classmethod
     def of(cls, recipe: Recipe, family: Family, device: torch.device) -> OtherExpert | None:
-        """family: of the network that learns. None for one that is alone; says so where another is meant to be.
+        """The expert beside the one that learns. family: of the network that learns. None for one that is alone; says
+        so where another is meant to be.
 
         Raises UserError for weights of other_expert_path that are not there, or do not fit.
         """

@@ -72,7 +72,7 @@ NOTHING_DRAWN = DrawnControls((), None)
 
 
 def drawn_controls(recipe: Recipe, family: Family, mode: str, *, device: str = "cpu") -> DrawnControls:
-    """Those that validation_control_from asks for; output_dir/drawn has them afterwards. Raises UserError."""
+    """Draws the controls that validation_control_from asks for into output_dir/drawn. Raises UserError."""
     validation = recipe.validation
     if not validation.validation_control_from:
         return NOTHING_DRAWN

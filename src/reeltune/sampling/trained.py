@@ -50,7 +50,7 @@ class Trained:
 
 
 def of_both(recipe: Recipe) -> Recipe:
-    """Where both of two experts learn, the recipe of the first, beside which the other has the weights of the same
+    """The recipe of the first of two experts where both learn, beside which the other has the weights of the same
     checkpoint, or of the same settings; another recipe as it is. Raises UserError as `find`."""
     if recipe.model.expert != "both":
         return recipe
@@ -65,8 +65,8 @@ def of_both(recipe: Recipe) -> Recipe:
 
 
 def load_trained(recipe: Recipe, family: Family, device: torch.device, adapters: Sequence[str] = ()) -> Trained:
-    """adapters: FILE:strength each, beside that of a checkpoint which keeps one. Where neither is, the recipe's
-    adapter_path counts. A checkpoint of any engine will do.
+    """The network that clips are made with. adapters: FILE:strength each, beside that of a checkpoint which keeps one.
+    Where neither is, the recipe's adapter_path counts. A checkpoint of any engine will do.
 
     Raises UserError if resume_from_checkpoint names none, or other weights than transformer_path; for checkpoints that
     are damaged, those of transformer_path and other_expert_path too; and for adapters that cannot be read or are of

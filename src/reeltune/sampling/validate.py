@@ -60,7 +60,7 @@ class HeldOut:
     def build(
         cls, setup: Setup, reader: Reader, rules: SizeRules, *, held_out_levels: int, output_dir: str | Path
     ) -> HeldOut:
-        """reader: of the held-out records, one at least, dropping nothing."""
+        """The held-out loss of a setup. reader: of the held-out records, one at least, dropping nothing."""
         draws = [fixed_draw(record, row, rules) for row, record in enumerate(reader.records)]
         names = [Path(record.path).name for record in reader.records]
         files = [record.content for record in reader.records], [record.control_content for record in reader.records]
@@ -249,8 +249,8 @@ class Validation:
     def build(
         cls, recipe: Recipe, setup: Setup, reader: Reader, rules: SizeRules, controls: DrawnControls = NOTHING_DRAWN
     ) -> Validation:
-        """reader: of the held-out records, perhaps none. controls: of prompts, where they were drawn. Raises UserError
-        for unusable validation_paths."""
+        """What a run measures and shows beside training. reader: of the held-out records, perhaps none. controls: of
+        prompts, where they were drawn. Raises UserError for unusable validation_paths."""
         validation, output_dir, seed = recipe.validation, Path(recipe.output.output_dir), recipe.training.seed
         held_out = None
         if len(reader.records):

@@ -21,7 +21,8 @@ from reeltune.training.warm_up import Sizes, forward_pass
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: None where torch chooses for each shape. is_kept: whether checkpoints keep it. told: line of the log."""
+    """Which kernel a run takes. kernel: None where torch chooses for each shape. is_kept: whether checkpoints keep it.
+    told: line of the log."""
 
     kernel: str | None
     is_kept: bool

@@ -197,7 +197,7 @@ def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> F
 
 
 def copied(contents: Any) -> Any:
-    """The same tree, with its tensors copied into the host's memory."""
+    """A copy of the tree, whose tensors are in the host's memory."""
     return tree_map(_copied, contents)
 
 

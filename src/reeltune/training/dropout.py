@@ -14,7 +14,8 @@ from reeltune.core.rng import seed_of
 def seeded_dropout(
     share: float, device: torch.device, seed: int, step: int, micro_step: int, rank: int
 ) -> Iterator[None]:
-    """Around a forward pass. Recomputed blocks drop the same: torch keeps the generator's state for them."""
+    """Seeds the dropout of a forward pass, entered around it. Recomputed blocks drop the same: torch keeps the
+    generator's state for them."""
     if not share:
         yield
         return

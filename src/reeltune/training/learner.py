@@ -123,8 +123,8 @@ class Learner:
         return norm
 
     def rates(self, rate: float) -> dict[str, float]:
-        """For a row of metrics.jsonl: "lr", the learning rate; with Prodigy also "d", by which it multiplies lr in the
-        next step."""
+        """Columns of a row of metrics.jsonl: "lr", the learning rate; with Prodigy also "d", by which it multiplies lr
+        in the next step."""
         d = self.optimizer.param_groups[0].get("d")
         return {"lr": rate} if d is None else {"lr": rate, "d": float(d)}
 

@@ -13,7 +13,8 @@ from reeltune.sampling.sample import Setup
 
 
 def training_loss(setup: Setup, net: nn.Module, encoded: Encoded, draws: Sequence[Draw], settings: recipe.Loss) -> Loss:
-    """net: what is trained, perhaps wrapped; it autocasts by itself. draws: of the samples of `encoded`, in order."""
+    """The loss of a micro-step. net: what is trained, perhaps wrapped; it autocasts by itself. draws: of the samples of
+    `encoded`, in order."""
     return diffusion_loss(
         setup.family.denoise,
         net,

@@ -39,7 +39,8 @@ PHASES = {  # the same -> phases of a step, one of which must take less; all of 
 def explained(
     error: Exception, doing: str, step: int, shape: Shape | None, held_bytes: dict[str, int], recipe: Recipe
 ) -> UserError:
-    """doing: one of watchdog.Doing. held_bytes: part -> bytes that the learner holds now."""
+    """The error in words: what was done, what was held, what would help. doing: one of watchdog.Doing. held_bytes: part
+    -> bytes that the learner holds now."""
     doing = named(doing, recipe)
     words, grew = GREW[doing]
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
@@ -59,7 +60,7 @@ def named(doing: str, recipe: Recipe) -> str:
 
 
 def remedies(doing: str, recipe: Recipe) -> Iterator[str]:
-    """doing: one of GREW. What this recipe has not done yet and may, the cheapest first."""
+    """What this recipe has not done yet and may, the cheapest first. doing: one of GREW."""
     ahead = encodes_ahead(recipe, on_gpu=True)
     values = {**flat(recipe), "encodes_ahead": ahead}
     words = (

@@ -32,7 +32,8 @@ class BatchSplit:
 
 
 def split_batch(train_batch_size: int, world: int, group: int | None = None) -> BatchSplit:
-    """group: that of the checkpoint which the run goes on from, kept so that the same samples come in the same steps.
+    """How a micro-step's samples are shared by processes. group: that of the checkpoint which the run goes on from,
+    kept so that the same samples come in the same steps.
 
     Raises UserError if so many processes cannot take it evenly.
     """

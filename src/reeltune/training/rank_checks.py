@@ -44,7 +44,8 @@ def refuse_damaged(engine: Engine, resumed_from: Path) -> list[str]:
 
 
 def refuse_damaged_weights(engine: Engine, model: Model, resumed_from: Path | None) -> None:
-    """The same of weights that the recipe names, where they are a checkpoint's. A resumed network has its own."""
+    """What `refuse_damaged` does, for weights that the recipe names, where they are a checkpoint's. A resumed network
+    has its own."""
     own = None if resumed_from is not None and not checkpoint.is_adapter(resumed_from) else model.transformer_path
     for path in filter(None, (own, model.other_expert_path)):
         if (held := checkpoint.holder_of(Path(path))) is not None:

@@ -15,7 +15,7 @@ LENGTH = 256  # tokens; BERT's own limit of 77 is shorter
 
 
 def token_limits(tokenizers: Mapping[str, Path]) -> tuple[TokenLimit, ...]:
-    """tokenizers: name -> folder. As `tokens_of` cuts."""
+    """The limits at which `tokens_of` cuts captions. tokenizers: name -> folder."""
     if "tokenizer_2" not in tokenizers:
         return (TokenLimit("Qwen2-VL", tokenizers["tokenizer"], LENGTH, as_read=as_turns, or_its_own=True),)
     return tuple(

@@ -45,7 +45,7 @@ Cond = dict[str, Tensor]
 
 
 def token_limits(paths: Mapping[str, Path], *, with_picture: bool) -> tuple[TokenLimit, ...]:
-    """paths: of a checkpoint's components. As `tokens_of` and `pooled` cut."""
+    """The limits at which `tokens_of` and `pooled` cut captions. paths: of a checkpoint's components."""
     template, crop = (PICTURE_TEMPLATE, PICTURE_CROP) if with_picture else (TEMPLATE, CROP)
     return (
         TokenLimit("the language model", paths["tokenizer"], TEXT_LENGTH + crop, partial(_filled, template)),
@@ -95,7 +95,7 @@ def encode_text(parts: Parts, captions: Sequence[str], length: int = TEXT_LENGTH
 def encode_text_and_picture(
     parts: Parts, captions: Sequence[str], image_u8_BCHW: Tensor, interleave: int, length: int = TEXT_LENGTH
 ) -> Cond:
-    """The same three, with every `interleave`-th of the picture's states before the caption's, as if text."""
+    """What `encode_text` gives, with every `interleave`-th of the picture's states before the caption's, as if text."""
     tokenizer = parts.extras["tokenizer"]
     plain = [caption.replace("<image>", "image") for caption in captions]  # one mark a picture, the template's
     ids_BL, mask_BL = tokens_of(tokenizer, PICTURE_TEMPLATE, plain, length + PICTURE_CROP)

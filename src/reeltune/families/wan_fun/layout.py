@@ -122,7 +122,8 @@ def _with_weights(places: dict[str, Path]) -> dict[str, Path]:
 
 
 def locate(folder: Path, settings: dict[str, Any], transformer: Path, *, channels: int, with_image: bool) -> Files:
-    """channels: of the latents. Raises UserError that names every missing part and where it was looked for."""
+    """Finds each part of a checkpoint. channels: of the latents. Raises UserError that names every missing part and
+    where it was looked for."""
     names = ("vae", "text", "tokenizer", *(("image",) if with_image else ()))
     released = RELEASED | ({"vae": VAE_2_2} if channels == sizes.CHANNELS_2_2 else {})
     tried = {}
@@ -179,7 +180,7 @@ def load_transformer(path: Path, how: Loading) -> tuple[WanFunTransformer, dict[
 def load_vae(
     path: Path, channels: int, dtype: torch.dtype | None, fake: AbstractContextManager | None = None
 ) -> AutoencoderKLWan:
-    """channels: of the transformer's latents. Raises UserError for a VAE of others."""
+    """The VAE, with quick layers. channels: of the transformer's latents. Raises UserError for a VAE of others."""
     with lean_imports():
         from diffusers import AutoencoderKLWan
 
