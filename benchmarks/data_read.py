@@ -19,9 +19,12 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from reeltune.core.types import Crop, Shape
-from reeltune.data.media import read_frames, write_clip
+from reeltune.data.clip_writer import clip_written, frame_rate
+from reeltune.data.media import read_frames
 
 CLIPS, CLIP_FRAMES, HEIGHT, WIDTH = 4, 120, 720, 1280
+RATE = frame_rate(24)
+ENCODING = {"crf": "23", "preset": "medium"}  # x264's defaults, as most footage has
 FRAMES = range(0, 98, 2)  # 49 at stride 2
 ROUNDS = 3
 FILTER = Interpolation.LANCZOS | Interpolation.ACCURATE_RND
@@ -34,13 +37,10 @@ def make(path: Path, seed: int) -> None:
     coarse = generator.randint(0, 256, ((HEIGHT + margin) // 16, (WIDTH + margin) // 16, 3)).astype(np.uint8)
     scene = np.kron(coarse, np.ones((16, 16, 1), np.uint8))
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    frames = np.empty((CLIP_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
-    for number in range(CLIP_FRAMES):
-        grating = 64 + 60 * np.sin((x + (1 + seed) * y) / 30 + number / 4)
-        frames[number] = scene[number : number + HEIGHT, number : number + WIDTH] // 2 + grating[..., None].astype(
-            np.uint8
-        )
-    write_clip(path, frames, 24, crf=23)
+    with clip_written(path, HEIGHT, WIDTH, RATE, 1 / RATE, ENCODING) as clip:
+        for number in range(CLIP_FRAMES):
+            grating = (64 + 60 * np.sin((x + (1 + seed) * y) / 30 + number / 4))[..., None].astype(np.uint8)
+            clip.add(scene[number : number + HEIGHT, number : number + WIDTH] // 2 + grating, number)
 
 
 def geometry(size: int) -> tuple[Crop, Shape]:
