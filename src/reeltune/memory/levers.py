@@ -222,7 +222,7 @@ LEVERS: tuple[Lever, ...] = (
         True,
         "what is sharded, to the CPU's memory",
         "copies there and back in each step",
-        "what is sharded lives in the host's memory",
+        "what is sharded lives in the CPU's memory",
         excludes=(
             Exclusion("engine", f"; it is of {' or '.join(SHARDED)}; use one, or leave it out", allowed=SHARDED),
         ),
