@@ -125,6 +125,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
+    if resumed_from is not None and validation.held_out is not None:
+        from_first(engine, validation.held_out.kept)  # now, and not when all is trained
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         changes += [f"{path} is no longer of this run" for path in checkpoint.set_later_aside(out, progress.step)]
