@@ -12,6 +12,7 @@ import torch
 
 from reeltune.cache.entries import open_cache
 from reeltune.checkpoint import folder as checkpoint
+from reeltune.config.idle import idle_notices
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
@@ -170,7 +171,7 @@ def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -
     """Of what is to be trained on, where, and at which rate."""
     stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
-    return [*engine.parallelism.notices, *inputs.scan.notices, *stale, *slow]
+    return [*engine.parallelism.notices, *idle_notices(recipe), *inputs.scan.notices, *stale, *slow]
 
 
 def loop(run: Run) -> int:
