@@ -155,6 +155,11 @@ def test_what_is_not_supported_says_what_is(copy, tmp_path):
         ({"num_heads": None}, "0 attention heads do not divide the width 48; config.json must give num_heads"),
         ({"num_heads": 5}, "5 attention heads do not divide"),
         ({"text_len": 256}, "text_len is 256"),
+        ({"patch_size": [0, 2, 2]}, "config.json has patch_size [0, 2, 2], but the weights have [1, 2, 2]"),
+        ({"patch_size": 2}, "config.json has patch_size 2, but the weights have [1, 2, 2]"),
+        ({"eps": 0}, "eps is 0; expected more than 0"),
+        ({"qk_norm": False}, "qk_norm False, but the weights have a blocks.0.attn1.norm_q.weight"),
+        ({"cross_attn_norm": False}, "cross_attn_norm False, but the weights have a blocks.0.norm2.weight"),
         ({"add_ref_conv": True}, "add_ref_conv True, but the weights have no ref_conv.weight"),
     ],
 )

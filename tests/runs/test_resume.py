@@ -199,6 +199,9 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert sorted(line.split(" ")[0] for line in error.value.problems) == ["seed", "video_sample_size"]
     with pytest.raises(UserError, match="no optimizer can go on with the state of another"):
         run(settings_of("toy", **more, use_muon=True), *where)
+    with pytest.raises(UserError, match="started with other held-out levels than now"):  # before it trains
+        run(settings_of("toy", **more, held_out_levels=5), *where)
+    assert not (out / "checkpoint-7").exists()
     assert run(settings_of("toy", **more, learning_rate=1e-4), *where) == 0
     assert "resume_from_checkpoint: null" in (out / "recipe.yaml").read_text()  # it begins the run anew
     assert "learning_rate was 0.001 and is 0.0001" in (out / "metrics.jsonl").read_text()

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from reeltune import cli
 from reeltune.adapters import writing
 from reeltune.adapters.adapter import Adapter
+from reeltune.adapters.dialects import read_adapter
 from reeltune.adapters.files import stored_in
-from reeltune.adapters.loaders import BY_TOOL, applied
+from reeltune.adapters.loaders import BY_TOOL, Applied, applied
 from reeltune.adapters.networks import NETWORKS
 from reeltune.adapters.proof import prove
+from reeltune.core.errors import UserError
 from reeltune.export import command
 from reeltune.export.adapter import export_adapter, tell
 from scripts.adapters_page import made, named, page
@@ -61,6 +64,48 @@ def test_nothing_is_left_where_the_rules_are_not_kept(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"is not what was trained, by the rules of reeltune: applied / trained 2"):
         list(export_adapter(source, out, "comfyui"))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("stored", "written"), [(FLOAT8, "as_stored"), (FLOAT8, "bf16"), (torch.bfloat16, "fp32")])
+@pytest.mark.parametrize("network", ["wan_fun", "hunyuan_video"])
+def test_the_scale_is_rounded_once_to_the_type_that_is_written(stored, written, network, tmp_path):
+    """By each layer's own change, in fp64: no further off than rounding of what is written explains."""
+    tensors = named(
+        made(network, rank=2, alpha=1.4), network, "transformer." if network != "wan_fun" else "diffusion_model."
+    )
+    source = written_to(tmp_path, {name: one.to(stored) if one.ndim else one for name, one in tensors.items()})
+    out = tmp_path / "out.safetensors"
+    list(export_adapter(source, out, "comfyui", dtype=written))
+    types = {one.dtype for one in stored_in(out, outline=False).tensors.values() if one.ndim}
+    assert types == {{"as_stored": stored, "bf16": torch.bfloat16, "fp32": torch.float32}[written]}
+    before, after = (read_adapter(file)[0].layers for file in (source, out))
+    if written == "fp32":
+        proof = prove(before, {}, Applied(after, {}))
+        assert proof.error < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_numbers_that_the_type_does_not_hold_are_told(scale, tmp_path):
+    tensors = named(made("wan_fun"), "wan_fun", "diffusion_model.")
+    scaled = {name: one * scale if "lora_B" in name else one for name, one in tensors.items()}
+    source, out = written_to(tmp_path, scaled), tmp_path / "out.safetensors"
+    words = "so small that its type rounds them away" if scale < 1 else "that its type does not hold"
+    with pytest.raises(UserError, match=rf"\(and 23 more\) has numbers {words}; give --dtype fp32 or bf16"):
+        list(export_adapter(source, out, "comfyui", dtype="fp16"))
+    assert not out.exists()
+    list(export_adapter(source, out, "comfyui", dtype="bf16"))
+
+
+def test_a_base_that_the_file_names_and_that_is_no_model_is_told(tmp_path):
+    tensors = named(made("wan_fun"), "wan_fun", "diffusion_model.")
+    source = written_to(tmp_path, tensors, {"base_model": str(tmp_path)})
+    with pytest.raises(UserError) as told:
+        list(export_adapter(source, tmp_path / "out.safetensors", "comfyui"))
+    assert told.value.problems[0].startswith(f"its base_model, as its metadata says, is {str(tmp_path)!r}: ")
+    assert told.value.problems[-1] == "--pretrained_model_name_or_path says where the model is"
 
 
 def test_commands_refuse_what_does_not_go_together(tmp_path, capsys):

@@ -375,11 +375,11 @@ def test_bad_flags_are_answered_in_words(data, capsys, more, kinds, out, words):
     assert words in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize("care", ["verify", "prune"])
-def test_what_makes_no_list_takes_no_words_of_lists(data, capsys, care):
-    assert control(data, care, "--workers", "2", "--least_score", "0.5") == 2
+@pytest.mark.parametrize("word", ["verify", "prune"])
+def test_what_makes_no_list_takes_no_words_of_lists(data, capsys, word):
+    assert control(data, word, "--workers", "2", "--least_score", "0.5") == 2
     told = capsys.readouterr().err
-    assert all(f"{flag} is" in told for flag in ("--out", "--workers", "--least_score")) and f"{care} makes no" in told
+    assert all(f"{flag} is" in told for flag in ("--out", "--workers", "--least_score")) and f"{word} makes no" in told
 
 
 def test_a_list_of_controls_alone_is_refused(data, capsys):

@@ -241,6 +241,7 @@ BAD = {
     "whole numbers": ({f"{Q}.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)}, "is stored as int8"),
     "not finite": ({f"{Q}.lora_A.weight": torch.full((2, 24), math.inf)}, "numbers that are not finite"),
     "magnitude": ({f"{Q}.dora_scale": torch.ones(1, 24)}, r"dora_scale is \(1, 24\) for 24 outputs"),
+    "one number": ({f"{Q}.lora_A.weight": torch.tensor(1.0)}, r"is \(\) and its B \(24, 2\), no matrices"),
 }
 
 
@@ -282,6 +283,19 @@ def test_what_is_wrong_with_every_layer_is_told_once(tmp_path):
         ({"lora_alpha": "eight"}, "is 'eight' in adapter_config.json; expected a number above 0"),
         ({"lora_alpha": True}, "is True in adapter_config.json; expected a number above 0"),
         ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, r"alpha_pattern has '\(', which is no pattern"),
+        ({"lora_alpha": 4, "rank_pattern": {"(": 2}}, r"rank_pattern has '\(', which is no pattern"),
+        ({"lora_alpha": 4, "r": 64}, r"\(and 23 more\) has rank 2, and r is 64 in adapter_config.json"),
+        (
+            {"lora_alpha": 4, "r": 2, "rank_pattern": {"ffn.0": 8}},
+            r"\(and 1 more\) has rank 2, and r is 8 in adapter_co",
+        ),
+        ({"lora_alpha": 4, "use_dora": True}, "has no magnitudes, and use_dora is true in adapter_config.json"),
+        ({"lora_alpha": 4, "fan_in_fan_out": True}, "fan_in_fan_out is true"),
+        (
+            {"lora_alpha": 4, "init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4', whose training",
+        ),
+        ({"lora_alpha": 4, "init_lora_weights": "olora"}, "init_lora_weights is 'olora', whose training"),
     ],
 )
 def test_what_is_wrong_with_pefts_settings_is_told_with_their_file(config, words, tmp_path):

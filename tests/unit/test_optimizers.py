@@ -14,6 +14,7 @@ from reeltune.optim.optimizers import (
     build_optimizer,
     clip_ceiling,
     rate_curve,
+    restore,
     set_rate,
     soften_outliers,
 )
@@ -251,3 +252,30 @@ def test_missing_bitsandbytes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r"reeltune\[eight-bit\]"):
         build_optimizer([{"params": [nn.Parameter(torch.ones(1))], "rate": 1.0}], **ADAM, use_8bit_adam=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "use_came", "use_adafactor", "use_prodigy", "use_muon", "stochastic"])
+def test_a_state_that_is_gone_on_with_has_the_settings_of_the_recipe(kind):
+    def made(rate, **changes):
+        weights = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+        switch = {kind: True} if kind.startswith("use_") else {}
+
+        def build(groups):
+            return build_optimizer(groups, **ADAM | changes, **switch)
+
+        groups = [{"params": weights[:1], "rate": 1.0}, {"params": weights[1:], "rate": rate}]
+        stochastic = kind == "stochastic"
+        return weights, StochasticRounding(groups, build, seed=0) if stochastic else build(groups)
+
+    weights, before = made(0.5)
+    train(weights, before, 2)
+    changes = {"betas": (0.5, 0.7), "epsilon": 1e-3, "weight_decay": 0.3}
+    _, now = made(0.25, **changes)
+    settings = [{name: group.get(name) for name in ("rate", "betas", "eps")} for group in now.param_groups]
+    restore(now, before.state_dict())
+    assert [{name: group.get(name) for name in ("rate", "betas", "eps")} for group in now.param_groups] == settings
+    assert {group["weight_decay"] for group in now.param_groups} == {0.3}
+    states = [one.state_dict() for one in (before, now)]
+    states = [state["optimizer"] if kind == "stochastic" else state for state in states]
+    assert repr(states[0]["state"]) == repr(states[1]["state"]) != "{}"
+    assert [group.get("d") for group in before.param_groups] == [group.get("d") for group in now.param_groups]

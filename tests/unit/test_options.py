@@ -26,6 +26,26 @@ EXPORT = ["export", "checkpoint-1", "out"]
         (["import", "a.safetensors", "--alpha", "nan"], "--alpha is 'nan'; expected a number"),
         (["control", "list.json"], "the following arguments are required: --kind"),
         (["control", "list.json", "--kind", "canny", "--workers", "x"], "--workers is 'x'; expected a whole number"),
+        (
+            ["control", "verfy", "a.json", "--kind", "canny"],
+            "verfy is no list; the nearest of what reeltune control does",
+        ),
+        (["control", "a.json", "--kind", "canny", "--out", ""], "--out is empty; expected a path"),
+        (["control", "a.json", "--kind", "canny", "--out", "~/b.json"], "in which only a shell replaces ~"),
+        (
+            ["control", "a.json", "--kind", "hed", "--out", "b.json", "--detector", ""],
+            "--detector  is empty; expected a path",
+        ),
+        (
+            ["control", "a.json", "--kind", "hed", "--out", "b.json", "--detector", "hed=$M"],
+            "in which only a shell replaces $M",
+        ),
+        (
+            ["control", "a.json", "--kind", "hed", "--out", "b.json", "--detector", "x", "--device", ""],
+            "--device is empty",
+        ),
+        ([*EXPORT, "--pretrained_model_name_or_path", ""], "--pretrained_model_name_or_path is empty; expected a path"),
+        (["import", "a", "--pretrained_model_name_or_path", "~/m"], "in which only a shell replaces ~"),
         (["serve", "--port", "80.5"], "--port is '80.5'; expected a whole number"),
         (["serve", "--open=yes"], "--open ignored explicit argument 'yes'"),
         (["demo", "--family", "wann_fun"], "toy: is wan_fun meant?"),

@@ -12,6 +12,7 @@ pytest.importorskip("starlette", reason="the page needs reeltune[page]")
 from PIL import Image
 from starlette.testclient import TestClient
 
+from reeltune.control.outcome import LEDGER
 from reeltune.control.records import Made
 from reeltune.control.records import Records as ControlRecords
 from reeltune.core.errors import UserError
@@ -77,6 +78,9 @@ def folder(tmp_path, monkeypatch):
     for thread in threading.enumerate():
         if thread.name == jobs.THREAD:
             thread.join()
+
+
+FORM = {"pretrained_model_name_or_path": "m", "train_data_dir": "d", "train_data_meta": "d/l.json"}
 
 
 def within(folder):
@@ -157,6 +161,23 @@ def test_what_reeltune_control_says_of_controls_and_of_entries_without_one(folde
         ControlRecords(folder).path("canny", made.control).write_text("{")
         page = client.get(f"/lists/{id_of(folder, 'canny.json')}?by=alone")
         assert page.status_code == 200 and "Left out by" not in page.text and "control: " in page.text
+
+
+def test_a_ledger_that_is_none_is_told(folder):
+    ledger = folder / "metadata_ledger.csv"
+    ledger.write_text(",".join(LEDGER) + "\n1," + "y" * 200_000 + ",canny,left out,\n")
+    answer = client_of(folder).get(f"/lists/{id_of(folder)}")
+    assert answer.status_code == 422 and "delete it, and run reeltune control again" in answer.text
+
+
+def test_paths_that_the_system_refuses_are_told_and_spoil_no_page(folder):
+    rows = [{"file_path": "x" * 5000 + ".mp4", "text": "too long"}, {"file_path": "0.mp4", "text": "ball"}]
+    (folder / "long.json").write_text(json.dumps(rows))
+    client = client_of(folder)
+    answer = client.get(f"/lists/{id_of(folder, 'long.json')}")
+    assert answer.status_code == 200 and "too long" in answer.text
+    answer = client.post("/recipe/verdict", data={**FORM, "output_dir": "9" * 5000})
+    assert answer.status_code == 422 and "File name too long" in answer.text
 
 
 def test_once_files_are_measured_the_page_is_loaded_anew_once(folder, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from reeltune.config.flags import flags
 from reeltune.config.parse import build, dump, flat, read, sentences, settings
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import RANGES
+from reeltune.config.rules import MOST, RANGES
 from reeltune.core.errors import UserError
 from reeltune.core.near import nearest
 
@@ -119,6 +119,15 @@ def test_ends_of_ranges(name):
         assert len(problems({name: greatest + 0.001})) == 1
 
 
+@pytest.mark.parametrize("name", MOST)
+def test_what_is_beyond_any_run_is_refused(name):
+    for slip in (MOST[name] + 1, 10**9 + 1, 10**21):
+        value = settings()[name].alternatives[0](slip)
+        others = {"rank": 1} if name == "network_alpha" else {}
+        (told,) = problems({name: value, **others})
+        assert told.startswith(f"{name} is {value}; it must be at most {MOST[name]:,}; the default is ")
+
+
 @pytest.mark.parametrize("name", ["video_sample_fps", "adam_epsilon", "max_grad_norm", "lr_power", "logit_std"])
 def test_what_must_be_more_than_zero(name):
     assert "must be more than 0" in problems({name: 0})[0]
@@ -133,6 +142,7 @@ def test_what_must_be_more_than_zero(name):
         ({"add_full_ref_image_in_self_attention": True, "train_mode": "control_camera_ref"}, "control_ref_camera;"),
         ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "mixed_precision is no"),
         ({"fix_sample_size": [480, 8]}, "16 pixels"),
+        ({"fix_sample_size": [480, 10**9]}, "at most 8,192 pixels"),
         ({"fix_sample_size": [480, 832], "random_ratio_crop": True}, "no ratio to draw"),
         (
             {

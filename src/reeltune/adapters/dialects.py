@@ -232,6 +232,11 @@ class _Reader:
 
     def _pair(self, text: str, keys: Mapping[Kind, str]) -> LowRank | None:
         A, B = (self.stored.tensors[keys[kind]] for kind in ("A", "B"))
+        if min(A.ndim, B.ndim) < 2:
+            self.wrong(
+                f"is {tuple(A.shape)} and its B {tuple(B.shape)}, no matrices; save the adapter again", keys["A"]
+            )
+            return None
         if A.ndim != 2 or B.ndim != 2:
             what = "a low-rank change of a convolution; linear layers are read"
             self.wrong(f"is {tuple(A.shape)}: {what}", keys["A"])
@@ -244,17 +249,29 @@ class _Reader:
         least = min(A.shape[1], B.shape[0])
         if rank > least:
             self.wrong(f"has rank {rank}, and its layer has {least} at most; train with a rank up to that", keys["A"])
+        self._check_settings(text, keys, rank)
         if (alpha := self._alpha(text, keys, rank)) is None:
             return None
         magnitude = None
         if "magnitude" in keys:
             magnitude = self.stored.tensors[keys["magnitude"]]
-            if magnitude.numel() != B.shape[0] or magnitude.shape[0] != B.shape[0]:
-                self.wrong(f"is {tuple(magnitude.shape)} for {B.shape[0]} outputs", keys["magnitude"])
+            if magnitude.shape[:1] != B.shape[:1] or magnitude.numel() != B.shape[0]:
+                rule = f"is {tuple(magnitude.shape)} for {B.shape[0]} outputs; save the adapter again"
+                self.wrong(rule, keys["magnitude"])
                 return None
             magnitude = magnitude.reshape(-1)
         stabilised = bool(self.stored.settings.get("use_rslora")) and "alpha" not in keys
         return LowRank(A, B, alpha, stabilised, magnitude)
+
+    def _check_settings(self, text: str, keys: Mapping[Kind, str], rank: int) -> None:
+        """What PEFT's settings say of the layer, beside its alpha."""
+        settings, where = self.stored.settings, self.stored.settings_from
+        said = _by_pattern(settings.get("rank_pattern"), text, settings.get("r"))
+        if said is not None and said != rank:
+            rule = f"has rank {rank}, and r is {brief(said)} in {where}, by which its change is scaled; restore its own"
+            self.wrong(rule, keys["A"])
+        if settings.get("use_dora") is True and "magnitude" not in keys:
+            self.wrong(f"has no magnitudes, and use_dora is true in {where}; save the adapter again", keys["A"])
 
     def _alpha(self, text: str, keys: Mapping[Kind, str], rank: int) -> float | None:
         """None, with the problem told, of what is no number above 0."""
@@ -297,7 +314,7 @@ class _Reader:
                 tensor = self.stored.tensors[keys[kind]]
                 if kind == "bias":
                     pair = self._pair(text, keys) if {"A", "B"} <= keys.keys() else None
-                    out[f"{module}.bias"] = tensor * (1.0 if pair is None else pair.scale)
+                    out[f"{module}.bias"] = tensor.float() * (1.0 if pair is None else pair.scale)
                 else:
                     out[self.network.parameter(module, "weight" if kind == "diff" else "bias")] = tensor
         return out

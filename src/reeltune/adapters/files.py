@@ -12,13 +12,15 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import as_user_error, beginning, brief, few, read_table
 from reeltune.families.tensor_files import header_of
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter/adapter_model.safetensors")
 CONFIG = "adapter_config.json"
 ONLY = "adapters are read from safetensors files, which hold no code"
+# Beginnings by which PEFT 0.21 changes the base's weights (LoraConfig, init_lora_weights).
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PEFT_IN_DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a file's metadata
 
 
@@ -73,7 +75,7 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
     beside = file.parent / CONFIG
     if beside.is_file() and file.name == FILES[0]:
         table = read_table(beside, "restore it, or take it away and give --alpha")
-        return (_with_patterns(beside, table), CONFIG) if "peft_type" in table else ({}, "")
+        return (_checked(beside, table), CONFIG) if "peft_type" in table else ({}, "")
     if PEFT_IN_DIFFUSERS not in metadata:
         return {}, ""
     with as_user_error(file, f"its metadata has no JSON in {PEFT_IN_DIFFUSERS}"):
@@ -83,16 +85,29 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
             str(file), f"{PEFT_IN_DIFFUSERS} in its metadata is {brief(table)}, and no table of settings; save it again"
         )
     settings = {key.removeprefix("transformer."): value for key, value in table.items()}
-    return _with_patterns(file, settings), "its metadata"
+    return _checked(file, settings), "its metadata"
 
 
-def _with_patterns(where: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises UserError for an alpha_pattern that is none."""
-    patterns = settings.get("alpha_pattern")
-    for pattern in patterns if isinstance(patterns, dict) else ():
-        try:
-            re.compile(pattern)
-        except re.error as broken:
-            problem = f"alpha_pattern has {brief(pattern)}, which is no pattern ({broken}); save the adapter again"
-            raise UserError(str(where), problem) from None
+def _checked(where: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises UserError for patterns that are none, and pairs that are no change of the released weights."""
+    problems = []
+    for name in ("alpha_pattern", "rank_pattern"):
+        patterns = settings.get(name)
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as broken:
+                problems.append(f"{name} has {brief(pattern)}, which is no pattern ({broken}); save the adapter again")
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(OTHER_BASES):
+        problems.append(
+            f"init_lora_weights is {brief(begun)}, whose training took a part out of the base's weights, so that the "
+            "pairs are no change of the released ones; save it as PEFT converts it, with "
+            "path_initial_model_for_weight_conversion"
+        )
+    if settings.get("fan_in_fan_out") is True:
+        problems.append(
+            "fan_in_fan_out is true, of weights that are stored turned; linear layers of these models are not"
+        )
+    refuse(str(where), problems)
     return settings

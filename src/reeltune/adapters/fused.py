@@ -17,7 +17,10 @@ from reeltune.adapters.adapter import LowRank
 
 
 def fuse(parts: Mapping[int, LowRank], outputs: Sequence[int]) -> LowRank:
-    """One pair of scale 1 for layers of these outputs, in their order; those that are not in `parts` do not change."""
+    """One pair of scale 1 for layers of these outputs, in their order; those that are not in `parts` do not change.
+
+    B is in fp32, to be rounded once.
+    """
     first = next(iter(parts.values()))
     ranks = {place: part.rank for place, part in parts.items()}
     A = torch.cat([part.A_RI for part in parts.values()])
@@ -26,7 +29,7 @@ def fuse(parts: Mapping[int, LowRank], outputs: Sequence[int]) -> LowRank:
     for place, part in parts.items():
         B[rows[place] : rows[place + 1], columns : columns + part.rank] = part.B_OR.float() * part.scale
         columns += part.rank
-    return LowRank(A, B.to(first.B_OR.dtype), alpha=float(A.shape[0]))
+    return LowRank(A, B, alpha=float(A.shape[0]))
 
 
 def outputs_of(pair: LowRank, count: int) -> list[int]:

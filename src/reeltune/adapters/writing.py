@@ -19,7 +19,7 @@ from reeltune.adapters.adapter import Adapter, LowRank
 from reeltune.adapters.loaders import KOHYA, PEFT, Tensors
 from reeltune.adapters.networks import Layer, Network, Spelling, general
 from reeltune.core.errors import refuse
-from reeltune.core.reading import few
+from reeltune.core.reading import few, grouped
 
 MERGE = "`reeltune export CHECKPOINT FOLDER --merge` puts it into the model's weights"
 
@@ -99,24 +99,27 @@ def written(adapter: Adapter, network: Network, dialect: str, dtype: torch.dtype
     adapter: with whole weights as `changes`. Raises UserError for what the tool would not load, or not as trained.
     """
     form = _form(adapter, network, DIALECTS[dialect])
-    grouped: dict[str, dict[int, LowRank]] = defaultdict(dict)
+    by_name: dict[str, dict[int, LowRank]] = defaultdict(dict)
     fusions: dict[str, list[Layer]] = {}
     for released, pair in adapter.layers.items():
         text, layer, siblings = _named(network, released, form)
-        grouped[text][layer.part] = pair
+        by_name[text][layer.part] = pair
         fusions[text] = siblings
     tensors: dict[str, Tensor] = {}
-    for text, parts in grouped.items():
+    whole: dict[str, tuple[Tensor, torch.dtype]] = {}  # before rounding, and the type that the file had
+    for text, parts in by_name.items():
         pair = _one(parts, fusions[text]) if len(fusions[text]) > 1 else _scaled(*parts.values())
-        name = form.prefix + text.replace(".", form.joined)
-        for ending, tensor in zip(form.pair, (pair.A_RI, pair.B_OR), strict=True):
-            tensors[name + ending] = tensor.to(dtype or tensor.dtype).contiguous()
+        name, first = form.prefix + text.replace(".", form.joined), next(iter(parts.values()))
+        whole[name + form.pair[0]] = pair.A_RI, pair.A_RI.dtype
+        whole[name + form.pair[1]] = pair.B_OR, first.B_OR.dtype
         if form.alpha:
             tensors[f"{name}.alpha"] = torch.tensor(float(pair.rank))
     for released, tensor in adapter.changes.items():
-        tensors[form.prefix + _change_name(released)] = tensor.to(dtype or tensor.dtype).contiguous()
-    _refuse_lost(tensors)
-    return tensors
+        whole[form.prefix + _change_name(released)] = tensor, tensor.dtype
+    rounded = {name: tensor.to(dtype or stored).contiguous() for name, (tensor, stored) in whole.items()}
+    lost = [(name, rule) for name, new in rounded.items() if (rule := _lost(whole[name][0], new))]
+    refuse("export", few(grouped(lost)))
+    return tensors | rounded
 
 
 def _form(adapter: Adapter, network: Network, dialect: Dialect) -> Form:
@@ -161,9 +164,8 @@ def _one(parts: Mapping[int, LowRank], layers: list[Layer]) -> LowRank:
 
 
 def _scaled(pair: LowRank) -> LowRank:
-    """The same change with alpha = rank."""
-    B = (pair.B_OR.float() * pair.scale).to(pair.B_OR.dtype)
-    return replace(pair, B_OR=B, alpha=float(pair.rank), rank_stabilised=False)
+    """The same change with alpha = rank; B in fp32, to be rounded once."""
+    return replace(pair, B_OR=pair.B_OR.float() * pair.scale, alpha=float(pair.rank), rank_stabilised=False)
 
 
 def _change_name(parameter: str) -> str:
@@ -173,11 +175,14 @@ def _change_name(parameter: str) -> str:
     return f"{parameter}.diff"
 
 
-def _refuse_lost(tensors: Tensors) -> None:
-    lost = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    refuse(
-        "export", few([f"{name} has numbers that its type does not hold; give --dtype fp32 or bf16" for name in lost])
-    )
+def _lost(tensor: Tensor, rounded: Tensor) -> str:
+    """What is wrong with it where its numbers are above or below those that its new type holds; else empty."""
+    new = rounded.float()
+    if not new.isfinite().all():
+        return "has numbers that its type does not hold; give --dtype fp32 or bf16"
+    if (new - tensor.float()).norm() > torch.finfo(rounded.dtype).eps * tensor.float().norm():
+        return "has numbers so small that its type rounds them away; give --dtype fp32 or bf16"
+    return ""
 
 
 # ---- what the file says of itself

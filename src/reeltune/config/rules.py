@@ -52,6 +52,27 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest
     "held_out_levels": (1, ANY),
     "context_parallel": (1, ANY),
 }
+MOST_SIDE = 8192  # pixels; FFmpeg frames of 16,384 there are not
+MOST = {  # a slip beyond it, which would take all of a machine's memory, or days, before anything is told
+    "rank": 16_384,
+    "network_alpha": 1_000_000_000,
+    "video_repeat": 100_000,
+    "dataloader_num_workers": 1024,
+    "video_sample_n_frames": 10_000,
+    "video_sample_stride": 10_000,
+    "video_sample_fps": 1000,
+    **dict.fromkeys(("video_sample_size", "image_sample_size", "token_sample_size"), MOST_SIDE),
+    "train_batch_size": 4096,
+    "gradient_accumulation_steps": 1_000_000,
+    "num_train_epochs": 1_000_000_000,
+    "max_train_steps": 1_000_000_000,
+    "cache_variants": 100_000,
+    "context_parallel": 16_384,
+    "preview_count": 10_000,
+    "preview_steps": 1000,  # of the schedules that models were trained with
+    "held_out_levels": 1000,  # the same
+    "rank_timeout_seconds": 30 * 24 * 3600,
+}
 ABOVE_ZERO = (
     "network_alpha",
     "lora_plus_ratio",
@@ -88,6 +109,9 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in ABOVE_ZERO:
         if values[name] is not None and not values[name] > 0:
             yield out_of_range(name, "more than 0")
+    for name, most in MOST.items():
+        if values[name] is not None and values[name] > most:
+            yield out_of_range(name, f"at most {most:,}")
     for name in DECAYS:
         if not 0 <= values[name] < 1:
             yield out_of_range(name, "at least 0 and less than 1")
@@ -229,6 +253,12 @@ def _sizes(sizes: Sizes) -> Iterator[tuple[tuple[str, ...], str]]:
                 ("fix_sample_size",),
                 f"fix_sample_size is {shown(sizes.fix_sample_size)}; height and width must be at least 16 pixels; "
                 "give both, as 480 832",
+            )
+        if max(sizes.fix_sample_size) > MOST_SIDE:
+            yield (
+                ("fix_sample_size",),
+                f"fix_sample_size is {shown(sizes.fix_sample_size)}; height and width must be at most {MOST_SIDE:,} "
+                "pixels; give both, as 480 832",
             )
         if sizes.random_ratio_crop:
             yield (

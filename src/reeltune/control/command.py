@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from reeltune.control.kind import Settings
@@ -29,7 +30,7 @@ def _parser() -> Options:
     about = "the folder or file of its networks; for several kinds KIND=PATH each"
     parser.add_argument("--detector", nargs="+", default=(), metavar="PATH", help=about)
     about = f"the new list; of several kinds, {PLACE} in its name stands for each"
-    parser.add_argument("--out", metavar="NEW.json", help=about)
+    parser.add_argument("--out", type=a_path, metavar="NEW.json", help=about)
     about = "that paths in the list begin at [the list's own]"
     parser.add_argument("--train_data_dir", type=a_path, metavar="FOLDER", help=about)
     about = "below it a clip is left out of the new list, from 0 to 1 [by kind, docs/control.md]"
@@ -44,6 +45,10 @@ def _parser() -> Options:
 def control_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line. Raises UserError; exits with 128 + the signal that ended it."""
     word = argv[0] if argv and argv[0] in MAINTENANCE else None
+    is_word = bool(argv) and not (word or Path(argv[0]).suffix or Path(argv[0]).exists())
+    near = get_close_matches(argv[0], MAINTENANCE, 1) if is_word else []
+    if near:
+        raise UserError("control", f"{argv[0]} is no list; the nearest of what reeltune control does is {near[0]}")
     options = _parser().read(argv[1:] if word else argv)
     with together("control") as attempt:
         for name in options.kind:
@@ -82,7 +87,11 @@ def _refuse_idle(options: Namespace, word: str | None) -> None:
     """Raises UserError for flags that would change nothing."""
     named = ", ".join(dict.fromkeys(options.kind))
     problems = []
-    if options.device is not None and not any(KINDS[kind].needs for kind in options.kind if kind in KINDS):
+    if options.device == "":
+        problems.append(
+            "--device is empty, as is a variable that the shell has not set; give cpu or cuda, or leave it out"
+        )
+    elif options.device is not None and not any(KINDS[kind].needs for kind in options.kind if kind in KINDS):
         problems.append(f"--device is {options.device}, and {named} run no network, but on the CPU; leave it out")
     if options.canny_thresholds is not None and "canny" not in options.kind:
         low_high = " ".join(f"{value:g}" for value in options.canny_thresholds)
@@ -97,17 +106,17 @@ def _refuse_idle(options: Namespace, word: str | None) -> None:
     refuse("control", problems)
 
 
-def _outs(out: str | None, kinds: Sequence[str]) -> dict[str, Path]:
+def _outs(out: Path | None, kinds: Sequence[str]) -> dict[str, Path]:
     """Each kind's new list."""
     if out is None:
         raise UserError("out", "--out is missing; give the new list a name, as metadata_control.json")
-    if len(set(kinds)) > 1 and PLACE not in out:
+    if len(set(kinds)) > 1 and PLACE not in str(out):
         raise UserError(
             "out",
             f"--out {out} is one list and there are {len(set(kinds))} kinds; a clip has one control in a list, so put "
             f"{PLACE} into its name, as metadata_{PLACE}.json",
         )
-    return {kind: Path(out.replace(PLACE, kind)) for kind in kinds}
+    return {kind: Path(str(out).replace(PLACE, kind)) for kind in kinds}
 
 
 def _detectors(given: Sequence[str], kinds: Sequence[str]) -> dict[str, Path]:
@@ -127,7 +136,10 @@ def _detectors(given: Sequence[str], kinds: Sequence[str]) -> dict[str, Path]:
             raise UserError(
                 "detector", f"--detector has two paths for {name}; give the folder that holds all its files"
             )
-        found[name] = Path(path)
+        try:
+            found[name] = a_path(path)
+        except ArgumentTypeError as wrong:
+            raise UserError("detector", f"--detector {word} {wrong}") from wrong
     missing = [kind for kind in needing if kind not in found]
     if missing:
         told = "; ".join(f"{kind} needs {KINDS[kind].needs}" for kind in missing)

@@ -13,8 +13,8 @@ from reeltune.core.errors import UserError
 def require_device(device: str) -> None:
     """Raises UserError for one that torch has not."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # of torch's device meta there is nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError("device", f"--device {device} cannot be used ({reason}); give cpu") from error
 

@@ -106,7 +106,8 @@ def require_new(out: Path, meta: Path, kinds: Sequence[str]) -> None:
         raise UserError("out", f"{str(out)!r} is {what}; give the new list a name of its own")
     if out.exists() and not _is_ours(read_json(out, "give the new list another name"), kinds):
         raise UserError(
-            "out", f"{str(out)!r} is there, and names other controls than reeltune control makes; give another name"
+            "out",
+            f"{str(out)!r} is there, and names other controls than this command makes; give another name",
         )
     for beside, mark in ((ledger_of(out), ",".join(LEDGER)), (page_of(out), HEAD)):
         if beside.exists() and (_is(beside, meta) or mark.encode() not in beginning(beside, HEAD_BYTES)):

@@ -99,6 +99,11 @@ def utf8_path(text: str) -> Path:
     return a_path(text)
 
 
+def model_path(text: str) -> str:
+    """As a recipe has it."""
+    return str(utf8_path(text))
+
+
 def whole_number(text: str) -> int:
     try:
         return int(text)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from reeltune.config.idle import idle_notices
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
 from reeltune.data.plan import Plan
@@ -56,6 +57,7 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
         yield from (f"         {row}" for row in inputs.unsuited)
     stale = stale_controls(inputs.train, inputs.held_out)
     yield from (f"notice   {notice}" for notice in [*scan.notices, *stale, *machine_notices(recipe)])
+    yield from (f"notice   {notice}" for notice in idle_notices(recipe))
     whose = "" if data.validation_data_meta is None else f" of validation_data_meta, {data.validation_data_meta}"
     yield f"held out {_count(len(inputs.held_out), 'clip')}{whose}"
 

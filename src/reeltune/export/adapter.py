@@ -147,7 +147,12 @@ def _base(model: str | None, metadata: Mapping[str, str]) -> Base | None:
     if not said or not Path(said).is_dir():
         return None
     kept = {name: text for name in ("transformer_path", "expert") if (text := metadata.get(name, "null")) != "null"}
-    return Base(said, **kept)
+    try:
+        return Base(said, **kept)
+    except UserError as error:
+        remedy = "--pretrained_model_name_or_path says where the model is"
+        told = [f"its base_model, as its metadata says, is {said!r}: {problem}" for problem in error.problems]
+        raise UserError("export", [*told, remedy]) from error
 
 
 def _only(found: Found) -> Network:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
-from reeltune.core.options import Options, number, one_of, utf8_path
+from reeltune.core.options import Options, model_path, number, one_of, utf8_path
 
 DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
 DTYPES = ("as_stored", "bf16", "fp16", "fp32")
@@ -39,7 +39,9 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead")
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="the model that was trained, if not where the recipe says"
+        "--pretrained_model_name_or_path",
+        type=model_path,
+        help="the model that was trained, if not where the recipe says",
     )
     parser.add_argument("--adapter", action="store_true", help="the adapter alone, in the form of one tool")
     parser.add_argument(
@@ -95,7 +97,8 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
     parser.add_argument(
         "file", type=utf8_path, help="a .safetensors file, a folder that PEFT wrote, or a checkpoint-N folder"
     )
-    parser.add_argument("--pretrained_model_name_or_path", help="the model that it is to fit, to its names and sizes")
+    about = "the model that it is to fit, to its names and sizes"
+    parser.add_argument("--pretrained_model_name_or_path", type=model_path, help=about)
     parser.add_argument("--alpha", type=number, metavar="N", help="what it was trained with, if the file does not say")
     parser.add_argument(
         "--out", type=utf8_path, metavar="FILE", help="write it with its scale in B, so that none is needed"

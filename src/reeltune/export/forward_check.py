@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Crop, Draw, Sample, Shape
 from reeltune.data.loader import collate
 from reeltune.diffusion.loss import settle
@@ -30,7 +31,7 @@ def needed_bytes(model: Path, transformer: Path) -> int:
 def forward(model: Path, family: Family, mode: str, transformer: Path, dtype: torch.dtype) -> Shape:
     """Answers to a small black clip with the weights in `transformer`, on the CPU. Returns the clip's shape.
 
-    Raises UserError for weights that do not fit, and RuntimeError where the answer is not finite.
+    Raises UserError for weights that do not fit, and where the answer is not finite.
     """
     parts = family.load(model, dtype=dtype, transformer_path=transformer)
     parts.net.eval()
@@ -40,7 +41,11 @@ def forward(model: Path, family: Family, mode: str, transformer: Path, dtype: to
     timestep_B = family.objective.timestep(torch.tensor([0.5]))
     answer = setup.denoise(parts.net, x0, timestep_B, cond)
     if not answer.isfinite().all():
-        raise RuntimeError(f"{transformer} answers with numbers that are not finite")
+        raise UserError(
+            "export",
+            "the network answers with numbers that are not finite, though its weights are, as they were written; "
+            "export an earlier checkpoint, or merge adapters at a lower strength",
+        )
     return batch.draws[0].shape
 
 

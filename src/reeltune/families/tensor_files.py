@@ -85,10 +85,17 @@ def _has_stem(folder: Path, stem: str) -> bool:
 def _of_stem(folder: Path, stem: str) -> list[Path]:
     """Raises as `files_of`."""
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    shards = [folder / name for name in (_indexed(index) if index.is_file() else _shards(folder, stem))]
+    listed = _indexed(index) if index.is_file() else {}
+    names = sorted(set(listed.values())) if listed else _shards(folder, stem)
+    shards = [folder / name for name in names]
     missing = [file.name for file in shards if not file.is_file()]
     if not single.is_file():
         refuse(str(folder), few([f"{name} {absent(folder / name)}" for name in missing]))
+        there = {name for file in shards for name in header_of(file)} if listed else set()
+        lost = (
+            sorted(listed.keys() - there) if there & listed.keys() else []
+        )  # where no name is, they were renamed since
+        refuse(str(index), few([f"names {name}, which is in no shard; {AGAIN}" for name in lost]))
         return shards
     if missing:
         notice(f"{folder}: {single.name} is read; {missing[0]}, a shard of what is there too, is not there")
@@ -155,13 +162,13 @@ def why_no_weights(path: Path) -> str:
     return f"no weights here; expected {expected}"
 
 
-def _indexed(index: Path) -> list[str]:
-    """The files that an index names. Raises UserError for one that could lie elsewhere."""
+def _indexed(index: Path) -> dict[str, str]:
+    """Tensor -> the file that an index names. Raises UserError for one that could lie elsewhere."""
     table = read_table(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise UserError(str(index), f"has no weight_map of tensors to files; {AGAIN}")
     try:
-        return sorted({bare_name(name) for name in table.values()})
+        return {name: bare_name(file) for name, file in table.items()}
     except ValueError as outside:
         raise UserError(str(index), f"{outside}, but weight_map must name files beside it; {AGAIN}") from None
 

@@ -14,6 +14,8 @@ from reeltune.core.errors import UserError
 from reeltune.core.rng import seed_of
 from reeltune.optim.rounding import lifted, round_by_chance
 
+OF_A_RECIPE = ("rate", "betas", "eps", "weight_decay")  # of what a group has beside its parameters
+
 
 def build_optimizer(
     groups: list[dict],
@@ -119,6 +121,14 @@ def rate_curve(
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The state of a checkpoint, and the settings of the recipe: torch would take those of the checkpoint as well."""
+    own = [{name: group[name] for name in OF_A_RECIPE if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def soften_outliers(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:

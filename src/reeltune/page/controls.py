@@ -11,6 +11,7 @@ from pathlib import Path
 from reeltune.control.outcome import LEDGER, ledger_of
 from reeltune.control.records import data_dir_of, made_by
 from reeltune.core.errors import UserError
+from reeltune.core.reading import as_user_error
 
 MOST_ROWS = 1_000_000  # of a ledger that are read
 
@@ -39,7 +40,8 @@ def about_control(path: str, holds: Callable[[str], bool]) -> str:
 
 def left_out(path: Path, holds: Callable[[str], bool], most: int) -> LeftOut | None:
     """What was left out of a list, by the ledger beside it; None for a list that has none, or one in which nothing is
-    left out."""
+    left out. Raises UserError for a ledger that is damaged.
+    """
     ledger = ledger_of(path)
     if not ledger.is_file() or not holds(str(ledger)):
         return None
@@ -47,7 +49,8 @@ def left_out(path: Path, holds: Callable[[str], bool], most: int) -> LeftOut | N
         table = csv.DictReader(file)
         if tuple(table.fieldnames or ())[: len(LEDGER)] != LEDGER:
             return None
-        rows = [row for row in islice(table, MOST_ROWS) if row["status"] == "left out"]
+        with as_user_error(ledger, "is no ledger", "delete it, and run reeltune control again"):
+            rows = [row for row in islice(table, MOST_ROWS) if row["status"] == "left out"]
     names = ("entry", "file_path", "score", "reason")
     first = [tuple(row.get(name) or "" for name in names) for row in rows[:most]]
     return LeftOut(ledger.name, len(rows), first) if rows else None

@@ -89,7 +89,7 @@ class Shelf:
     def file(self, path: str | Path) -> Path | None:
         """The regular file that the path leads to, None for none and for one outside."""
         real = Path(os.path.realpath(path))
-        return real if self.holds(real) and real.is_file() else None
+        return real if self.holds(real) and os.path.isfile(real) else None  # also of a path that cannot be
 
     def _folders(self) -> Iterator[tuple[Path, list[str]]]:
         """(folder, names of its files) from the top; links to folders are not followed."""

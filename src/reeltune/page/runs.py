@@ -173,7 +173,7 @@ def first_batch(run: Run) -> list[dict[str, Any]]:
     samples: dict[str, dict[str, Any]] = {}
     for path in sorted((run.folder / "first_batch").glob("*_*")):
         number, _, what = path.stem.partition("_")
-        if not (number.isdecimal() and run.holds(path)):
+        if not (number.isdecimal() and run.holds(path) and path.is_file()):
             continue
         sample = samples.setdefault(number, {"files": [], "text": ""})
         if path.suffix == ".txt":

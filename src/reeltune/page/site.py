@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from reeltune.core.errors import UserError
-from reeltune.core.files import writing
+from reeltune.core.files import REFUSED, refusal, writing
 from reeltune.core.user_folder import user_cache_folder
 from reeltune.page.found import Found, Shelf
 from reeltune.page.runs import Run
@@ -152,4 +153,11 @@ def refusals(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:
         assert isinstance(error, HTTPException)
         return told(request, str(error.status_code), [error.detail], error.status_code)
 
-    return {UserError: user_error, HTTPException: http_error}
+    def refused(request: Request, error: Exception) -> Response:
+        """By the system, as a path too long, or gone meanwhile."""
+        assert isinstance(error, OSError)
+        if error.errno not in (*REFUSED, errno.ENOENT) or error.filename is None:
+            raise error
+        return user_error(request, refusal(error))
+
+    return {UserError: user_error, HTTPException: http_error, OSError: refused}

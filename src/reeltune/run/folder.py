@@ -32,6 +32,10 @@ ORDERING = (
     "cache_variants",
     "context_parallel",
 )
+# Settings that decide of which weights an optimizer keeps a state, in which order and type.
+OF_THE_STATE = ("trained_weights", "trainable_modules", "trainable_modules_low_learning_rate", "lora_plus_ratio")
+OF_THE_ADAPTERS = ("rank", "rank_pattern", "target_name", "lora_skip_name", "use_dora", "train_whole")
+IDLE = "keep_all_node_same_token_length"  # always on
 RESTORE = "restore it from a copy"
 
 
@@ -84,21 +88,33 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     """Settings that differ from the checkpoint's, in words.
 
     Raises UserError for those that would change which samples come next: a resumed run must skip and repeat none. And
-    for another optimizer.
+    for another optimizer, or one of other weights.
     """
     before, now = (flat(r) for r in (build(read(resumed_from / "recipe.yaml")), recipe))
     changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
-    ordering = {*vars(recipe.sizes), *ORDERING}
-    problems = [words for name, words in changed.items() if name in ordering]
-    if problems:
-        raise UserError(
-            f"resume from {resumed_from}: the samples would not go on where they were; restore them, or start a new "
-            f"run from its weights: transformer_path {resumed_from} and another output_dir",
-            problems,
-        )
+    ordering = {*vars(recipe.sizes), *ORDERING} - {IDLE}
+    kept_in = "adapter_path" if recipe.adapter.rank else "transformer_path"
+    anew = f"start a new run from its weights: {kept_in} {resumed_from} and another output_dir"
+    refuse(
+        f"resume from {resumed_from}: the samples would not go on where they were; restore them, or {anew}",
+        [words for name, words in changed.items() if name in ordering],
+    )
     others = [words for name, words in changed.items() if name in OPTIMIZERS]
     refuse(f"resume from {resumed_from}: no optimizer can go on with the state of another; restore it", others)
-    return [words for name, words in changed.items() if name not in ("resume_from_checkpoint", "output_dir")]
+    refuse(
+        f"resume from {resumed_from}: the adapters are others; restore the recipe's settings",
+        [words for name, words in changed.items() if name in OF_THE_ADAPTERS],
+    )
+    refuse(
+        f"resume from {resumed_from}: the optimizer's state is of what learnt there; restore it, or {anew}",
+        [words for name, words in changed.items() if name in OF_THE_STATE],
+    )
+    without = {IDLE, "lora_init", "adapter_path", *([] if recipe.adapter.rank else ["transformer_path"])}
+    return [
+        f"{words}, without effect on a run that goes on" if name in without else words
+        for name, words in changed.items()
+        if name not in ("resume_from_checkpoint", "output_dir")
+    ]
 
 
 def describe(output_dir: Path, recipe: Recipe, facts: dict) -> None:

@@ -138,26 +138,39 @@ class HeldOut:
         return torch.cat(rows).double().cpu().numpy().reshape(len(self.draws), -1)
 
     def _start(self, step: int, losses: np.ndarray) -> tuple[int, np.ndarray]:
-        """(step, losses) of the weights to compare with. Raises UserError if they are of other clips or levels."""
-        path = self.output_dir / "validation" / "start.json"
-        measured_on = {"clips": self.names, "levels": self.levels, "contents": self.contents, "controls": self.controls}
-        count = losses.shape[1]
-        kept = None if step == 0 else kept_start(path, {"clips": TEXT.many(), "levels": NUMBER.many()})
+        """(step, losses) of the weights to compare with. Raises UserError as `kept`."""
+        kept = None if step == 0 else self.kept()
         if kept is None:
             sizes = {"sizes": [list(draw.shape) for draw in self.draws]}  # which no resumed run changes
-            keep_start(path, {"step": step, **measured_on, **sizes, "losses": losses.tolist()})
+            keep_start(self._path, {"step": step, **self._measured_on, **sizes, "losses": losses.tolist()})
             return step, losses
+        return kept["step"], np.array(kept["losses"], dtype=np.float64)
+
+    def kept(self) -> dict[str, Any] | None:
+        """What was measured of the weights that the run began with; None if nothing was. Raises UserError if that is of
+        other clips or levels."""
+        kept = kept_start(self._path, {"clips": TEXT.many(), "levels": NUMBER.many()})
+        if kept is None:
+            return None
         kept.setdefault("contents", self.contents)  # which runs begun before 2026-11-26 have not
         kept.setdefault("controls", self.controls)  # before 2026-11-27
-        changed = [name for name in measured_on if kept.get(name) != measured_on[name]]
+        changed = [name for name, value in self._measured_on.items() if kept.get(name) != value]
         if changed:
             raise UserError(
-                str(path),
+                str(self._path),
                 f"the run started with other held-out {' and '.join(changed)} than now; restore validation_data_meta, "
                 "held_out_share and held_out_levels, or delete this file to compare with the weights of now",
             )
-        require_fields(kept, {"losses": NUMBER.many(count).many(len(losses))}, path, REMEDY)
-        return kept["step"], np.array(kept["losses"], dtype=np.float64)
+        require_fields(kept, {"losses": NUMBER.many(len(self.levels)).many(len(self.names))}, self._path, REMEDY)
+        return kept
+
+    @property
+    def _path(self) -> Path:
+        return self.output_dir / "validation" / "start.json"
+
+    @property
+    def _measured_on(self) -> dict[str, Any]:
+        return {"clips": self.names, "levels": self.levels, "contents": self.contents, "controls": self.controls}
 
 
 def _change(losses_N: np.ndarray, start_N: np.ndarray) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from reeltune.optim.optimizers import (
     StochasticRounding,
     build_optimizer,
     clip_ceiling,
+    restore,
     set_rate,
     soften_outliers,
 )
@@ -192,7 +193,7 @@ class Learner:
             saved.fill(piece for piece in self.pieces() if piece.name in saved or "optimizer/" not in piece.name)
             return
         state = checkpoint.load(resumed_from)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.engine.load_scaler_state(state["scaler"])
         if self.average is not None and state["average"] is not None:
             for name, weight in self.average.weights.items():

@@ -12,6 +12,7 @@ import torch
 
 from reeltune.cache.entries import Cache, open_cache
 from reeltune.checkpoint import folder as checkpoint
+from reeltune.config.idle import idle_notices
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
@@ -118,6 +119,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
+    if resumed_from is not None and validation.held_out is not None:
+        from_first(engine, validation.held_out.kept)  # now, and not when all is trained
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         later = checkpoint.set_later_aside(Path(recipe.output.output_dir), progress.step)
@@ -193,7 +196,7 @@ def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -
     """Notices of what is to be trained on, where, and at which rate."""
     stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
-    return [*engine.parallelism.notices, *inputs.scan.notices, *stale, *slow]
+    return [*engine.parallelism.notices, *idle_notices(recipe), *inputs.scan.notices, *stale, *slow]
 
 
 def loop(run: Run) -> int:

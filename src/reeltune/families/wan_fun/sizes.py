@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.reading import AGAIN
+from reeltune.core.reading import AGAIN, brief
 from reeltune.families import configs
 from reeltune.families.tensor_files import notice
 from reeltune.families.wan_fun import keys
@@ -56,6 +56,8 @@ FLAGS = {  # what config.json may say of parts: the tensor that shows it
     "ref_conv.weight": ("add_ref_conv", "has_ref_conv"),
     "control_adapter.conv.weight": ("add_control_adapter",),
     "condition_embedder.image_embedder.norm1.weight": ("has_image_input",),
+    "blocks.0.attn1.norm_q.weight": ("qk_norm",),
+    "blocks.0.norm2.weight": ("cross_attn_norm",),
 }
 
 
@@ -95,6 +97,10 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
             for flag in flags
             if config.get(flag) is not None and bool(config[flag]) != (tensor in state)
         ]
+    if config.get("patch_size") not in (None, patch, tuple(patch)):
+        problems.append(f"config.json has patch_size {brief(config['patch_size'])}, but the weights have {patch}")
+    if not config.get("eps", 1e-6) > 0:
+        problems.append(f"eps is {config['eps']}; expected more than 0")
     heads = next((config[key] for key in HEADS if config.get(key)), width // HEAD_DIM)
     if width in RELEASED_HEADS and heads != RELEASED_HEADS[width]:
         problems.append(
