@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from reeltune.config.parse import Setting, expected, sentences, settings
-from reeltune.config.rules import ABOVE_ZERO, ANY, DECAYS, MOST, RANGES, shown
+from reeltune.config.ranges import range_of
+from reeltune.config.rules import shown
 
 HEAD = """\
 # All settings
@@ -38,16 +39,7 @@ def default(setting: Setting) -> str:
 
 
 def values(setting: Setting) -> str:
-    least, greatest = RANGES.get(setting.name, (None, None))
-    words = expected(setting)
-    most = f", at most {MOST[setting.name]:,}" if setting.name in MOST else ""
-    if setting.name in ABOVE_ZERO:
-        return f"{words}; more than 0{most}"
-    if setting.name in DECAYS:
-        return f"{words}; at least 0, less than 1"
-    if least is None:
-        return words
-    return f"{words}; at least {least}{most}" if greatest == ANY else f"{words}; {least} to {greatest}"
+    return "; ".join(filter(None, (expected(setting), range_of(setting.name))))
 
 
 if __name__ == "__main__":

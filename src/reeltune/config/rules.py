@@ -2,90 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reeltune.config.kernel_rules import kernel_rules
+from reeltune.config.ranges import MOST_SIDE, beyond, range_of
 from reeltune.config.recipe import Adapter, Model, Optimization, Recipe, Sizes, Validation
 from reeltune.config.text_rules import text_rules
 from reeltune.memory import choices
 
-ANY = math.inf
-RANGES: dict[str, tuple[float, float]] = {  # least and greatest
-    "held_out_share": (0, 0.5),
-    "max_bad_share": (0, 1),
-    "text_drop_ratio": (0, 1),
-    "rank": (0, ANY),
-    "video_repeat": (0, ANY),
-    "dataloader_num_workers": (0, ANY),
-    "video_sample_n_frames": (1, ANY),
-    "video_sample_stride": (1, ANY),
-    "video_sample_size": (16, ANY),  # one patch of 2 cells of 8 pixels
-    "image_sample_size": (16, ANY),
-    "token_sample_size": (16, ANY),
-    "train_batch_size": (1, ANY),
-    "gradient_accumulation_steps": (1, ANY),
-    "num_train_epochs": (1, ANY),
-    "max_train_steps": (1, ANY),
-    "seed": (0, ANY),
-    "vae_mini_batch": (0, ANY),
-    "gradient_checkpointing_share": (0, 1),
-    "blocks_to_swap": (0, ANY),
-    "cache_variants": (0, ANY),
-    "motion_sub_loss_ratio": (0, 1),
-    "learning_rate": (0, ANY),
-    "low_expert_learning_rate": (0, ANY),
-    "lr_warmup_steps": (0, ANY),
-    "lr_num_cycles": (1, ANY),
-    "adam_weight_decay": (0, ANY),
-    "initial_grad_norm_ratio": (1, ANY),
-    "abnormal_norm_clip_start": (1, ANY),
-    "checkpointing_steps": (1, ANY),
-    "checkpoints_total_limit": (1, ANY),
-    "logging_steps": (1, ANY),
-    "validation_steps": (1, ANY),
-    "preview_count": (0, ANY),
-    "preview_steps": (1, ANY),
-    "guidance_scale": (0, ANY),
-    "held_out_levels": (1, ANY),
-    "context_parallel": (1, ANY),
-}
-MOST_SIDE = 8192  # pixels; FFmpeg frames of 16,384 there are not
-MOST = {  # a slip beyond it, which would take all of a machine's memory, or days, before anything is told
-    "rank": 16_384,
-    "network_alpha": 1_000_000_000,
-    "video_repeat": 100_000,
-    "dataloader_num_workers": 1024,
-    "video_sample_n_frames": 10_000,
-    "video_sample_stride": 10_000,
-    "video_sample_fps": 1000,
-    **dict.fromkeys(("video_sample_size", "image_sample_size", "token_sample_size"), MOST_SIDE),
-    "train_batch_size": 4096,
-    "gradient_accumulation_steps": 1_000_000,
-    "num_train_epochs": 1_000_000_000,
-    "max_train_steps": 1_000_000_000,
-    "cache_variants": 100_000,
-    "context_parallel": 16_384,
-    "preview_count": 10_000,
-    "preview_steps": 1000,  # of the schedules that models were trained with
-    "held_out_levels": 1000,  # the same
-    "rank_timeout_seconds": 30 * 24 * 3600,
-}
-ABOVE_ZERO = (
-    "network_alpha",
-    "lora_plus_ratio",
-    "rank_timeout_seconds",
-    "video_sample_fps",
-    "logit_std",
-    "loss_outlier_threshold",
-    "lr_power",
-    "adam_epsilon",
-    "max_grad_norm",
-    "low_expert_max_grad_norm",
-)
-DECAYS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")  # at least 0 and below 1
 OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_muon")  # without these: AdamW
 LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
@@ -99,22 +25,9 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     values = {name: value for section in vars(recipe).values() for name, value in vars(section).items()}
     defaults = {name: value for section in vars(Recipe()).values() for name, value in vars(section).items()}
 
-    def out_of_range(name: str, rule: str) -> tuple[tuple[str], str]:
-        return (name,), f"{name} is {values[name]}; it must be {rule}; the default is {shown(defaults[name])}"
-
-    for name, (least, greatest) in RANGES.items():
-        if values[name] is not None and not least <= values[name] <= greatest:
-            rule = f"at least {least}" if greatest == ANY else f"between {least} and {greatest}"
-            yield out_of_range(name, rule)
-    for name in ABOVE_ZERO:
-        if values[name] is not None and not values[name] > 0:
-            yield out_of_range(name, "more than 0")
-    for name, most in MOST.items():
-        if values[name] is not None and values[name] > most:
-            yield out_of_range(name, f"at most {most:,}")
-    for name in DECAYS:
-        if not 0 <= values[name] < 1:
-            yield out_of_range(name, "at least 0 and less than 1")
+    for name in beyond(values):
+        rule = f"{name} is {values[name]}; it must be {range_of(name)}; the default is {shown(defaults[name])}"
+        yield (name,), rule
     yield from text_rules(values)
     yield from _together(recipe)
     yield from _experts(values)
