@@ -8,8 +8,8 @@ import pytest
 
 from reeltune.config.flags import flags
 from reeltune.config.parse import build, dump, flat, read, sentences, settings
-from reeltune.config.recipe import Recipe
 from reeltune.config.ranges import ABOVE_ZERO, ANY, RANGES, range_of
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.near import nearest
 
