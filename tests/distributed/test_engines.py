@@ -68,7 +68,7 @@ def kills(family):
 def encodes(name):
     """Whether that run encodes its clips as it trains; the others, whose networks alone are another matter, read them
     from a cache. Encoding them takes two thirds of a tiny run's step (measured, 2026-11-26)."""
-    return name in ("alone", "ddp") or name.startswith("ddp-killed")
+    return name == "ddp" or name.startswith("ddp-killed")
 
 
 class Runs:
