@@ -238,11 +238,11 @@ def begin(words, log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deterministic", exact.KERNELS)
-def test_a_killed_run_ends_in_the_bits_of_others(deterministic, tmp_path, monkeypatch):
+def test_a_killed_run_ends_in_the_bits_of_others(tmp_path, monkeypatch):
+    """With deterministic kernels; a CPU has the same without."""
     monkeypatch.setattr(exact.subprocess, "Popen", Forked)
     meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
-    runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", deterministic)
+    runs = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", True)
     found = runs.compared(timeout_s=600)
     assert found["killed_after_step"] < exact.STEPS
     assert found["repeat_equal"] == found["resume_equal"] == "yes"
