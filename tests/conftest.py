@@ -170,13 +170,11 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def measured_here(monkeypatch) -> None:
-    """Files are measured in this process: to start another takes longer than to read a small clip."""
+    """Files are measured in this process."""
     from reeltune.data import measuring  # here: tests without clips need not wait for its libraries
+    from tests.runs.small_run import measure_here
 
-    def here(files, numbers, decode_check, *_):
-        return ((number, measuring._examine(files[number], decode_check)) for number in numbers)
-
-    monkeypatch.setattr(measuring, "_run", here)
+    monkeypatch.setattr(measuring, "_run", measure_here)
 
 
 @pytest.fixture(scope="session")

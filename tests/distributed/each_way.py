@@ -24,25 +24,26 @@ SETTINGS = {
 }
 
 
-def run_each(ways, setting, values, tmp_path_factory, before=None, of_clips=()):
-    """ways: name -> what its recipes say beside SETTINGS. before: as of processes.train. of_clips: ways without stills,
-    which have one size. Returns the folder of all."""
+def run_each(ways, setting, values, tmp_path_factory, before=None, of_one_size=False):
+    """ways: name -> what its recipes say beside SETTINGS. before: as of processes.train. of_one_size: without stills.
+    Returns the folder of all."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("engines")
     (folder / "model").mkdir()
     model, data = tiny_checkpoint(folder / "model", "control_v1.1"), data_set(tmp_path_factory.mktemp("data"), clips=4)
-    rows, clips = json.loads((data / "metadata_control.json").read_text()), data / "clips.json"
-    clips.write_text(json.dumps([row for row in rows if row["type"] == "video"]))
-    ways = {name: {**way, "train_data_meta": str(clips)} if name in of_clips else way for name, way in ways.items()}
-    settings = {**SETTINGS, "cache_folder": str(folder / "cache")}
+    listed = data / "metadata_control.json"
+    if of_one_size:
+        clips = [row for row in json.loads(listed.read_text()) if row["type"] == "video"]
+        listed = data / "clips.json"
+        listed.write_text(json.dumps(clips))
+    settings = {**SETTINGS, "cache_folder": str(folder / "cache"), "train_data_meta": str(listed)}
     recipes = [
         recipe(model, data, folder / f"{name}-{value}", **{setting: value}, **settings, **way)
         for name, way in ways.items()
         for value in values
         if WITH_DEEPSPEED or name != "zero2"
     ]
-    for listed in {one.data.train_data_meta: one for one in recipes}.values():
-        assert fill(listed) == 0
+    assert fill(recipes[0]) == 0
     train(recipes, 2, folder, before=before)
     return folder
 

@@ -119,15 +119,22 @@ def ends(launched: list[Launched], silence_seconds: float = SILENCE_SECONDS) -> 
 
 # ---- forked from a process that has read the libraries, which takes longest
 
-# The last it imports when its first engine starts, and with it torch's whole compiler: 1.2 s (measured, 2026-11-27).
-DEEPSPEED = ("deepspeed", "deepspeed.ops", "deepspeed.runtime.zero.muon.muon_optimizer")
+# What they import when they are first used, and with it torch's whole compiler: 1.2 s of an engine's start, 0.5 of an
+# adapter's (measured, 2026-11-27).
+USED_LATER = {
+    "bitsandbytes": ("bitsandbytes",),
+    "deepspeed": (
+        *("deepspeed", "deepspeed.ops", "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer"),
+        *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+    ),
+}
 FORKS = multiprocessing.get_context("forkserver")  # a session has one, for all tests: who tells it last is heard
 FORKS.set_forkserver_preload(
     [
         "tests.distributed.libraries",
         *("reeltune.training.loop", "reeltune.cache.fill", "reeltune.sampling.sample", "reeltune.export.main"),
         *("reeltune.estimate.page", "reeltune.estimate.check", *MODULES.values()),
-        *(DEEPSPEED if find_spec("deepspeed") else []),
+        *(module for library, used in USED_LATER.items() if find_spec(library) for module in used),
         *("tests.distributed.gathered", "tests.families.every_family"),  # what tests tell their forks to do is beside
         "tests.distributed.warmed",
         "tests.distributed.frozen",  # last

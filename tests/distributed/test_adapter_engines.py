@@ -13,10 +13,9 @@ from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import is_shared
 from reeltune.checkpoint.state import Shared
 from reeltune.distributed import fsdp
-from reeltune.families import MODULES
 from reeltune.training import loop
 from tests.distributed.processes import forked, train
-from tests.distributed.test_engines import LIVE, Held
+from tests.distributed.test_engines import Held, encodes, turn
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
@@ -34,10 +33,8 @@ of_engines = pytest.mark.parametrize("engine", EVERY)
 
 
 class Runs:
-    """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two.
-
-    LIVE encode their clips as they train, the others read them from a cache, as in test_engines.py.
-    """
+    """`alone` in one process; `engine`, and `engine-from-other`, the second half of what another began, in two: of the
+    toy by every engine, of each other family by the one whose turn it is."""
 
     def __init__(self, pair, data, folder):
         (folder / "checkpoint").mkdir()
@@ -49,7 +46,7 @@ class Runs:
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
         settings = {
-            "cache_folder": None if name in LIVE else str(self.folder / "cache"),
+            "cache_folder": None if encodes(name) else str(self.folder / "cache"),
             "cache_variants": 1,
             "engine": None if engine == "alone" else engine,
             "train_mode": self.mode,
@@ -61,6 +58,18 @@ class Runs:
             **self.layers,
         }
         return recipe(self.checkpoint, self.data, self.folder / name, **{**settings, **changes})
+
+    @property
+    def onward(self):
+        """Names of runs of two processes that go on with what another engine began."""
+        pairs = zip(ENGINES, ("alone", *ENGINES), strict=False)
+        return [
+            f"{engine}-from-{other}" for engine, other in pairs if self.family == "toy" or engine == turn(self.family)
+        ]
+
+    def second_half(self, name, processes=2):
+        """The recipe of what goes on with the half of another's run."""
+        return self.recipe(name, processes, resume_from_checkpoint=self.half_of(name.rpartition("-")[2]))
 
     def half_of(self, name):
         return str(self.folder / name / f"checkpoint-{HALF}")
@@ -86,12 +95,9 @@ def too_old(engine, settings):
 def runs(one_of_a_family, data, tmp_path_factory):
     torch.set_num_threads(1)
     made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("adapters"))
-    assert loop.train(made.recipe("alone", processes=1)) == 0
     assert fill(made.recipe("fsdp")) == 0
-    recipes = []
-    for engine, other in zip(ENGINES, ["alone", *ENGINES], strict=False):
-        recipes.append(made.recipe(engine))
-        recipes.append(made.recipe(f"{engine}-from-{other}", resume_from_checkpoint=made.half_of(other)))
+    assert loop.train(made.recipe("alone", processes=1)) == 0
+    recipes = [made.recipe(engine) for engine in ENGINES] + list(map(made.second_half, made.onward))
     for kind, settings in made.kinds.items():
         changes = {**settings, "max_train_steps": HALF}
         assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
@@ -104,23 +110,12 @@ def runs(one_of_a_family, data, tmp_path_factory):
         assert loop.train(made.recipe("alone-whole", processes=1, **OF_TOY["pissa"])) == 0
         onward["resume_from_checkpoint"] = made.half_of("fsdp-pissa")
         assert loop.train(made.recipe("alone-onward", processes=1, **onward)) == 0
-    last = made.half_of(ENGINES[-1])
-    assert loop.train(made.recipe(f"alone-from-{ENGINES[-1]}", processes=1, resume_from_checkpoint=last)) == 0
+    assert loop.train(made.second_half(f"alone-from-{ENGINES[-1]}", processes=1)) == 0
     return made
 
 
-def of_one_family(engine, family):
-    """Whether it is that engine's turn to be killed: each family takes one, and each engine comes."""
-    return EVERY.index(engine) == list(MODULES).index(family) % len(EVERY)
-
-
-def test_each_engine_is_killed_in_a_family():
-    assert all(any(of_one_family(engine, family) for family in MODULES) for engine in EVERY)
-
-
 def test_killed_within_a_save_it_ends_in_the_same_bits(runs):
-    (engine,) = (engine for engine in EVERY if of_one_family(engine, runs.family))
-    made_by(engine)
+    engine = turn(runs.family)
     name = f"{engine}-killed"
     ours = shutil.ignore_patterns(f"checkpoint-{STEPS}")
     out = shutil.copytree(runs.folder / engine, runs.folder / name, ignore=ours)
@@ -204,13 +199,10 @@ def test_a_checkpoint_keeps_the_adapter_alone(engine, runs):
         assert kept == runs.adapter("alone").keys()
 
 
-@pytest.mark.parametrize(
-    "places", [*zip(EVERY, ["alone", *EVERY], strict=False), ("alone", EVERY[-1])], ids="-from-".join
-)
-def test_half_a_run_is_gone_on_with_by_another_engine(places, runs):
-    for engine in set(places) - {"alone"}:
-        made_by(engine)
-    name, alone = "-from-".join(places), runs.losses("alone")
-    half = {step: loss for step, loss in runs.losses(name).items() if step > HALF}
-    assert half == pytest.approx({step: loss for step, loss in alone.items() if step > HALF}, rel=1e-5)
-    assert_near(runs.adapter(name), runs.adapter("alone"))
+def test_half_a_run_is_gone_on_with_by_another_engine(runs):
+    assert runs.onward
+    alone = runs.losses("alone")
+    for name in (*runs.onward, f"alone-from-{ENGINES[-1]}"):
+        half = {step: loss for step, loss in runs.losses(name).items() if step > HALF}
+        assert half == pytest.approx({step: loss for step, loss in alone.items() if step > HALF}, rel=1e-5), name
+        assert_near(runs.adapter(name), runs.adapter("alone"))

@@ -27,9 +27,8 @@ def operators(rank):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One of several sizes, whose compilation takes three times as long."""
-    of_one_size = WAYS.keys() - {"ddp"}
-    return run_each(WAYS, "compile", ("none", "blocks"), tmp_path_factory, before=operators, of_clips=of_one_size)
+    """All of one size: several, which runs/test_compiled_runs.py has, take three times as long."""
+    return run_each(WAYS, "compile", ("none", "blocks"), tmp_path_factory, before=operators, of_one_size=True)
 
 
 @pytest.mark.slow
@@ -43,5 +42,4 @@ def test_the_run_of_uncompiled_blocks(way, folder):
     (told,) = [text for text in notices if "blocks are compiled" in text or "was compiled anew" in text]
     # Of adapters the first block is given what needs no gradient, and the others what does.
     count = "2 compilations" if way == "adapters" else "1 compilation"
-    sizes = "2 numbers" if way == "ddp" else "1 number"
-    assert told.startswith(f"the network's blocks are compiled: {count} for {sizes} of tokens")
+    assert told.startswith(f"the network's blocks are compiled: {count} for 1 number of tokens")

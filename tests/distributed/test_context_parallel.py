@@ -30,20 +30,21 @@ STEPS, CLIPS = 3, 2  # of a micro-step
 with_deepspeed = importlib.util.find_spec("deepspeed") is not None
 FULL_REF = {"control_ref_image": "random", "add_full_ref_image_in_self_attention": True}
 QUICK = {"wan": ("ddp",)}
-MORE = {
+MORE = {  # every network's plan, and every engine over a network of each family
     "wan": ("fsdp", "zero2", "zero3"),
-    "hunyuan": ("ddp", "zero2"),
+    "hunyuan": ("zero2",),
     "hunyuan_concat": ("fsdp",),
-    "hunyuan_i2v": ("ddp", "fsdp", "zero3"),
+    "hunyuan_i2v": ("ddp", "zero3"),
 }
+LIVE = {"cache_folder": None}
 TWOS = ("ddp", "fsdp", "zero2", "zero3")
 
 
 class Runs:
     """Folders of runs: of one process, and of some that share each clip in twos, by model, engine and their number.
 
-    Of a model's engines the first encodes its clips as it trains, as the one process does; the others, whose networks
-    alone are another matter, read them from a cache, which takes half the time.
+    Those of QUICK encode their clips as they train, as that model's one process does; the others, whose networks alone
+    are another matter, read them from a cache, which takes half the time.
     """
 
     def __init__(self, folder, data, goldens):
@@ -72,10 +73,12 @@ class Runs:
             "max_train_steps": STEPS,
             "gradient_checkpointing": True,
             "cache_variants": 1,
+            "cache_folder": str(self.folder / f"{model}-cache"),
             **(FULL_REF if model == "wan" else {}),
         }
         self.alone[model] = self.write(model), settings
-        assert module.train(self.recipe(model, "alone")) == 0
+        assert fill(self.recipe(model, "filled")) == 0
+        assert module.train(self.recipe(model, "alone", **(LIVE if model in QUICK else {}))) == 0
 
     def make(self, wanted, processes=2, resumed=False):
         torch.set_num_threads(1)
@@ -83,17 +86,13 @@ class Runs:
         for model, engines in wanted.items():
             self.make_alone(model)
             ours = partial(self.recipe, model, context_parallel=2, train_batch_size=2 * CLIPS // processes)
-            cache = {"cache_folder": str(self.folder / f"{model}-cache")}
-            engines = [engine for engine in engines if with_deepspeed or engine[:4] != "zero"]
-            if len(engines) > 1:
-                assert fill(ours(name="filled", **cache)) == 0
             # In this order: ZeRO-3 leaves a linear layer of its own in its process, with other last bits.
-            for i, engine in enumerate(engines):
-                shared.append(ours(name=f"{engine}-{processes}", engine=engine, **(cache if i else {})))
+            engines = [engine for engine in engines if with_deepspeed or engine[:4] != "zero"]
+            live = LIVE if resumed else {}
+            shared += [ours(name=f"{engine}-{processes}", engine=engine, **live) for engine in engines]
             if resumed:
-                shared.append(
-                    ours(name="again", engine="ddp", resume_from_checkpoint=str(self.half_of(model, "ddp-2")))
-                )
+                half = str(self.half_of(model, "ddp-2"))
+                shared.append(ours(name="again", engine="ddp", resume_from_checkpoint=half, **LIVE))
         train(shared, processes, self.folder)
 
     def half_of(self, model, name):

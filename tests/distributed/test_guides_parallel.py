@@ -68,6 +68,7 @@ RUNS = {
     "CogVideoX-Fun": Run("004_*", 0, "multi/CogVideoX-Fun-2b-InP", "metadata.json", "zero2"),
 }
 LAUNCHED = ("V1.1 ZeRO-3", "HunyuanVideo FSDP")  # through each of accelerate's launchers
+ALIKE = "V1.1 ZeRO-2"  # to what is run on two machines, in its checkpoint, script and flags
 GIVEN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")  # by every launcher, of its own
 TELLING = """
 import json, os, pathlib, sys
@@ -100,8 +101,17 @@ def test_no_parallel_command_of_the_guides_is_left_out(seeds):
     assert ours == counted and sum(counted.values()) == 12
 
 
+def on_machine(rank: int, port: int, seeds: Path) -> tuple[list[str], dict[str, str]]:
+    """The words before the script of a launch on one of two machines, and what the page exports there."""
+    (page,) = seeds.glob(RUNS[ALIKE].guide)
+    (line,) = re.findall(r"^accelerate launch.*xxx\.py", page.read_text(encoding="utf-8"), re.MULTILINE)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NUM_PROCESS": "2"}
+    exported = place | {"RANK": str(rank)}
+    return [*command_of(line, exported).launch, "--multi_gpu"], exported
+
+
 def environ_of(launch: list[str], monkeypatch) -> dict[str, str]:
-    """What accelerate launch sets for its processes."""
+    """What accelerate launch sets for its processes, but for what every launcher sets of its own."""
     arguments = launch_command_parser().parse_args([*launch[2:], "--num_processes=2", "script.py"])
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
@@ -110,7 +120,8 @@ def environ_of(launch: list[str], monkeypatch) -> dict[str, str]:
         arguments, *_ = _validate_launch_command(arguments)
         arguments.deepspeed_fields_from_accelerate_config = ""
         made = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
-    return {name: value for name, value in made.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
+    left_out = {"PYTHONPATH", *GIVEN}
+    return {name: value for name, value in made.items() if os.environ.get(name) != value and name not in left_out}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -159,12 +170,10 @@ def trained(argv_of, seeds, tmp_path_factory):
     """Every command trained in the same two processes, as starting them is what takes long. The first measures the
     clips, for which it starts processes; the others find them measured, as does a second run with these flags."""
     commands, measured = [], None
-    for name in [name for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]:
-        launch, script, _ = printed(seeds, name)
+    printed_ones = [(*printed(seeds, name)[:2], *argv_of(name)) for name in RUNS if ZERO or RUNS[name].engine == "fsdp"]
+    machines = on_machine(0, free_port(), seeds)[0], printed(seeds, ALIKE)[1], *argv_of(ALIKE, " on two machines")
+    for launch, script, argv, out in [*printed_ones, machines]:
         environ = environ_of(launch, pytest.MonkeyPatch())
-        for given in GIVEN:
-            environ.pop(given, None)
-        argv, out = argv_of(name)
         commands.append(partial(command, environ, script, argv, out, measured))
         measured = out
     return train(commands, 2, tmp_path_factory.mktemp("commands")).told[0].read_text()
@@ -266,14 +275,16 @@ def test_what_launched_processes_are_told(name, argv_of, seeds, tmp_path, monkey
     script = tmp_path / "script.py"
     script.write_text(TELLING)
     launch_to_the_end([([*of_two_processes(launch), str(script), *argv], environment())], tmp_path)
-    expected = {variable: value for variable, value in environ_of(launch, monkeypatch).items() if variable not in GIVEN}
+    expected = environ_of(launch, monkeypatch)
     assert expected
     for rank in ("0", "1"):
-        told = json.loads((tmp_path / rank).read_text())
-        assert (told["argv"], told["cwd"]) == (argv, str(ROOT))
-        assert {variable: told["environ"].get(variable) for variable in expected} == expected
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        assert {variable: told["environ"].get(variable) for variable in places} == places
+        assert_told(json.loads((tmp_path / rank).read_text()), argv, expected | places)
+
+
+def assert_told(told: dict, argv: list[str], environ: dict[str, str]):
+    assert (told["argv"], told["cwd"]) == (argv, str(ROOT))
+    assert {variable: told["environ"].get(variable) for variable in environ} == environ
 
 
 @pytest.mark.slow
@@ -289,26 +300,24 @@ def test_through_accelerate_launch(argv_of, seeds, goldens, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", ["000_*"])
-def test_two_machines(guide, argv_of, seeds, goldens, tmp_path):
-    """Two launches, as on two machines, that meet over the loopback."""
-    (page,) = seeds.glob(guide)
-    (line,) = re.findall(r"^accelerate launch.*xxx\.py", page.read_text(encoding="utf-8"), re.MULTILINE)
-    name = "V1.1 ZeRO-2" if guide == "000_*" else "HunyuanVideo FSDP"  # for its checkpoint and flags
-    _, script, _ = printed(seeds, name)
-    argv, out = argv_of(name, " on two machines")
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NUM_PROCESS": "2"}
-
-    def machine(rank: int) -> tuple[list[str], dict[str, str]]:
-        ours = command_of(line, told | {"RANK": str(rank)})
-        exported = environment(**told, RANK=str(rank))  # as the page exports them
-        return [*ours.launch, "--multi_gpu", f"scripts/{script}", *argv], exported
-
-    launch_to_the_end([machine(0), machine(1)], tmp_path)
+def test_two_machines(trained, argv_of, seeds, goldens, tmp_path, monkeypatch):
+    """Two launches, as on two machines, meet over the loopback, and their processes are told what `trained` was beside
+    their places. test_clusters.py has two launches that train."""
+    argv, out = argv_of(ALIKE, " on two machines")
+    script, port = tmp_path / "script.py", free_port()
+    script.write_text(TELLING)
+    machines = [on_machine(rank, port, seeds) for rank in (0, 1)]
+    launches = [([*launch, str(script), *argv], environment(**exported)) for launch, exported in machines]
+    launch_to_the_end(launches, tmp_path)
+    for rank, (launch, exported) in enumerate(machines):
+        places = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        places |= {name: exported[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+        told = json.loads((tmp_path / str(rank)).read_text())
+        assert_told(told, argv, environ_of(launch, monkeypatch) | places)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     assert [(row["step"], row["samples"]) for row in steps] == [(1, 2), (2, 2)]
     saved = weights.read(out / "checkpoint-2/transformer")
-    start_from = goldens / RUNS[name].checkpoint
+    start_from = goldens / RUNS[ALIKE].checkpoint
     inside = start_from / "transformer"
     assert saved.keys() == weights.peek(inside if inside.is_dir() else start_from).keys()
