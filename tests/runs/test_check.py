@@ -185,3 +185,12 @@ def test_all_that_does_not_suit_the_model_is_told_at_once(given, tmp_path):
     ]
     assert "takes multiples of 16; set it to 48 64" in error.value.problems[3]
     assert lines_of(given, tmp_path, "--fix_sample_size", "48", "64")[-1].split()[2:4] == ["48", "64"]
+
+
+def test_what_training_reads_before_its_first_step_is_looked_at_too(given, tmp_path):
+    """All at once: files that are not there, of a prompt and an adapter; a kind that the mode has no control of."""
+    prompt = ["--validation_prompts=a ramp", "--validation_paths=/nope.png"]
+    with pytest.raises(UserError) as told:
+        lines_of(given, tmp_path, *prompt, rank=2, adapter_path="/nope", control_kind="canny")
+    assert [problem.split(" ")[0] for problem in told.value.problems] == ["control_kind", "/nope.png", "adapter_path"]
+    assert "adapter_path is '/nope': is missing" in told.value.problems[-1]

@@ -48,3 +48,9 @@ def test_a_setting_without_effect_is_told_and_one_with_is_not(name):
 
 def test_each_row_is_tried():
     assert {name for one in WAITING for name in one.names} == VALUES.keys()
+
+
+def test_none_beside_a_tracker_is_told():
+    (told,) = idle_notices(build({"report_to": ["none", "tensorboard"]}))
+    assert told == "report_to is none tensorboard, of which none changes nothing; leave it out, or all others"
+    assert not idle_notices(build({"report_to": ["none"]}))

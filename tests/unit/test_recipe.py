@@ -145,6 +145,9 @@ def test_what_must_be_more_than_zero(name):
         ({"add_full_ref_image_in_self_attention": True, "train_mode": "control_camera_ref"}, "control_ref_camera;"),
         ({"trained_weights": "bf16_stochastic", "mixed_precision": "no"}, "mixed_precision is no"),
         ({"fix_sample_size": [480, 8]}, "16 pixels"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10,0.1:5,0.2"}, "its steps must rise from 1 on"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:5,0.1:5,0.2"}, "its steps must rise from 1 on"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:0,0.2"}, "its steps must rise from 1 on"),
         ({"fix_sample_size": [480, 10**9]}, "at most 8,192 pixels"),
         ({"fix_sample_size": [480, 832], "random_ratio_crop": True}, "no ratio to draw"),
         (

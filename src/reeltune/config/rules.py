@@ -16,8 +16,8 @@ OPTIMIZERS = ("use_8bit_adam", "use_came", "use_adafactor", "use_prodigy", "use_
 LEAST_OF_PRODIGY = 0.1  # learning_rate, beside which another optimizer's would be taken for a mistake
 DENSITIES = ("logit_normal", "mode")  # weighting schemes that draw noise levels; the others weigh them
 BEGINNINGS = re.compile(r"uniform|gaussian|pissa(_niter_[1-9]\d{0,2})?")  # of adapters: lora_init
-OTHER_BEGINNINGS = ("olora", "corda", "loftq")  # those of PEFT 0.21 that write other base weights
 STEP_RULES = re.compile(r"(\d*\.?\d+:\d+,)*\d*\.?\d+")
+OTHER_BEGINNINGS = ("olora", "corda", "loftq")  # those of PEFT 0.21 that write other base weights
 
 
 def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -214,6 +214,10 @@ def _optimization(optimization: Optimization) -> Iterator[tuple[tuple[str, ...],
             ("lr_step_rules",),
             f"lr_step_rules is {rules}; it must be factor:step pairs and a last factor, as 1:10,0.1:20,0.005",
         )
+    elif rules is not None:
+        steps = [int(step) for _, _, step in (pair.partition(":") for pair in rules.split(",")[:-1])]
+        if steps != sorted(set(steps)) or 0 in steps:
+            yield ("lr_step_rules",), f"lr_step_rules is {rules}; its steps must rise from 1 on, as 1:10,0.1:20,0.005"
 
 
 def _experts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -6,18 +6,24 @@ from collections.abc import Iterator
 
 import torch
 
+from reeltune.adapters.dialects import read_adapter
 from reeltune.config.idle import idle_notices
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
+from reeltune.core.errors import named_by, together
 from reeltune.data.plan import Plan
+from reeltune.data.shapes import SizeRules
 from reeltune.estimate.epoch import Bucket, forecast_data
-from reeltune.families.spec import learning
+from reeltune.families.spec import Family, learning
 from reeltune.memory import compiled
+from reeltune.reporting.log import check_trackers
+from reeltune.run.base import base_of
 from reeltune.run.data import Inputs, gather
 from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
 from reeltune.sampling.other_expert import OtherExpert
+from reeltune.sampling.prompts import refuse_other_control, requests_of
 from reeltune.training.loop import steps_of
 from reeltune.training.rate import Rates, rate_notices, rate_of
 
@@ -32,12 +38,34 @@ def check(recipe: Recipe) -> Iterator[str]:
         load_parts(of_expert(recipe, one.expert), one, torch.device("cpu"), encoders=False, network=False)
     OtherExpert.of(recipe, family, torch.device("cpu"))
     inputs = gather(recipe, family, mode)
+    _read_ahead(recipe, family, mode, inputs.rules)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"
     yield from _entries(recipe, inputs, plan)
     yield from _steps(recipe, plan)
     yield ""
     yield from _table(forecast_data(plan, inputs.train, inputs.rules).buckets)
+
+
+def _read_ahead(recipe: Recipe, family: Family, mode: str, rules: SizeRules) -> None:
+    """Raises UserError for what training would find wrong beside the data before its first step: trackers, files of
+    prompts, an adapter to begin with, of which headers are read."""
+    validation = recipe.validation
+    with together("recipe") as attempt:
+        attempt(check_trackers, recipe.output.report_to)
+        if validation.control_kind is not None:
+            attempt(refuse_other_control, validation.control_kind, family, mode)
+        if validation.validation_prompts and not validation.validation_control_from:
+            attempt(requests_of, recipe, family, mode, rules)
+        if recipe.adapter.adapter_path is not None:
+            for one in learning(family):
+                attempt(_read_adapter, of_expert(recipe, one.expert))
+
+
+def _read_adapter(recipe: Recipe) -> None:
+    path = str(recipe.adapter.adapter_path)
+    with named_by("adapter_path", path):
+        read_adapter(path, base_of(recipe.model).outline, outline=True)
 
 
 def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
