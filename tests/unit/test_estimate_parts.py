@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import resources
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
@@ -9,12 +10,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
-from reeltune.estimate import sharding, throughput, turns
+from reeltune.estimate import page, sharding, throughput, turns
 from reeltune.estimate.epoch import forecast_data
+from reeltune.estimate.machines import Machines
 from reeltune.estimate.page import COLOURS, expert_rows
 from reeltune.estimate.remedies import MARGIN, Change, judge, search, spend
 from reeltune.estimate.result import PARTS, StepEstimate
@@ -328,3 +331,22 @@ def test_room_is_spent_on_the_dearest_first_and_never_to_the_end():
     more = [ways("a", 20, price="{more_flops:+.0%}, {offloaded_gb:.0f} GB")]
     assert spent(more, 45) is None  # it costs nothing as it is
     assert spent(more, 45, flops=5)[1] == ("+25%, 0 GB",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", "{}"), ("a.html", "<!doctype html>mine"), ("new.txt", None)]
+)
+def test_a_page_is_written_over_no_other_file(name, content, tmp_path):
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"must end in \.html|is no page of reeltune plan"):
+        page.tell(Recipe(), Machines(), file)
+    assert not file.exists() or file.read_text() == content
+
+
+def test_a_page_is_written_anew(tmp_path):
+    """The mark by which it is known is in the template's head."""
+    template = resources.files("reeltune.estimate").joinpath("plan.html").read_bytes()
+    (tmp_path / "plan.html").write_bytes(template)
+    assert list(page._other_file(tmp_path / "plan.html")) == list(page._other_file(tmp_path / "new.html")) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -13,6 +15,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from reeltune.config.recipe import Recipe
+from reeltune.core.errors import refuse
+from reeltune.core.reading import beginning
 from reeltune.core.terminal import Terminal
 from reeltune.estimate.machines import DEVICES, Machines
 from reeltune.estimate.main import Forecast, forecast
@@ -233,6 +237,7 @@ COLOURS = {  # colour -> (what it stands for, its parts)
     "data": ("activations, and what is at work", ("activations", "encode", "forward", "backward", "step", "preview")),
     "muted": ("batch and conditions", ("batch",)),
 }
+MARK, HEAD_BYTES = b"<span>train_mode ", 2**16  # of a page, and in how much of it
 LEGEND = [(colour, words) for colour, (words, _) in COLOURS.items()]
 
 
@@ -253,6 +258,14 @@ def write_page(plan: Forecast, path: Path) -> Path:
         tables=tables(plan),
     )
     return report.write_whole(path, page)
+
+
+def _other_file(html: Path) -> Iterator[str]:
+    """Why no page is to be written there."""
+    if html.suffix.lower() not in (".html", ".htm"):
+        yield f"--html is {str(html)!r}; it must end in .html; give {html.stem}.html"
+    elif os.path.lexists(html) and not (html.is_file() and MARK in beginning(html, HEAD_BYTES)):
+        yield f"--html is {str(html)!r}, which is there and is no page of reeltune plan; give another name"
 
 
 def memory_chart(plan: Forecast) -> str:
@@ -276,7 +289,9 @@ def size_chart(plan: Forecast) -> str:
 
 
 def tell(recipe: Recipe, machines: Machines, html: Path | None) -> None:
-    """`reeltune plan`: prints the forecast; with `html` also writes it there."""
+    """`reeltune plan`: prints the forecast; with `html` also writes it there. Raises UserError for another's file."""
+    if html is not None:
+        refuse("plan", list(_other_file(html)))
     waiting = Terminal(stderr=True)
     with waiting.status("reading measurements") as status:
         plan = forecast(recipe, machines, lambda words: status.update(f"estimating: {words}"))
