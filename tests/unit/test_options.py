@@ -45,6 +45,12 @@ EXPORT = ["export", "checkpoint-1", "out"]
             "--device is empty",
         ),
         ([*EXPORT, "--pretrained_model_name_or_path", ""], "--pretrained_model_name_or_path is empty; expected a path"),
+        ([*EXPORT, "--trigger_words", "\udcff"], "--trigger_words is '\\udcff', which is not UTF-8"),
+        (
+            [*EXPORT, "--pretrained_model_name_or_path", "/nope"],
+            "is '/nope', which is no folder; give that of the model",
+        ),
+        (["import", "a", "--pretrained_model_name_or_path", "/nope"], "which is no folder; give that of the model"),
         (["import", "a", "--pretrained_model_name_or_path", "~/m"], "in which only a shell replaces ~"),
         (["serve", "--port", "80.5"], "--port is '80.5'; expected a whole number"),
         (["serve", "--open=yes"], "--open ignored explicit argument 'yes'"),

@@ -104,6 +104,13 @@ def model_path(text: str) -> str:
     return str(utf8_path(text))
 
 
+def utf8_text(text: str) -> str:
+    """What is written into files whose text is UTF-8."""
+    if not is_utf8(text):
+        raise argparse.ArgumentTypeError(f"is {text!a}, which is not UTF-8, as text in such files is")
+    return text
+
+
 def whole_number(text: str) -> int:
     try:
         return int(text)

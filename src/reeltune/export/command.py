@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reeltune.core.errors import UserError
-from reeltune.core.options import Options, model_path, number, one_of, utf8_path
+from reeltune.core.options import Options, model_path, number, one_of, utf8_path, utf8_text
 
 DIALECTS = ("comfyui", "diffusers", "videox_fun", "musubi")
 DTYPES = ("as_stored", "bf16", "fp16", "fp32")
@@ -51,9 +51,11 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
     )
     parser.add_argument("--adapters", nargs="+", metavar="FILE:STRENGTH", help="of any tool, to merge; strength 1")
     _take_tool(parser, "the tool, needed with --adapter")
-    parser.add_argument("--trigger_words", metavar="TEXT", help="written into the adapter's file, for UIs to show")
+    about = "written into the adapter's file, for UIs to show"
+    parser.add_argument("--trigger_words", type=utf8_text, metavar="TEXT", help=about)
     options = vars(parser.read(argv))
     given = {name: value for name, value in options.items() if value is not None}
+    _refuse_lost_model("export", given.get("pretrained_model_name_or_path"))
     alone, merges = given.pop("adapter"), given.pop("merge")
     if alone and merges:
         raise UserError("export", "--adapter writes an adapter alone, --merge whole weights; leave one of the two out")
@@ -74,6 +76,13 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
     from reeltune.export.adapter import export_adapter
 
     return export_adapter(given.pop("checkpoint"), given.pop("out"), given.pop("dialect"), **given)
+
+
+def _refuse_lost_model(command: str, model: str | None) -> None:
+    """Of one that is given: the run's own may be gone."""
+    if model is not None and not Path(model).is_dir():
+        rule = "which is no folder; give that of the model, or leave it out"
+        raise UserError(command, f"--pretrained_model_name_or_path is {model!r}, {rule}")
 
 
 def _refuse_beside(flag: str, others: Mapping[str, str], given: Mapping[str, Any], words: str) -> None:
@@ -107,6 +116,8 @@ def import_lines(argv: Sequence[str]) -> Iterator[str]:
     options = parser.read(argv)
     if (options.out is None) != (options.dialect is None):
         raise UserError("import", "--out and --for go together: the file to write, and the tool to write it for")
+
+    _refuse_lost_model("import", options.pretrained_model_name_or_path)
 
     from reeltune.export.adapter import export_adapter, tell
 
