@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import threading
 import time
 
@@ -300,6 +301,15 @@ def test_jobs_run_once_and_tell_what_was_wrong(capsys):
     while ours.result("a") == (None, None) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ours.result("a")[1].problems == ["is empty"] and calls == [1]
+
+
+def test_what_the_system_refuses_a_job_is_told():
+    ours, name = Jobs(), "9" * 5000
+    ours.begin("a", lambda: os.stat(name))
+    deadline = time.monotonic() + 300
+    while ours.result("a") == (None, None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "is refused by the system (File name too long)" in ours.result("a")[1].problems[0]
 
 
 def test_jobs_keep_the_latest_results():

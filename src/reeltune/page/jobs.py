@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from reeltune.core.errors import UserError
+from reeltune.core.files import REFUSED, refusal
 
 THREAD = "judge"  # name of those that work
 KEPT = 8  # results; those of a long list are large
@@ -37,6 +38,10 @@ class Jobs:
                 future.set_result(act())
             except UserError as error:
                 future.set_exception(error)
+            except OSError as error:
+                if error.errno not in REFUSED or error.filename is None:
+                    raise
+                future.set_exception(refusal(error))
             finally:
                 if not future.done():  # a mistake of ours, which Python tells on stderr
                     future.set_exception(UserError("page", "it broke; the terminal of reeltune serve tells how"))
