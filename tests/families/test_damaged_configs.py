@@ -89,6 +89,15 @@ def test_arguments_are_held_to_the_classs_types(config, words):
     configs.check(Net, {"width": 6, "num_layers": 1, "scale": 1, "kinds": ["a", "b"], "more": "ignored"}, "here")
 
 
+def test_what_norms_add_is_small():
+    class Normed:
+        def __init__(self, norm_eps: float = 1e-5):
+            pass
+
+    refused(lambda: configs.check(Normed, {"norm_eps": 1e9}, "here"), "norm_eps is 1000000000.0; expected at most 1")
+    configs.check(Normed, {"norm_eps": 1e-6}, "here")
+
+
 def test_a_network_that_cannot_be_built():
     assert configs.build(Net, {"width": 6}, "here").layers[0].weight.is_meta
     refused(

@@ -157,7 +157,9 @@ def test_what_is_not_supported_says_what_is(copy, tmp_path):
         ({"text_len": 256}, "text_len is 256"),
         ({"patch_size": [0, 2, 2]}, "config.json has patch_size [0, 2, 2], but the weights have [1, 2, 2]"),
         ({"patch_size": 2}, "config.json has patch_size 2, but the weights have [1, 2, 2]"),
-        ({"eps": 0}, "eps is 0; expected more than 0"),
+        ({"eps": 0}, "eps is 0; expected more than 0 and at most 1"),
+        ({"eps": 1e9}, "eps is 1000000000.0; expected more than 0 and at most 1"),
+        ({"add_ref_conv": "no"}, "add_ref_conv is 'no'; expected true or false or null"),
         ({"qk_norm": False}, "qk_norm False, but the weights have a blocks.0.attn1.norm_q.weight"),
         ({"cross_attn_norm": False}, "cross_attn_norm False, but the weights have a blocks.0.norm2.weight"),
         ({"add_ref_conv": True}, "add_ref_conv True, but the weights have no ref_conv.weight"),
@@ -169,6 +171,13 @@ def test_config_that_contradicts_the_weights(copy, change, says):
     with pytest.raises(UserError) as error:
         families.find(folder)
     assert any(says in problem for problem in error.value.problems)
+
+
+def test_config_that_gives_the_reference_other_channels(copy):
+    folder = copy("control_v1.1")
+    rewrite(folder / "config.json", lambda c: c | {"in_dim_ref_conv": 48})
+    with pytest.raises(UserError, match="in_dim_ref_conv is 48, but the weights have 16"):
+        families.find(folder)
 
 
 def test_a_mode_that_a_checkpoint_cannot_do():

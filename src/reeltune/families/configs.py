@@ -67,6 +67,11 @@ def check(cls: Any, config: Mapping[str, Any], where: str, none: Iterable[str] =
             and value > 0
             and type(config.get(name)) in (int, float)
             and config[name] <= 0
+        ]
+        + [
+            f"{name} is {config[name]}; expected at most 1"
+            for name in defaults
+            if name.endswith("eps") and type(config.get(name)) in (int, float) and config[name] > 1
         ],
     )
 

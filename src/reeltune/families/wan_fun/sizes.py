@@ -48,6 +48,8 @@ ADAPTER_SHRINK = {
 TYPES = {  # of what is read of any dialect
     **dict.fromkeys((*(key for keys in NAMES.values() for key in keys), *HEADS, "text_len"), int | None),
     "downscale_factor_control_adapter": int | None,
+    "in_dim_ref_conv": int | None,
+    **dict.fromkeys(("add_ref_conv", "has_ref_conv", "add_control_adapter", "has_image_input"), bool | None),
     "eps": float,
 }
 
@@ -99,8 +101,11 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
         ]
     if config.get("patch_size") not in (None, patch, tuple(patch)):
         problems.append(f"config.json has patch_size {brief(config['patch_size'])}, but the weights have {patch}")
-    if not config.get("eps", 1e-6) > 0:
-        problems.append(f"eps is {config['eps']}; expected more than 0")
+    ref = state.get("ref_conv.weight")
+    if ref is not None and config.get("in_dim_ref_conv") not in (None, ref.shape[1]):
+        problems.append(f"in_dim_ref_conv is {config['in_dim_ref_conv']}, but the weights have {ref.shape[1]}")
+    if not 0 < config.get("eps", 1e-6) <= 1:
+        problems.append(f"eps is {config['eps']}; expected more than 0 and at most 1")
     heads = next((config[key] for key in HEADS if config.get(key)), width // HEAD_DIM)
     if width in RELEASED_HEADS and heads != RELEASED_HEADS[width]:
         problems.append(
@@ -114,7 +119,7 @@ def transformer(state: State, config: dict[str, Any], where: str) -> dict[str, A
     refuse(where, problems)
 
     image = state.get("condition_embedder.image_embedder.norm1.weight")
-    ref, adapter = state.get("ref_conv.weight"), state.get("control_adapter.conv.weight")
+    adapter = state.get("control_adapter.conv.weight")
     shrink = config.get("downscale_factor_control_adapter") or ADAPTER_SHRINK.get(found["out_channels"], 8)
     axes = {"condition_embedder.image_embedder.norm1.weight": 1, "ref_conv.weight": 4, "control_adapter.conv.weight": 4}
     _need(state, {name: ndim for name, ndim in axes.items() if name in state}, where, "a Wan transformer")
