@@ -21,7 +21,6 @@ REFUSED |= {
     for name, value in {
         "rank": 8,
         "rank_pattern": ["q=2"],
-        "target_name": ["q"],
         "use_dora": True,
         "train_whole": ["x"],
     }.items()

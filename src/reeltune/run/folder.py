@@ -34,7 +34,7 @@ ORDERING = (
 )
 # Settings that decide of which weights an optimizer keeps a state, in which order and type.
 OF_THE_STATE = ("trained_weights", "trainable_modules", "trainable_modules_low_learning_rate", "lora_plus_ratio")
-OF_THE_ADAPTERS = ("rank", "rank_pattern", "target_name", "lora_skip_name", "use_dora", "train_whole")
+OF_THE_ADAPTERS = ("rank", "rank_pattern", "use_dora", "train_whole")  # other layers are told by name (read_kept)
 IDLE = "keep_all_node_same_token_length"  # always on
 RESTORE = "restore it from a copy"
 
