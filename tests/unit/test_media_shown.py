@@ -1,5 +1,6 @@
 """What a viewer shows of a file: edit lists, streams, times, alpha, colours, fields; or why it is refused."""
 
+import math
 from fractions import Fraction
 
 import av
@@ -8,7 +9,9 @@ import pytest
 from av.stream import Disposition
 from PIL import Image, ImageCms
 
+from reeltune.core.errors import UserError
 from reeltune.core.types import Crop, Shape
+from reeltune.data.display import Displayer
 from reeltune.data.media import MediaError, frames_on_show, measure, read_frames, write_clip
 from tests.unit.test_media import SIDE, WHOLE, encode, numbered, numbers, read_picture
 
@@ -270,3 +273,11 @@ def test_a_copy_has_the_same_content(tmp_path):
     assert content == measure(copy, "video").content != 0
     write_clip(copy, numbered(21), 8)
     assert content != measure(copy, "video").content
+
+
+def test_frames_larger_than_ffmpeg_makes_are_refused():
+    """By a limit of its own: one row less, and it makes them."""
+    side = math.isqrt((2**31 - 1) // 8) - 128
+    Displayer(side, side)
+    with pytest.raises(UserError, match=r"pixels are asked of a frame, more than FFmpeg makes; lower the sample sizes"):
+        Displayer(side + 1, side + 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ANY = math.inf
-MOST_SIDE = 8192  # pixels; FFmpeg frames of 16,384 there are not
+MOST_SIDE = 100_000  # pixels
 # Least and greatest. A slip beyond a greatest would take all of a machine's memory, or days, before anything is told.
 RANGES: dict[str, tuple[float, float]] = {
     "held_out_share": (0, 0.5),

@@ -9,6 +9,7 @@ import av.filter
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 
+from reeltune.core.errors import UserError
 from reeltune.data.findings import MediaError
 
 # Lanczos aliases least of swscale's filters (zone plate at 4x down: rmse 0.5, bicubic 3.3, area 13.7; measured,
@@ -32,6 +33,7 @@ _TO_BT709: dict[
 }
 _GAMMA = 2.4  # of a plain screen (ITU-R BT.1886)
 _LINEAR = (np.arange(256) / 255.0).astype(np.float32) ** _GAMMA
+MOST_PIXELS = (2**31 - 1) // 8  # av_image_check_size2 of FFmpeg 8: sides with 128 pixels more each
 
 
 class _Turn(NamedTuple):
@@ -80,7 +82,10 @@ class Displayer:
     """Frames of one clip to a height and width, each resized once."""
 
     def __init__(self, height: int, width: int):
-        """Pixels, as displayed."""
+        """Pixels, as displayed. Raises UserError for more than FFmpeg makes frames of."""
+        if (width + 128) * (height + 128) >= MOST_PIXELS:
+            told = f"{width} x {height} pixels are asked of a frame, more than FFmpeg makes; lower the sample sizes"
+            raise UserError("recipe", told)
         self.height, self.width = height, width
         self._resize, self._uncover = VideoReformatter(), VideoReformatter()
 
