@@ -20,12 +20,12 @@ from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import data_set, recipe
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
 of_engines = pytest.mark.parametrize("engine", ENGINES)
 pytestmark = pytest.mark.slow
-ADAPTER = {"rank": 4}
+ADAPTER = {"rank": 4, "preview_count": 0}
 HIGH = {"expert": "high", "max_train_steps": 2, "preview_count": 0}
 SHARED = {"context_parallel": 2, "train_batch_size": 4}  # each clip by both processes
 LOOKED_AT = {"held_out_share": 0.25, "preview_count": 1, "preview_steps": 2, "guidance_scale": 1.0}
