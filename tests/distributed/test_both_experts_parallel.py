@@ -20,7 +20,7 @@ from tests.families.tiny_wan import tiny_checkpoint
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import data_set, recipe
 
-STEPS, HALF = 4, 2
+STEPS, HALF = 6, 3
 EVERY = ("ddp", "fsdp", "zero2", "zero3")
 ENGINES = EVERY if importlib.util.find_spec("deepspeed") is not None else EVERY[:2]
 of_engines = pytest.mark.parametrize("engine", ENGINES)
