@@ -21,12 +21,12 @@ for renamed in (
     renamed({})
 
 
-def keep_small_weights(zero, net, optimizer, config, start=Zero.__init__):
+def keep_small_weights(self, net, optimizer, config, start=Zero.__init__):
     """ZeRO-3 lets none go that is smaller than a threshold, 1e5; but after each module it looks through all later ones
     for what is used again, a fifth of a step of HunyuanVideo's many (measured, 2026-11-27)."""
     if all(weight.numel() < SMALL for weight in net.parameters()):
         config["zero_optimization"]["stage3_max_reuse_distance"] = 0
-    start(zero, net, optimizer, config)
+    start(self, net, optimizer, config)
 
 
 Zero.__init__ = keep_small_weights
