@@ -81,7 +81,7 @@ def test_export_is_the_network_that_was_trained(engine, runs, tmp_path):
         assert tried == "a forward pass of wan_fun/control_v1.1 on a clip of 5x64x64: finite"
 
 
-@of_engines
+@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.slow), "zero2", "zero3"])
 def test_the_guides_command(engine, runs, capfd):
     """As printed; from a shell once."""
     checkpoint, live = made(runs, engine)

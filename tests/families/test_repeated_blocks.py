@@ -102,6 +102,7 @@ def test_four_blocks_of_a_kind_stand_for_all(name, setting, estimated, monkeypat
             assert few.peaks[phase].get(part, 0) == pytest.approx(parts.get(part, 0), rel=SAME), (phase, part)
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_are_left_and_keep_their_names(tmp_path):
     model = tiny_checkpoint(tmp_path, "control_v1.1", layers=9)
     net = load_parts(

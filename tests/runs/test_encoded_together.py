@@ -42,6 +42,7 @@ def losses(out):
 # ---- runs
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_its_bits_and_one_from_a_cache_its_numbers(run, model, tmp_path):
     assert train(run("alone", model, mixed_precision="no")) == 0
     assert train(run("whole", model, **TOGETHER)) == 0

@@ -237,7 +237,8 @@ def test_a_batch_is_encoded_once_for_recipes_that_train_otherwise(small, tmp_pat
     assert 1.7 < at_work[1] / at_work[0] < 2.3 and apart.peaks["forward"] == together.peaks["forward"]
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("use_came", marks=pytest.mark.slow), "use_adafactor"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["use_came", "use_adafactor"])
 def test_steps_inside_the_backward_pass_hold_no_full_set_of_gradients(small, optimizer):
     settings = {"trained_weights": "bf16_stochastic", optimizer: True}
     plain, inside = (small.estimate(Shape(5, 32, 32), step_in_backward=on, **settings) for on in (False, True))
