@@ -277,6 +277,7 @@ def killed(runs):
     return found
 
 
+@pytest.mark.slow
 def test_killed_all_end_and_are_told_how_to_go_on(killed):
     for one in killed:
         assert_ended(one)
@@ -294,6 +295,7 @@ def assert_ended(one):
         assert "resume_from_checkpoint latest" in told, case
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_in_the_same_bits(runs, killed):
     for one in killed:
         out = runs.folder / one.name
