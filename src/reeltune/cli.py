@@ -5,7 +5,6 @@ Every field of a Recipe is a flag: --name value, --name=value; a switch may stan
 
 from __future__ import annotations
 
-import difflib
 import sys
 import textwrap
 from argparse import Namespace
@@ -21,7 +20,7 @@ from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
 from reeltune.core.guarded import guarded
 from reeltune.core.imports import lean_imports
-from reeltune.core.near import nearest
+from reeltune.core.near import nearest, refuse_near
 from reeltune.core.options import Options, a_path, number, one_of, utf8_path, whole_number, whole_numbers
 from reeltune.distributed.launcher_settings import adopted
 from reeltune.export.command import export_lines, import_lines
@@ -189,9 +188,8 @@ def _prune(recipe: Recipe) -> int:
 def _cache_command(argv: Sequence[str]) -> int:
     word = argv[0] if argv and argv[0] in MAINTENANCE else None
     if word is None or {"-h", "--help"} & set(argv):
-        near = difflib.get_close_matches(argv[0], MAINTENANCE, 1) if argv and not Path(argv[0]).exists() else []
-        if near:
-            raise UserError("cache", f"{argv[0]} is no recipe; the nearest of what reeltune cache does is {near[0]}")
+        if argv and not Path(argv[0]).exists():
+            refuse_near("cache", argv[0], MAINTENANCE, "recipe")
         return of_recipe("cache")(argv)
     return MAINTENANCE[word](recipe_of(argv[1:], "cache"))
 

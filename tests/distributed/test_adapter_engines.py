@@ -15,7 +15,7 @@ from reeltune.checkpoint.state import Shared
 from reeltune.distributed import fsdp
 from reeltune.training import loop
 from tests.distributed.processes import forked, train
-from tests.distributed.test_engines import Held, encodes, turn
+from tests.distributed.test_engines import Held, encodes, onward, turn
 from tests.runs.same_run import assert_same_end
 from tests.runs.small_run import recipe
 
@@ -59,14 +59,6 @@ class Runs:
         }
         return recipe(self.checkpoint, self.data, self.folder / name, **{**settings, **changes})
 
-    @property
-    def onward(self):
-        """Names of runs of two processes that go on with what another engine began."""
-        pairs = zip(ENGINES, ("alone", *ENGINES), strict=False)
-        return [
-            f"{engine}-from-{other}" for engine, other in pairs if self.family == "toy" or engine == turn(self.family)
-        ]
-
     def second_half(self, name, processes=2):
         """The recipe of what goes on with the half of another's run."""
         return self.recipe(name, processes, resume_from_checkpoint=self.half_of(name.rpartition("-")[2]))
@@ -97,19 +89,20 @@ def runs(one_of_a_family, data, tmp_path_factory):
     made = Runs(one_of_a_family, data, tmp_path_factory.mktemp("adapters"))
     assert fill(made.recipe("fsdp")) == 0
     assert loop.train(made.recipe("alone", processes=1)) == 0
-    recipes = [made.recipe(engine) for engine in ENGINES] + list(map(made.second_half, made.onward))
+    recipes = [made.recipe(engine) for engine in ENGINES] + list(map(made.second_half, onward(made.family)))
     for kind, settings in made.kinds.items():
         changes = {**settings, "max_train_steps": HALF}
         assert loop.train(made.recipe(f"alone-{kind}", processes=1, **changes)) == 0
         recipes += [made.recipe(f"{engine}-{kind}", **changes) for engine in ENGINES if not too_old(engine, settings)]
     if made.family == "toy":
-        onward = {"resume_from_checkpoint": made.half_of("ddp-pissa"), **OF_TOY["pissa"]}
-        recipes.append(made.recipe("fsdp-onward", **onward))
+        half = made.half_of("ddp-pissa")
+        recipes.append(made.recipe("fsdp-onward", resume_from_checkpoint=half, **OF_TOY["pissa"]))
     train(recipes, 2, made.folder)
     if made.family == "toy":
         assert loop.train(made.recipe("alone-whole", processes=1, **OF_TOY["pissa"])) == 0
-        onward["resume_from_checkpoint"] = made.half_of("fsdp-pissa")
-        assert loop.train(made.recipe("alone-onward", processes=1, **onward)) == 0
+        half = made.half_of("fsdp-pissa")
+        last = made.recipe("alone-onward", processes=1, resume_from_checkpoint=half, **OF_TOY["pissa"])
+        assert loop.train(last) == 0
     assert loop.train(made.second_half(f"alone-from-{ENGINES[-1]}", processes=1)) == 0
     return made
 
@@ -179,8 +172,8 @@ def test_other_kinds_learn_as_in_one_process(kind, engine, runs):
 @pytest.mark.family("toy")
 @pytest.mark.parametrize("engine", ["fsdp", "alone"])
 def test_what_pissa_began_with_goes_from_one_engine_to_another(engine, runs):
-    alone, onward = runs.losses("alone-whole"), runs.losses(f"{engine}-onward")
-    assert [onward[step] for step in range(HALF + 1, STEPS + 1)] == pytest.approx(
+    alone, ours = runs.losses("alone-whole"), runs.losses(f"{engine}-onward")
+    assert [ours[step] for step in range(HALF + 1, STEPS + 1)] == pytest.approx(
         [alone[step] for step in range(HALF + 1, STEPS + 1)], rel=1e-5
     )
     assert_near(runs.adapter(f"{engine}-onward"), runs.adapter("alone-whole"))
@@ -200,9 +193,9 @@ def test_a_checkpoint_keeps_the_adapter_alone(engine, runs):
 
 
 def test_half_a_run_is_gone_on_with_by_another_engine(runs):
-    assert runs.onward
+    assert onward(runs.family)
     alone = runs.losses("alone")
-    for name in (*runs.onward, f"alone-from-{ENGINES[-1]}"):
+    for name in (*onward(runs.family), f"alone-from-{ENGINES[-1]}"):
         half = {step: loss for step, loss in runs.losses(name).items() if step > HALF}
         assert half == pytest.approx({step: loss for step, loss in alone.items() if step > HALF}, rel=1e-5), name
         assert_near(runs.adapter(name), runs.adapter("alone"))

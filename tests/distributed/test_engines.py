@@ -65,6 +65,13 @@ def kills(family):
     return [kill for kill, other in others.items() if other == family]
 
 
+def onward(family):
+    """Names of runs that go on with what another engine began: of the toy by every engine, of another family in its
+    turn."""
+    pairs = zip(ENGINES, ("alone", *ENGINES), strict=False)
+    return [f"{engine}-from-{other}" for engine, other in pairs if family == "toy" or engine == turn(family)]
+
+
 def encodes(name):
     """Whether that run encodes its clips as it trains; the others, whose networks alone are another matter, read them
     from a cache. Encoding them takes two thirds of a tiny run's step (measured, 2026-11-26)."""
@@ -83,12 +90,6 @@ class Runs:
     @property
     def is_toy(self):
         return self.family == "toy"
-
-    @property
-    def onward(self):
-        """Names of runs that go on with what another engine began."""
-        pairs = zip(ENGINES, ("alone", *ENGINES), strict=False)
-        return [f"{engine}-from-{other}" for engine, other in pairs if self.is_toy or engine == turn(self.family)]
 
     def recipe(self, name, processes=2, **changes):
         engine = name.partition("-")[0]
@@ -117,7 +118,7 @@ class Runs:
         recipes = []
         for engine in ENGINES:
             recipes.append(self.recipe(engine))
-            recipes += [self.second_part(name) for name in self.onward if name.startswith(engine)]
+            recipes += [self.second_part(name) for name in onward(self.family) if name.startswith(engine)]
             recipes += [self.recipe(f"{engine}-bf16", **BF16)] if engine in in_bf16(self.family) else []
         train(recipes, 2, self.folder, partial(leave_gathered, names=ENGINES))
         for engine in ENGINES if self.is_toy else ENGINES[-1:]:
@@ -308,8 +309,8 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(runs, killed):
 
 def test_another_engine_goes_on_with_the_same_samples(runs):
     alone = [path.name for path in runs.folder.glob("alone-from-*")]
-    assert alone and runs.onward
-    for name in (*runs.onward, *alone):
+    assert alone and onward(runs.family)
+    for name in (*onward(runs.family), *alone):
         assert runs.losses(name) == pytest.approx(runs.second_half("alone"), rel=TOLERANCE), name
         assert (runs.folder / name / "ledger.csv").read_text() == (runs.folder / "alone" / "ledger.csv").read_text()
 

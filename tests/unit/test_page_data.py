@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import threading
 import time
 
@@ -283,43 +282,6 @@ def test_posters_are_made_once_and_small(folder):
     assert poster(folder / "wide.mp4", store) == clip and clip.stat().st_mtime_ns == stamp
     ball(folder / "wide.mp4", 200, size=(320, 640))
     assert poster(folder / "wide.mp4", store) != clip
-
-
-def test_jobs_run_once_and_tell_what_was_wrong(capsys):
-    ours, calls, go = Jobs(), [], threading.Event()
-
-    def act():
-        calls.append(1)
-        go.wait(300)
-        raise UserError("list", "is empty")
-
-    ours.begin("a", act)
-    ours.begin("a", act)
-    assert ours.result("a") == (None, None)
-    go.set()
-    deadline = time.monotonic() + 300
-    while ours.result("a") == (None, None) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ours.result("a")[1].problems == ["is empty"] and calls == [1]
-
-
-def test_what_the_system_refuses_a_job_is_told():
-    ours, name = Jobs(), "9" * 5000
-    ours.begin("a", lambda: os.stat(name))
-    deadline = time.monotonic() + 300
-    while ours.result("a") == (None, None) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "is refused by the system (File name too long)" in ours.result("a")[1].problems[0]
-
-
-def test_jobs_keep_the_latest_results():
-    ours = Jobs()
-    for key in range(20):
-        ours.begin(key, lambda key=key: str(key))
-        deadline = time.monotonic() + 300
-        while ours.result(key)[0] is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-    assert [key for key in range(20) if ours.begun(key)] == list(range(12, 20))
 
 
 # ---- the screen

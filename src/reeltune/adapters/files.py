@@ -89,7 +89,8 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], 
 
 
 def _checked(where: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises UserError for patterns that are none, and pairs that are no change of the released weights."""
+    """The settings themselves. Raises UserError for patterns that are none, and for pairs that are no change of the
+    released weights."""
     problems = []
     for name in ("alpha_pattern", "rank_pattern"):
         patterns = settings.get(name)

@@ -46,8 +46,10 @@ def idle_notices(recipe: Recipe) -> list[str]:
     """One for each setting that is not as it is by default and changes nothing beside another."""
     values: Mapping[str, Any] = flat(recipe)
     trackers = recipe.output.report_to
-    alone = [f"report_to is {shown(trackers)}, of which none changes nothing; leave it out, or all others"]
-    return (alone if "none" in trackers and len(set(trackers)) > 1 else []) + [
+    told = []
+    if "none" in trackers and len(set(trackers)) > 1:
+        told.append(f"report_to is {shown(trackers)}, of which none changes nothing; leave it out, or all others")
+    return told + [
         f"{name} is {shown(values[name])} and {one.other} is {shown(values[one.other])}, beside which it changes "
         f"nothing; set {one.other} to {one.needs}, or leave {name} out"
         for one in WAITING

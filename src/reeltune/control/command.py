@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from reeltune.control.kind import Settings
 from reeltune.control.kinds import KINDS, kind_named
 from reeltune.core.errors import UserError, refuse, together
+from reeltune.core.near import refuse_near
 from reeltune.core.options import Options, a_path, number, whole_number
 
 PLACE = "{kind}"  # in --out
@@ -45,10 +45,8 @@ def _parser() -> Options:
 def control_lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command tells, line by line. Raises UserError; exits with 128 + the signal that ended it."""
     word = argv[0] if argv and argv[0] in MAINTENANCE else None
-    is_word = bool(argv) and not (word or Path(argv[0]).suffix or Path(argv[0]).exists())
-    near = get_close_matches(argv[0], MAINTENANCE, 1) if is_word else []
-    if near:
-        raise UserError("control", f"{argv[0]} is no list; the nearest of what reeltune control does is {near[0]}")
+    if argv and not (word or Path(argv[0]).suffix or Path(argv[0]).exists()):
+        refuse_near("control", argv[0], MAINTENANCE, "list")
     options = _parser().read(argv[1:] if word else argv)
     with together("control") as attempt:
         for name in options.kind:

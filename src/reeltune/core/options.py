@@ -100,12 +100,12 @@ def utf8_path(text: str) -> Path:
 
 
 def model_path(text: str) -> str:
-    """As a recipe has it."""
+    """A model's folder in a flag, as a recipe has it: text."""
     return str(utf8_path(text))
 
 
 def utf8_text(text: str) -> str:
-    """What is written into files whose text is UTF-8."""
+    """Words of a flag that are written into files whose text is UTF-8: others are refused."""
     if not is_utf8(text):
         raise argparse.ArgumentTypeError(f"is {text!a}, which is not UTF-8, as text in such files is")
     return text

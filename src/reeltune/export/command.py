@@ -79,7 +79,7 @@ def export_lines(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _refuse_lost_model(command: str, model: str | None) -> None:
-    """Of one that is given: the run's own may be gone."""
+    """Raises UserError for a model that is given and is not there; the run's own may be gone."""
     if model is not None and not Path(model).is_dir():
         rule = "which is no folder; give that of the model, or leave it out"
         raise UserError(command, f"--pretrained_model_name_or_path is {model!r}, {rule}")

@@ -91,11 +91,10 @@ def _of_stem(folder: Path, stem: str) -> list[Path]:
     missing = [file.name for file in shards if not file.is_file()]
     if not single.is_file():
         refuse(str(folder), few([f"{name} {absent(folder / name)}" for name in missing]))
-        there = {name for file in shards for name in header_of(file)} if listed else set()
-        lost = (
-            sorted(listed.keys() - there) if there & listed.keys() else []
-        )  # where no name is, they were renamed since
-        refuse(str(index), few([f"names {name}, which is in no shard; {AGAIN}" for name in lost]))
+        if listed:
+            there = {name for file in shards for name in header_of(file)}
+            lost = sorted(listed.keys() - there) if there & listed.keys() else []  # if all are lost, they were renamed
+            refuse(str(index), few([f"names {name}, which is in no shard; {AGAIN}" for name in lost]))
         return shards
     if missing:
         notice(f"{folder}: {single.name} is read; {missing[0]}, a shard of what is there too, is not there")

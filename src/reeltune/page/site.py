@@ -154,7 +154,7 @@ def refusals(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:
         return told(request, str(error.status_code), [error.detail], error.status_code)
 
     def refused(request: Request, error: Exception) -> Response:
-        """By the system, as a path too long, or gone meanwhile."""
+        """What the system refuses, such as a path too long or gone meanwhile; else the error is ours."""
         assert isinstance(error, OSError)
         if error.errno not in (*REFUSED, errno.ENOENT) or error.filename is None:
             raise error

@@ -95,20 +95,13 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     ordering = {*vars(recipe.sizes), *ORDERING} - {IDLE}
     kept_in = "adapter_path" if recipe.adapter.rank else "transformer_path"
     anew = f"start a new run from its weights: {kept_in} {resumed_from} and another output_dir"
-    refuse(
-        f"resume from {resumed_from}: the samples would not go on where they were; restore them, or {anew}",
-        [words for name, words in changed.items() if name in ordering],
-    )
-    others = [words for name, words in changed.items() if name in OPTIMIZERS]
-    refuse(f"resume from {resumed_from}: no optimizer can go on with the state of another; restore it", others)
-    refuse(
-        f"resume from {resumed_from}: the adapters are others; restore the recipe's settings",
-        [words for name, words in changed.items() if name in OF_THE_ADAPTERS],
-    )
-    refuse(
-        f"resume from {resumed_from}: the optimizer's state is of what learnt there; restore it, or {anew}",
-        [words for name, words in changed.items() if name in OF_THE_STATE],
-    )
+    for settled, why in (
+        (ordering, f"the samples would not go on where they were; restore them, or {anew}"),
+        (OPTIMIZERS, "no optimizer can go on with the state of another; restore it"),
+        (OF_THE_ADAPTERS, "the adapters are others; restore the recipe's settings"),
+        (OF_THE_STATE, f"the optimizer's state is of what learnt there; restore it, or {anew}"),
+    ):
+        refuse(f"resume from {resumed_from}: {why}", [words for name, words in changed.items() if name in settled])
     without = {IDLE, "lora_init", "adapter_path", *([] if recipe.adapter.rank else ["transformer_path"])}
     return [
         f"{words}, without effect on a run that goes on" if name in without else words
