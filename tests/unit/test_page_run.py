@@ -129,7 +129,7 @@ def test_many_watchers_draw_once():
 
 def test_events_tell_what_changed_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "LOOKS_S", 0.001)
-    path = tmp_path / "metrics.jsonl"
+    path, beside = tmp_path / "metrics.jsonl", tmp_path / "beside"
 
     async def watch():
         events = live.changes(tmp_path, lambda: 0.0)
@@ -137,7 +137,8 @@ def test_events_tell_what_changed_and_nothing_else(tmp_path, monkeypatch):
         waiting = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0.05)
         assert not waiting.done(), "nothing has changed"
-        path.write_text(lines(step(0)))
+        beside.write_text(lines(step(0)))
+        beside.rename(path)  # at once: an empty file would be news of its own
         seen.append(await waiting)
         (tmp_path / "previews/step-0").mkdir(parents=True)
         seen.append(await anext(events))
