@@ -21,14 +21,14 @@ from benchmarks.gpu.report import Part, Report, Row, say
 from benchmarks.gpu.sizes import FULL, TINY, Scale
 
 PARTS = {  # part -> share of the budget; in this order, and what one leaves is the next one's
-    "ceilings": 0.05,
-    "steps": 0.5,
-    "plan": 0.05,
-    "exact": 0.15,
-    "parity": 0.05,
-    "encoding": 0.1,
-    "saving": 0.05,
-    "processes": 0.05,
+    "ceilings": 0.06,
+    "steps": 0.42,
+    "plan": 0.01,
+    "exact": 0.18,
+    "parity": 0.01,
+    "encoding": 0.15,
+    "saving": 0.06,
+    "processes": 0.11,
 }
 ABOUT = "All that one card can prove, in one command. Without a GPU it rehearses on the CPU, and says so."
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av", "numpy")

@@ -116,7 +116,8 @@ class Runs:
         words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
         with (self.place / f"{name}.log").open("a", encoding="utf-8") as log:
             command = [sys.executable, "-m", "reeltune", "train", *words, *more]
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = {"OMP_NUM_THREADS": "1", **os.environ}  # six runs share the processor
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _kill(self, process: subprocess.Popen, until: float) -> int:
         """Returns the last step that it told of."""

@@ -16,7 +16,7 @@ from benchmarks.gpu.timing import wait
 LONGEST = 30  # kernels that are listed
 T = TypeVar("T")
 KINDS = {  # parts of the names that kernels and CPU operations have; the first kind that fits
-    "attention": ("flash", "fmha", "sdpa", "scaled_dot_product"),
+    "attention": ("flash", "fmha", "sdpa", "scaled_dot_product", "cudnn::fusion"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "addmm", "::mm", "::bmm"),
     "compiled": ("triton_",),
     "copies": ("memcpy", "memset"),
@@ -35,13 +35,17 @@ def shares(work: Callable[[], T], device: torch.device, took_s: float) -> tuple[
         wait(device)
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     seconds: Counter[str] = Counter()
-    kernels = []
-    for event in profiler.key_averages():
+    calls_s: dict[str, list[float]] = {}  # by kernel
+    for event in profiler.events() or ():
         if event.device_type != wanted:
             continue
         taken_s = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        seconds[_kind(event.key)] += taken_s
-        kernels.append({"kernel": event.key[:120], "seconds": taken_s, "calls": event.count})
+        seconds[_kind(event.name)] += taken_s
+        calls_s.setdefault(event.name, []).append(taken_s)
+    kernels = [
+        {"kernel": name[:120], "seconds": sum(calls), "calls": len(calls), "longest_s": max(calls)}
+        for name, calls in calls_s.items()
+    ]
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     found: Row = {f"{kind}_share": seconds[kind] / took_s for kind in (*KINDS, "others")}
     idle = max(0.0, 1 - seconds.total() / took_s)

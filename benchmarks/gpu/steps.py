@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ from reeltune.families.wan_fun.family import CONTROL_V1_1
 
 @dataclass(frozen=True)
 class Way:
-    """A network, and what its recipe says beside `step.recipe_of`."""
+    """A network, and what its recipe says beside `step.recipe_of`. least_gb: of the card's memory."""
 
     network: str
     changes: dict[str, Any] = field(default_factory=dict)
+    least_gb: float = 0.0
 
     @property
     def name(self) -> str:
@@ -34,21 +36,22 @@ class Way:
 
 
 KEPT, PRODUCTS = ({"gradient_checkpointing": kept} for kept in ("attention_kept", "products_kept"))
-COMPILED = {"compile": "blocks"}
+COMPILED, NOTHING_RECOMPUTED = {"compile": "blocks"}, {"gradient_checkpointing": False}
 ADAPTER = {"rank": 32, "base_weights": "int8"}
 WAYS = (  # what tells most first: a card has no time for all of them
     Way("1.3b", KEPT),
     Way("14b_cut", KEPT | ADAPTER),
     Way("14b_cut", PRODUCTS | COMPILED),
     Way("1.3b", PRODUCTS | COMPILED),
-    Way("14b_cut", KEPT | COMPILED),
+    Way("1.3b", NOTHING_RECOMPUTED | COMPILED, least_gb=120),
     Way("14b_cut", ADAPTER | {"blocks_to_swap": 4}),
     Way("1.3b", KEPT | {"attention": "flash"}),
-    Way("1.3b", KEPT | COMPILED),
-    Way("1.3b"),
     Way("1.3b", PRODUCTS),
-    Way("14b_cut", KEPT),
     Way("14b_cut", KEPT | COMPILED | ADAPTER),
+    Way("1.3b", KEPT | COMPILED),
+    Way("14b_cut", KEPT | COMPILED),
+    Way("1.3b"),
+    Way("14b_cut", KEPT),
     Way("14b_cut", PRODUCTS | COMPILED | ADAPTER),
     Way("1.3b", COMPILED),
     Way("14b_cut"),
@@ -65,7 +68,9 @@ def measure(
     flops = {name: step.flops(network, scale.clip, scale.encoders) for name, network in scale.networks.items()}
     longest_s = 0.0
     for way in WAYS[:count]:
-        if part.left_s() < longest_s:
+        if way.least_gb > card_gb(device):
+            part.not_run(way.name, f"it takes a card of {way.least_gb:g} GB")
+        elif part.left_s() < longest_s:
             part.not_run(way.name, "no time is left")
         else:
             with part.attempt(way.name):
@@ -121,6 +126,11 @@ def _numbers(way: Way, scale: Scale, device: torch.device, checkpoints: dict[str
         "first_step_s": first_s,
         **shared,
     }
+
+
+def card_gb(device: torch.device) -> float:
+    """A CPU, which rehearses, has room for everything."""
+    return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else math.inf
 
 
 def _begin_anew(device: torch.device) -> None:

@@ -132,6 +132,7 @@ def test_the_parts_that_are_asked_for_have_the_whole_budget(tmp_path, monkeypatc
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_cga1x1x1", "attention"),
         ("nvjet_sm90_tst_256x152_64x4_1x2_h_bz_coopA_bias_TNT", "products"),
         ("triton_red_fused__to_copy_gelu_gelu_backward_sum_view_7", "compiled"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int)", "attention"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "others"),
     ],
@@ -139,6 +140,16 @@ def test_the_parts_that_are_asked_for_have_the_whole_budget(tmp_path, monkeypatc
 def test_kernels_are_known_by_their_names(kernel, kind):
     """As an H100 had them (2026-11-27, torch 2.11)."""
     assert kernels._kind(kernel) == kind
+
+
+def test_ways_that_take_a_larger_card_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "card_gb", lambda _: 85.0)
+    monkeypatch.setattr(steps, "WAYS", [way for way in steps.WAYS if way.least_gb])
+    report = Report(tmp_path / "gpu.json", {}, budget_s=60)
+    with report.part("steps", 1.0) as part:
+        steps.measure(part, TINY, CPU, {})
+    assert [row["why"] for row in part.found["not_run"]] == ["it takes a card of 120 GB"]
+    assert not part.rows
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_quoted_figures_are_those_measured():
     }
     assert found == {
         ("memory.md", "memory"): [],
-        ("speed.md", "on-an-h100"): [],
+        ("speed.md", "on-an-h100-and-an-h200"): [],
         ("speed.md", "encoding"): [],
     }
 

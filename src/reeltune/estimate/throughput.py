@@ -16,8 +16,8 @@ from reeltune.reporting.metrics import read_metrics
 
 # Share of a device's peak that is reached, by whether blocks are compiled; what is recomputed is counted. The first is
 # the least and the best of large training runs, table 3 in https://arxiv.org/abs/2204.02311 (GPT-3 21 %, Gopher 33 %,
-# Megatron-Turing 30 %, PaLM 46 %). On an H100 at 33,000 tokens: Wan2.1 1.3B 40 %, compiled 48 %; 14B's width, compiled,
-# 53 % (measured, 2026-11-27).
+# Megatron-Turing 30 %, PaLM 46 %). On an H100 at 33,000 tokens: Wan2.1 1.3B 40 to 41 %, compiled 47 to 48 %; 14B's
+# width 43 to 44 %, compiled 52 to 54 % (measured, 2026-11-27).
 REACHED = {False: (0.21, 0.46), True: (0.21, 0.54)}
 WARM_UP = 2  # steps of a measured run left out: its first ones choose kernels and fill memory
 CONFIDENCE = 1.96  # standard errors to a side of a 95 % band
