@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from reeltune import cli
@@ -16,6 +17,7 @@ from reeltune.data.media import write_clip
 from reeltune.data.records import Records
 from reeltune.data.shapes import SizeRules
 from reeltune.estimate.check import check
+from reeltune.families.wan_fun import layout
 from reeltune.run import machine, precision
 from reeltune.run.sizes import short_clips
 from tests.families.tiny_wan import tiny_checkpoint
@@ -144,6 +146,22 @@ def test_weights_that_training_would_refuse(given, tmp_path):
         lines_of(given, tmp_path, transformer_path=tmp_path / "other")
     tiny_checkpoint(tmp_path / "same", "inp")
     assert lines_of(given, tmp_path, transformer_path=tmp_path / "same") == lines_of(given, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vae", "text", "image"])
+def test_weights_of_vae_and_encoders_that_training_would_refuse(part, given, tmp_path):
+    """Cut, and without one tensor; where training reads them: from a cache and without previews it does not."""
+    model = tiny_checkpoint(tmp_path, "inp")
+    file = model / layout.RELEASED[part]
+    whole, state = file.read_bytes(), torch.load(file, weights_only=True)
+    lost = list(state)[3]
+    torch.save({name: tensor for name, tensor in state.items() if name != lost}, file)
+    for damaged in (file.read_bytes(), whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=file.name):
+            lines_of(given, tmp_path, pretrained_model_name_or_path=model)
+        flags = {"cache_folder": tmp_path / "cache", "cache_variants": 1, "preview_count": 0}
+        assert lines_of(given, tmp_path, pretrained_model_name_or_path=model, **flags)
 
 
 def test_what_clips_are_is_told(given, tmp_path):

@@ -1,10 +1,12 @@
-"""`reeltune check`: what training would do with the data. Scans and plans; loads no weights."""
+"""`reeltune check`: what training would do with the data. Scans and plans; of weights it reads headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.adapters.dialects import read_adapter
 from reeltune.config.idle import idle_notices
@@ -33,10 +35,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     if recipe.training.compile == "blocks":
         compiled.refuse_missing("cuda" if torch.cuda.is_available() else "cpu")
     family, mode, _ = choose_family(recipe)
-    # By names and shapes alone, which tell whether the weights are there and fit.
-    for one in learning(family):
-        load_parts(of_expert(recipe, one.expert), one, torch.device("cpu"), encoders=False, network=False)
-    OtherExpert.of(recipe, family, torch.device("cpu"))
+    _look_at_weights(recipe, family)
     inputs = gather(recipe, family, mode)
     _read_ahead(recipe, family, mode, inputs.rules)
     plan = inputs.plan(0)
@@ -45,6 +44,17 @@ def check(recipe: Recipe) -> Iterator[str]:
     yield from _steps(recipe, plan)
     yield ""
     yield from _table(forecast_data(plan, inputs.train, inputs.rules).buckets)
+
+
+def _look_at_weights(recipe: Recipe, family: Family) -> None:
+    """Raises UserError for weights that are not there or do not fit, by names and shapes alone; also for VAE's and
+    encoders', where training reads them."""
+    cpu, fake, validation = torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), recipe.validation
+    load = partial(load_parts, device=cpu, encoders=False, network=False, fake=fake)
+    parts = [load(of_expert(recipe, one.expert), one) for one in learning(family)]
+    OtherExpert.of(recipe, family, cpu)
+    if recipe.cache.cache_folder is None or validation.validation_prompts or validation.preview_count:
+        parts[0].read_frozen()
 
 
 def _read_ahead(recipe: Recipe, family: Family, mode: str, rules: SizeRules) -> None:
