@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu import networks, step
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.sizes import Network, Scale
-from benchmarks.gpu.timing import median_s, seconds_of
+from benchmarks.gpu.timing import in_a_row_s, median_s, seconds_of
 from reeltune.core.types import Batch
 from reeltune.families.wan_fun import conditions
 from reeltune.sampling.sample import Setup
@@ -29,7 +29,8 @@ def measure(part: Part, scale: Scale, device: torch.device, checkpoint: Path, ne
     parts = replace(loaded, net=steps.setup.parts.net, frozen=frozen, loaders={}, device=device)
     setup = replace(steps.setup, parts=parts)
     _apart(part, setup, scale, device)
-    plain_s = median_s(steps, device, warm_up=scale.warm_up + 1, rounds=scale.rounds)
+    steps()
+    plain_s = in_a_row_s(steps, device, rounds=scale.rounds)
     batches = iter([_batch(scale, number) for number in range(1 + scale.rounds)])
     encode_s = median_s(lambda: setup.encode(next(batches)), device, warm_up=1, rounds=scale.rounds)
     taken = {ahead: _trained(steps, setup, scale, device, ahead=ahead) for ahead in (False, True)}
@@ -82,8 +83,8 @@ def _batch(scale: Scale, number: int) -> Batch:
 
 def _trained(steps: step.Step, setup: Setup, scale: Scale, device: torch.device, *, ahead: bool) -> float:
     """Seconds of a step, its batch encoded by the code that trains."""
-    count = 1 + scale.rounds
-    batches = [_batch(scale, 1000 + 100 * ahead + number) for number in range(count + 1)]
+    count = scale.rounds
+    batches = [_batch(scale, 1000 + 100 * ahead + number) for number in range(1 + count)]
 
     def placed() -> Iterator[tuple[Batch, int, int]]:
         for i, batch in enumerate(batches):

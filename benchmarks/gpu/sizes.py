@@ -39,8 +39,7 @@ class Scale:
     networks: dict[str, Network]
     encoders: Encoders
     clip: Shape
-    warm_up: int  # steps that are not counted beside the first
-    rounds: int  # steps that are
+    rounds: int  # steps that are counted, after a first one
     matrix: int  # side of the square matrices that are multiplied
     copied_bytes: int
     rank: int  # of adapters
@@ -58,8 +57,7 @@ FULL = Scale(
         image={"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16},
     ),
     clip=Shape(81, 480, 832),
-    warm_up=0,
-    rounds=2,
+    rounds=3,
     matrix=8192,
     copied_bytes=2**32,
     rank=32,
@@ -72,7 +70,6 @@ TINY = Scale(
         image={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 16},
     ),
     clip=Shape(5, 32, 48),
-    warm_up=0,
     rounds=1,
     matrix=64,
     copied_bytes=2**16,

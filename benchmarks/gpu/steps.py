@@ -15,7 +15,7 @@ from benchmarks.gpu.ceilings import PRODUCT
 from benchmarks.gpu.kernels import shares
 from benchmarks.gpu.report import Part, Row
 from benchmarks.gpu.sizes import Scale
-from benchmarks.gpu.timing import give_back, median_s, seconds_of
+from benchmarks.gpu.timing import give_back, in_a_row_s, seconds_of
 from reeltune.core.errors import UserError
 from reeltune.distributed.engine import peak_flops
 from reeltune.families.wan_fun.family import CONTROL_V1_1
@@ -101,7 +101,7 @@ def _numbers(way: Way, scale: Scale, device: torch.device, checkpoints: dict[str
     kernel = steps.choose_attention()
     first_s = seconds_of(steps, device)  # kernels are chosen, perhaps compiled, and the optimizer makes its state
     _begin_anew(device)
-    step_s = median_s(steps, device, warm_up=scale.warm_up, rounds=scale.rounds)
+    step_s = in_a_row_s(steps, device, rounds=scale.rounds)
     peak_gb, reserved_gb = (_gb(device, of) for of in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
     peaks_gb: dict[str, float | str] = {}
 

@@ -29,6 +29,16 @@ def median_s(work: Callable[[], object], device: torch.device, *, warm_up: int, 
     return statistics.median(seconds_of(work, device) for _ in range(rounds))
 
 
+def in_a_row_s(work: Callable[[], object], device: torch.device, *, rounds: int) -> float:
+    """Seconds of a call, of several that follow one another as in training: none waits for the one before."""
+
+    def all_of_them() -> None:
+        for _ in range(rounds):
+            work()
+
+    return seconds_of(all_of_them, device) / rounds
+
+
 def give_back(device: torch.device) -> None:
     """Memory of what is no longer there."""
     gc.collect()
