@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.utils._pytree import tree_leaves
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.folder import complete
@@ -26,7 +27,7 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.sampling.sample import Setup
 from reeltune.training import background_save
 from reeltune.training.background_save import Saving
-from reeltune.training.learner import Learner
+from reeltune.training.host_copies import HostCopies
 from reeltune.training.loop import train
 from tests.distributed.processes import FOUND_SECONDS, forked
 from tests.runs.same_run import assert_equal, assert_same_end, shares
@@ -72,31 +73,25 @@ def lines(out, kind="save"):
     return [row for row in map(json.loads, rows) if row["kind"] == kind]
 
 
-def until(true):
-    deadline = time.monotonic() + FOUND_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 class HeldBack:
-    """The writing of a checkpoint begins only when training has stepped on, unless there is no step after it."""
+    """The writing of a checkpoint begins only when training has come to the next one, and waits; the last begins at
+    once."""
 
     def __call__(self, rank=0, patch=setattr):
-        real_step, stepped = Learner.step, [0]
+        real_finish, waiting = Saving.finish, threading.Event()
 
-        def step(learner, step, rate):
-            norm = real_step(learner, step, rate)
-            stepped[0] = step + 1
-            return norm
+        def finish(saving):
+            if saving.under_way is not None:
+                waiting.set()
+            real_finish(saving)
+            waiting.clear()
 
         def later(real, out, progress, *words, **more):
             assert threading.current_thread() is not threading.main_thread()
-            until(lambda: progress.step == STEPS or stepped[0] > progress.step)
-            time.sleep(0.3 if progress.step < STEPS else 0)
+            assert progress.step == STEPS or waiting.wait(FOUND_SECONDS)
             return real(out, progress, *words, **more)
 
-        patch(Learner, "step", step)
+        patch(Saving, "finish", finish)
         for name in ("save", "save_shares"):
             patch(checkpoint, name, partial(later, getattr(checkpoint, name)))
 
@@ -120,7 +115,7 @@ def assert_held_at_their_steps(out, waited):
     assert_same_end(out, waited, STEPS)
     saves = lines(out)
     assert [(row["step"], Path(row["path"]).name) for row in saves] == [(N, f"checkpoint-{N}") for N in (2, 4, 6)]
-    assert all(row["blocked_seconds"] < row["seconds"] - 0.25 for row in saves[:-1])
+    assert all(row["blocked_seconds"] < row["seconds"] for row in saves[:-1])
     assert saves[-1]["blocked_seconds"] >= saves[-1]["seconds"]  # no training is left to go on with
     assert all(row["blocked_seconds"] >= row["seconds"] for row in lines(waited))
 
@@ -298,17 +293,81 @@ def test_where_a_machine_has_no_room_all_wait_and_it_is_said_once(engine, to_do,
     assert all(row["blocked_seconds"] >= row["seconds"] for row in lines(tmp_path / "run"))
 
 
+class Recorded(HostCopies):
+    """Of a run. `reserved` and `made` hold all of it, so that nothing else can come to lie in that memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.reserved, self.made = [], []
+
+    def reserve(self, tree):
+        super().reserve(tree)
+        self.reserved = list(self._free)
+
+    def copied(self, tree):
+        self.made.append(super().copied(tree))
+        return self.made[-1]
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Of the runs of a test, in their order."""
+    runs = []
+    monkeypatch.setattr(background_save, "HostCopies", lambda: runs.append(Recorded()) or runs[-1])
+    return runs
+
+
 @pytest.mark.parametrize(("share", "has_room"), [(1.21, True), (1.19, False)])
-def test_the_room_wanted_is_that_of_all_processes_of_a_machine(share, has_room, to_do, tmp_path, monkeypatch):
-    """One that has a third of the bytes, and two others there that have as much each."""
+def test_the_room_wanted_is_that_of_all_processes_of_a_machine(share, has_room, to_do, tmp_path, monkeypatch, copies):
+    """One that has a third of the bytes, and two others there that have as much each; what they hold is no room."""
     learners = []
     real = Saving._contents
     monkeypatch.setattr(Saving, "_contents", lambda saving: learners.append(saving.turns.now.learner) or real(saving))
     monkeypatch.setattr(Engine, "gather", lambda engine, thing: [thing] * 3)
-    monkeypatch.setattr(background_save, "room_bytes", lambda: int(share * 3 * sum(learners[-1].held_bytes().values())))
-    assert train(to_do(max_train_steps=3)) == 0
+
+    def room():
+        return int(3 * (share * sum(learners[-1].held_bytes().values()) - copies[0].held_bytes()))
+
+    monkeypatch.setattr(background_save, "room_bytes", room)
+    assert train(to_do(max_train_steps=5)) == 0
     notices = [row["text"] for row in lines(tmp_path / "run", "notice")]
     assert any("training waits" in text for text in notices) != has_room
+    assert len(copies[0].made) == (2 if has_room else 0)
+
+
+# ---- the memory of the copies
+
+
+def test_all_saves_copy_into_the_memory_that_was_reserved(to_do, copies):
+    def places(tree):
+        return sorted(leaf.data_ptr() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+    assert train(to_do()) == 0
+    (of_run,) = copies
+    assert places(of_run.reserved) and len(of_run.made) == 2
+    assert all(places(one) == places(of_run.reserved) for one in of_run.made)
+    assert of_run.held_bytes() == 0  # no more, once the last is written
+
+
+def test_where_room_becomes_scarce_it_is_given_back(to_do, tmp_path, copies, monkeypatch):
+    """At the second save others have left no more than a tenth of the copies' bytes beside them."""
+    held = []
+
+    def room():
+        held.append(copies[0].held_bytes())
+        return held[-1] // 10 if len(held) == 3 else 2**40
+
+    monkeypatch.setattr(background_save, "room_bytes", room)
+    assert train(to_do(max_train_steps=8)) == 0
+    assert held[0] == 0 and held[1] == held[2] > 0 and held[3:] == [0]
+    assert len(copies[0].made) == 2  # of the first and the third; training waits for the second and the last
+    assert [row["step"] for row in lines(tmp_path / "run")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("changes", [{"max_train_steps": 2}, {"save_in_background": False}])
+def test_no_memory_is_reserved_where_no_copy_is_made(changes, to_do, copies):
+    assert train(to_do(**changes)) == 0
+    assert not copies[0].reserved and not copies[0].made
 
 
 def groups(root, files):

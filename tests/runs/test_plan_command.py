@@ -172,7 +172,7 @@ def test_encoding_beside_training_needs_the_memory_of_both(place, toy, tmp_path)
         assert both.peaks[phase] == {**apart.peaks[phase], "encode": encoding}
         assert "encode" not in waits.peaks[phase]
     assert both.peaks["encode"] == apart.peaks["encode"]
-    copies = "copies of what is saved, while it is written"
+    copies = "copies of what is saved, kept between saves"
     assert both.host_bytes[copies] == 4 * both.largest_step.trainable + both.largest_step.state_bytes
     assert copies not in waits.host_bytes
     tight = Machines(device=f"{(both.verdict.need_bytes - encoding / 2) / 1e9}GB")

@@ -27,6 +27,7 @@ from reeltune.memory.lever import Values
 from reeltune.run.data import Inputs, gather
 from reeltune.run.model import check_split, chosen_objective, other_expert_bytes
 from reeltune.run.sizes import size_rules
+from reeltune.training.background_save import saves_in_background
 from reeltune.training.loop import steps_of
 from reeltune.training.prefetch import encodes_ahead
 from reeltune.training.rate import Rates, rate_of
@@ -225,12 +226,13 @@ class Forecast:
         loading = max(step.weight_bytes["network"], frozen)
         loaded = ("frozen networks between uses", frozen) if recipe.training.low_vram else (LOADING, loading)
         _, kept_back, resting = self.shares
+        is_copied = saves_in_background(recipe, 1, self.steps)
         bytes_of = {
             "what offload keeps there": gpus * kept_back,
             "activations that wait there": gpus * step.offloaded_bytes,
             "weights of swapped blocks": gpus * step.swapped_bytes,
             "experts between their turns": gpus * resting,
-            "copies of what is saved, while it is written": recipe.output.save_in_background * self.saved_bytes,
+            "copies of what is saved, kept between saves": is_copied * self.saved_bytes,
             "batches that workers hold ready": gpus * batch * max(1, workers * (PREFETCHED + 1)),
             loaded[0]: gpus * loaded[1],
             "the other expert, for previews": other_expert_bytes(recipe, family),  # in the process that writes

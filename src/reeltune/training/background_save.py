@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import dump
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Progress
-from reeltune.distributed.sharded_io import Piece
 from reeltune.memory.host import room_bytes
-from reeltune.memory.size import size_bytes
 from reeltune.reporting.ledger import Share
+from reeltune.training.host_copies import HostCopies, copied_bytes
 from reeltune.training.run import Run
+from reeltune.training.turns import Turn
 
 # Memory wanted, over the size of the copy. Writing it took 0.4 % more (measured, 2026-11); the rest is for what else
 # goes on, such as reading clips.
@@ -37,16 +36,18 @@ class UnderWay:
     done: Future[tuple[Written, float]]  # with the seconds from the call of `save` until the checkpoint was whole
     step: int
     waits: bool  # whether training waits until it is done
+    contents: Any  # which it reads; copies, unless training waits
     blocked_seconds: float = 0.0
     is_logged: bool = False
 
 
 class Saving:
-    """All processes call `save` and `finish` together; at most one checkpoint is under way.
+    """All processes call `prepare`, `save` and `finish` together; at most one checkpoint is under way.
 
     What goes wrong in the writing of one process is raised by the next `finish` of all, UserError for a full disk;
     `save` begins with it. Where the memory of a machine has no room for the copies, or the recipe wants none, or no
-    more training follows (`last`), `save` ends with it too.
+    more training follows (`last`), `save` ends with it too, and the copies' memory, which is kept from one save to the
+    next, is given back.
     """
 
     def __init__(self, run: Run):
@@ -54,7 +55,23 @@ class Saving:
         self.turns, self.ledger, self.log = run.turns, run.ledger, run.log
         self.step = -1  # that has a checkpoint, or has one under way
         self.under_way: UnderWay | None = None
+        self.copies = HostCopies()
+        self.unstepped = {turn.expert for turn in run.turns.each}  # networks whose optimizer may have no state yet
+        self.total_steps = run.total_steps
         self.has_logged_no_room = False
+
+    def prepare(self, turn: Turn, step: int) -> None:
+        """Once each network has learnt in a step, reserves the memory for copies, if any are to be made.
+
+        turn: the network that learnt in the step before. step: how many steps were taken.
+        """
+        if not self.unstepped:
+            return
+        self.unstepped.discard(turn.expert)
+        if not self.unstepped and saves_in_background(self.recipe, step, self.total_steps):
+            contents = self._contents()
+            if self._has_room(contents):
+                self.copies.reserve(contents)
 
     def save(self, progress: Progress, *, last: bool = False) -> None:
         """checkpoint-N, unless this step has one already."""
@@ -67,8 +84,12 @@ class Saving:
             shares = self.engine.of_samples(self.ledger.share())
             contents = self._contents()
             waits = last or not self._has_room(contents)
-            work = self._work(replace(progress), contents if waits else copied(contents), shares)
-            self.under_way = UnderWay(_begin(work, asked, self.engine.device), progress.step, waits)
+            if waits:
+                self.copies.let_go()
+            else:
+                contents = self.copies.copied(contents)
+            work = self._work(replace(progress), contents, shares)
+            self.under_way = UnderWay(_begin(work, asked, self.engine.device), progress.step, waits, contents)
             self.step = progress.step
         if self.under_way is None:
             return
@@ -88,8 +109,9 @@ class Saving:
         """Waits for what is under way. Raises what went wrong in any process."""
         if self.under_way is None:
             return
-        error = self._error()
-        self.under_way = None
+        error, done, self.under_way = self._error(), self.under_way, None
+        if not done.waits:
+            self.copies.give_back(done.contents)
         if error is not None and not isinstance(error, UserError):
             raise error  # the others are told by the watchdog
         self.watchdog.doing("saved", self.watchdog.now[1])
@@ -103,6 +125,7 @@ class Saving:
         if self.under_way is not None and (error := self._error()) is not None:
             self.log.warn(str(error))
         self.under_way = None
+        self.copies.let_go()
 
     def _error(self) -> BaseException | None:
         """The error of the checkpoint under way, once it is done; None if it is whole, which is then logged."""
@@ -162,11 +185,13 @@ class Saving:
         """Whether a copy is wanted, and every machine has memory for the copies of all its processes."""
         if not self.recipe.output.save_in_background:
             return False
-        needed = int(SPARE * sum(_copied_bytes(leaf) for leaf in tree_leaves(contents)))
-        memory = self.engine.gather((platform.node(), needed, room_bytes()))
-        for machine in {name for name, _, _ in memory}:
-            needed = sum(needed for name, needed, _ in memory if name == machine)
-            room = min(room for name, _, room in memory if name == machine)
+        needed = int(SPARE * copied_bytes(contents))
+        held = self.copies.held_bytes()  # before room_bytes(), which would count as room what is reserved and not there
+        memory = self.engine.gather((platform.node(), needed, held, room_bytes()))
+        for machine in {name for name, *_ in memory}:
+            needed = sum(needed for name, needed, _, _ in memory if name == machine)
+            held = sum(held for name, _, held, _ in memory if name == machine)
+            room = held + min(room for name, _, _, room in memory if name == machine)
             if needed > room:
                 self._log_no_room(machine, needed, room)
                 return False
@@ -179,6 +204,12 @@ class Saving:
                 f"of memory for a copy, and {machine} has {room / 2**30:.2f} GiB left"
             )
         self.has_logged_no_room = True
+
+
+def saves_in_background(recipe: Recipe, step: int, total_steps: int) -> bool:
+    """Whether the checkpoint of this step or of a later one is written in the background: any but the run's last."""
+    every = recipe.output.checkpointing_steps
+    return recipe.output.save_in_background and -(-step // every) * every < total_steps
 
 
 def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> Future[tuple[Written, float]]:
@@ -194,18 +225,3 @@ def _begin(work: Callable[[], Written], asked: float, device: torch.device) -> F
     done = writer.submit(timed)
     writer.shutdown(wait=False)
     return done
-
-
-def copied(contents: Any) -> Any:
-    """A copy of the tree, whose tensors are in the host's memory."""
-    return tree_map(_copied, contents)
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Piece):
-        return replace(leaf, values_N=_copied(leaf.values_N))
-    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
-
-
-def _copied_bytes(leaf: Any) -> int:
-    return size_bytes(leaf.values_N if isinstance(leaf, Piece) else leaf)

@@ -229,6 +229,7 @@ def loop(run: Run) -> int:
                 grad_norm = turn.learner.step(taken, rate)
                 progress.step += 1
             run.log.step(meter.row(progress, grad_norm, turn.row(rate)), meter.seconds())
+            duties.saving.prepare(turn, progress.step)
             if is_due(recipe.output.checkpointing_steps, progress.step):
                 duties.save(last=progress.step == run.total_steps)
             if is_due(recipe.validation.validation_steps, progress.step):
