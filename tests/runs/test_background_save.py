@@ -26,7 +26,7 @@ from reeltune.memory.host import room_bytes
 from reeltune.reporting.ledger import Ledger
 from reeltune.sampling.sample import Setup
 from reeltune.training import background_save
-from reeltune.training.background_save import Saving
+from reeltune.training.background_save import Saving, saves_in_background
 from reeltune.training.host_copies import HostCopies
 from reeltune.training.loop import train
 from tests.distributed.processes import FOUND_SECONDS, forked
@@ -362,6 +362,16 @@ def test_where_room_becomes_scarce_it_is_given_back(to_do, tmp_path, copies, mon
     assert held[0] == 0 and held[1] == held[2] > 0 and held[3:] == [0]
     assert len(copies[0].made) == 2  # of the first and the third; training waits for the second and the last
     assert [row["step"] for row in lines(tmp_path / "run")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "total_steps", "are_made"),
+    [(2, 1, 3, True), (2, 1, 2, False), (2, 2, 3, True), (2, 3, 4, False), (2, 3, 5, True), (500, 1, 400, False)],
+)
+def test_copies_are_made_of_all_but_the_last_checkpoint(every, step, total_steps, are_made, to_do):
+    assert saves_in_background(to_do(checkpointing_steps=every), step, total_steps) == are_made
+    waits = to_do(checkpointing_steps=every, save_in_background=False)
+    assert not saves_in_background(waits, step, total_steps)
 
 
 @pytest.mark.parametrize("changes", [{"max_train_steps": 2}, {"save_in_background": False}])

@@ -15,7 +15,8 @@ def tree(value=0.0):
     tied = torch.arange(6.0) + value
     return {
         "weights": {"a": nn.Parameter(torch.rand(3, 4) + value), "b": tied, "again": tied},
-        "turned": torch.rand(4, 3, dtype=torch.bfloat16).t() + value,
+        "turned": torch.rand(4, 3).t() + value,
+        "turned and short": torch.rand(4, 3, dtype=torch.bfloat16).t() + value,
         "channels last": (torch.rand(2, 3, 4, 5) + value).contiguous(memory_format=torch.channels_last),
         "every second": (torch.rand(8) + value)[::2],
         "steps": [torch.tensor(value), torch.tensor(value + 1)],
