@@ -295,7 +295,7 @@ class Output:
     checkpoints_total_limit: int | None = None
     """Complete checkpoints kept; older ones are deleted after a good save."""
     save_in_background: bool = True
-    """Train on while a checkpoint is written, from a copy in the CPU's memory where there is room for one."""
+    """Train on while a checkpoint is written, from a copy in the CPU's memory, kept there, if there is room for one."""
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint-N folder. Nothing there yet: the run starts anew and says so."""
     logging_steps: int = 10
