@@ -36,7 +36,8 @@ def count_rows(rows: int) -> tuple[float, float]:
 def predicted_over_measured(checkpoint: Path, mode: str, folder: Path) -> float:
     """Of weights, gradients, optimizer state and kept activations together, in bf16 without recomputation."""
     run = recipe(checkpoint, folder, folder / "out", train_mode=mode, mixed_precision="bf16")
-    found = Estimator(run).step(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, preview=False)
+    estimator = Estimator(run, on_cpu=True)
+    found = estimator.step(run, test_estimate.draws(SHAPE), test_estimate.CAPTIONS, preview=False)
     weights = found.peaks["step"]["weights"] + found.peaks["step"].get("still", 0)
     predicted = weights + found.gradient_bytes + found.state_bytes + found.saved_bytes
     real = test_estimate.real_step(test_estimate.Tiny(checkpoint, {}), run, SHAPE)

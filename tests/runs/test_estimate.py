@@ -55,7 +55,7 @@ class Tiny:
         run = self.recipe(**more)
         count = run.parallel.context_parallel
         if count not in self.estimators:
-            self.estimators[count] = Estimator(run)
+            self.estimators[count] = Estimator(run, on_cpu=True)
         return self.estimators[count].step(run, draws(shape), CAPTIONS, preview=False)
 
     def encoded(self, run: Recipe, shape: Shape) -> tuple[Encoded, dict[str, Tensor]]:

@@ -28,11 +28,15 @@ T = TypeVar("T")
 
 class Estimator:
     """Estimates steps of a recipe, and of others that have its checkpoint, train mode, precision and encoding
-    options."""
+    options.
 
-    def __init__(self, recipe: Recipe):
+    on_cpu: as a CPU trains, whose kernels keep other activations than a GPU's.
+    """
+
+    def __init__(self, recipe: Recipe, *, on_cpu: bool = False):
         self.family, self.mode, self.objective = choose_family(recipe)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.on_cpu = on_cpu
         self._known: dict[Any, Any] = {}
 
     def step(
@@ -59,7 +63,7 @@ class Estimator:
         trains = only_training(recipe)
         step = once(
             ("step", trains, preview, sized),
-            lambda: training_step(trains, setup, network, encoding, draws, fake, preview=preview),
+            lambda: training_step(trains, setup, network, encoding, draws, fake, preview=preview, on_cpu=self.on_cpu),
         )
         decoding = None
         if preview:

@@ -20,6 +20,7 @@ from reeltune.distributed.engine import Engine
 from reeltune.estimate import attribution, repeated_blocks
 from reeltune.estimate.fake_batch import first_of
 from reeltune.estimate.frozen_networks import Encoding
+from reeltune.estimate.gpu_kernels import compute_as_gpu, step_as_gpu
 from reeltune.estimate.memory_tracker import ELSEWHERE, HOST, Tracker, tensors_in, weights_of
 from reeltune.estimate.repeated_blocks import Stand
 from reeltune.estimate.result import StepEstimate
@@ -44,9 +45,12 @@ def training_step(
     fake: FakeTensorMode,
     *,
     preview: bool,
+    on_cpu: bool,
 ) -> StepEstimate:
     """The memory and work of a step on an encoded batch, and with `preview` of a denoising pass. Frozen networks and
     the batch itself are not counted.
+
+    on_cpu: by a CPU's kernels, and not by a GPU's.
 
     Raises UserError as a run does that prepares it.
     """
@@ -59,7 +63,7 @@ def training_step(
         attribution.own_state(tracker, learner)
 
     with first_of(recipe.parallel.context_parallel) as mesh:
-        learner, stands, counts = prepare(recipe, setup.family, network, engine, mesh, fake)
+        learner, stands, counts = prepare(recipe, setup.family, network, engine, mesh, fake, on_cpu=on_cpu)
         if recipe.memory.offload_activations:
             attribution.offload_activations(learner.plain, tracker)
         attribution.own_network(tracker, learner, stands)
@@ -108,26 +112,37 @@ def training_step(
 
 
 def prepare(
-    recipe: Recipe, family: Family, network: Parts, engine: Engine, mesh: DeviceMesh | None, fake: FakeTensorMode
+    recipe: Recipe,
+    family: Family,
+    network: Parts,
+    engine: Engine,
+    mesh: DeviceMesh | None,
+    fake: FakeTensorMode,
+    *,
+    on_cpu: bool,
 ) -> tuple[Learner, list[Stand], dict[str, Any]]:
     """(what learns, in a copy of the network with few of its equal blocks; which of them stand for more; as counts_of).
 
-    mesh: as of `first_of`.
+    mesh: as of `first_of`. on_cpu: as of `training_step`.
     """
     parts, training = replace(network, net=fresh(network.net)), recipe.training
     if mesh is not None and family.split is not None:
         family.split(parts.net, mesh)
     prepared = prepare_network(family, parts, engine, as_here(recipe))
     counts = counts_of(prepared, engine.dtype.itemsize)
+    if not on_cpu:
+        compute_as_gpu(prepared.plain)
     stands = repeated_blocks.shorten(prepared.plain, family.blocks, swapped=bool(prepared.swapped))
     batch, accumulate = training.train_batch_size, training.gradient_accumulation_steps
     learner = with_optimizer(as_counted(prepared, fake), recipe, engine, batch=batch, accumulate=accumulate)
+    if not on_cpu:
+        step_as_gpu(learner.optimizer)
     return learner, stands, counts
 
 
 def as_here(recipe: Recipe) -> Recipe:
-    """Offloading is the tracker's to count. Fused kernels of a GPU keep what the CPU's keeps; `math` more. Compiled
-    blocks are counted uncompiled: what torch's compiler keeps is its own choice, and is not more."""
+    """Offloading is the tracker's to count. A GPU's fused kernels of attention keep what the CPU's keeps; `math` more.
+    Compiled blocks are counted uncompiled: what torch's compiler keeps is its own choice, and is not more."""
     memory, training = replace(recipe.memory, offload_activations=False), replace(recipe.training, compile="none")
     if training.attention != "math":
         training = replace(training, attention=attention.AUTO)
