@@ -240,3 +240,21 @@ def test_reference_tokens_come_before_the_clip():
     assert torch.equal(answer, net._unpatch(seen[2][:, 6:], (3, 2, 3)))
     torch.testing.assert_close(tokens[:, :6], net.ref_conv(ref).flatten(2).transpose(1, 2))
     torch.testing.assert_close(cos[0, 6, 0], Rope(24)((2, 1, 1), torch.device("cpu"))[0][0, 1, 0])
+
+
+@pytest.mark.parametrize("variant", ["control_v1.1", "control_t2v"])
+def test_queries_and_keys_are_normalised_outside_of_autocast(variant, monkeypatch):
+    """As a GPU's autocast has its own precision for that, from torch 2.12 on."""
+    net, seen = filled(network(variant), 1).bfloat16(), []
+    norms = [norm for norm in net.modules() if isinstance(norm, torch.nn.RMSNorm)]
+    plain = torch.nn.functional.rms_norm
+
+    def looked_at(x, *args):
+        seen.append((torch.is_autocast_enabled("cpu"), x.dtype))
+        return plain(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", looked_at)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        net(*inputs(variant))
+    assert seen == [(False, torch.bfloat16)] * len(norms)
+    assert len(norms) == len(net.blocks) * (4 + (net.config["image_dim"] is not None))

@@ -23,10 +23,8 @@ def rms(dtype=BF16):
     return nn.RMSNorm(WIDTH, dtype=dtype)
 
 
-def passed(norm, monkeypatch, *, autocast=True, cast=()):
-    """(the norm's answer to bf16 numbers; shapes and types that it keeps; the gradients). cast: what a GPU's autocast
-    computes in fp32."""
-    monkeypatch.setattr(gpu_kernels, "casts_to_fp32", lambda operator: operator in cast)
+def passed(norm, *, autocast=True):
+    """(the norm's answer to bf16 numbers; shapes and types that it keeps; the gradients)."""
     gpu_kernels.compute_as_gpu(nn.Sequential(norm))
     x = torch.randn(ROWS, WIDTH, dtype=BF16, requires_grad=True)
     kept = {}
@@ -41,23 +39,15 @@ def passed(norm, monkeypatch, *, autocast=True, cast=()):
     return y, Counter(kept.values()), [(tuple(grad.shape), grad.dtype) for grad in grads]
 
 
-def test_an_rms_norm_keeps_what_it_was_given(monkeypatch):
-    y, kept, grads = passed(rms(), monkeypatch)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_rms_norm_keeps_what_it_was_given(autocast):
+    y, kept, grads = passed(rms(), autocast=autocast)
     assert y.dtype == BF16
     assert kept == Counter([VECTORS, GAINS, ROOTS])
     assert grads == [VECTORS, GAINS]
 
 
-def test_under_autocast_of_a_later_torch_it_keeps_a_copy_in_fp32(monkeypatch):
-    y, kept, grads = passed(rms(), monkeypatch, cast=["aten::rms_norm"])
-    assert y.dtype == FP32
-    assert kept == Counter([((ROWS, WIDTH), FP32), ((WIDTH,), FP32), ROOTS])
-    assert grads == [VECTORS, GAINS]
-    y, kept, _ = passed(rms(), monkeypatch, cast=["aten::rms_norm"], autocast=False)
-    assert y.dtype == BF16 and kept == Counter([VECTORS, GAINS, ROOTS])
-
-
-def test_a_frozen_rms_norm_has_no_gradient(monkeypatch):
+def test_a_frozen_rms_norm_has_no_gradient():
     norm = rms().requires_grad_(False)
     gpu_kernels.compute_as_gpu(norm)
     x = torch.randn(ROWS, WIDTH, dtype=BF16, requires_grad=True)
@@ -66,23 +56,19 @@ def test_a_frozen_rms_norm_has_no_gradient(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_of_weights_in_another_precision_there_is_no_fused_kernel(monkeypatch):
-    x, plain = torch.randn(ROWS, WIDTH, dtype=BF16), rms(FP32)
-    expected = plain(x)
-    monkeypatch.setattr(gpu_kernels, "casts_to_fp32", lambda _: False)
-    gpu_kernels.compute_as_gpu(plain)
-    assert torch.equal(plain(x), expected)
+def test_of_weights_in_another_precision_there_is_no_fused_kernel():
+    x, norm = torch.randn(ROWS, WIDTH, dtype=BF16), rms(FP32)
+    expected = norm(x)
+    gpu_kernels.compute_as_gpu(norm)
+    assert torch.equal(norm(x), expected)
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_layer_norm_is_computed_in_fp32_under_autocast(learned, monkeypatch):
-    norm = nn.LayerNorm(WIDTH, elementwise_affine=learned, dtype=BF16)
-    y, kept, grads = passed(norm, monkeypatch, cast=["aten::layer_norm"])
+def test_a_layer_norm_is_computed_in_fp32_under_autocast(learned):
+    y, kept, grads = passed(nn.LayerNorm(WIDTH, elementwise_affine=learned, dtype=BF16))
     assert y.dtype == FP32 and kept[(ROWS, WIDTH), FP32] == 1 and VECTORS not in kept
     assert grads == [VECTORS, *[GAINS] * 2 * learned]
-    assert (
-        passed(nn.LayerNorm(WIDTH, dtype=BF16), monkeypatch, cast=["aten::layer_norm"], autocast=False)[0].dtype == BF16
-    )
+    assert passed(nn.LayerNorm(WIDTH, dtype=BF16), autocast=False)[0].dtype == BF16
 
 
 def test_a_norm_with_a_forward_pass_of_its_own_is_left_alone():
@@ -90,11 +76,6 @@ def test_a_norm_with_a_forward_pass_of_its_own_is_left_alone():
     gpu_kernels.compute_as_gpu(norm)
     assert norm(torch.randn(ROWS, WIDTH, dtype=BF16)).dtype == BF16
     assert "forward" not in vars(norm)
-
-
-def test_torch_says_what_a_gpu_casts():
-    assert gpu_kernels.casts_to_fp32("aten::layer_norm")
-    assert not gpu_kernels.casts_to_fp32("aten::silu")
 
 
 @pytest.mark.parametrize("as_gpu", [True, False])

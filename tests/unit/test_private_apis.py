@@ -42,11 +42,6 @@ PRIVATE = {
     "torch._subclasses.fake_tensor.FakeTensorMode": Use("torch._subclasses.fake_tensor:FakeTensorMode", *FAKE),
     "torch._C._get_dispatch_mode": Use("torch._C:_get_dispatch_mode", *FAKE_BELOW),
     "torch._C._TorchDispatchModeKey": Use("torch._C:_TorchDispatchModeKey", *FAKE_BELOW),
-    "torch._C._dispatch_has_kernel_for_dispatch_key": Use(
-        "torch._C:_dispatch_has_kernel_for_dispatch_key",
-        "which norms a GPU's autocast computes in fp32 is another in each torch, and plan is made without a GPU",
-        "torch's version, and the list of each",
-    ),
     "torch._inductor.compile_fx.compile_fx": Use(
         "torch._inductor.compile_fx:compile_fx",
         "compilations are counted, and made by settings under which a resume ends in the same bits",

@@ -6,12 +6,11 @@ These tensors have no values, so that room is all there is to an operator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch.nn import functional as F
 
 
@@ -31,35 +30,21 @@ def step_as_gpu(optimizer: Any) -> None:
             group["fused"] = True
 
 
-@cache
-def casts_to_fp32(operator: str) -> bool:
-    """Whether a GPU's autocast computes this norm in fp32, as a CPU's computes none: LayerNorm always, RMSNorm from
-    torch 2.12 on (https://github.com/pytorch/pytorch/issues/188955)."""
-    return _dispatch_has_kernel_for_dispatch_key(operator, "AutocastCUDA")
-
-
 def _layer_norm(norm: nn.LayerNorm, plain: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-    if not _is_cast("aten::layer_norm"):
+    """Under a GPU's autocast it is computed in fp32, under a CPU's as it comes
+    (https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32")."""
+    if not torch.is_autocast_enabled("cpu"):
         return plain(input)
-    return F.layer_norm(input.float(), norm.normalized_shape, _lifted(norm.weight), _lifted(norm.bias), norm.eps)
+    weight, bias = (None if given is None else given.float() for given in (norm.weight, norm.bias))
+    return F.layer_norm(input.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _rms_norm(norm: nn.RMSNorm, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of weights in another precision torch has no kernel (aten/src/ATen/native/layer_norm.cpp, rms_norm_symint)."""
-    weight = norm.weight
-    if _is_cast("aten::rms_norm"):
-        x, weight = x.float(), _lifted(weight)
-    if weight is not None and weight.dtype != x.dtype:
+    """Of weights in another precision torch has no kernel (aten/src/ATen/native/layer_norm.cpp, rms_norm_symint).
+    Families compute it outside of autocast (wan_fun/net.py, UncastRMSNorm)."""
+    if norm.weight is not None and norm.weight.dtype != x.dtype:
         return plain(x)
-    return _FusedRMSNorm.apply(x, weight, len(norm.normalized_shape))  # pyright: ignore[reportReturnType]
-
-
-def _is_cast(operator: str) -> bool:
-    return torch.is_autocast_enabled("cpu") and casts_to_fp32(operator)
-
-
-def _lifted(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.float()
+    return _FusedRMSNorm.apply(x, norm.weight, len(norm.normalized_shape))  # pyright: ignore[reportReturnType]
 
 
 class _FusedRMSNorm(torch.autograd.Function):

@@ -50,6 +50,16 @@ def sinusoid(timestep: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+class UncastRMSNorm(nn.RMSNorm):
+    """Answers in the precision of what it is given, as the released models' own norm does, in every torch: from 2.12 on
+    a GPU's autocast answers in fp32 (https://github.com/pytorch/pytorch/issues/188955). Queries and keys would take
+    twice the room, and of another precision than values, with which a shared clip's attention has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -88,6 +98,10 @@ class WanFunTransformer(WanTransformer3DModel):
         width, patch = self.patch_embedding.out_channels, tuple(self.config["patch_size"][1:])
         self.rope = Rope(self.config["attention_head_dim"])
         self.token_times = nn.Identity()  # a place to shard them at
+        for module in [*self.modules()]:
+            for name, norm in module.named_children():
+                if isinstance(norm, nn.RMSNorm):
+                    setattr(module, name, UncastRMSNorm([*norm.normalized_shape], norm.eps, norm.elementwise_affine))
         if ref_channels:
             self.ref_conv = nn.Conv2d(ref_channels, width, kernel_size=patch, stride=patch)
         if camera_channels:
