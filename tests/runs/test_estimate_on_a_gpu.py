@@ -45,7 +45,7 @@ def test_each_phase_takes_what_was_foretold(row, tmp_path):
 
 @pytest.mark.parametrize("trained_weights", ["fp32", "bf16_stochastic"])
 def test_a_clip_that_is_shared_has_its_gradients(trained_weights, tmp_path):
-    """By the kernels of a GPU, too: attention over several processes takes queries, keys and values of one precision."""
+    """Attention over several processes takes queries, keys and values of one precision, as a GPU's norms leave them."""
     model = tiny_checkpoint(tmp_path, "control_v1.1", heads=4)
     asked = {"mixed_precision": "bf16", "trained_weights": trained_weights}
     alone, two = (
