@@ -123,7 +123,10 @@ def test_the_parts_that_are_asked_for_have_the_whole_budget(tmp_path, monkeypatc
     for module in (goldens, saving):
         monkeypatch.setattr(module, "measure", lambda *_: None)
     assert command.main(["--out", str(tmp_path), "--only", "parity", "saving"]) == 0
-    assert budgets == {"prepare": 0.0, "parity": 0.5, "saving": 0.5}
+    both = command.PARTS["parity"] + command.PARTS["saving"]
+    assert budgets.pop("prepare") == 0.0
+    assert budgets == {name: command.PARTS[name] / both for name in ("parity", "saving")}
+    assert sum(command.PARTS.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
