@@ -80,7 +80,7 @@ class Runs:
         assert fill(self.recipe(model, "filled")) == 0
         assert module.train(self.recipe(model, "alone", **(LIVE if model in QUICK else {}))) == 0
 
-    def make(self, wanted, processes=2, resumed=False):
+    def make(self, wanted, processes=2, resumed=False, in_bf16=()):
         torch.set_num_threads(1)
         shared = []
         for model, engines in wanted.items():
@@ -93,6 +93,10 @@ class Runs:
             if resumed:
                 half = str(self.half_of(model, "ddp-2"))
                 shared.append(ours(name="again", engine="ddp", resume_from_checkpoint=half, **LIVE))
+            if model in in_bf16:
+                changes = {"mixed_precision": "bf16", **LIVE}
+                assert module.train(self.recipe(model, "alone-bf16", **changes)) == 0
+                shared.append(ours(name="bf16", engine="ddp", **changes))
         train(shared, processes, self.folder)
 
     def half_of(self, model, name):
@@ -154,7 +158,7 @@ def test_a_resumed_run_keeps_it(quick):
 
 @pytest.fixture(scope="module")
 def long(runs):
-    runs.make(MORE)
+    runs.make(MORE, in_bf16=["hunyuan"])
     return runs
 
 
@@ -162,6 +166,13 @@ def long(runs):
 @pytest.mark.parametrize(("model", "engine"), each(MORE))
 def test_on_every_engine(model, engine, long):
     long.assert_as_alone(model, engine)
+
+
+@pytest.mark.slow
+def test_in_bf16_with_weights_in_fp32(long):
+    """Where norms answer in the precision of their weights: queries and keys in another than values."""
+    ours, alone = ([row["loss"] for row in long.rows(f"hunyuan-{name}", "step")] for name in ("bf16", "alone-bf16"))
+    assert len(ours) == STEPS and ours == pytest.approx(alone, rel=5e-3)
 
 
 @pytest.fixture(scope="module")

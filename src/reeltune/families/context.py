@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from reeltune.core.errors import UserError
+
+NORMS = "norm_q", "norm_k", "norm_added_q", "norm_added_k"  # of queries and keys, in diffusers' attention
 
 
 def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
@@ -39,4 +41,13 @@ def split(net: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
         processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = whole
+        for norm in (getattr(module, name, None) for name in NORMS):
+            if isinstance(norm, nn.Module):
+                norm.register_forward_hook(_as_given)
     apply_context_parallel(net, config, plan)
+
+
+def _as_given(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+    """In the precision that values have too: in that of fp32 weights attention over several processes has no gradient
+    beneath autocast (diffusers 0.42)."""
+    return answer.to(given[0].dtype)
