@@ -115,13 +115,15 @@ def test_an_index_names_files_beside_it_alone(name, copy):
     refused(lambda: families.find(copy), "index.json", "weight_map must name files beside it")
 
 
-def test_an_index_of_tensors_that_no_shard_has(tmp_path):
+def test_an_index_of_tensors_that_no_shard_has(tmp_path, notices):
     shards = [f"{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for name, shard in zip("ab", shards, strict=True):
         save_file({name: torch.ones(2)}, tmp_path / shard)
     index = tmp_path / f"{STEM}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shards[1], "b": shards[0]}}))  # of which the shards tell better
     assert weights.read(tmp_path).keys() == {"a", "b"}
+    (told,) = notices()
+    assert f"a (2 in all) lies in {shards[1]}, and it is read from {shards[0]}" in told
     index.write_text(json.dumps({"weight_map": dict(zip("abc", [*shards, shards[0]], strict=True))}))
     assert refused(lambda: weights.read(tmp_path), "names c, which is in no shard").where == str(index)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
 from reeltune import families
@@ -45,6 +46,32 @@ def test_any_other_prefix_is_refused(tmp_path):
     save_file({f"other.{key}": value for key, value in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="missing: "):
         load_encoder(cls, tmp_path)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("change", ["none", "missing", "unexpected", "misshapen"])
+def test_headers_alone_tell_the_same(name, change, tmp_path):
+    """What `check` and `plan` refuse of an encoder is what training does."""
+    cls, config = NETS[name]
+    cls(config).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    last = [key for key, tensor in state.items() if tensor.ndim == 2][-1]
+    if change == "unexpected":
+        state["odd.weight"] = torch.zeros(3)
+    elif change != "none":
+        matrix = state.pop(last)
+        state |= {last: matrix[:1].clone()} if change == "misshapen" else {}
+    save_file(state, file, {"format": "pt"})
+    answers = []
+    for fake in (None, FakeTensorMode()):
+        try:
+            net = load_encoder(cls, tmp_path, torch.bfloat16, fake)
+            answers.append({key: (tensor.shape, tensor.dtype) for key, tensor in net.state_dict().items()})
+        except UserError as error:
+            answers.append(str(error))
+    told = {"none": "", "unexpected": "unexpected: odd.weight"}.get(change, f"{change}: {last}")
+    assert answers[0] == answers[1] and (told in answers[0] if told else isinstance(answers[0], dict))
 
 
 def test_one_odd_name_is_no_prefix():

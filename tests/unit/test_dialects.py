@@ -238,6 +238,16 @@ BAD = {
     "text encoder": ({"lora_te_layers_0_q.lora_down.weight": torch.ones(2, 2)}, "is of a text encoder"),
     "two forms": ({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24)}, "names of several forms"),
     "one thing twice": ({f"{Q}.lora_down.weight": torch.ones(2, 24)}, "are one thing under two names"),
+    "pair and change": ({f"{Q}.diff": torch.ones(24, 24)}, "self_attn.q.weight is changed in two ways"),
+    "pair and whole": ({"whole.blocks.0.self_attn.q.weight": torch.ones(24, 24)}, "q.weight is changed in two ways"),
+    "change and whole": (
+        {"diffusion_model.ref_conv.diff_b": torch.ones(24), "whole.ref_conv.bias": torch.ones(24)},
+        "ref_conv.bias is changed in two ways",
+    ),
+    "bias twice": (
+        {f"{Q}.diff_b": torch.ones(24), f"{Q}.lora_B.bias": torch.ones(24)},
+        "self_attn.q.bias is changed in two ways",
+    ),
     "whole numbers": ({f"{Q}.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)}, "is stored as int8"),
     "not finite": ({f"{Q}.lora_A.weight": torch.full((2, 24), math.inf)}, "numbers that are not finite"),
     "magnitude": ({f"{Q}.dora_scale": torch.ones(1, 24)}, r"dora_scale is \(1, 24\) for 24 outputs"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from reeltune.adapters.sizes import Sizes, solve
 from reeltune.adapters.writing import OURS
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.reading import brief, few, grouped
+
+TWICE = "is changed in two ways, and tools differ in which of them counts; take one of them out"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def adapter_of(
         reader.take(modules[one.module], one)
     layers, changes = reader.low_rank(modules), reader.changes(modules)
     whole = reader.whole(modules)
+    reader.refuse_twice(layers, changes, whole)
     if not (layers or changes or whole or reader.problems):
         reader.wrong("has nothing that changes a layer; give the file that training wrote")
     sizes = solve(networks[0], layers)
@@ -311,16 +315,25 @@ class _Reader:
                 if module is None:
                     self.wrong("changes several layers that are one there, which is not read", keys[kind])
                     continue
+                name = self.network.parameter(module, "weight" if kind == "diff" else "bias")
                 tensor = self.stored.tensors[keys[kind]]
-                if kind == "bias":
+                if name in out:
+                    self.wrong(TWICE, name)
+                elif kind == "bias":
                     pair = self._pair(text, keys) if {"A", "B"} <= keys.keys() else None
-                    out[f"{module}.bias"] = tensor.float() * (1.0 if pair is None else pair.scale)
+                    out[name] = tensor.float() * (1.0 if pair is None else pair.scale)
                 else:
-                    out[self.network.parameter(module, "weight" if kind == "diff" else "bias")] = tensor
+                    out[name] = tensor
         return out
 
     def whole(self, modules: Mapping[str, dict[Kind, str]]) -> dict[str, Tensor]:
         return {text: self.stored.tensors[keys["whole"]] for text, keys in modules.items() if "whole" in keys}
+
+    def refuse_twice(self, layers: Iterable[str], *tensors: Mapping[str, Tensor]) -> None:
+        """Keeps parameters that are changed in two ways."""
+        counts = Counter(chain((f"{layer}.weight" for layer in layers), *tensors))
+        for name in sorted(name for name, count in counts.items() if count > 1):
+            self.wrong(TWICE, name)
 
     def check(self, layers: Mapping[str, LowRank], tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         """Keeps what does not go with the alpha that was given, or with the base's names and shapes."""

@@ -175,8 +175,9 @@ def _unwanted(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {brief(value)}, which is absurd; {AGAIN}"
 
 
-def from_files(cls: Any, folder: Path, **settings: Any) -> Any:
-    """A thing of a transformers class, from files: nothing is fetched, and no code beside them is run or asked about.
+def from_files(cls: Any, folder: Path | None, **settings: Any) -> Any:
+    """A thing of a transformers class, from files, or from the tensors of `state_dict` where there is no folder:
+    nothing is fetched, and no code beside them is run or asked about.
 
     The only place that calls from_pretrained.
     """

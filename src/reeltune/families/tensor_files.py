@@ -92,9 +92,15 @@ def _of_stem(folder: Path, stem: str) -> list[Path]:
     if not single.is_file():
         refuse(str(folder), few([f"{name} {absent(folder / name)}" for name in missing]))
         if listed:
-            there = {name for file in shards for name in header_of(file)}
-            lost = sorted(listed.keys() - there) if there & listed.keys() else []  # if all are lost, they were renamed
+            there = {name: file.name for file in shards for name in header_of(file)}
+            known = there.keys() & listed.keys()
+            lost = sorted(listed.keys() - there) if known else []  # if all are lost, they were renamed
             refuse(str(index), few([f"names {name}, which is in no shard; {AGAIN}" for name in lost]))
+            if elsewhere := sorted(name for name in known if there[name] != listed[name]):
+                notice(
+                    f"{index}: says that {elsewhere[0]} ({len(elsewhere)} in all) lies in {listed[elsewhere[0]]}, and "
+                    f"it is read from {there[elsewhere[0]]}, where it is; index and shards may be of two downloads"
+                )
         return shards
     if missing:
         notice(f"{folder}: {single.name} is read; {missing[0]}, a shard of what is there too, is not there")

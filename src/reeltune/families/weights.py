@@ -251,32 +251,32 @@ def load_encoder(
 ) -> Any:
     """A frozen network of a transformers class, which knows the key names of older releases; None: dtype as stored.
 
-    Raises UserError with every name that is missing, unexpected or of another shape.
+    In a `fake` mode (spec.Loading) its headers alone are read. Raises UserError with every name that is missing,
+    unexpected or of another shape.
     """
     from transformers.utils import logging  # slow, and not every family has such encoders
 
     outlines = tensors_of(folder, "meta")  # the library would end in errors of its own
     tell_fp8(outlines, str(folder))
     config = configs.encoder_config(cls, folder, outlines)
-    if fake is not None:
-        with fake:
-            net = cls._from_config(config, dtype=dtype)
-        return net.requires_grad_(False).eval()
     outline = configs.build(cls._from_config, {"config": config}, str(folder))
     _refuse_larger(outline, outlines, str(folder))
     prefix = _foreign_prefix(outline, outlines)
     if prefix:
         tell_prefix(prefix, str(folder))
     logging.disable_progress_bar()
+    # by headers the library tells the same misfits
+    tensors = {} if fake is None else {"state_dict": outlines, "device_map": {"": "meta"}}
     with as_user_error(folder, f"{cls.__name__} cannot be made of its config.json and weights", configs.MISFIT):
         net, told = configs.from_files(
             cls,
-            folder,
+            folder if fake is None else None,
             config=config,
             dtype=dtype or "auto",
             key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **tensors,
         )
     problems = [
         line
@@ -285,6 +285,9 @@ def load_encoder(
     ]
     problems += few([f"misshapen: {' '.join(map(str, row))}" for row in sorted(told["mismatched_keys"])])
     refuse(str(folder), problems)
+    if fake is not None:
+        with fake:
+            net = cls._from_config(config, dtype=dtype)
     return net.requires_grad_(False).eval()
 
 
