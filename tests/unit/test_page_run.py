@@ -176,13 +176,13 @@ def test_a_run_that_goes_on_is_known_and_stopped_by_its_signal(tmp_path):
         assert live.holder(tmp_path) == process.pid
         with pytest.raises(UserError, match="going on"):
             actions.resume(tmp_path, tmp_path / "logs", "x")
-        actions.stop(tmp_path)
+        actions.stop(tmp_path, tmp_path / "logs", "x")
         assert process.wait(timeout=300) == 0
     finally:
         process.kill()
     assert live.holder(tmp_path) is None
     with pytest.raises(UserError, match="ended already"):
-        actions.stop(tmp_path)
+        actions.stop(tmp_path, tmp_path / "logs", "x")
 
 
 def test_a_lock_that_nobody_holds_names_no_process(tmp_path):

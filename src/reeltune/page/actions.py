@@ -10,8 +10,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from reeltune.core.errors import UserError
@@ -20,6 +23,16 @@ from reeltune.page import live
 from reeltune.reporting import report
 
 LOG_BYTES = 8_000  # of the end of a log that is shown
+
+
+@dataclass(frozen=True)
+class Started:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+_started: dict[tuple[Path, str], Started] = {}  # by folder of logs and name: the last one that this server has started
+_one_at_a_time = threading.Lock()  # two tabs ask for the same
 
 
 def resume_command(run: Path) -> list[str]:
@@ -32,9 +45,10 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def stop(run: Path) -> None:
-    """Asks the process that writes into the folder to finish its step, save and end. Raises UserError for none."""
-    pid = live.holder(run)
+def stop(run: Path, logs: Path, name: str) -> None:
+    """Asks the process that writes into the folder, or was started here to do so, to finish its step, save and end.
+    Raises UserError for none."""
+    pid = live.holder(run) or going_on(logs, name)
     if pid is None:
         raise UserError("stop", "no process on this machine writes into this run's folder now; it has ended already")
     try:
@@ -60,23 +74,58 @@ def resume(run: Path, logs: Path, name: str) -> Path:
 
 
 def start(command: Sequence[str], logs: Path, name: str) -> Path:
-    """`reeltune ...` by this very Python. Returns the log, which is told first what was started."""
-    stem = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
-    log = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}.log"
-    with writing(log):
-        logs.mkdir(parents=True, exist_ok=True)
-        file = log.open("wb")
-    with file:
-        file.write(f"$ {shown(command)}\n".encode())
-        file.flush()
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C here does not end it
-        )
+    """`reeltune ...` by this very Python. Returns the log, which is told first what was started.
+
+    Raises UserError while what was started before under that name goes on.
+    """
+    with _one_at_a_time:
+        if (pid := going_on(logs, name)) is not None:
+            raise UserError("start", f"it was started here before, and goes on as process {pid}; stop it first")
+        log = _new_log(logs, name)
+        with log.open("ab") as file:
+            file.write(f"$ {shown(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C here does not end it
+            )
+        _started[logs, name] = Started(process, log)
     return log
+
+
+def going_on(logs: Path, name: str) -> int | None:
+    """The process that was started here under that name and has not ended; it may not have come to its folder yet."""
+    last = _started.get((logs, name))
+    return last.process.pid if last is not None and last.process.poll() is None else None
+
+
+def latest_log(logs: Path, name: str) -> Path | None:
+    """What this server has started last, whatever the clock said; else the last by name."""
+    if (last := _started.get((logs, name))) is not None and last.log.is_file():
+        return last.log
+    return max(logs.glob(f"*-{_stem(name)}.log"), default=None)
+
+
+def _new_log(logs: Path, name: str) -> Path:
+    """An empty file that no other server writes into."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    with writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            log = logs / f"{now}{f'.{number}' if number else ''}-{_stem(name)}.log"
+            try:
+                log.open("xb").close()
+                return log
+            except FileExistsError:
+                continue
+    raise AssertionError("count() has no end")
+
+
+def _stem(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
 
 
 def end_of(log: Path) -> str:

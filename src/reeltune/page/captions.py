@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import threading
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +18,10 @@ from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.reading import as_user_error, read_json
 from reeltune.data.lists import read_list, rows
+from reeltune.page.alone import alone_in
 
 EDITED = ".edited"
 MOST_LETTERS = 20_000  # of a caption; encoders read some hundred words
-_lock = threading.Lock()  # one change at a time
 
 
 def edited_path(path: Path) -> Path:
@@ -56,7 +55,7 @@ def edit(path: Path, change: Change, undo: Path) -> Path:
     """
     if len(change.text) > MOST_LETTERS:
         raise UserError("caption", f"has {len(change.text):,} letters, and {MOST_LETTERS:,} are allowed; shorten it")
-    with _lock:
+    with alone_in(path.parent):
         copy = _own(edited_path(path))
         _write(copy, copy if copy.exists() else path, change)
         _remember(undo, [*_changes(undo), change])
@@ -65,7 +64,7 @@ def edit(path: Path, change: Change, undo: Path) -> Path:
 
 def undo_last(path: Path, undo: Path) -> int:
     """Takes the latest change of the copy back. Returns the entry. Raises UserError where there is none."""
-    with _lock:
+    with alone_in(path.parent):
         done = _changes(undo)
         if not done:
             raise UserError("undo", "no caption was changed here, or all changes are undone")

@@ -17,6 +17,7 @@ from reeltune.core.errors import UserError
 from reeltune.core.files import whole_file
 from reeltune.core.reading import bare_name
 from reeltune.page import actions, form
+from reeltune.page.alone import alone_in
 from reeltune.page.jobs import Jobs
 from reeltune.page.site import Form, Site, posted
 
@@ -85,7 +86,7 @@ class Pages:
             raise UserError("recipe", problems)
         path = self._path(given.get(NAME, ""))
         text = form.as_yaml(tree)
-        with self.site.lock:
+        with alone_in(path.parent):
             if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
                 raise UserError("save", f"{path.name} is there already, and is another; give another name")
             with whole_file(path) as file:

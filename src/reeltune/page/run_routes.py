@@ -80,7 +80,7 @@ class Pages:
     def stop(self, request: Request, _: Form) -> Response:
         self.site.must("run")
         run = self.run_of(request)
-        actions.stop(run.folder)
+        actions.stop(run.folder, self.site.store / "logs", run.id)
         return after_post(request, f"/runs/{run.id}")
 
     def resume(self, request: Request, _: Form) -> Response:
@@ -91,8 +91,8 @@ class Pages:
 
     def log_of(self, run: Run) -> str | None:
         """The end of what the latest process that was started here for the run has printed."""
-        logs = sorted((self.site.store / "logs").glob(f"*-{run.id}.log"))
-        return actions.end_of(logs[-1]) if self.site.run and logs else None
+        log = actions.latest_log(self.site.store / "logs", run.id) if self.site.run else None
+        return None if log is None else actions.end_of(log)
 
 
 def routes(site: Site) -> list[Route]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +40,7 @@ def micro_step(judged: Judged, epoch: int, step: int, store: Path, holds: Callab
         batch = reader[epoch, step, 0, 1]
         folder = store / "seen" / digest(batch, judged)
         if not folder.is_dir():
-            write_first_batch(batch, folder, reference="ref" in needs, fps=FPS)
-            _write_more(batch, folder)
+            _write(batch, folder, reference="ref" in needs)
     return {
         "key": folder.name,
         "micro_steps": len(reader.plan(epoch)),
@@ -55,6 +56,21 @@ def digest(batch: Batch, judged: Judged) -> str:
     records = [judged.inputs.train[draw.record] for draw in batch.draws]
     told = repr([(draw, record) for draw, record in zip(batch.draws, records, strict=True)] + [judged.mode])
     return hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+def _write(batch: Batch, folder: Path, *, reference: bool) -> None:
+    """The folder is there with all its files or not at all, whoever else writes the same."""
+    beside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.partial")
+    try:
+        write_first_batch(batch, beside, reference=reference, fps=FPS)
+        _write_more(batch, beside)
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another server has made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_more(batch: Batch, folder: Path) -> None:

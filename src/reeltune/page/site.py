@@ -73,7 +73,11 @@ class Site:
         raise HTTPException(404, f"There is no such thing among the {kind}.")
 
     def run_of(self, id: str) -> Run:
+        """404 for a run whose folder is gone, or leads elsewhere by now."""
         folder = self.known("runs", id)
+        if not (folder.is_dir() and self.shelf.holds(folder)):
+            self.look()
+            raise HTTPException(404, f"{self.shelf.name_of(folder)} is gone; it was deleted, moved or renamed.")
         with self.lock:
             if id not in self.runs:
                 self.runs[id] = Run(id, self.shelf.name_of(folder), folder, self.shelf.holds)
