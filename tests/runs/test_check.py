@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from reeltune import cli
+from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Record
 from reeltune.data.media import write_clip
@@ -20,6 +22,7 @@ from reeltune.estimate.check import check
 from reeltune.families.wan_fun import layout
 from reeltune.run import machine, precision
 from reeltune.run.sizes import short_clips
+from reeltune.training.loop import train
 from tests.families.tiny_wan import tiny_checkpoint
 
 
@@ -46,7 +49,7 @@ def given(tmp_path_factory) -> Path:
     return folder
 
 
-def lines_of(given, tmp_path, *words, **more) -> list[str]:
+def recipe_of_words(given, tmp_path, *words, **more) -> Recipe:
     flags = {
         "pretrained_model_name_or_path": given / "model",
         "train_data_dir": given,
@@ -58,7 +61,11 @@ def lines_of(given, tmp_path, *words, **more) -> list[str]:
         "max_bad_share": 0.2,
     }
     argv = [f"--{name}={value}" for name, value in (flags | more).items()]
-    return list(check(cli.recipe_of([*argv, *words], "check")))
+    return cli.recipe_of([*argv, *words], "check")
+
+
+def lines_of(given, tmp_path, *words, **more) -> list[str]:
+    return list(check(recipe_of_words(given, tmp_path, *words, **more)))
 
 
 def test_counts_reasons_and_sizes(given, tmp_path):
@@ -162,6 +169,44 @@ def test_weights_of_vae_and_encoders_that_training_would_refuse(part, given, tmp
             lines_of(given, tmp_path, pretrained_model_name_or_path=model)
         flags = {"cache_folder": tmp_path / "cache", "cache_variants": 1, "preview_count": 0}
         assert lines_of(given, tmp_path, pretrained_model_name_or_path=model, **flags)
+
+
+REFUSED = {  # of which weights learn, and of levers beside that
+    "trainable_modules": (["--trainable_modules", "blocks.0.", "nothing"], "nothing"),
+    "trainable_modules_low_learning_rate": (["--trainable_modules_low_learning_rate", "nothing"], "nothing"),
+    "blocks_to_swap": (["--blocks_to_swap=1"], "blocks 0 have weights that do not learn"),
+    "more blocks than wait": (["--blocks_to_swap=2", "--trainable_modules", "blocks.1."], "set it to at most 1"),
+    "rank": (["--rank=64"], "its own is 48 at most; lower rank there"),
+    "twice the rank": (["--rank=32", "--lora_init=pissa"], "written in twice the rank"),
+    "target_name": (["--rank=2", "--target_name", "nothing"], "nothing"),
+    "train_whole": (["--rank=2", "--train_whole", "nothing"], "train_whole has 'nothing'"),
+    "train_whole of few bits": (["--rank=2", "--train_whole", "ffn", "--base_weights=int8"], "needs to learn"),
+    "adapter_path": (["--rank=2", "--adapter_path=ADAPTER"], "adapter_path is "),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED.values(), ids=REFUSED)
+def test_what_training_refuses_of_what_learns_is_refused_in_its_words(words, told, given, tmp_path):
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    pair = {f"{layer}.lora_A.weight": torch.ones(4, 48), f"{layer}.lora_B.weight": torch.ones(48, 4)}
+    save_file(pair, tmp_path / "adapter.safetensors")
+    words = [word.replace("ADAPTER", str(tmp_path / "adapter.safetensors")) for word in words]
+    recipe = recipe_of_words(given, tmp_path / "out", *words, mixed_precision="no", preview_count=0)
+    with pytest.raises(UserError, match=told) as checked:
+        list(check(recipe))
+    with pytest.raises(UserError) as trained:
+        train(recipe)
+    assert checked.value.problems == trained.value.problems
+
+
+def test_a_precision_that_this_machine_has_not_is_told(given, tmp_path, monkeypatch):
+    """It is no refusal: training may be meant for another machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = [line for line in lines_of(given, tmp_path, mixed_precision="fp16") if line.startswith("notice")]
+    assert told == [
+        "notice   mixed_precision is fp16, which needs a GPU, and there is none here: on this machine training is "
+        "refused"
+    ]
 
 
 def test_what_clips_are_is_told(given, tmp_path):

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reeltune.adapters.dialects import read_adapter
 from reeltune.config.idle import idle_notices
 from reeltune.config.recipe import Recipe
 from reeltune.control.stale import stale_controls
-from reeltune.core.errors import named_by, together
+from reeltune.core.errors import together
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
+from reeltune.distributed.engine import Engine
 from reeltune.estimate.epoch import Bucket, forecast_data
-from reeltune.families.spec import Family, learning
+from reeltune.estimate.fake_step import prepare
+from reeltune.families.spec import Family, Parts, learning
 from reeltune.memory import compiled
 from reeltune.reporting.log import check_trackers
-from reeltune.run.base import base_of
 from reeltune.run.data import Inputs, gather
 from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
@@ -35,9 +35,10 @@ def check(recipe: Recipe) -> Iterator[str]:
     if recipe.training.compile == "blocks":
         compiled.refuse_missing("cuda" if torch.cuda.is_available() else "cpu")
     family, mode, _ = choose_family(recipe)
-    _look_at_weights(recipe, family)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    networks = _look_at_weights(recipe, family, fake)
     inputs = gather(recipe, family, mode)
-    _read_ahead(recipe, family, mode, inputs.rules)
+    _read_ahead(recipe, family, mode, inputs.rules, networks, fake)
     plan = inputs.plan(0)
     yield f"model    {family.name}, train_mode {mode}"
     yield from _entries(recipe, inputs, plan)
@@ -46,20 +47,26 @@ def check(recipe: Recipe) -> Iterator[str]:
     yield from _table(forecast_data(plan, inputs.train, inputs.rules).buckets)
 
 
-def _look_at_weights(recipe: Recipe, family: Family) -> None:
-    """Raises UserError for weights that are not there or do not fit, by names and shapes alone; also for VAE's and
-    encoders', where training reads them."""
-    cpu, fake, validation = torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), recipe.validation
-    load = partial(load_parts, device=cpu, encoders=False, network=False, fake=fake)
-    parts = [load(of_expert(recipe, one.expert), one) for one in learning(family)]
+def _look_at_weights(recipe: Recipe, family: Family, fake: FakeTensorMode) -> list[Parts]:
+    """The networks that learn, without their weights' values.
+
+    Raises UserError for weights that are not there or do not fit, by names and shapes alone; also for VAE's and
+    encoders', where training reads them.
+    """
+    cpu, validation = torch.device("cpu"), recipe.validation
+    load = partial(load_parts, device=cpu, encoders=False, fake=fake)
+    networks = [load(of_expert(recipe, one.expert), one) for one in learning(family)]
     OtherExpert.of(recipe, family, cpu)
     if recipe.cache.cache_folder is None or validation.validation_prompts or validation.preview_count:
-        parts[0].read_frozen()
+        networks[0].read_frozen()
+    return networks
 
 
-def _read_ahead(recipe: Recipe, family: Family, mode: str, rules: SizeRules) -> None:
+def _read_ahead(
+    recipe: Recipe, family: Family, mode: str, rules: SizeRules, networks: Sequence[Parts], fake: FakeTensorMode
+) -> None:
     """Raises UserError for what training would find wrong beside the data before its first step: trackers, files of
-    prompts, an adapter to begin with, of which headers are read."""
+    prompts, an adapter to begin with; names of what learns that there are not, blocks that cannot wait."""
     validation = recipe.validation
     with together("recipe") as attempt:
         attempt(check_trackers, recipe.output.report_to)
@@ -67,15 +74,12 @@ def _read_ahead(recipe: Recipe, family: Family, mode: str, rules: SizeRules) -> 
             attempt(refuse_other_control, validation.control_kind, family, mode)
         if validation.validation_prompts and not validation.validation_control_from:
             attempt(requests_of, recipe, family, mode, rules)
-        if recipe.adapter.adapter_path is not None:
-            for one in learning(family):
-                attempt(_read_adapter, of_expert(recipe, one.expert))
+        for one, network in zip(learning(family), networks, strict=True):
+            attempt(_prepare, of_expert(recipe, one.expert), one, network, fake)
 
 
-def _read_adapter(recipe: Recipe) -> None:
-    path = str(recipe.adapter.adapter_path)
-    with named_by("adapter_path", path):
-        read_adapter(path, base_of(recipe.model).outline, outline=True)
+def _prepare(recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode) -> None:
+    prepare(recipe, family, network, Engine(on_cpu=True), None, fake)
 
 
 def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:

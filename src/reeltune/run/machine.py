@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 from reeltune.config.recipe import Recipe
-from reeltune.run.precision import slow_bf16
+from reeltune.run.precision import fp16_without_gpu, slow_bf16
 
 
 def machine_notices(recipe: Recipe, *, only_encoding: bool = False) -> list[str]:
-    return [*slow_bf16(recipe, only_encoding=only_encoding), *too_many_workers(recipe)]
+    precision = [*slow_bf16(recipe, only_encoding=only_encoding), *fp16_without_gpu(recipe)]
+    return [*precision, *too_many_workers(recipe)]
 
 
 def too_many_workers(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""Types that a run computes in: those of VAE and encoders, and which of them this machine's CPU is slow at."""
+"""Types that a run computes in: those of VAE and encoders, and which of them this machine is slow at, or has not."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def slow_bf16(recipe: Recipe, *, only_encoding: bool = False) -> list[str]:
         f"there is no GPU here, and this CPU has no bf16 units: bf16 (mixed_precision, encoder_weights) takes about "
         f"{SLOWER} times as long as fp32 (mixed_precision: no)"
     ]
+
+
+def fp16_without_gpu(recipe: Recipe) -> list[str]:
+    """A notice, where training would be refused on this machine, and perhaps not where it is to be."""
+    if recipe.training.mixed_precision != "fp16" or torch.cuda.is_available():
+        return []
+    return ["mixed_precision is fp16, which needs a GPU, and there is none here: on this machine training is refused"]
 
 
 def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
