@@ -192,6 +192,16 @@ def test_adapters_take_what_the_allocator_gives(wide, settings, monkeypatch):
     compare(wide, monkeypatch, rank=8, **settings)
 
 
+@pytest.mark.quick_by_family("toy", "hunyuan_video")
+@pytest.mark.first_by_family
+def test_fp16_takes_what_bf16_does_and_needs_no_gpu_to_be_counted(any_tiny):
+    """Beneath adapters, whose base is kept in it."""
+    in_fp16, in_bf16 = (
+        any_tiny.estimate(Shape(5, 32, 32), mixed_precision=precision, rank=1) for precision in ("fp16", "bf16")
+    )
+    assert in_fp16 == in_bf16 and in_fp16.number_bytes == 2
+
+
 @pytest.mark.slow
 def test_what_recipes_have_in_common_is_computed_once(small, tmp_path):
     """And comes to what each of them takes by itself. A row changes one setting of each thing that is computed."""

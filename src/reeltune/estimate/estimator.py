@@ -47,7 +47,7 @@ class Estimator:
         Draws of one shape are all alike. Raises UserError as loading does.
         """
         family, fake, once = learning(self.family)[0], self.fake, self._once  # two that learn are of the same sizes
-        recipe = of_expert(recipe, family.expert)
+        recipe = as_counted_here(of_expert(recipe, family.expert))
         shape, sized = draws[0].shape, (draws[0].shape, len(draws))
         load = partial(load_parts, recipe, family, torch.device("cpu"), fake=fake)
         visiting = recipe.training.low_vram or recipe.cache.cache_folder is not None
@@ -75,6 +75,13 @@ class Estimator:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def as_counted_here(recipe: Recipe) -> Recipe:
+    """fp16 is counted as bf16, of the same bytes: the CPU, by whose kernels fake tensors go, mixes the two up."""
+    if recipe.training.mixed_precision != "fp16":
+        return recipe
+    return replace(recipe, training=replace(recipe.training, mixed_precision="bf16"))
 
 
 def only_training(recipe: Recipe) -> Recipe:

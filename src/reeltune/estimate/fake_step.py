@@ -54,8 +54,8 @@ def training_step(
 
     Raises UserError as a run does that prepares it.
     """
-    asked, inside, encoded = recipe.training.mixed_precision, recipe.memory.step_in_backward, encoding.encoded
-    engine = Engine("bf16" if asked == "fp16" else asked, on_cpu=True)  # the CPU has no fp16
+    inside, encoded = recipe.memory.step_in_backward, encoding.encoded
+    engine = Engine(recipe.training.mixed_precision, on_cpu=True)
     tracker = Tracker(fake)
 
     def step(count: int) -> None:
