@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ MOST_LETTERS = 50  # of a name, in that of the file beside it: names have 255 by
 MOST_SHOWN = 300  # letters of a path
 SHELL_WORD = re.compile(r"^~[^/]*(?=/|$)|(?:^|/)\$(?:\w+|\{\w+\})(?=/|$)")
 NO_NAMES = ("", "..")  # of `/` and `.`, and of a folder's own folder
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)
 LOST = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)  # what was mounted there is gone
 
 
@@ -146,21 +148,44 @@ def whole_path(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Where to write what is to be in a folder: what `whole_file` does, for all of it. `path` is not there, or empty.
 
-    Raises CannotWriteError; nothing is left of it then.
+    Raises CannotWriteError, and nothing is left of it then; UserError while another process writes the same.
     """
     beside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    try:
-        with writing(path, "nothing is left of it"):
-            beside.mkdir(parents=True)
+    with writing(path, "nothing is left of it"), _held(beside):
+        try:
             yield beside
             flush_tree(beside)
             if path.exists():
                 path.rmdir()
             beside.rename(path)
             flush_folder(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A folder that is made, or emptied of what a killed process has left in it, for this process alone. Raises
+    UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            place = folder.name.removeprefix(".").removesuffix(".partial")
+            raise UserError(
+                str(folder.with_name(place)),
+                "is being written by another process; wait until it has ended, or give another place",
+            ) from None
+        except OSError as without:  # some network file systems
+            if without.errno not in NO_LOCKS:
+                raise
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(handle)
 
 
 def flush_file(path: Path) -> None:

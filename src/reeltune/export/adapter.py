@@ -24,8 +24,8 @@ from reeltune.checkpoint.state import Shared, has_average
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import few
-from reeltune.export.main import within_checkpoint
 from reeltune.run.base import Base
+from reeltune.run.folder import within_checkpoint
 
 
 def export_adapter(
@@ -116,7 +116,7 @@ def _problems(source: Path, out: Path) -> Iterator[str]:
     if out.suffix != ".safetensors":
         yield f"{out} is to be a file that ends in .safetensors"
     yield from within_checkpoint(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         yield f"{out} is there already; give another"
 
 

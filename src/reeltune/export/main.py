@@ -21,7 +21,7 @@ from reeltune.config.moved import recipe_beside
 from reeltune.config.parse import build, read
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import refuse
-from reeltune.core.files import NO_NAMES, flush_folder, flush_tree, writing
+from reeltune.core.files import NO_NAMES, whole_folder
 from reeltune.core.reading import few
 from reeltune.distributed.engine import DTYPES
 from reeltune.export import forward_check, streamed
@@ -30,6 +30,7 @@ from reeltune.families.spec import Family, check_expert, check_mode
 from reeltune.families.stored import Stored
 from reeltune.memory.host import room_bytes
 from reeltune.run.experts import of_expert
+from reeltune.run.folder import within_checkpoint
 
 PORTION = 2**18  # numbers
 SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -117,25 +118,14 @@ def written(
     RuntimeError. Raises UserError as `export`.
     """
     by_name = {name: outline[mine] for name, mine in theirs.items()}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(out, "nothing is left of it"):
-            partial.mkdir(parents=True)
-            write_config(partial, by_name)
-            cast = Cast(source, dtype)
-            shard_bytes = int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]]
-            files = streamed.write(partial, by_name, lambda name: cast(theirs[name]), shard_bytes)
-            refuse("export", few(cast.problems))
-            flush_tree(partial)
-        proven = proof(partial, theirs)
-        tried = _tried(recipe, partial, outline)
-        if out.exists():
-            out.rmdir()  # empty, or it would have been refused
-        partial.rename(out)
-        flush_folder(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as beside:
+        write_config(beside, by_name)
+        cast = Cast(source, dtype)
+        shard_bytes = int(max_shard_size[:-2]) * SIZES[max_shard_size[-2]]
+        files = streamed.write(beside, by_name, lambda name: cast(theirs[name]), shard_bytes)
+        refuse("export", few(cast.problems))
+        proven = proof(beside, theirs)
+        tried = _tried(recipe, beside, outline)
     for file in files:
         yield f"{out / file.name}  {(out / file.name).stat().st_size / 1e6:,.1f} MB"
     yield proven
@@ -190,17 +180,13 @@ def taken(out: Path) -> Iterator[str]:
         yield f"{out} is a folder that cannot be made anew; give it a name of its own"
         return
     yield from within_checkpoint(out)
+    if out.is_symlink():
+        yield f"{out} is a link, in whose place nothing is written; give the folder itself, or another"
+        return
     if checkpoints.NAME.match(out.name) and checkpoints.complete(out.absolute().parent):
         yield f"{out} would stand among the checkpoints of a run, which has one of that name to write; give another"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield f"{out} is there already and is not an empty folder; give another"
-
-
-def within_checkpoint(out: Path) -> Iterator[str]:
-    """Why nothing is to be written there, though it could."""
-    whole = next((folder for folder in out.absolute().parents if checkpoints.is_complete(folder)), None)
-    if whole is not None:
-        yield f"{out} is within {whole}, which goes once the run has checkpoints_total_limit newer ones; give another"
 
 
 def _source(checkpoint: Path, ema: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +41,9 @@ RESTORE = "restore it from a copy"
 
 
 def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
-    """Raises UserError if output_dir holds checkpoints that this run would mix its own with."""
+    """Raises UserError if output_dir holds checkpoints that this run would mix its own with, or is in one that goes."""
+    if resumed_from is None:
+        refuse("recipe", [f"output_dir {line}" for line in within_checkpoint(Path(output_dir))])
     if theirs := checkpoint.of_other_tools(output_dir):
         names = ", ".join(few([path.name for path in theirs]))
         raise UserError(
@@ -62,6 +65,15 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} holds "
             f"{there[-1].name} of another run; give another output_dir",
         )
+
+
+def within_checkpoint(out: Path) -> Iterator[str]:
+    """Why nothing is to be written there, though it could: a checkpoint is deleted with all that is in it."""
+    own = (out.absolute(), Path(os.path.realpath(out)))
+    whole = next((one for path in own for one in (path, *path.parents) if checkpoint.is_complete(one)), None)
+    if whole is not None:
+        place = "a checkpoint" if whole in own else f"within {whole}"
+        yield f"{out} is {place}, which goes once the run has checkpoints_total_limit newer ones; give another"
 
 
 def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: bool) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from reeltune.config.recipe import Recipe, Validation
-from reeltune.core.errors import UserError, refuse
+from reeltune.core.errors import UserError, lacks_memory, refuse
 from reeltune.distributed.engine import Engine
 from reeltune.run.adapters import MOST_STRENGTH
+from reeltune.run.folder import within_checkpoint
 from reeltune.run.model import choose_family, encode_options
 from reeltune.run.sizes import size_rules
+from reeltune.sampling.numbers import free_numbers
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import Request, drawn_controls, notice_cut, requests_of
 from reeltune.sampling.sample import Setup, make_clip
@@ -40,34 +43,50 @@ def sample_clips(
     requests = [replace(one, seed=own) for one in requests for own in seeds or (one.seed,)]
     notice_cut(family, [("negative_prompt", validation.negative_prompt)])
     training = recipe.training
-    engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
-    trained = load_trained(recipe, family, engine.device, adapters)
-    other = OtherExpert.of(recipe, family, engine.device)
-    if strengths and not (trained.adapters or (other and other.adapter)):
-        raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint that keeps one")
-    setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe), other)
     columns = strengths or (1.0,)
-    first = 1 + max((int(path.stem) for path in folder.glob("*.mp4") if path.stem.isdecimal()), default=-1)
-    numbers = [range(first + len(columns) * row, first + len(columns) * (row + 1)) for row in range(len(requests))]
-    clips = [[folder / f"{number}.mp4" for number in row] for row in numbers]
-    frames = _make(setup, other, trained, validation, requests, clips, columns)
-    made = [clip for row in clips for clip in row]
-    if not strengths:
-        return made
-    sheet = folder / f"{made[0].stem}-{made[-1].stem}.png"
-    write_sheet(
-        sheet,
-        frames,
-        rows=[f"seed {request.seed}: {request.prompt}" for request in requests],
-        columns=[f"strength {strength:g}" for strength in strengths],
-    )
-    return [*made, sheet]
+    with free_numbers(folder, len(columns) * len(requests)) as numbers, _told_when_full():
+        engine = Engine(training.mixed_precision, allow_tf32=training.allow_tf32, deterministic=training.deterministic)
+        trained = load_trained(recipe, family, engine.device, adapters)
+        other = OtherExpert.of(recipe, family, engine.device)
+        if strengths and not (trained.adapters or (other and other.adapter)):
+            raise UserError("sample", "strengths are given and no adapter; give --adapters, or a checkpoint with one")
+        setup = Setup(family, mode, trained.parts, objective, engine.autocast, encode_options(recipe), other)
+        made = [folder / f"{number}.mp4" for number in numbers]
+        clips = [made[i : i + len(columns)] for i in range(0, len(made), len(columns))]
+        frames = _make(setup, other, trained, validation, requests, clips, columns)
+        if not strengths:
+            return made
+        sheet = folder / f"{numbers[0]}-{numbers[-1]}.png"
+        write_sheet(
+            sheet,
+            frames,
+            rows=[f"seed {request.seed}: {request.prompt}" for request in requests],
+            columns=[f"strength {strength:g}" for strength in strengths],
+        )
+        return [*made, sheet]
+
+
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    """Within, lack of memory while clips are made becomes UserError; that of loading says more, and is one already."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
+        raise UserError(
+            "memory",
+            f"memory is full while clips are made ({first}); make smaller ones, by video_sample_n_frames, "
+            "video_sample_size or fix_sample_size, or set low_vram or vae_tiling",
+        ) from error
 
 
 def _refuse(recipe: Recipe, adapters: Sequence[str], strengths: Sequence[float], seeds: Sequence[int]) -> None:
     problems = []
     if not recipe.validation.validation_prompts:
         problems.append("validation_prompts is empty, so there is nothing to make; give a prompt or more")
+    problems += [f"output_dir {line}" for line in within_checkpoint(Path(recipe.output.output_dir))]
     if adapters and recipe.model.expert == "both":
         problems.append(
             f"adapters is {' '.join(adapters)} and expert is both, which are two networks, and an adapter is of one; "
