@@ -171,7 +171,7 @@ def test_weights_of_vae_and_encoders_that_training_would_refuse(part, given, tmp
         assert lines_of(given, tmp_path, pretrained_model_name_or_path=model, **flags)
 
 
-REFUSED = {  # of which weights learn, and of levers beside that
+REFUSED = {  # of which weights learn, of levers beside that, and of sizes
     "trainable_modules": (["--trainable_modules", "blocks.0.", "nothing"], "nothing"),
     "trainable_modules_low_learning_rate": (["--trainable_modules_low_learning_rate", "nothing"], "nothing"),
     "blocks_to_swap": (["--blocks_to_swap=1"], "blocks 0 have weights that do not learn"),
@@ -181,12 +181,14 @@ REFUSED = {  # of which weights learn, and of levers beside that
     "target_name": (["--rank=2", "--target_name", "nothing"], "nothing"),
     "train_whole": (["--rank=2", "--train_whole", "nothing"], "train_whole has 'nothing'"),
     "train_whole of few bits": (["--rank=2", "--train_whole", "ffn", "--base_weights=int8"], "needs to learn"),
+    "more pixels than there is memory": (["--fix_sample_size", "99968", "99968"], "GB of pixels before anything"),
+    "more pixels than FFmpeg makes": (["--fix_sample_size", "22000", "22000"], "22000 x 22000 pixels are asked of a"),
     "adapter_path": (["--rank=2", "--adapter_path=ADAPTER"], "adapter_path is "),
 }
 
 
 @pytest.mark.parametrize(("words", "told"), REFUSED.values(), ids=REFUSED)
-def test_what_training_refuses_of_what_learns_is_refused_in_its_words(words, told, given, tmp_path):
+def test_what_training_refuses_before_its_first_step_is_refused_in_its_words(words, told, given, tmp_path):
     layer = "diffusion_model.blocks.0.self_attn.q"
     pair = {f"{layer}.lora_A.weight": torch.ones(4, 48), f"{layer}.lora_B.weight": torch.ones(48, 4)}
     save_file(pair, tmp_path / "adapter.safetensors")

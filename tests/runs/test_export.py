@@ -95,6 +95,14 @@ def test_nothing_is_written_into_a_checkpoint_but_into_a_folder_of_such_a_name(r
     assert not inside.exists()
     with pytest.raises(UserError, match=r"checkpoint-9 would stand among the checkpoints of a run"):
         list(export(run / "checkpoint-3", run / "checkpoint-9"))
+    link, empty = tmp_path / "link", tmp_path / "empty"
+    link.symlink_to(run / "checkpoint-3")
+    assert "within" in next(taken(link / "out"))
+    for target in (empty, tmp_path / "nowhere"):  # a link is told before anything is written, and stays
+        empty.mkdir(exist_ok=True)
+        link.unlink()
+        link.symlink_to(target)
+        assert [line.partition(", ")[0] for line in taken(link)] == [f"{link} is a link"]
     for out in (tmp_path / "checkpoint-9", tmp_path / "checkpoint-8/out"):  # of no run
         assert list(taken(out)) == []
         list(export(run / "checkpoint-3", out))

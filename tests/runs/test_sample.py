@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -329,3 +330,19 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
         output = Output(output_dir=str(tmp_path / "none"), resume_from_checkpoint=wanted)
         with pytest.raises(UserError, match=words):
             sample_clips(replace(asked, output=output))
+
+
+@pytest.mark.parametrize(
+    "full",
+    [MemoryError("Unable to allocate 140. GiB for an array"), torch.OutOfMemoryError("CUDA out of memory. Tried to")],
+    ids=["host", "device"],
+)
+def test_memory_that_runs_out_while_clips_are_made_is_told(full, clips, tmp_path, monkeypatch):
+    asked = recipe(tmp_path, validation_prompts=("a bar",), validation_paths=(str(clips / "1_control.mp4"),))
+    monkeypatch.setattr("reeltune.sampling.clips.make_clip", Mock(side_effect=full))
+    with pytest.raises(UserError, match="memory is full while clips are made .*; make smaller ones, by video_sample_n"):
+        sample_clips(asked)
+    assert list((tmp_path / "run/samples").iterdir()) == []
+    monkeypatch.setattr("reeltune.sampling.clips.make_clip", Mock(side_effect=RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        sample_clips(asked)

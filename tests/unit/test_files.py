@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from reeltune.core.errors import UserError
 from reeltune.core.files import CannotWriteError, refusal, whole_file, whole_folder, writing
 
 
@@ -104,3 +105,14 @@ def test_a_folder_is_whole_before_it_is_seen_or_nothing_is_left(fails, tmp_path)
         write()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ([] if fails else ["one"])
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    out = tmp_path / "out"
+    with whole_folder(out) as beside:
+        (beside / "one").write_text("1")
+        told = r"out: 1 problem\n.*is being written by another process; wait"
+        with pytest.raises(UserError, match=told), whole_folder(out):
+            pass
+        assert (beside / "one").read_text() == "1", "what the first has written stays"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "one").read_text() == "1"

@@ -225,6 +225,12 @@ def test_a_step_within_the_backward_pass_is_called_so_and_no_accumulation_advise
     assert "full in the optimizer's step of step 3" in plain
 
 
+def test_memory_of_the_machine_is_told_from_a_devices():
+    told = str(explained(MemoryError("Unable to allocate 9. GiB"), "data", 0, None, {}, build({"train_batch_size": 2})))
+    assert "the memory of this machine is full in reading data of step 0 (Unable to allocate 9)" in told
+    assert "train_batch_size: 1" in told and "optimizer" not in told
+
+
 def test_nothing_is_offered_that_goes_with_no_lever_in_use():
     both = {"train_batch_size": 2}
     assert any("gradient_accumulation_steps" in line for line in words(both))

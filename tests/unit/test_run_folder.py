@@ -4,7 +4,7 @@ import pytest
 
 from reeltune.config.parse import build, dump, flat, settings
 from reeltune.core.errors import UserError
-from reeltune.run.folder import changes_since
+from reeltune.run.folder import changes_since, refuse_overwriting
 
 REFUSED = {
     "seed": (7, "the samples would not go on where they were"),
@@ -92,3 +92,14 @@ def test_no_switch_changes_in_silence(changed):
             assert [line.split(" ")[0] for line in changed({}, now)] == [name]
         except UserError as error:
             assert [line.split(" ")[0] for line in error.problems] == [name]
+
+
+def test_a_run_is_not_begun_within_a_checkpoint_which_goes(tmp_path):
+    checkpoint, link = tmp_path / "checkpoint-2", tmp_path / "link"
+    checkpoint.mkdir()
+    (checkpoint / "progress.json").write_text("{}")
+    link.symlink_to(checkpoint)
+    for out, place in ((checkpoint, "a checkpoint"), (checkpoint / "runs/new", "within "), (link / "new", "within ")):
+        with pytest.raises(UserError, match=f"output_dir .* is {place}.*which goes once the run has"):
+            refuse_overwriting(out, None)
+    refuse_overwriting(checkpoint / "new", tmp_path / "checkpoint-1")  # of one that was begun there it is not said

@@ -27,7 +27,10 @@ class UserError(Exception):
         return UserError, (self.where, self.problems)
 
 
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"),
+    "Unable to allocate",  # numpy's, as torch's DataLoader passes it on from a worker
+)
 
 
 def lacks_memory(error: BaseException) -> bool:

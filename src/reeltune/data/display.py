@@ -78,14 +78,19 @@ def _may_be_transparent(frame: av.VideoFrame) -> bool:
     return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
 
+def refuse_unmade(height: int, width: int) -> None:
+    """Raises UserError for more pixels than FFmpeg makes frames of."""
+    if (width + 128) * (height + 128) >= MOST_PIXELS:
+        told = f"{width} x {height} pixels are asked of a frame, more than FFmpeg makes; lower the sample sizes"
+        raise UserError("recipe", told)
+
+
 class Displayer:
     """Frames of one clip to a height and width, each resized once."""
 
     def __init__(self, height: int, width: int):
-        """Pixels, as displayed. Raises UserError for more than FFmpeg makes frames of."""
-        if (width + 128) * (height + 128) >= MOST_PIXELS:
-            told = f"{width} x {height} pixels are asked of a frame, more than FFmpeg makes; lower the sample sizes"
-            raise UserError("recipe", told)
+        """Pixels, as displayed. Raises as `refuse_unmade`."""
+        refuse_unmade(height, width)
         self.height, self.width = height, width
         self._resize, self._uncover = VideoReformatter(), VideoReformatter()
 

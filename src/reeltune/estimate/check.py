@@ -24,6 +24,7 @@ from reeltune.run.data import Inputs, gather
 from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, load_parts
+from reeltune.run.sizes import refuse_too_large
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import refuse_other_control, requests_of
 from reeltune.training.loop import steps_of
@@ -40,6 +41,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     inputs = gather(recipe, family, mode)
     _read_ahead(recipe, family, mode, inputs.rules, networks, fake)
     plan = inputs.plan(0)
+    refuse_too_large(plan.share(0, 0, recipe.training.train_batch_size))
     yield f"model    {family.name}, train_mode {mode}"
     yield from _entries(recipe, inputs, plan)
     yield from _steps(recipe, plan)

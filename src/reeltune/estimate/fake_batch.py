@@ -10,11 +10,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reeltune.core.errors import UserError
 from reeltune.core.types import Batch, Draw
 from reeltune.families.spec import Family
-
-MOST_BYTES = 2**34  # of pixels in a step
+from reeltune.run.sizes import refuse_too_large
 
 
 @contextmanager
@@ -38,12 +36,7 @@ def empty_batch(
     Raises UserError for clips that no machine could read.
     """
     (frames, height, width), B, needs = draws[0].shape, len(draws), family.needs[mode]
-    if B * frames * 3 * height * width > MOST_BYTES:
-        raise UserError(
-            "recipe",
-            f"the largest step has {B} x {frames} frames of {width} x {height}, more than {MOST_BYTES / 1e9:.0f} GB of "
-            "pixels before anything is computed; lower the sample sizes, video_sample_n_frames or train_batch_size",
-        )
+    refuse_too_large(draws)
     pixels = torch.zeros(B, frames, 3, height, width, dtype=torch.uint8)
     with fake:
         return Batch(

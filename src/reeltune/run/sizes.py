@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError, refuse
+from reeltune.core.types import Draw
+from reeltune.data.display import refuse_unmade
 from reeltune.data.metadata import LeftOut
 from reeltune.data.plan import sampled_lengths
 from reeltune.data.records import Records
 from reeltune.data.scan import notice_of
 from reeltune.data.shapes import SizeRules, budget_frames, clip_length
 from reeltune.families.spec import Family
+
+MOST_BYTES = 2**34  # of pixels in a step
 
 
 def size_rules(recipe: Recipe, family: Family) -> SizeRules:
@@ -90,3 +94,18 @@ def short_clips(records: Records, rules: SizeRules) -> list[str]:
     step = f"at stride {rules.video_sample_stride}" if rate is None else f"at {rate:g} per second"
     sentence = f"the clip has fewer than {full} frames {step}, and is used as it is"
     return [notice_of(len(short), records.entry[short].tolist(), sentence)] if len(short) else []
+
+
+def refuse_too_large(draws: Sequence[Draw]) -> None:
+    """Raises UserError for samples of one shape that no machine could read at once, or no reader could make."""
+    (frames, height, width), count = draws[0].shape, len(draws)
+    if count * frames * 3 * height * width > MOST_BYTES:
+        raise UserError(
+            "recipe",
+            f"the largest step has {count} x {frames} frames of {width} x {height}, more than {MOST_BYTES / 1e9:.0f} "
+            "GB of pixels before anything is computed; lower the sample sizes, video_sample_n_frames or "
+            "train_batch_size",
+        )
+    if frames > 1:
+        for draw in draws:
+            refuse_unmade(draw.crop.height, draw.crop.width)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reeltune.checkpoint import folder as checkpoint
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, lacks_memory
 from reeltune.core.files import CannotWriteError, whole_file
 from reeltune.core.types import Batch, Shape
 from reeltune.diffusion.loss import Loss
@@ -60,7 +60,7 @@ class Duties:
             if kind is None:
                 raise
             self.log.warn(f"ledger.csv and the report are not written: {broken}")
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, Exception) and not isinstance(error, UserError) and lacks_memory(error):
             run = self.run
             held_bytes = run.turns.now.learner.held_bytes()
             raise explained(error, *run.watchdog.now, self.shape, held_bytes, run.recipe) from error

@@ -35,6 +35,7 @@ from reeltune.run.folder import changes_since, refuse_other_model, refuse_overwr
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options
+from reeltune.run.sizes import refuse_too_large
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import DrawnControls, drawn_controls
 from reeltune.sampling.sample import Setup
@@ -98,6 +99,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if engine.main:
         checkpoint.sweep(Path(recipe.output.output_dir))
     inputs, drawn = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
+    refuse_too_large(inputs.plan(0).share(0, 0, split.batch))
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:

@@ -1,8 +1,10 @@
-"""What to say when the device is full: where that came, which part grew, and what to change."""
+"""What to say when a device or the machine is full: where that came, which part grew, and what to change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import torch
 
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
@@ -28,6 +30,7 @@ GREW = {  # what a process was doing (watchdog.Doing; "step in backward") -> (th
     "end": ("the end", "what is gathered of all processes"),
 }
 PHASES = {  # the same -> phases of a step, one of which must take less; all of them where it is none of a step
+    "data": {"encode"},  # of as many pixels
     "encode": {"encode"},
     "forward": TRAINED,
     "step": {"step"},
@@ -43,12 +46,13 @@ def explained(
     -> bytes that the learner holds now."""
     doing = named(doing, recipe)
     words, grew = GREW[doing]
+    place = "the device" if isinstance(error, torch.OutOfMemoryError) else "the memory of this machine"
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     parts = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
     first = str(error).partition(". ")[0]
     return UserError(
         "memory",
-        f"the device is full in {words} of step {step}{size} ({first}). It holds {parts}; {grew} grew until it "
+        f"{place} is full in {words} of step {step}{size} ({first}). It holds {parts}; {grew} grew until it "
         f"was full. Change one or more, the cheapest first: {'; '.join(remedies(doing, recipe))}. `reeltune plan` with "
         "this recipe tells which of them is enough",
     )
