@@ -69,6 +69,20 @@ def test_old_ones_are_pruned_after_a_good_save_only(tmp_path):
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
+def test_of_a_checkpoint_that_lies_elsewhere_the_link_alone_is_deleted(tmp_path):
+    """Someone has moved it to another disk, and put a link in its place."""
+    out, elsewhere = tmp_path / "run", tmp_path / "disk"
+    for step in (1, 2):
+        save(out, step)
+    (out / "checkpoint-1").rename(elsewhere)
+    for name in ("checkpoint-1", ".checkpoint-1.deleted.partial", ".checkpoint-7.partial"):  # and after a kill
+        (out / name).symlink_to(elsewhere)
+    save(out, 3, keep=2)
+    checkpoint.sweep(out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoint.progress_of(elsewhere) == Progress(1, 1, 2)
+
+
 def test_our_own_bugs_are_not_taken_for_a_full_disk(tmp_path):
     def bug(folder):
         raise ValueError("shapes differ")

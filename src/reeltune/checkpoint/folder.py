@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune.checkpoint import digests
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import flush_folder, flush_tree, is_disk_error, room, writing
+from reeltune.core.files import flush_folder, flush_tree, is_disk_error, remove, room, writing
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
@@ -234,7 +234,7 @@ def _finish(
     partial.rename(final)
     flush_folder(final.parent)
     if old is not None:
-        shutil.rmtree(old)
+        remove(old)
     others = [path for path in complete(final.parent) if path != final]
     for old in others[: len(others) + 1 - max(keep, 1)] if keep is not None else []:
         _delete(old)
@@ -250,7 +250,7 @@ def _open_to_others(folder: Path, mode: int) -> None:
 
 def _delete(checkpoint: Path) -> None:
     """Raises as `_hidden`."""
-    shutil.rmtree(_hidden(checkpoint))
+    remove(_hidden(checkpoint))
 
 
 def _hidden(checkpoint: Path) -> Path:
@@ -263,7 +263,7 @@ def _hidden(checkpoint: Path) -> Path:
             "save", f"{checkpoint} was made by another tool and is not written over; give another output_dir"
         )
     doomed = checkpoint.with_name(f".{checkpoint.name}.deleted.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     return checkpoint.rename(doomed)
 
 
@@ -397,4 +397,4 @@ def sweep(output_dir: Path) -> None:
     """Deletes what a kill in the middle of a save left behind."""
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         if PARTIAL.match(path.name):
-            shutil.rmtree(path)
+            remove(path)

@@ -182,10 +182,18 @@ def _held(folder: Path) -> Iterator[None]:
             if without.errno not in NO_LOCKS:
                 raise
         for left in folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            remove(left)
         yield
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder with all in it, or a file; of a link the link alone. One that is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush_file(path: Path) -> None:
