@@ -340,9 +340,7 @@ def test_sample_takes_a_runs_checkpoint(is_shared, clips, tmp_path):
 def test_memory_that_runs_out_while_clips_are_made_is_told(full, clips, tmp_path, monkeypatch):
     asked = recipe(tmp_path, validation_prompts=("a bar",), validation_paths=(str(clips / "1_control.mp4"),))
     monkeypatch.setattr("reeltune.sampling.clips.make_clip", Mock(side_effect=full))
-    with pytest.raises(
-        UserError, match=r"memory is full while clips are made .*; make smaller ones, by video_sample_n"
-    ):
+    with pytest.raises(UserError, match=r"memory is full while clips are made .*; make smaller ones, by video"):
         sample_clips(asked)
     assert list((tmp_path / "run/samples").iterdir()) == []
     monkeypatch.setattr("reeltune.sampling.clips.make_clip", Mock(side_effect=RuntimeError("ours")))

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -208,6 +209,10 @@ def test_later_ones_are_set_aside_and_pruning_never_takes_what_was_just_written(
     save(tmp_path, 4)
     assert [path.name for path in checkpoint.set_later_aside(tmp_path, 2)] == ["checkpoint-4.2"]
     assert checkpoint.load(moved[0])["state"].tolist() == [4, 4, 4]
+    shutil.rmtree(moved[0])
+    save(tmp_path, 4)
+    save(tmp_path, 6)
+    assert [path.name for path in checkpoint.set_later_aside(tmp_path, 2)] == ["checkpoint-4", "checkpoint-6.2"]
     save(tmp_path, 9)
     save(tmp_path, 3, keep=1)  # though a later one is there
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["checkpoint-3"]

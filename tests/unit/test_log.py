@@ -3,6 +3,7 @@
 import importlib.machinery
 import io
 import json
+import os
 import sys
 import types
 
@@ -169,6 +170,12 @@ def test_a_new_run_keeps_the_metrics_of_an_earlier_one(tmp_path):
     [aside] = tmp_path.glob("metrics.until-*.jsonl")
     assert aside.read_text() == before
     assert read(tmp_path)[0]["kind"] == "notice" and aside.name in told(book)
+    status = aside.stat()
+    os.utime(tmp_path / "metrics.jsonl", (status.st_atime, status.st_mtime))  # of the same second, or a clock set back
+    with log(tmp_path):
+        pass
+    assert aside.read_text() == before
+    assert {path.name for path in tmp_path.glob("metrics.until-*")} == {aside.name, f"{aside.stem}.2.jsonl"}
 
 
 def test_the_console_has_means_over_the_interval(tmp_path):

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -186,6 +187,12 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def free_path(path: Path) -> Path:
+    """The path itself where nothing is, else the first with a number before its ending where nothing is: a.2.txt."""
+    others = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(2))
+    return next(one for one in chain([path], others) if not os.path.lexists(one))
 
 
 def remove(path: Path) -> None:

@@ -26,7 +26,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from reeltune.core.errors import refuse
-from reeltune.core.files import whole_file, writing
+from reeltune.core.files import free_path, whole_file, writing
 from reeltune.core.reading import as_user_error, json_value, refuse_absent
 from reeltune.core.terminal import Terminal
 from reeltune.reporting.metrics import PARTS
@@ -326,7 +326,7 @@ def _start_over(path: Path) -> str | None:
     if not path.exists():
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    aside = path.with_name(f"metrics.until-{stamp}.jsonl")
+    aside = free_path(path.with_name(f"metrics.until-{stamp}.jsonl"))  # two of one second, or of a clock set back
     path.rename(aside)
     return aside.name
 
