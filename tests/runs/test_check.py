@@ -201,6 +201,14 @@ def test_what_training_refuses_before_its_first_step_is_refused_in_its_words(wor
     assert checked.value.problems == trained.value.problems
 
 
+def test_what_is_wrong_with_both_experts_is_told_once(given, tmp_path):
+    tiny_checkpoint(tmp_path / "model", "2.2_a14b_inp")
+    with pytest.raises(UserError) as told:
+        lines_of(given, tmp_path, pretrained_model_name_or_path=tmp_path / "model", expert="both", blocks_to_swap=1)
+    (problem,) = told.value.problems
+    assert problem.startswith("blocks_to_swap is 1, but of the network's 2 blocks 0 have weights")
+
+
 def test_a_precision_that_this_machine_has_not_is_told(given, tmp_path, monkeypatch):
     """It is no refusal: training may be meant for another machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

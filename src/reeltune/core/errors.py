@@ -57,7 +57,8 @@ def named_by(setting: str, path: str) -> Iterator[None]:
 
 @contextmanager
 def together(where: str) -> Iterator[Callable[..., Any]]:
-    """Gives `attempt(f, *args)`: f(*args), or None where it raised UserError. At the end all problems are raised."""
+    """Gives `attempt(f, *args)`: f(*args), or None where it raised UserError. At the end all problems are raised, each
+    once."""
     problems: list[str] = []
 
     def attempt(act: Callable[..., Any], *args: Any) -> Any:
@@ -67,4 +68,4 @@ def together(where: str) -> Iterator[Callable[..., Any]]:
             problems.extend(error.problems)
 
     yield attempt
-    refuse(where, problems)
+    refuse(where, list(dict.fromkeys(problems)))
