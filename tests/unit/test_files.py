@@ -55,6 +55,14 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
         pass
 
 
+def test_what_is_in_the_place_of_a_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, told in (("file", "file is a file"), ("link", "link is a link that leads nowhere")):
+        with pytest.raises(CannotWriteError, match=rf"cannot be written \(.*/{told}; "), writing(tmp_path / name):
+            (tmp_path / name).mkdir(exist_ok=True)
+
+
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(CannotWriteError, match=r"page\.html"), whole_file(tmp_path / "page.html"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from reeltune.cache.fill import fill
 from reeltune.config.parse import build, dump, flat, settings
 from reeltune.core.errors import UserError
 from reeltune.run.folder import changes_since, refuse_overwriting
@@ -103,3 +104,5 @@ def test_a_run_is_not_begun_within_a_checkpoint_which_goes(tmp_path):
         with pytest.raises(UserError, match=f"output_dir .* is {place}.*which goes once the run has"):
             refuse_overwriting(out, None)
     refuse_overwriting(checkpoint / "new", tmp_path / "checkpoint-1")  # of one that was begun there it is not said
+    with pytest.raises(UserError, match=r"cache_folder .* is within .*checkpoint-2, which goes once the run has"):
+        fill(build({"cache_folder": str(checkpoint / "cache"), "cache_variants": 1}))

@@ -21,6 +21,7 @@ from reeltune.cache.keys import Keys, Split
 from reeltune.cache.progress import ProgressBar
 from reeltune.cache.store import Store, Tensors, Writer
 from reeltune.config.recipe import Recipe
+from reeltune.core.errors import refuse
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Batch, Described
 from reeltune.data.camera import CameraError
@@ -29,6 +30,7 @@ from reeltune.data.media import MediaError
 from reeltune.distributed.engine import choose_kernels, place_in_launch
 from reeltune.families.spec import Family
 from reeltune.run.data import Inputs, gather
+from reeltune.run.folder import within_checkpoint
 from reeltune.run.loading_memory import told_when_full
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options, load_parts, outlines
@@ -49,11 +51,12 @@ def fill(recipe: Recipe) -> int:
 
     Raises UserError for everything that a user can mend.
     """
+    folder = Path(str(recipe.cache.cache_folder))
+    refuse("recipe", [f"cache_folder {line}" for line in within_checkpoint(folder)])
     rank, world, device = place_in_launch()
     choose_kernels(allow_tf32=recipe.training.allow_tf32, deterministic=recipe.training.deterministic)
     family, mode, _ = choose_family(recipe)
     inputs = gather(recipe, family, mode, show_progress=rank == 0)
-    folder = Path(str(recipe.cache.cache_folder))
     keys = keys_of(recipe, family, mode, show_progress=rank == 0)
     together = max(recipe.training.vae_mini_batch, 1)
     work = Work.of(keys, inputs, Store(folder), rank, world, together=together)

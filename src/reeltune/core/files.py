@@ -63,12 +63,19 @@ class writing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, UserError) and is_disk_error(error):
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise CannotWriteError(
                 str(self.path),
-                f"cannot be written ({reason}{room(self.path)}); {self.stays}; make room there or give another "
+                f"cannot be written ({_reason(error)}{room(self.path)}); {self.stays}; make room there or give another "
                 "folder, and run the same command again",
             ) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileExistsError) and error.filename is not None:  # where a folder was to be made
+        there = Path(os.fsdecode(error.filename))
+        lost = there.is_symlink() and not there.exists()
+        return f"{there} is a link that leads nowhere" if lost else f"{there} is a file"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
 
 
 def is_disk_error(error: BaseException) -> bool:
