@@ -81,7 +81,7 @@ def _read_ahead(
 
 
 def _prepare(recipe: Recipe, family: Family, network: Parts, fake: FakeTensorMode) -> None:
-    prepare(recipe, family, network, Engine(on_cpu=True), None, fake)
+    prepare(recipe, family, network, Engine(on_cpu=True), None, fake, on_cpu=True)
 
 
 def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
