@@ -1,7 +1,9 @@
 """Two tabs, or two servers, on one folder; and what is deleted, moved or set back while a page shows it."""
 
 import fcntl
+import json
 import os
+import platform
 import signal
 import threading
 
@@ -81,6 +83,21 @@ def test_a_run_whose_folder_is_gone_or_leads_elsewhere_is_told_as_such(tmp_path,
             answer = client.get(f"/runs/{id}{part}")
             assert answer.status_code == 404
         assert "renamed" in client.get("/").text and "one is gone" not in client.get("/").text
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="this system does not tell which files are open")
+def test_a_process_that_has_the_number_of_one_that_ended_is_not_stopped(tmp_path, monkeypatch):
+    """The table of locks has it as long as children of that one live."""
+    held = tmp_path / ".lock"
+    held.write_text(json.dumps({"process": os.getpid(), "machine": platform.node(), "since": ""}))
+    table = tmp_path / "locks"
+    table.write_text(f"1: FLOCK  ADVISORY  WRITE {os.getpid()} 08:01:{held.stat().st_ino} 0 EOF\n")
+    monkeypatch.setattr(live, "LOCKS", table)
+    assert live.holder(tmp_path) is None
+    with pytest.raises(UserError, match="ended already"):
+        actions.stop(tmp_path, tmp_path / "logs", "x")
+    with held.open():
+        assert live.holder(tmp_path) == os.getpid()
 
 
 def test_captions_are_changed_by_one_server_at_a_time(tmp_path):

@@ -22,6 +22,7 @@ SILENCE_S = 15.0  # after which a line is sent that says nothing, by which a bro
 LEAST_PAUSE_S = 2.0  # between two drawings of a run
 PAUSE_FACTOR = 10  # drawing takes a tenth of one core's time at most, however many watch
 COMPARED_BYTES = 64  # before the place up to which the file was read, to know it by
+LOCKS = Path("/proc/locks")
 T = TypeVar("T")
 
 
@@ -100,15 +101,27 @@ def holder(run: Path) -> int | None:
     try:
         about = json.loads(held.read_text(encoding="utf-8"))
         pid, machine = about["process"], about["machine"]
-        inode = held.stat().st_ino
-        locks = Path("/proc/locks").read_text(encoding="ascii")
+        status = held.stat()
+        locks = LOCKS.read_text(encoding="ascii")
     except (OSError, ValueError, KeyError, TypeError):  # no lock, not yet written, or another system
         return None
     for line in locks.splitlines():
         fields = line.split()  # number, FLOCK, ADVISORY, WRITE, process, major:minor:inode, ...
-        if fields[1] == "FLOCK" and fields[4] == str(pid) and fields[5].rpartition(":")[2] == str(inode):
-            return pid if machine == platform.node() else None
+        if fields[1] == "FLOCK" and fields[4] == str(pid) and fields[5].rpartition(":")[2] == str(status.st_ino):
+            return pid if machine == platform.node() and _has_open(pid, status) else None
     return None
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether the process has the file open: where children of one that was killed live on, the table has the number
+    that it had, which may be another's by now."""
+    try:
+        opened = [Path(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    except PermissionError:  # another user's; a signal would be refused, too
+        return True
+    except OSError:
+        return False
+    return any(os.path.samestat(one.stat(), file) for one in opened if one.exists())
 
 
 async def changes(run: Path, pause_s: Callable[[], float]) -> AsyncIterator[bytes]:
