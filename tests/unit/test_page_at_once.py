@@ -72,7 +72,7 @@ def test_a_run_whose_folder_is_gone_or_leads_elsewhere_is_told_as_such(tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = tmp_path / "served"
     two_runs(served)
-    ids = {name: Shelf(served).id_of(served / name) for name in ("one", "two")}
+    ids = {name: Shelf(served).id_of(served / name) for name in ("two", "one")}
     with TestClient(make_app(served, "token"), base_url=HOST) as client:
         assert client.get(f"/runs/{ids['one']}/head?token=token").status_code == 200
         assert client.get(f"/runs/{ids['two']}/head").status_code == 200
