@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from reeltune.core.errors import UserError
@@ -114,14 +113,14 @@ def _new_log(logs: Path, name: str) -> Path:
     now = time.strftime("%Y%m%d-%H%M%S")
     with writing(logs):
         logs.mkdir(parents=True, exist_ok=True)
-        for number in count():
+        number = 0
+        while True:
             log = logs / f"{now}{f'.{number}' if number else ''}-{_stem(name)}.log"
             try:
                 log.open("xb").close()
                 return log
             except FileExistsError:
-                continue
-    raise AssertionError("count() has no end")
+                number += 1
 
 
 def _stem(name: str) -> str:
