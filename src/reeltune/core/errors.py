@@ -45,6 +45,11 @@ def refuse(where: str, problems: Sequence[str]) -> None:
         raise UserError(where, problems)
 
 
+def first_words(error: BaseException) -> str:
+    """Of what the system or a library says of it, the first sentence, in a line."""
+    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
+
+
 @contextmanager
 def named_by(setting: str, path: str) -> Iterator[None]:
     """Within, what is wrong with a file is told of the recipe's setting that names it."""

@@ -23,7 +23,7 @@ from reeltune.reporting.log import check_trackers
 from reeltune.run.data import Inputs, gather
 from reeltune.run.experts import of_expert
 from reeltune.run.machine import machine_notices
-from reeltune.run.model import choose_family, load_parts
+from reeltune.run.model import choose_family, load_parts, may_preview
 from reeltune.run.sizes import refuse_too_large
 from reeltune.sampling.other_expert import OtherExpert
 from reeltune.sampling.prompts import refuse_other_control, requests_of
@@ -55,11 +55,11 @@ def _look_at_weights(recipe: Recipe, family: Family, fake: FakeTensorMode) -> li
     Raises UserError for weights that are not there or do not fit, by names and shapes alone; also for VAE's and
     encoders', where training reads them.
     """
-    cpu, validation = torch.device("cpu"), recipe.validation
+    cpu = torch.device("cpu")
     load = partial(load_parts, device=cpu, encoders=False, fake=fake)
     networks = [load(of_expert(recipe, one.expert), one) for one in learning(family)]
     OtherExpert.of(recipe, family, cpu)
-    if recipe.cache.cache_folder is None or validation.validation_prompts or validation.preview_count:
+    if recipe.cache.cache_folder is None or may_preview(recipe.validation):
         networks[0].read_frozen()
     return networks
 

@@ -11,7 +11,7 @@ from torch import nn
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
-from reeltune.core.errors import UserError, lacks_memory
+from reeltune.core.errors import UserError, first_words, lacks_memory
 from reeltune.families.spec import Parts
 from reeltune.memory import choices
 from reeltune.memory.host import room_bytes
@@ -64,10 +64,9 @@ class told_when_full:
         parts = ", ".join(f"{name} {part_bytes / 1e9:.1f} GB" for name, part_bytes in needed.items())
         levers_told = remedies(self.recipe, on_device=on_device, network=self.network, besides=self.besides)
         changes = [*levers_told, f"more memory for {place}"]
-        first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
             "memory",
-            f"{place} is full while {self.doing} ({first}). The networks take {parts}, "
+            f"{place} is full while {self.doing} ({first_words(error)}). The networks take {parts}, "
             f"{sum(needed.values()) / 1e9:.1f} GB together, and {had_bytes / 1e9:.1f} GB were free before. Change one "
             f"or more, the cheapest first: {'; '.join(changes)}",
         ) from error

@@ -17,7 +17,7 @@ from reeltune import families
 from reeltune.adapters.apply import merge, parameters_of
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.checkpoint.state import Shared
-from reeltune.config.recipe import Loss, Model, Recipe
+from reeltune.config.recipe import Loss, Model, Recipe, Validation
 from reeltune.core.errors import UserError, named_by, refuse, together
 from reeltune.diffusion.objective import Objective
 from reeltune.distributed.engine import DTYPES
@@ -181,10 +181,15 @@ def other_expert(family: Family, path: str | None) -> Family | None:
     return replace(own, expert=name, weights=own.weights if shared else weights.saved_transformer(path))
 
 
+def may_preview(validation: Validation) -> bool:
+    """Whether previews are made, of prompts or, where there are any, of held-out clips."""
+    return bool(validation.validation_prompts or validation.preview_count)
+
+
 def other_expert_bytes(recipe: Recipe, family: Family) -> int:
     """What the other expert takes of the host's memory, from the first preview on."""
     other, validation = other_expert(family, recipe.model.other_expert_path), recipe.validation
-    if other is None or other.weights is None or not (validation.validation_prompts or validation.preview_count):
+    if other is None or other.weights is None or not may_preview(validation):
         return 0
     count = sum(tensor.numel() for tensor in weights.peek(other.weights).values())
     return count * DTYPES[recipe.training.mixed_precision].itemsize

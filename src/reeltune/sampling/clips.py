@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from reeltune.config.recipe import Recipe, Validation
-from reeltune.core.errors import UserError, lacks_memory, refuse
+from reeltune.core.errors import UserError, first_words, lacks_memory, refuse
 from reeltune.distributed.engine import Engine
 from reeltune.run.adapters import MOST_STRENGTH
 from reeltune.run.folder import within_checkpoint
@@ -74,10 +74,9 @@ def _told_when_full() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        first = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
             "memory",
-            f"memory is full while clips are made ({first}); make smaller ones, by video_sample_n_frames, "
+            f"memory is full while clips are made ({first_words(error)}); make smaller ones, by video_sample_n_frames, "
             "video_sample_size or fix_sample_size, or set low_vram or vae_tiling",
         ) from error
 

@@ -40,17 +40,20 @@ class HostCopies:
 
     def held_bytes(self) -> int:
         """What is free to be copied into, once all that was reserved is there."""
+        self._wait()
+        return size_bytes(self._free)
+
+    def _wait(self) -> None:
         if self._reserved is not None:
             self._reserved.result()
             self._reserved, self._fresh = None, []
-        return size_bytes(self._free)
 
     def copied(self, tree: Any) -> Any:
         """A copy of the tree, bit for bit, whose tensors are in free memory or, where none is like them, in new memory.
 
         Free memory that is like none of them goes back to the system.
         """
-        self.held_bytes()  # waits
+        self._wait()
         free: dict[Any, list[Tensor]] = defaultdict(list)
         for kept in self._free:
             free[_form(kept)].append(kept)

@@ -99,7 +99,8 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if engine.main:
         checkpoint.sweep(Path(recipe.output.output_dir))
     inputs, drawn = _gather(recipe, engine, family, mode, group=split.group, groups_run_on=progress.plan_version > 0)
-    refuse_too_large(inputs.plan(0).share(0, 0, split.batch))
+    first_epoch = inputs.plan(0)
+    refuse_too_large(first_epoch.share(0, 0, split.batch))
     refuse_other_records(engine, inputs.train)
     ledger = ledger_of(recipe, inputs)
     if resumed_from is not None:
@@ -110,7 +111,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     inputs = inputs if cache is None else cache.feed(inputs)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
-    total_steps = steps_of(recipe, inputs.plan(0))
+    total_steps = steps_of(recipe, first_epoch)
     turns = turns_of(
         recipe,
         setup,
