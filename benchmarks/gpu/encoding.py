@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu import networks, step
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.sizes import Network, Scale
-from benchmarks.gpu.timing import in_a_row_s, median_s, seconds_of
+from benchmarks.gpu.timing import in_a_row_s, median_s
 from reeltune.core.types import Batch
 from reeltune.families.wan_fun import conditions
 from reeltune.sampling.sample import Setup
@@ -99,6 +99,6 @@ def _trained(steps: step.Step, setup: Setup, scale: Scale, device: torch.device,
             steps()
 
         one()
-        taken_s = seconds_of(lambda: [one() for _ in range(count)], device) / count
+        taken_s = in_a_row_s(one, device, rounds=count)
         prefetcher.wait()
     return taken_s
