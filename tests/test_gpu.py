@@ -29,29 +29,25 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 SMALL = Network(heads=4, ffn=256, layers=6, head_width=64)
 ADAPTER = {"rank": 4, "base_weights": "int8"}
+COMPILED = {"compile": "blocks"}
 KEPT, PRODUCTS = ({"gradient_checkpointing": kept} for kept in ("attention_kept", "products_kept"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def same_bits():
-    """Kernels that give the same bits each time."""
+def workspace():
+    """Matrix products that give the same bits each time, where a recipe asks for them: said before the first one."""
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
     os.environ.update({} if before is None else {"CUBLAS_WORKSPACE_CONFIG": before})
 
 
-@contextmanager
+@pytest.fixture(autouse=True)
 def any_kernels():
-    """Also those that do not repeat their bits."""
+    """A recipe with `deterministic` is no matter of the next test."""
+    yield
     torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +77,11 @@ def no_waiting():
         PRODUCTS,
         {"gradient_checkpointing": False, "trained_weights": "fp32"},
         {"attention": "flash"},
+        {"attention": "efficient"},
         ADAPTER,
         {**ADAPTER, "blocks_to_swap": 3},
+        {**PRODUCTS, **COMPILED},
+        {**ADAPTER, **COMPILED},
         {"offload_activations": True},
     ],
     ids=str,
@@ -97,8 +96,7 @@ def test_the_host_does_not_wait_within_a_step(checkpoint, changes):
 
 @pytest.mark.parametrize("kernel", attention.KERNELS)
 def test_torch_has_every_kernel_of_attention(kernel):
-    with any_kernels():  # cudnn has no form that repeats its bits
-        attention.refuse_missing(kernel, CUDA, torch.bfloat16)
+    attention.refuse_missing(kernel, CUDA, torch.bfloat16)
 
 
 def test_a_trial_of_kernels_takes_one_that_is_there():
@@ -131,24 +129,43 @@ def weights_and_losses(checkpoint, **changes):
 )
 def test_sparing_memory_changes_no_bit(checkpoint, plain, spared):
     (ours, our_losses), (theirs, their_losses) = (
-        weights_and_losses(checkpoint, **changes) for changes in (plain, spared)
+        weights_and_losses(checkpoint, deterministic=True, **changes) for changes in (plain, spared)
     )
     assert torch.equal(our_losses, their_losses)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_a_killed_run_ends_in_the_bits_of_others(tmp_path):
+@pytest.mark.parametrize(
+    ("plain", "changed"),
+    [
+        ({}, {"attention": "flash"}),
+        ({}, {"attention": "efficient"}),
+        ({}, {"attention": "math"}),
+        (PRODUCTS, {**PRODUCTS, **COMPILED}),
+        (ADAPTER, {**ADAPTER, **COMPILED}),
+    ],
+    ids=str,
+)
+def test_other_code_for_a_step_rounds_alone_otherwise(checkpoint, plain, changed):
+    (ours, our_losses), (theirs, their_losses) = (
+        weights_and_losses(checkpoint, **changes) for changes in (plain, changed)
+    )
+    torch.testing.assert_close(our_losses, their_losses, rtol=2e-3, atol=0)
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "bf16, compiled"])
+def test_a_killed_run_ends_in_the_bits_of_others(recipe, tmp_path):
     meta, _ = write_data_set(tmp_path / "data", clips=4, stills=0, held_out=1)
-    found = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, "bf16", deterministic=True)
-    told = found.compared(timeout_s=180)
+    found = exact.Runs(write_checkpoint(tmp_path / "model"), meta, tmp_path, recipe, deterministic=True)
+    told = found.compared(timeout_s=240)
     assert told["repeat_equal"] == told["resume_equal"] == "yes"
 
 
 @pytest.mark.parametrize("file", parity_wan.golden_files(GOLDENS), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_parity_in_float32(file):
-    with any_kernels():  # of some layers of the encoders there are no others
-        found = rows_of(parity_wan, file, CUDA)
+    found = rows_of(parity_wan, file, CUDA)
     assert found and [row for row in found if not row.ok] == []
 
 

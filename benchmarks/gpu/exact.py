@@ -41,8 +41,10 @@ ARGUMENTS = {
     "learning_rate": 1e-3,
     "gradient_checkpointing": "true",
 }
-PRECISIONS = {
-    "bf16": {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic"},
+BF16 = {"mixed_precision": "bf16", "trained_weights": "bf16_stochastic"}
+RECIPES = {
+    "bf16": BF16,
+    "bf16, compiled": {**BF16, "compile": "blocks"},
     "fp32": {"mixed_precision": "no"},
 }
 KERNELS = {True: "deterministic kernels", False: "kernels as torch chooses"}
@@ -53,15 +55,15 @@ def measure(part: Part, folder: Path) -> None:
     longest_s = 0.0
     model = write_checkpoint(folder / "model")
     meta, _ = write_data_set(folder / "data", clips=8, stills=0, held_out=1)
-    for precision in PRECISIONS:
-        names = {deterministic: f"{precision}, {told}" for deterministic, told in KERNELS.items()}
+    for recipe in RECIPES:
+        names = {deterministic: f"{recipe}, {told}" for deterministic, told in KERNELS.items()}
         if part.left_s() <= longest_s:
             for name in names.values():
                 part.not_run(name, "no time is left")
             continue
         begun, timeout_s = time.monotonic(), max(part.left_s(), LEAST_SECONDS)
         with ThreadPoolExecutor(len(KERNELS)) as pool:  # they wait for processes, and the device has room for all
-            runs = {deterministic: Runs(model, meta, folder, precision, deterministic) for deterministic in KERNELS}
+            runs = {deterministic: Runs(model, meta, folder, recipe, deterministic) for deterministic in KERNELS}
             found = {which: pool.submit(one.compared, timeout_s=timeout_s) for which, one in runs.items()}
         longest_s = time.monotonic() - begun
         for deterministic, name in names.items():
@@ -76,12 +78,12 @@ class Runs:
     model: Path
     meta: Path
     folder: Path
-    precision: str
+    recipe: str
     deterministic: bool
 
     @property
     def place(self) -> Path:
-        return self.folder / f"{self.precision}-{'deterministic' if self.deterministic else 'chosen'}"
+        return self.folder / f"{self.recipe}-{'deterministic' if self.deterministic else 'chosen'}"
 
     def compared(self, *, timeout_s: float) -> dict[str, str | int | float]:
         """Raises RuntimeError for a run that fails, and for one that was over before it could be killed."""
@@ -106,7 +108,7 @@ class Runs:
     def _launch(self, name: str, *more: str) -> subprocess.Popen:
         settings = {
             **ARGUMENTS,
-            **PRECISIONS[self.precision],
+            **RECIPES[self.recipe],
             "deterministic": str(self.deterministic).lower(),
             "pretrained_model_name_or_path": self.model,
             "train_data_dir": self.meta.parent,

@@ -76,7 +76,8 @@ class Step:
     """A full network is made on the device; one beneath adapters is read from its checkpoint, as a run reads it."""
 
     def __init__(self, recipe: Recipe, network: Network, scale: Scale):
-        self.recipe, self.engine = recipe, Engine(recipe.training.mixed_precision)
+        training = recipe.training
+        self.recipe, self.engine = recipe, Engine(training.mixed_precision, deterministic=training.deterministic)
         family, mode, objective = choose_family(recipe)
         parts = _parts(recipe, family, network, scale, self.engine.device)
         self.setup = Setup(family, mode, parts, objective, self.engine.autocast, encode_options(recipe))
@@ -100,12 +101,13 @@ class Step:
     def __call__(self, after: Callable[[str], object] = lambda _: None) -> Tensor:
         """The loss, still on the device. after: called with each of PHASES that is over."""
         self.count += 1
-        loss = self._loss()
-        after("forward")
-        self.learner.backward(loss.value, last=True)
-        after("backward")
-        self.learner.step(self.count, RATE)
-        after("step")
+        with self.engine.same_bits():
+            loss = self._loss()
+            after("forward")
+            self.learner.backward(loss.value, last=True)
+            after("backward")
+            self.learner.step(self.count, RATE)
+            after("step")
         return loss.value.detach()
 
     def _loss(self) -> Loss:

@@ -77,7 +77,8 @@ class Engine:
                 "recipe", "mixed_precision is fp16, which needs a GPU and there is none here; use bf16 or no"
             )
         choose_kernels(allow_tf32=allow_tf32, deterministic=deterministic)
-        AcceleratorState._reset_state()  # or a second run in this process would inherit the first one's precision
+        # Or a second run in this process would inherit the first one's precision and, where no group holds it, device.
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         patience = timedelta(seconds=rank_timeout_seconds + 60)
         handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)]
         with _meeting():
