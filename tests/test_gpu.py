@@ -16,7 +16,7 @@ from reeltune.core.types import Batch, Shape
 from reeltune.demo.checkpoint import write_checkpoint
 from reeltune.demo.clips import write_data_set
 from reeltune.estimate.estimator import Estimator
-from reeltune.memory import attention
+from reeltune.memory import attention, flash_4
 from reeltune.memory.attention_trial import Call, soonest, tried
 from reeltune.memory.quantized import QuantizedLinear
 from reeltune.run.model import choose_family, load_parts
@@ -30,6 +30,8 @@ CUDA = torch.device("cuda", 0)
 SMALL = Network(heads=4, ffn=256, layers=6, head_width=64)
 ADAPTER = {"rank": 4, "base_weights": "int8"}
 COMPILED = {"compile": "blocks"}
+FLASH_4 = {"attention": "flash_4"}
+WITH_FLASH_4 = pytest.mark.skipif(flash_4.installed() is None, reason="flash-attn-4 is not installed")
 KEPT, PRODUCTS = ({"gradient_checkpointing": kept} for kept in ("attention_kept", "products_kept"))
 
 
@@ -94,7 +96,7 @@ def test_the_host_does_not_wait_within_a_step(checkpoint, changes):
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("kernel", attention.KERNELS)
+@pytest.mark.parametrize("kernel", attention.TORCHS)
 def test_torch_has_every_kernel_of_attention(kernel):
     attention.refuse_missing(kernel, CUDA, torch.bfloat16)
 
@@ -123,6 +125,7 @@ def weights_and_losses(checkpoint, **changes):
         ({}, KEPT),
         ({}, PRODUCTS),
         (ADAPTER, {**ADAPTER, **PRODUCTS}),
+        pytest.param(FLASH_4, {**FLASH_4, **KEPT}, marks=WITH_FLASH_4),
         ({}, {"offload_activations": True}),
     ],
     ids=str,
@@ -142,6 +145,8 @@ def test_sparing_memory_changes_no_bit(checkpoint, plain, spared):
         ({}, {"attention": "flash"}),
         ({}, {"attention": "efficient"}),
         ({}, {"attention": "math"}),
+        pytest.param({}, FLASH_4, marks=WITH_FLASH_4),
+        pytest.param(PRODUCTS, {**PRODUCTS, **COMPILED, **FLASH_4}, marks=WITH_FLASH_4),
         (PRODUCTS, {**PRODUCTS, **COMPILED}),
         (ADAPTER, {**ADAPTER, **COMPILED}),
     ],

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.report import Part, Row
@@ -17,7 +16,7 @@ from benchmarks.gpu.sizes import Scale
 from benchmarks.gpu.timing import give_back, median_s
 from reeltune.distributed.engine import peak_flops
 from reeltune.families.wan_fun.family import CONTROL_V1_1
-from reeltune.memory.attention import KERNELS
+from reeltune.memory.attention import KERNELS, preferring
 
 PRODUCT = "bf16 matrix product"
 # GB/s of device memory: https://www.nvidia.com/en-us/data-center/h100, /h200, /a100 (SXM), and /l40s
@@ -90,7 +89,7 @@ def _attention(kernel: str, scale: Scale, device: torch.device) -> Row:
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     products = 4 * tokens**2 * network.width  # FLOPs of two products
     try:
-        with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(action="ignore"):  # why it is not there is told
+        with preferring([kernel]), warnings.catch_warnings(action="ignore"):  # why it is not there is told
             out = scaled_dot_product_attention(q, k, v)
             forward_s = median_s(lambda: scaled_dot_product_attention(q, k, v), device, warm_up=1, rounds=3)
             backward_s = median_s(lambda: _backward(out, [q, k, v]), device, warm_up=1, rounds=3)

@@ -22,7 +22,7 @@ from reeltune.diffusion.loss import Loss, settle
 from reeltune.distributed.engine import Engine
 from reeltune.families.spec import Family, Parts
 from reeltune.families.wan_fun.family import CONTROL_V1_1
-from reeltune.memory.attention import AUTO, CANDIDATES, in_order
+from reeltune.memory import attention
 from reeltune.memory.attention_trial import asked, soonest, tried
 from reeltune.run.model import choose_family, encode_options, load_parts
 from reeltune.sampling.sample import Setup
@@ -78,6 +78,7 @@ class Step:
     def __init__(self, recipe: Recipe, network: Network, scale: Scale):
         training = recipe.training
         self.recipe, self.engine = recipe, Engine(training.mixed_precision, deterministic=training.deterministic)
+        attention.refuse_missing(training.attention, self.engine.device, self.engine.dtype)
         family, mode, objective = choose_family(recipe)
         parts = _parts(recipe, family, network, scale, self.engine.device)
         self.setup = Setup(family, mode, parts, objective, self.engine.autocast, encode_options(recipe))
@@ -89,14 +90,14 @@ class Step:
 
     def choose_attention(self) -> str:
         """The kernel, which `auto` finds as in a run from a cache."""
-        if (asked_for := self.recipe.training.attention) != AUTO:
+        if (asked_for := self.recipe.training.attention) != attention.AUTO:
             return asked_for
-        attention, kernels = self.learner.network.attention, CANDIDATES[self.engine.device.type]
-        found = soonest(tried(asked(attention.blocks, self._loss), kernels).passes_s)
+        own, kernels = self.learner.network.attention, attention.candidates(self.engine.device.type)
+        found = soonest(tried(asked(own.blocks, self._loss), kernels).passes_s)
         if found is None:
-            return AUTO
-        attention.prefer(in_order(found, kernels))
-        return f"{AUTO}, {found}"
+            return attention.AUTO
+        own.prefer(attention.in_order(found, kernels))
+        return f"{attention.AUTO}, {found}"
 
     def __call__(self, after: Callable[[str], object] = lambda _: None) -> Tensor:
         """The loss, still on the device. after: called with each of PHASES that is over."""

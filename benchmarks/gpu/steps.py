@@ -43,6 +43,7 @@ WAYS = (  # what tells most first: a card has no time for all of them
     Way("14b_cut", KEPT | ADAPTER),
     Way("14b_cut", PRODUCTS | COMPILED),
     Way("1.3b", PRODUCTS | COMPILED),
+    Way("1.3b", PRODUCTS | COMPILED | {"attention": "flash_4"}),  # where its package is installed
     Way("1.3b", NOTHING_RECOMPUTED | COMPILED, least_gb=120),
     Way("14b_cut", ADAPTER | {"blocks_to_swap": 4}),
     Way("1.3b", KEPT | {"attention": "flash"}),

@@ -37,6 +37,10 @@ SCHEMA = "which operators write to what they are given, whatever library they ar
 OPERATOR = "the operator's own name, as a dispatch mode is handed it", "nothing: torch writes these to no one's account"
 COMPILER = "an option of torch.compile"
 FOREACH = "many small tensors are one operation, as in torch's own optimizers", "a public name for the same"
+KERNEL = (
+    "FlashAttention 4 is an operator that compiles and is kept like torch's own, as torch takes it by these names",
+    "torch.nn.attention.activate_flash_attention_impl, once it follows the package's releases, and for a thread alone",
+)
 PRIVATE = {
     "torch._subclasses.fake_tensor.FakeTensor": Use("torch._subclasses.fake_tensor:FakeTensor", *FAKE),
     "torch._subclasses.fake_tensor.FakeTensorMode": Use("torch._subclasses.fake_tensor:FakeTensorMode", *FAKE),
@@ -115,6 +119,8 @@ PRIVATE = {
         "says which outputs of a module are gathered",
         "the same class, once diffusers exports it beside ContextParallelConfig",
     ),
+    "_flash_attn_fwd": Use("torch.nn.attention._fa4", *KERNEL),
+    "_flash_attn_bwd": Use("torch.nn.attention._fa4", *KERNEL),
     "_cp_plan": Use(
         "diffusers:WanTransformer3DModel._cp_plan",
         "what diffusers shards and gathers in its Wan network",

@@ -181,7 +181,7 @@ def test_what_must_be_more_than_zero(name):
         ({"gradient_checkpointing": "products_kept", "engine": "zero3"}, "or engine to fsdp"),
         ({"attention": "flash", "context_parallel": 2}, "context_parallel is 2, where the backward pass"),
         ({"attention": "math", "encode_ahead": True}, "train from a cache"),
-        ({"attention": "cudnn", "deterministic": True}, "set attention to flash, efficient or math"),
+        ({"attention": "cudnn", "deterministic": True}, "set attention to flash, flash_4, efficient or math"),
         ({"compile": "blocks", "engine": "zero3"}, "gathers weights within the blocks; set engine to fsdp"),
         ({"compile": "blocks", "context_parallel": 2}, "compile is blocks and context_parallel is 2"),
         ({"deterministic": True, "encode_ahead": True}, "deterministic is true and encode_ahead is true"),

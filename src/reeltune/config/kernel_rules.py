@@ -23,7 +23,7 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("attention", "deterministic"),
             "attention is cudnn and deterministic is true; cuDNN adds up gradients in no fixed order; set attention to "
-            "flash, efficient or math, or leave deterministic out",
+            "flash, flash_4, efficient or math, or leave deterministic out",
         )
     if together > 1:
         yield (
@@ -37,7 +37,8 @@ def _ahead(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """What encoders at work beside the network would find chosen too."""
     if not recipe.memory.encode_ahead or recipe.cache.cache_folder is not None:
         return
-    chosen = {"attention": recipe.training.attention != "auto", "deterministic": recipe.training.deterministic}
+    own = recipe.training.attention in ("auto", "flash_4")  # of the network's thread
+    chosen = {"attention": not own, "deterministic": recipe.training.deterministic}
     for name in (name for name, is_chosen in chosen.items() if is_chosen):
         yield (
             (name, "encode_ahead"),

@@ -152,9 +152,9 @@ class Training:
     gradient_checkpointing: bool | Literal["attention_kept", "products_kept"] = False
     """Recompute activations in the backward pass: less memory, about a third more time. With attention_kept, what
     attention gave is kept, and all else recomputed; with products_kept, what linear layers gave is kept too."""
-    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Kernel of the trained network's attention, of those that torch has. auto: on a GPU the soonest of a trial before
-    the first step, which checkpoints keep."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "flash_4"] = "auto"
+    """Kernel of the trained network's attention: one that torch has, or flash_4 of the package flash-attn-4. auto: on a
+    GPU the soonest of a trial before the first step, which checkpoints keep."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch compiles the network's repeated blocks before the first step, for training alone."""
     low_vram: bool = False

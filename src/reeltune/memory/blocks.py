@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from reeltune.core.errors import UserError
-from reeltune.memory.kept import Contexts
 
+Contexts = tuple[AbstractContextManager, AbstractContextManager]
+"""Around a forward pass, and around its recomputation, which then finds what was kept."""
 LEAST_BYTES = 2**20  # of an activation that is worth a copy to the CPU's memory
 
 

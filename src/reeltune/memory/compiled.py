@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reeltune.core.errors import UserError
-from reeltune.memory.kept import Contexts
+from reeltune.memory.blocks import Contexts
 
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang"))}  # of torch's and of triton's code
 
@@ -61,13 +61,16 @@ Pass = Callable[..., Any]
 class Graphs:
     """What the forward passes of blocks become: compiled when they are called, counted, for all blocks of a class."""
 
-    def __init__(self, functions: Iterable[Pass], *, dynamic: bool):
+    def __init__(self, functions: Iterable[Pass], *, dynamic: bool, change: Callable[[Any], object] | None):
         self.count = 0  # each of a forward and a backward pass
+        self._change = change
         compiled = partial(torch.compile, backend=self._counted, fullgraph=True, dynamic=dynamic)
         self.passes: dict[Pass, Pass] = {function: compiled(function) for function in functions}
 
     def _counted(self, graph: Any, inputs: Sequence[Any]) -> Pass:
         self.count += 1
+        if self._change is not None:
+            self._change(graph)
         return inductor(graph, inputs)
 
 
@@ -77,11 +80,13 @@ class Compiled:
     Without gradients, as in validation, they compute as if nothing was compiled, in whatever batches; and so they do
     before `begin`. This comes before all else that wraps a forward pass.
 
-    again: a backward pass may run twice over the same activations.
+    again: a backward pass may run twice over the same activations. change: what is done to each graph before it is
+    compiled, from `begin` on.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, again: bool = False):
         self._again = again
+        self.change: Callable[[Any], object] | None = None
         self._graphs: Graphs | None = None
         self._functions = {block: type(block).forward for block in blocks}
         for block in blocks:
@@ -97,6 +102,11 @@ class Compiled:
     def count(self) -> int:
         """Graphs compiled so far, for all networks that share them."""
         return 0 if self._graphs is None else self._graphs.count
+
+    @property
+    def computes(self) -> bool:
+        """Whether what is compiled computes now."""
+        return self._graphs is not None and torch.is_grad_enabled()
 
     def begin(self, sizes: int, label: str, *others: Compiled) -> None:
         """From here on blocks are compiled: with static shapes for one number of tokens, with dynamic ones for several.
@@ -116,12 +126,12 @@ class Compiled:
         graphs.optimize_ddp = False  # it cuts up whole networks, and these are blocks
         graphs.specialize_float = True  # sides are left open, and not a block's constants
         passes.donated_buffer = not self._again
-        shared = Graphs({*functions}, dynamic=sizes > 1)
+        shared = Graphs({*functions}, dynamic=sizes > 1, change=self.change)
         for one in (self, *others):
             one._graphs = shared
 
     def _forward(self, block: nn.Module, plain: Callable, *given: Any, **named: Any) -> Any:
-        if self._graphs is None or not torch.is_grad_enabled():
+        if self._graphs is None or not self.computes:
             return plain(*given, **named)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from reeltune.memory import attention
-
-Contexts = tuple[AbstractContextManager, AbstractContextManager]
-"""Around a forward pass, and around its recomputation, which then finds what was kept."""
+from reeltune.memory.blocks import Contexts
 
 aten = torch.ops.aten
 PRODUCTS = (  # that layers with weights become; bmm where a linear layer is given a part of each clip's tokens

@@ -59,7 +59,7 @@ def _chosen(run: Run) -> Choice:
 
 
 def _candidates(run: Run) -> tuple[str, ...]:
-    return attention.CANDIDATES[run.engine.device.type]
+    return attention.candidates(run.engine.device.type)
 
 
 def _only(kernel: str, begins: str, engine: Engine) -> Choice:

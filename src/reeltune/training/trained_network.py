@@ -169,7 +169,7 @@ def _prepare_blocks(
     keep = KEPT[recomputed] if isinstance(recomputed, str) else None
     blocks = blocks_of(net, block_names)
     compiled = Compiled(blocks, again=memory.step_in_backward) if training.compile == "blocks" else None
-    attention = Attention(blocks, training.attention)
+    attention = Attention(blocks, training.attention, compiled)
     swapped = swap(blocks, memory.blocks_to_swap, engine.device)
     others = [block for block in blocks if block not in swapped]
     chosen = spread(others, memory.gradient_checkpointing_share) if recomputed else []
