@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from reeltune.config.kernel_rules import kernel_rules
@@ -33,6 +34,15 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _experts(values)
     yield from _adapter(recipe)
     yield from _levers(values)
+
+
+def broken_under(recipe: Recipe, engine: Any = None) -> list[str]:
+    """What breaks a rule under the engine of a run: that of its launcher, of the recipe, or ddp where neither has one.
+
+    A recipe without an engine may have what needs one: its launcher may name it.
+    """
+    settled = replace(recipe.parallel, engine=engine or recipe.parallel.engine or "ddp")
+    return [line for _, line in broken_rules(replace(recipe, parallel=settled))]
 
 
 def shown(value: object) -> str:

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.config.idle import idle_notices
 from reeltune.config.recipe import Recipe
+from reeltune.config.rules import broken_under
 from reeltune.control.stale import stale_controls
-from reeltune.core.errors import together
+from reeltune.core.errors import refuse, together
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.distributed.engine import Engine
@@ -33,6 +34,7 @@ from reeltune.training.rate import Rates, rate_notices, rate_of
 
 def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
+    refuse("recipe", broken_under(recipe))
     if recipe.training.compile == "blocks":
         compiled.refuse_missing("cuda" if torch.cuda.is_available() else "cpu")
     family, mode, _ = choose_family(recipe)
