@@ -15,6 +15,7 @@ from pathlib import Path
 from reeltune.config.flags import flags
 from reeltune.config.moved import in_its_folder, recipe_beside
 from reeltune.config.parse import build, read, sentences, settings
+from reeltune.config.places import places_told
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
@@ -102,17 +103,18 @@ def of_recipe(command: str) -> Callable[[Sequence[str]], int]:
             print(recipe_help(command), end="")
             return 0
         recipe = recipe_of(argv, command)
-        with _named_by_its_file(argv):
+        with _told_of(recipe, argv):
             return RUN[command](recipe)
 
     return act
 
 
 @contextmanager
-def _named_by_its_file(argv: Sequence[str]) -> Iterator[None]:
-    """Within, what is wrong with a recipe is told of its file, where it has one."""
+def _told_of(recipe: Recipe, argv: Sequence[str]) -> Iterator[None]:
+    """Within, what is wrong with a recipe is told of its file, where it has one, and with where its paths lead."""
     try:
-        yield
+        with places_told(recipe):
+            yield
     except UserError as error:
         if error.where == "recipe" and argv[0].endswith((".yaml", ".yml")):
             raise UserError(argv[0], error.problems) from error
@@ -191,7 +193,9 @@ def _cache_command(argv: Sequence[str]) -> int:
         if argv and not Path(argv[0]).exists():
             refuse_near("cache", argv[0], MAINTENANCE, "recipe")
         return of_recipe("cache")(argv)
-    return MAINTENANCE[word](recipe_of(argv[1:], "cache"))
+    recipe = recipe_of(argv[1:], "cache")
+    with _told_of(recipe, argv[1:]):
+        return MAINTENANCE[word](recipe)
 
 
 def _split(argv: Sequence[str], command: str, parser: Options) -> tuple[Namespace, Recipe] | None:
@@ -221,7 +225,7 @@ def _sample(argv: Sequence[str]) -> int:
 
     with lean_imports():
         from reeltune.sampling.clips import sample_clips
-    with _named_by_its_file(argv):
+    with _told_of(recipe, argv):
         for path in sample_clips(recipe, **vars(options)):
             print(path)
     return 0
@@ -244,7 +248,7 @@ def _plan(argv: Sequence[str]) -> int:
     with lean_imports():
         from reeltune.estimate.machines import Machines
         from reeltune.estimate.page import tell
-    with _named_by_its_file(argv):
+    with _told_of(recipe, argv):
         tell(recipe, Machines(options.gpus, options.device, options.throughput, options.measured), options.html)
     return 0
 

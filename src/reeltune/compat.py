@@ -12,6 +12,7 @@ from typing import Any
 from reeltune.cli import REQUIRED, printed
 from reeltune.config.flags import flags
 from reeltune.config.parse import build
+from reeltune.config.places import places_told
 from reeltune.config.recipe import Recipe, TrainMode
 from reeltune.core.guarded import guarded
 from reeltune.core.options import Options, utf8_path
@@ -116,7 +117,8 @@ def train(script: str, argv: Sequence[str] | None = None) -> int:
 
         from reeltune.training.loop import train
 
-        return train(recipe)
+        with places_told(recipe):
+            return train(recipe)
 
     return guarded(act)
 

@@ -55,7 +55,7 @@ def assert_refused(run, *said):
 OTHERS = {
     "seed is 7 for rank 1, 43 for rank 0": {"seed": 7},
     "engine is fsdp for rank 1, ddp for rank 0": {"engine": "fsdp"},
-    "learning_rate is 1.0 for rank 1, 0.001 for rank 0": {"train_data_meta": "other.json", "learning_rate": 1.0},
+    "learning_rate is 0.5 for rank 1, 0.001 for rank 0": {"train_data_meta": "other.json", "learning_rate": 0.5},
 }
 NEXT = "\n---- the next\n"
 

@@ -105,6 +105,15 @@ def test_clips_shorter_than_asked_for_are_told(given, tmp_path):
     assert line.startswith("2 entries (0, 1): ")  # 97 are 48 pairs; 1 is none, which the plan tells
 
 
+def test_settings_without_effect_and_unlikely_ones_are_told(given, tmp_path):
+    lines = lines_of(given, tmp_path, token_sample_size=32, adam_weight_decay=30)
+    said = [line.partition(",")[0] for line in lines if line.startswith("notice")]
+    assert said == [
+        "notice   token_sample_size is 32 and training_with_video_token_length is false and random_hw_adapt is false",
+        "notice   adam_weight_decay is 30",
+    ]
+
+
 def test_a_second_list_is_told_of_too(given, tmp_path):
     rows = json.loads((given / "metadata.json").read_text())
     lists = {"train.json": rows[:2], "val.json": [rows[2] | {"text": ""}, *rows[3:]]}

@@ -187,11 +187,13 @@ def test_a_chosen_attention_kernel_is_told_and_kept_by_a_resume(wan, data, tmp_p
         train(recipe(wan, data, tmp_path / "no", **{**settings, "attention": "efficient"}))
 
 
-def test_came_trains_in_adamws_place(toy, data, tmp_path):
+def test_came_trains_in_adamws_place(toy, data, tmp_path, capsys):
     losses = []
     for on in (False, True):
-        train(recipe(toy, data, tmp_path / str(on), use_came=on, max_train_steps=2))
+        train(recipe(toy, data, tmp_path / str(on), use_came=on, max_train_steps=2, guidance_scale=75))
         losses.append([row["loss"] for row in steps(tmp_path / str(on))])
+        told = " ".join(capsys.readouterr().out.split())
+        assert told.count("token_sample_size is 32 and ") == told.count("guidance_scale is 75; the models' own") == 1
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
 

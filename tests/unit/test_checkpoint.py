@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -123,6 +124,46 @@ def test_one_flipped_bit_is_noticed_and_the_last_good_one_named(name, tmp_path):
     (path / name).unlink()
     with pytest.raises(UserError, match=f"{name} is gone"):
         checkpoint.verify(path)
+
+
+OTHERS = {  # text in digests.json of a checkpoint -> what it has become
+    "a digit of a hash": (r'"([0-9a-f])[0-9a-f]{63}"', lambda found: f'"{int(found[1], 16) ^ 1:x}{found[0][2:]}'),
+    "a size": (r"\b([0-9]+),", lambda found: f"{int(found[1]) ^ 1},"),
+    "a name": (r"optimizer", "optimizes"),
+    "an entry": (r'"weights[^]]*],', ""),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_damaged_digests_are_told_as_what_they_are(what, tmp_path):
+    path, _ = save(tmp_path, 1)
+    file = path / "digests.json"
+    file.write_text(re.sub(*OTHERS[what], file.read_text(), count=1))
+    with pytest.raises(UserError) as error:
+        checkpoint.verify(path)
+    assert error.value.where == str(file)
+    (line,) = error.value.problems
+    assert line.startswith("is not as it was written") and "delete this file" in line
+    file.unlink()
+    checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("entry", ['[5, "abc"]', "[-5, %s]", '["5", %s]', "[5.5, %s]", "[true, %s]", "%s", "[5]"])
+def test_digests_of_earlier_versions_have_none_of_their_own(entry, tmp_path):
+    path, _ = save(tmp_path, 1)
+    file = path / "digests.json"
+    table = json.loads(file.read_text())
+    del table["digests.json"]
+    file.write_text(json.dumps(table))
+    checkpoint.verify(path)
+    flip(path / "weights.bin")
+    with pytest.raises(UserError, match=r"weights\.bin has other bytes"):
+        checkpoint.verify(path)
+    del table["weights.bin"]
+    file.write_text(json.dumps(table)[:-1] + ', "weights.bin": ' + entry.replace("%s", f'"{"0" * 64}"') + "}")
+    with pytest.raises(UserError, match=r"cannot be read .* or delete this file") as error:
+        checkpoint.verify(path)
+    assert error.value.where == str(file)
 
 
 def test_processes_share_the_reading(tmp_path):

@@ -5,9 +5,13 @@ import sys
 
 import pytest
 
-from reeltune.config.parse import dump
+from reeltune.config.parse import build, dump
 from reeltune.core.errors import UserError
 from reeltune.distributed.launch import Parallelism, chosen, place, refuse_left_over
+from reeltune.estimate.check import check
+from reeltune.estimate.machines import Machines
+from reeltune.estimate.main import forecast
+from reeltune.training.parallelism import parallelism_of
 from tests.distributed.processes import end, start
 from tests.families.every_family import SHOWN
 from tests.runs.small_run import recipe
@@ -136,6 +140,26 @@ def test_blocks_to_wrap_are_those_given():
 def test_what_cannot_be_done_is_refused(environ, engine, said):
     with pytest.raises(UserError, match=said):
         parallelism(environ, engine)
+
+
+@pytest.mark.parametrize("names", [["offload"], ["keep_gathered"], ["offload", "keep_gathered"]])
+def test_what_no_engine_is_there_for_is_refused_by_each_command_alike(names):
+    recipe = build(dict.fromkeys(names, True))
+    acts = {
+        "train": lambda: parallelism_of(recipe),
+        "check": lambda: list(check(recipe)),
+        "plan": lambda: forecast(recipe, Machines()),
+        "plan for two": lambda: forecast(recipe, Machines(gpus=2)),
+    }
+    told = {}
+    for command, act in acts.items():
+        with pytest.raises(UserError) as error:
+            act()
+        told[command] = sorted(error.value.problems)
+    assert [line.partition(";")[0] for line in told["train"]] == [
+        f"{name} is true and engine is ddp" for name in sorted(names)
+    ]
+    assert all(lines == told["train"] for lines in told.values())
 
 
 def test_two_stages_are_refused(tmp_path):

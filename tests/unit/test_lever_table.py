@@ -225,9 +225,12 @@ def test_a_step_within_the_backward_pass_is_called_so_and_no_accumulation_advise
     assert "full in the optimizer's step of step 3" in plain
 
 
-def test_memory_of_the_machine_is_told_from_a_devices():
-    told = str(explained(MemoryError("Unable to allocate 9. GiB"), "data", 0, None, {}, build({"train_batch_size": 2})))
-    assert "the memory of this machine is full in reading data of step 0 (Unable to allocate 9)" in told
+@pytest.mark.parametrize(
+    ("said", "words"), [("Unable to allocate 9. GiB", "Unable to allocate 9"), ("a\nb", "a"), ("", "MemoryError")]
+)
+def test_memory_of_the_machine_is_told_from_a_devices(said, words):
+    told = str(explained(MemoryError(said), "data", 0, None, {}, build({"train_batch_size": 2})))
+    assert f"the memory of this machine is full in reading data of step 0 ({words})" in told
     assert "train_batch_size: 1" in told and "optimizer" not in told
 
 

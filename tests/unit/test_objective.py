@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
+from reeltune.config.ranges import RANGES
 from reeltune.core.types import Encoded
 from reeltune.diffusion.loss import diffusion_loss, gaussian
 from reeltune.diffusion.objective import Ddpm, Flow, Sigma
@@ -183,6 +184,20 @@ def test_density_and_weight_are_those_of_stable_diffusion_3(scheme):
     torch.testing.assert_close(
         objective.weight(objective.levels), compute_loss_weighting_for_sd3(scheme, objective.levels), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_mode_density_has_no_more_than_its_range(end):
+    """Within, levels fall from one end to the other as what is drawn rises; beyond, they turn back."""
+    drawn = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+
+    def falls(scale: float) -> bool:
+        mapped = Flow(weighting_scheme="mode", mode_scale=scale)._by_mode(drawn)
+        return bool((mapped.diff() <= 1e-12).all()) and mapped.min() >= 0 and mapped.max() <= 1 + 1e-12
+
+    least_and_most = RANGES["mode_scale"]
+    assert falls(least_and_most[end])
+    assert not falls(least_and_most[end] + (0.02 if end else -0.02))
 
 
 def test_density_stays_on_the_schedule(monkeypatch):

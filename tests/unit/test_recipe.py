@@ -162,6 +162,15 @@ def test_what_must_be_more_than_zero(name):
         ({"use_came": True, "use_8bit_adam": True}, "one optimizer"),
         ({"use_came": True, "use_adafactor": True}, "use_came and use_adafactor are true"),
         ({"use_prodigy": True, "use_muon": True, "learning_rate": 1}, "use_prodigy and use_muon are true"),
+        ({"guidance_scale": 7500}, "it must be between 0 and 1,000;"),
+        ({"mode_scale": 12.9}, "it must be between -1 and 1.75;"),
+        ({"logit_mean": -50}, "it must be between -10 and 10;"),
+        ({"logit_std": 100}, "it must be more than 0 and at most 10;"),
+        ({"adam_epsilon": 1e8}, "it must be more than 0 and at most 1;"),
+        ({"learning_rate": 1e4}, "learning_rate is 10000.0, by about which each step moves each weight; it must be"),
+        ({"learning_rate": 1}, "must be less than 1 but with use_prodigy"),
+        ({"expert": "both", "low_expert_learning_rate": 1}, "low_expert_learning_rate is 1.0, by about which"),
+        ({"adam_weight_decay": 1e4}, "learning_rate is 0.0001 and adam_weight_decay is 10000.0, whose product"),
         ({"use_prodigy": True}, "multiplies the rate that it finds; write 1, or at least 0.1"),
         (
             {"use_prodigy": True, "learning_rate": 1, "expert": "both", "low_expert_learning_rate": 1e-4},
@@ -267,6 +276,7 @@ def test_rules_between_fields_allow_what_fits():
     build({"uniform_sampling": True, "weighting_scheme": "sigma_sqrt"})
     build({"engine": "fsdp", "keep_gathered": True, "offload": True})
     build({"engine": "zero2", "offload": True})
+    build({"use_prodigy": True, "learning_rate": 2, "adam_weight_decay": 1})
     for engine in ("ddp", "fsdp", "zero2", "zero3"):
         build({"engine": engine, "rank": 8, "base_weights": "int8"})
     build({"offload": True})  # the launcher names the engine

@@ -31,6 +31,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "blocks_to_swap": (0, ANY),
     "cache_variants": (0, 100_000),
     "motion_sub_loss_ratio": (0, 1),
+    "logit_mean": (-10, 10),  # the sigmoid of 10 is 0.99995: all levels at one end
+    "mode_scale": (-1, 1.75),  # keeps the order of what is drawn (https://arxiv.org/abs/2403.03206, section 3.1)
     "learning_rate": (0, ANY),
     "low_expert_learning_rate": (0, ANY),
     "lr_warmup_steps": (0, ANY),
@@ -44,7 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "validation_steps": (1, ANY),
     "preview_count": (0, 10_000),
     "preview_steps": (1, 1000),  # of the schedules that models were trained with
-    "guidance_scale": (0, ANY),
+    "guidance_scale": (0, 1000),  # bf16 keeps one part in 256: times more, its rounding alone is what is seen
     "held_out_levels": (1, 1000),  # the same
     "context_parallel": (1, 16_384),
 }
@@ -53,10 +55,10 @@ ABOVE_ZERO = {  # and at most
     "lora_plus_ratio": ANY,
     "rank_timeout_seconds": 30 * 24 * 3600,
     "video_sample_fps": 1000,
-    "logit_std": ANY,
+    "logit_std": 10,  # over which most levels lie at both ends
     "loss_outlier_threshold": ANY,
     "lr_power": ANY,
-    "adam_epsilon": ANY,
+    "adam_epsilon": 1,  # gradients are less, and would move nothing
     "max_grad_norm": ANY,
     "low_expert_max_grad_norm": ANY,
 }

@@ -216,11 +216,11 @@ class Loss:
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
     """Density and weight of noise levels, as in Stable Diffusion 3."""
     logit_mean: float = 0.0
-    """Mean of the logit-normal density."""
+    """Mean of the logit-normal density; at 10 and -10 all levels lie at one end."""
     logit_std: float = 1.0
-    """Standard deviation of the logit-normal density."""
+    """Standard deviation of the logit-normal density; over 10 most levels would lie at both ends."""
     mode_scale: float = 1.29
-    """Scale of the mode density."""
+    """Scale of the mode density, which has none beyond -1 and 1.75 (https://arxiv.org/abs/2403.03206)."""
     motion_sub_loss: bool = False
     """Blend in the error of differences between neighbouring latent frames."""
     motion_sub_loss_ratio: float = 0.25
@@ -232,7 +232,8 @@ class Loss:
 @dataclass(frozen=True)
 class Optimization:
     learning_rate: float = 1e-4
-    """Rate after warm-up."""
+    """Rate after warm-up, by about which a step moves each weight: 1e-5 to 1e-4 is usual, more than 0.01 is told, and
+    less than 1 is a must but with use_prodigy, which multiplies its own."""
     low_expert_learning_rate: float | None = None
     """With expert both: the low one's rate after warm-up. Left out: learning_rate."""
     lr_scheduler: Literal[
@@ -269,9 +270,11 @@ class Optimization:
     adam_beta2: float = 0.999
     """Second-moment decay."""
     adam_weight_decay: float = 1e-2
-    """Decoupled weight decay."""
+    """Decoupled weight decay: each step takes its product with learning_rate off each weight, which must be less than
+    1; more than 1 is told."""
     adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; gradients are less than 1, and as much beside them would stop all
+    learning; more than 0.001 is told."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm, taken over all parameters; none: no clipping."""
     low_expert_max_grad_norm: float | None = None
@@ -329,7 +332,8 @@ class Validation:
     preview_steps: int = 30
     """Denoising steps of a preview."""
     guidance_scale: float = 6.0
-    """Classifier-free guidance of previews; 1 is none."""
+    """Classifier-free guidance of previews; 1 is none. The models' own tools have 3 to 6; more than 20 is told, and
+    over 1000 is rounding and nothing else."""
     held_out_levels: int = 4
     """Noise levels at which each held-out clip is measured."""
 

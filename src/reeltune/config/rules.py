@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from reeltune.config.kernel_rules import kernel_rules
@@ -33,6 +34,15 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _experts(values)
     yield from _adapter(recipe)
     yield from _levers(values)
+
+
+def broken_under(recipe: Recipe, engine: Any = None) -> list[str]:
+    """What breaks a rule under the engine of a run: that of its launcher, of the recipe, or ddp where neither has one.
+
+    A recipe without an engine may have what needs one: its launcher may name it.
+    """
+    settled = replace(recipe.parallel, engine=engine or recipe.parallel.engine or "ddp")
+    return [line for _, line in broken_rules(replace(recipe, parallel=settled))]
 
 
 def shown(value: object) -> str:
@@ -140,6 +150,7 @@ def _together(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     yield from _engine(recipe)
     yield from _optimization(recipe.optimization)
+    yield from _rates(recipe.optimization)
     yield from _prodigy(recipe)
     share = recipe.memory.gradient_checkpointing_share
     if share < 1 and not recipe.training.gradient_checkpointing:
@@ -218,6 +229,27 @@ def _optimization(optimization: Optimization) -> Iterator[tuple[tuple[str, ...],
         steps = [int(step) for _, _, step in (pair.partition(":") for pair in rules.split(",")[:-1])]
         if steps != sorted(set(steps)) or 0 in steps:
             yield ("lr_step_rules",), f"lr_step_rules is {rules}; its steps must rise from 1 on, as 1:10,0.1:20,0.005"
+
+
+def _rates(optimization: Optimization) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Rates at which the first step would leave nothing of the weights. Prodigy's multiplies the rate that it finds."""
+    decay = optimization.adam_weight_decay
+    for name in ("learning_rate", "low_expert_learning_rate"):
+        rate = getattr(optimization, name)
+        if rate is None or optimization.use_prodigy:
+            continue
+        if rate >= 1:
+            yield (
+                (name,),
+                f"{name} is {rate}, by about which each step moves each weight; it must be less than 1 but with "
+                "use_prodigy; 1e-5 to 1e-4 is usual",
+            )
+        elif rate * decay >= 1:
+            yield (
+                (name, "adam_weight_decay"),
+                f"{name} is {rate} and adam_weight_decay is {decay}, whose product each step takes off each weight; it "
+                "must be less than 1; lower adam_weight_decay, to 0.03 if in doubt",
+            )
 
 
 def _experts(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reeltune.config.idle import idle_notices
 from reeltune.config.recipe import Recipe
+from reeltune.config.rules import broken_under
+from reeltune.config.unlikely import unlikely_notices
 from reeltune.control.stale import stale_controls
-from reeltune.core.errors import together
+from reeltune.core.errors import refuse, together
 from reeltune.data.plan import Plan
 from reeltune.data.shapes import SizeRules
 from reeltune.distributed.engine import Engine
@@ -33,6 +35,7 @@ from reeltune.training.rate import Rates, rate_notices, rate_of
 
 def check(recipe: Recipe) -> Iterator[str]:
     """The lines of the answer, for one process. Raises UserError for what training would refuse."""
+    refuse("recipe", broken_under(recipe))
     if recipe.training.compile == "blocks":
         compiled.refuse_missing("cuda" if torch.cuda.is_available() else "cpu")
     family, mode, _ = choose_family(recipe)
@@ -101,7 +104,7 @@ def _entries(recipe: Recipe, inputs: Inputs, plan: Plan) -> Iterator[str]:
         yield from (f"         {row}" for row in inputs.unsuited)
     stale = stale_controls(inputs.train, inputs.held_out)
     yield from (f"notice   {notice}" for notice in [*scan.notices, *stale, *machine_notices(recipe)])
-    yield from (f"notice   {notice}" for notice in idle_notices(recipe))
+    yield from (f"notice   {notice}" for notice in [*idle_notices(recipe), *unlikely_notices(recipe)])
     whose = "" if data.validation_data_meta is None else f" of validation_data_meta, {data.validation_data_meta}"
     yield f"held out {_count(len(inputs.held_out), 'clip')}{whose}"
 

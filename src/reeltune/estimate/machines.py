@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
+from reeltune.config.rules import broken_under
 from reeltune.core.errors import UserError, refuse
 from reeltune.memory import choices
 
@@ -60,10 +61,10 @@ class Machines:
 
 
 def check(recipe: Recipe, machines: Machines) -> None:
-    """Raises UserError for machines that there are not, and for what so many cannot do."""
+    """Raises UserError for machines that there are not, and for what so many, or the run's engine, cannot do."""
     machines.size_bytes  # noqa: B018
     gpus, together, given = machines.gpus, recipe.parallel.context_parallel, machines.throughput_tflops
-    problems = []
+    problems = broken_under(recipe)
     if not 1 <= gpus <= MOST_GPUS:
         problems.append(f"gpus is {gpus}; it must be at least 1 and at most {MOST_GPUS:,}; give all of a run")
     elif gpus % together:

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reeltune.config.parse import build
+from reeltune.config.places import places_told
 from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.estimate import page as plan_page
@@ -58,8 +59,9 @@ class Told:
 def told(recipe: Recipe, machines: Machines, store: Path) -> Told:
     """Raises UserError for what training would refuse. Measurements go into the store."""
     recipe = replace(recipe, output=replace(recipe.output, output_dir=str(store)))
-    lines = list(check(recipe))
-    plan = forecast(recipe, machines)
+    with places_told(recipe):
+        lines = list(check(recipe))
+        plan = forecast(recipe, machines)
     answer, reason, tone = plan_page.verdict_lines(plan)
     return Told(
         check=lines,

@@ -15,6 +15,7 @@ from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.idle import idle_notices
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
+from reeltune.config.unlikely import unlikely_notices
 from reeltune.control.stale import stale_controls
 from reeltune.core.interrupt import Interrupt
 from reeltune.core.types import Batch, Encoded, Progress
@@ -199,7 +200,8 @@ def _notices(recipe: Recipe, engine: Engine, inputs: Inputs, total_steps: int) -
     """Notices of what is to be trained on, where, and at which rate."""
     stale = stale_controls(inputs.train, inputs.held_out) if engine.main else []
     slow = [*machine_notices(recipe), *rate_notices(recipe.optimization, total_steps)]
-    return [*engine.parallelism.notices, *idle_notices(recipe), *inputs.scan.notices, *stale, *slow]
+    said = [*idle_notices(recipe), *unlikely_notices(recipe)]
+    return [*engine.parallelism.notices, *said, *inputs.scan.notices, *stale, *slow]
 
 
 def loop(run: Run) -> int:

@@ -9,7 +9,7 @@ import torch
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
 from reeltune.config.rules import written
-from reeltune.core.errors import UserError
+from reeltune.core.errors import UserError, first_words
 from reeltune.core.types import Shape
 from reeltune.memory import choices
 from reeltune.memory.lever import ALL, TRAINED
@@ -49,12 +49,11 @@ def explained(
     place = "the device" if isinstance(error, torch.OutOfMemoryError) else "the memory of this machine"
     size = "" if shape is None else f" at {shape.frames} frames of {shape.width} x {shape.height}"
     parts = ", ".join(f"{part} {size_bytes / 1e9:.1f} GB" for part, size_bytes in held_bytes.items() if size_bytes)
-    first = str(error).partition(". ")[0]
     return UserError(
         "memory",
-        f"{place} is full in {words} of step {step}{size} ({first}). It holds {parts}; {grew} grew until it "
-        f"was full. Change one or more, the cheapest first: {'; '.join(remedies(doing, recipe))}. `reeltune plan` with "
-        "this recipe tells which of them is enough",
+        f"{place} is full in {words} of step {step}{size} ({first_words(error)}). It holds {parts}; {grew} grew until "
+        f"it was full. Change one or more, the cheapest first: {'; '.join(remedies(doing, recipe))}. `reeltune plan` "
+        "with this recipe tells which of them is enough",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import broken_rules
+from reeltune.config.rules import broken_under
 from reeltune.core.errors import UserError, refuse
 from reeltune.distributed.launch import START, Parallelism, chosen, place
 
@@ -14,8 +14,7 @@ def parallelism_of(recipe: Recipe) -> Parallelism:
     """Raises UserError for a launch that would not train as one run, and for settings that its engine has not."""
     parallel = recipe.parallel
     parallelism = chosen(parallel.engine, keep_gathered=parallel.keep_gathered, offload=parallel.offload)
-    checked = replace(recipe, parallel=replace(parallel, engine=parallelism.engine))
-    refuse("launch", [line for _, line in broken_rules(checked)])
+    refuse("launch", broken_under(recipe, parallelism.engine))
     notices, name = parallelism.notices, parallelism.engine
     if name != "ddp" and place()[1] == 1:
         notices = *notices, f"engine is {name}, but one process was started: it has nothing to shard. {START}"
