@@ -12,7 +12,7 @@ from reeltune.checkpoint import digests
 from reeltune.checkpoint.folder import progress_of
 from reeltune.demo.main import FAMILIES
 from reeltune.distributed.engine import choose_kernels
-from reeltune.memory import attention, attention_trial, compiled
+from reeltune.memory import attention, attention_trial, compiled, flash_4
 from reeltune.memory.attention_trial import asked
 from reeltune.training import attention_choice, loop
 from reeltune.training.loop import train
@@ -147,15 +147,17 @@ def test_a_network_without_attention_is_left_alone(toy, data, tmp_path, math_is_
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "words", "installed"),
     [
-        ({"encode_ahead": True}, "a kernel is chosen for the whole process, and encoders are at work meanwhile"),
-        ({"deterministic": True}, "deterministic is true, and timing them may find another one in another run"),
+        ({"encode_ahead": True}, "a kernel is chosen for the whole process, and encoders are at work meanwhile", False),
+        ({"deterministic": True}, "deterministic is true, and timing them may find another one in another run", True),
     ],
     ids=str,
 )
-def test_where_none_can_be_chosen_that_is_told(changes, words, toy, data, tmp_path, monkeypatch):
+def test_where_none_can_be_chosen_that_is_told(changes, words, installed, toy, data, tmp_path, monkeypatch):
     monkeypatch.setitem(attention.CANDIDATES, "cpu", ("flash", "math"))
+    monkeypatch.setattr(flash_4, "DEVICES", ("cpu",))
+    monkeypatch.setattr(flash_4, "installed", lambda: "4.0.0" if installed else None)
     monkeypatch.setattr(attention_choice, "_trial", never)
     try:
         assert train(recipe(toy, data, tmp_path, **SHORT, **changes)) == 0
@@ -163,6 +165,7 @@ def test_where_none_can_be_chosen_that_is_told(changes, words, toy, data, tmp_pa
         choose_kernels(deterministic=False)
     (line,) = told(tmp_path)
     assert line.startswith(f"attention is auto: torch chooses a kernel for each shape, and none is tried, as {words}")
+    assert ("; flash_4, which is installed, " in line) is installed
     assert kernel_of(tmp_path) is None
 
 

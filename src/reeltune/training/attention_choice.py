@@ -11,7 +11,7 @@ from reeltune.config.recipe import Recipe
 from reeltune.core.errors import UserError
 from reeltune.core.types import Shape
 from reeltune.distributed.engine import Engine
-from reeltune.memory import attention
+from reeltune.memory import attention, flash_4
 from reeltune.memory.attention_trial import Trial, asked, median_s, soonest, tried
 from reeltune.training.prefetch import encodes_beside
 from reeltune.training.rank_checks import from_first
@@ -44,7 +44,7 @@ def _chosen(run: Run) -> Choice:
     if not held and len(kernels) == 1:
         return _only(kernels[0], begins, run.engine)
     if (reason := _leaves_to_torch(run.recipe, run.engine)) is not None:
-        told = f"{begins}torch chooses a kernel for each shape, and none is tried, as {reason}"
+        told = f"{begins}torch chooses a kernel for each shape, and none is tried, as {reason}{_own(run)}"
         return Choice(None, False, told + (f"; so {held}, which the checkpoint says, is not taken" if held else ""))
     if held:
         lacks = [line for line in run.engine.gather(_lacks(held, run.recipe, run.engine)) if line is not None]
@@ -79,6 +79,14 @@ def _leaves_to_torch(recipe: Recipe, engine: Engine) -> str | None:
             "encode_ahead to false to have one"
         )
     return None
+
+
+def _own(run: Run) -> str:
+    """What is told of the kernel that may be had all the same, where it is installed."""
+    if run.engine.context > 1 or flash_4.NAME not in _candidates(run):
+        return ""
+    own = "it is the network's alone, and its gradients repeat their bits where deterministic is true"
+    return f"; {flash_4.NAME}, which is installed, may be named: {own}"
 
 
 def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
