@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Or each of hundreds of processes would compile the package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test quick oldest bench wheels lint parity docs
+.PHONY: setup demo test quick oldest bench wheels wheels-flash-4 lint parity docs
 
 setup: .venv/ready
 
@@ -47,10 +47,15 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 # For scripts/on_a_gpu.sh: what a machine with torch, transformers and accelerate lacks, for Python 3.12 on Linux
+WHEELS = --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --dest wheels \
+	--platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
+	--platform manylinux2014_x86_64
+
 wheels: setup
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-		--constraint constraints.txt --dest wheels --requirement benchmarks/gpu/wheels.txt
+	$(BIN)/python -m pip download --quiet $(WHEELS) --constraint constraints.txt --requirement benchmarks/gpu/wheels.txt
+
+wheels-flash-4: setup
+	$(BIN)/python -m pip download --quiet $(WHEELS) --requirement benchmarks/gpu/wheels-flash-4.txt
 
 parity: setup
 	$(BIN)/python -m benchmarks.parity --write docs/parity.md
