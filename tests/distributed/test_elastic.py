@@ -38,6 +38,10 @@ def test_the_micro_step_is_kept():
     }
     for world, split in kept.items():
         assert world * split.passes * split.batch == split.group == 8
+        told = split.notices(2, world)
+        assert [
+            f"keeps the 8 samples that the run began with: a process takes {split.batch} of" in line for line in told
+        ] == ([] if world == 4 else [True])
 
 
 @pytest.mark.parametrize(("engine", "told"), [("zero2", 1), ("fsdp", 1), ("ddp", 0)])
@@ -63,6 +67,8 @@ def test_what_does_not_come_out_even_is_refused_with_the_numbers_that_do(batch, 
     assert told.endswith(f"as many processes as one of {fits}")
     for count in map(int, fits.split(", ")):
         assert split_batch(batch, count, group).group == group
+    with pytest.raises(UserError, match=f"processes: {3 * world} and .* one of {3 * int(fits[0])}, "):
+        split_batch(batch, world, group, sharing=3)
 
 
 def taken(reader, start, micro_steps, world, train_batch_size):

@@ -210,10 +210,38 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert "it is of step 7, and the run is to have 1: nothing is left to train" in (out / "metrics.jsonl").read_text()
 
 
-def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
-    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
+@pytest.mark.parametrize("place", ["", "set_aside"])
+def test_a_run_of_another_mode_is_not_gone_on_with(place, data, checkpoints, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken("toy"), out)
+    (out / "set_aside").mkdir()
+    last = (out / "checkpoint-6").rename(out / place / "checkpoint-6")
+    settings = settings_of("toy", resume_from_checkpoint=str(last), max_train_steps=7) | {"train_mode": "normal"}
     with pytest.raises(UserError, match=r"mode was control and is normal"):
-        run(settings, checkpoints / "toy", data, unbroken("toy"))
+        run(settings, checkpoints / "toy", data, out)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_with_other_micro_steps_in_a_step_it_ends_with_its_epochs(before, after, data, checkpoints, unbroken, tmp_path):
+    epochs, where = {"num_train_epochs": 4, "checkpointing_steps": 100}, (checkpoints / "toy", data, tmp_path / "run")
+    begun = settings_of("toy", **epochs, gradient_accumulation_steps=before, max_train_steps=4 // before)
+    assert run(begun, *where) == 0
+    more = {"gradient_accumulation_steps": after, "max_train_steps": None, "resume_from_checkpoint": "latest"}
+    assert run(settings_of("toy", **epochs, **more), *where) == 0
+    whole = unbroken("toy", **epochs, max_train_steps=None)
+    assert (tmp_path / "run/ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_in_another_folder_it_is_compared_with_the_weights_that_it_began_with_there(
+    data, checkpoints, unbroken, tmp_path
+):
+    out, settings = tmp_path / "other", settings_of("toy", resume_from_checkpoint=str(unbroken("toy") / "checkpoint-4"))
+    assert run(settings, checkpoints / "toy", data, out) == 0
+    found = rows(out, ["validation"])
+    assert [(row["step"], row["start_step"]) for row in found] == [(4, 4), (6, 4)]
+    assert found[0]["difference"] == 0 and found[1]["difference"] != 0
+    with pytest.raises(UserError, match=r"has checkpoint-6 of its own; go on from that with latest"):
+        run(settings, checkpoints / "toy", data, out)
 
 
 def stopped_at_2(checkpoints, data, out, **changes):

@@ -62,8 +62,8 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
     if there and resumed_from is not None and Path(output_dir).resolve() not in resumed_from.resolve().parents:
         raise UserError(
             "recipe",
-            f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} holds "
-            f"{there[-1].name} of another run; give another output_dir",
+            f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} has "
+            f"{there[-1].name} of its own; go on from that with latest, or give another output_dir",
         )
 
 
@@ -87,7 +87,8 @@ def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: b
             f"{resumed_from} keeps the whole network, and rank asks for adapters; leave rank out, or train adapters "
             f"on it: transformer_path {resumed_from} and another output_dir",
         )
-    about = resumed_from.parent / "run.json"
+    beside = resumed_from.absolute().parent
+    about = (beside.parent if beside.name == checkpoint.SET_ASIDE else beside) / "run.json"
     before = read_table(about, RESTORE) if about.is_file() else {}
     require_fields(before, {name: TEXT for name in facts if name in before}, about, RESTORE)
     refuse(

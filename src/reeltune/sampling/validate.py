@@ -279,6 +279,11 @@ class Validation:
         previews.obedience, notices = obedience_of(validation, setup, requests, output_dir, controls.detector)
         return cls(held_out, previews, output_dir, notices)
 
+    def has_start(self) -> bool:
+        """Whether what the weights are compared with was measured, in this folder. Raises UserError as HeldOut.kept."""
+        held_out, obedience = self.held_out, self.previews.obedience
+        return (held_out is None or held_out.kept() is not None) and (obedience is None or obedience.kept() is not None)
+
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
         """Makes the previews, measures them and the held-out clips.
 

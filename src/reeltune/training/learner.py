@@ -189,8 +189,12 @@ class Learner:
         if is_shared or self.engine.sharded:
             saved = Shared(resumed_from) if is_shared else self._whole(resumed_from)
             self.trainer.make_state(self.names, saved.keys, saved.scalars)
-            # ZeRO has a state also for what never had a gradient, and there it stays zero.
-            saved.fill(piece for piece in self.pieces() if piece.name in saved or "optimizer/" not in piece.name)
+            pieces = list(self.pieces())
+            # ZeRO has a state also for what never had a gradient, and there it stays zero. An average that was not kept
+            # begins with the weights.
+            averaged = any(piece.name in saved for piece in pieces if piece.name.startswith("average/"))
+            absent = ("optimizer/",) if averaged else ("optimizer/", "average/")
+            saved.fill(piece for piece in pieces if piece.name in saved or not piece.name.startswith(absent))
             return
         state = checkpoint.load(resumed_from)
         restore(self.optimizer, state["optimizer"])

@@ -87,13 +87,13 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if training.compile == "blocks":
         compiled.refuse_missing(engine.device.type)
     resumed_from, progress, changes = _checkpoint(recipe, engine)
-    split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
+    split = split_batch(training.train_batch_size, engine.place[1], progress.group or None, sharing=engine.context)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode, **({"expert": recipe.model.expert} if family.experts else {})}
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
-        changes += changes_since(resumed_from, recipe)
+        changes += [*changes_since(resumed_from, recipe), *split.notices(training.train_batch_size, engine.place[1])]
         if not progress.plan_version:
             changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
@@ -111,7 +111,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     inputs = inputs if cache is None else cache.feed(inputs)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
-    total_steps = steps_of(recipe, first_epoch)
+    total_steps = steps_of(recipe, first_epoch, progress)
     turns = turns_of(
         recipe,
         setup,
@@ -122,8 +122,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
-    if resumed_from is not None and validation.held_out is not None:
-        from_first(engine, validation.held_out.kept)  # now, and not when all is trained
+    compares = resumed_from is None or from_first(engine, validation.has_start)  # now, and not when all is trained
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
     if engine.main:
         later = checkpoint.set_later_aside(Path(recipe.output.output_dir), progress.step)
@@ -135,6 +134,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         setup=setup,
         turns=turns,
         validation=validation,
+        compares=compares,
         prefetcher=_prefetcher(recipe, engine, setup, inputs, split, progress, total_steps),
         reader=inputs.reader,
         pixel_reader=pixel_reader,
@@ -287,10 +287,12 @@ def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger
     return notices
 
 
-def steps_of(recipe: Recipe, plan: Plan) -> int:
-    """Optimizer steps of the run: those of num_train_epochs, or max_train_steps if they are fewer."""
-    micro_steps = plan.micro_steps_before(recipe.training.num_train_epochs)
-    steps = max(1, micro_steps // recipe.training.gradient_accumulation_steps)
+def steps_of(recipe: Recipe, plan: Plan, done: Progress | None = None) -> int:
+    """Optimizer steps of the run: those of num_train_epochs, or max_train_steps if they are fewer. done: how far it is;
+    the steps until then may have had other gradient_accumulation_steps."""
+    done, before = done or Progress(), plan.micro_steps_before
+    micro_steps = before(recipe.training.num_train_epochs) - before(done.epoch) - done.cursor
+    steps = max(1, done.step + micro_steps // recipe.training.gradient_accumulation_steps)
     return min(steps, recipe.training.max_train_steps or steps)
 
 
