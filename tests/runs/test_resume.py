@@ -235,8 +235,11 @@ def test_with_other_micro_steps_in_a_step_it_ends_with_its_epochs(before, after,
 def test_in_another_folder_it_is_compared_with_the_weights_that_it_began_with_there(
     data, checkpoints, unbroken, tmp_path
 ):
+    """And not with what is there of a run that left no checkpoint."""
     out, settings = tmp_path / "other", settings_of("toy", resume_from_checkpoint=str(unbroken("toy") / "checkpoint-4"))
+    shutil.copytree(unbroken("toy"), out, ignore=shutil.ignore_patterns("checkpoint-*"))
     assert run(settings, checkpoints / "toy", data, out) == 0
+    assert [row["step"] for row in rows(out, ["step"])] == [5, 6]
     found = rows(out, ["validation"])
     assert [(row["step"], row["start_step"]) for row in found] == [(4, 4), (6, 4)]
     assert found[0]["difference"] == 0 and found[1]["difference"] != 0
@@ -294,12 +297,18 @@ def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_sai
 
 
 def test_going_back_sets_later_checkpoints_aside(checkpoints, data, unbroken, tmp_path):
+    """Also those that are links to another disk, which lead there as before."""
     out = tmp_path / "run"
     shutil.copytree(unbroken("toy"), out)
+    (tmp_path / "disk").mkdir()
+    for name, leads in (("checkpoint-2", tmp_path / "disk"), ("checkpoint-6", Path("../disk"))):
+        (out / name).rename(tmp_path / "disk" / name)
+        (out / name).symlink_to(leads / name)
     more = settings_of("toy", resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpoints_total_limit=1)
     assert run(more, checkpoints / "toy", data, out) == 0
     assert [path.name for path in complete(out)] == ["checkpoint-3"]
     assert sorted(path.name for path in (out / "set_aside").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert all((path / "progress.json").is_file() for path in (out / "set_aside").iterdir())
     assert sum("set_aside" in text for text in notices(out)) == 2
 
 

@@ -15,7 +15,7 @@ import torch
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import OPTIMIZERS
+from reeltune.config.rules import OPTIMIZERS, shown
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import TEXT, few, read_table, require_fields
@@ -59,12 +59,18 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
             "latest, or give another output_dir",
         )
-    if there and resumed_from is not None and Path(output_dir).resolve() not in resumed_from.resolve().parents:
+    if there and resumed_from is not None and not is_own(output_dir, resumed_from):
         raise UserError(
             "recipe",
             f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} has "
             f"{there[-1].name} of its own; go on from that with latest, or give another output_dir",
         )
+
+
+def is_own(output_dir: Path, resumed_from: Path) -> bool:
+    """Whether the checkpoint is of the run of that folder: lies in it, or is a link there."""
+    beside = resumed_from.absolute().parent.resolve()
+    return Path(output_dir).resolve() in (beside, *beside.parents)
 
 
 def within_checkpoint(out: Path) -> Iterator[str]:
@@ -104,7 +110,9 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     for another optimizer, or one of other weights.
     """
     before, now = (flat(r) for r in (build(read(resumed_from / "recipe.yaml")), recipe))
-    changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
+    changed = {
+        name: f"{name} was {shown(before[name])} and is {shown(now[name])}" for name in now if now[name] != before[name]
+    }
     ordering = {*vars(recipe.sizes), *ORDERING} - {IDLE}
     kept_in = "adapter_path" if recipe.adapter.rank else "transformer_path"
     anew = f"start a new run from its weights: {kept_in} {resumed_from} and another output_dir"

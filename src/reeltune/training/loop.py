@@ -31,7 +31,7 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.experts import of_expert
-from reeltune.run.folder import changes_since, refuse_other_model, refuse_overwriting
+from reeltune.run.folder import changes_since, is_own, refuse_other_model, refuse_overwriting
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options
@@ -122,8 +122,10 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
-    compares = resumed_from is None or from_first(engine, validation.has_start)  # now, and not when all is trained
-    log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
+    own = resumed_from is not None and is_own(Path(recipe.output.output_dir), resumed_from)
+    has_start = partial(validation.has_start, is_own=own)  # asked now, and not when all is trained
+    compares = resumed_from is None or from_first(engine, has_start)
+    log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step, is_own=own)
     if engine.main:
         later = checkpoint.set_later_aside(Path(recipe.output.output_dir), progress.step)
         changes += [f"{path} is no longer of this run" for path in later]
@@ -296,7 +298,7 @@ def steps_of(recipe: Recipe, plan: Plan, done: Progress | None = None) -> int:
     return min(steps, recipe.training.max_train_steps or steps)
 
 
-def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | None) -> Log:
+def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | None, *, is_own: bool) -> Log:
     output, peak = recipe.output, peak_flops(engine.device, engine.dtype)
     return Log(
         Path(output.output_dir),
@@ -305,6 +307,7 @@ def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | No
         project=output.tracker_project_name,
         logging_steps=output.logging_steps,
         resume_step=resume_step,
+        is_own=is_own,
         total_steps=total_steps,
         peak_flops=peak and peak * engine.world,
         device_bytes=engine.device_bytes,
