@@ -245,6 +245,9 @@ def test_in_another_folder_it_is_compared_with_the_weights_that_it_began_with_th
     assert found[0]["difference"] == 0 and found[1]["difference"] != 0
     with pytest.raises(UserError, match=r"has checkpoint-6 of its own; go on from that with latest"):
         run(settings, checkpoints / "toy", data, out)
+    shutil.rmtree(out / "checkpoint-6")  # as if it had been killed before
+    with pytest.raises(UserError, match=r"no complete checkpoint yet; its run went on from .*checkpoint-4: give that"):
+        run(settings_of("toy", resume_from_checkpoint="latest"), checkpoints / "toy", data, out)
 
 
 def stopped_at_2(checkpoints, data, out, **changes):

@@ -37,6 +37,7 @@ ORDERING = (
 OF_THE_STATE = ("trained_weights", "trainable_modules", "trainable_modules_low_learning_rate", "lora_plus_ratio")
 OF_THE_ADAPTERS = ("rank", "rank_pattern", "use_dora", "train_whole")  # other layers are told by name (read_kept)
 IDLE = "keep_all_node_same_token_length"  # always on
+GOES_ON_FROM = "goes_on_from"  # in run.json: a checkpoint of another run
 RESTORE = "restore it from a copy"
 
 
@@ -64,6 +65,19 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             "recipe",
             f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} has "
             f"{there[-1].name} of its own; go on from that with latest, or give another output_dir",
+        )
+
+
+def refuse_starting_over(output_dir: Path) -> None:
+    """Raises UserError where a run without a checkpoint of its own was to go on from that of another: to start anew
+    would lose what that had learnt."""
+    about = output_dir / "run.json"
+    before = read_table(about, RESTORE) if about.is_file() else {}
+    if (path := before.get(GOES_ON_FROM)) is not None:
+        raise UserError(
+            "resume",
+            f"resume_from_checkpoint is latest, and {output_dir} has no complete checkpoint yet; its run went on from "
+            f"{path}: give that; to start a new run leave resume_from_checkpoint out",
         )
 
 

@@ -181,10 +181,11 @@ class Learner:
         """
         is_shared = checkpoint.is_shared(resumed_from)
         if is_shared != self.engine.sharded and self.optimization.use_came:
+            ways = {True: "zero2 or zero3 in several processes", False: "ddp or one process"}
             raise UserError(
                 "resume",
-                f"use_came is true, whose state is another in each engine; {resumed_from.name} was written by "
-                f"{'zero2 or zero3' if is_shared else 'ddp'} and engine is {self.engine.name}; restore it",
+                f"use_came is true, whose state is another in each; {resumed_from.name} was written by "
+                f"{ways[is_shared]}, and cannot be gone on with by {ways[not is_shared]}; start as it was written",
             )
         if is_shared or self.engine.sharded:
             saved = Shared(resumed_from) if is_shared else self._whole(resumed_from)

@@ -31,7 +31,14 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.experts import of_expert
-from reeltune.run.folder import changes_since, is_own, refuse_other_model, refuse_overwriting
+from reeltune.run.folder import (
+    GOES_ON_FROM,
+    changes_since,
+    is_own,
+    refuse_other_model,
+    refuse_overwriting,
+    refuse_starting_over,
+)
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options
@@ -91,6 +98,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode, **({"expert": recipe.model.expert} if family.experts else {})}
+    own = resumed_from is not None and is_own(Path(recipe.output.output_dir), resumed_from)
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
         changes += [*changes_since(resumed_from, recipe), *split.notices(training.train_batch_size, engine.place[1])]
@@ -122,7 +130,6 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
-    own = resumed_from is not None and is_own(Path(recipe.output.output_dir), resumed_from)
     has_start = partial(validation.has_start, is_own=own)  # asked now, and not when all is trained
     compares = resumed_from is None or from_first(engine, has_start)
     log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step, is_own=own)
@@ -147,7 +154,9 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        facts=facts | {**turns.counts, "attention": training.attention, "processes": engine.world},
+        facts=facts
+        | {**turns.counts, "attention": training.attention, "processes": engine.world}
+        | ({} if resumed_from is None or own else {GOES_ON_FROM: str(resumed_from.absolute())}),
         notices=[
             *notices,
             *_notices(recipe, engine, inputs, total_steps),
@@ -167,6 +176,8 @@ def _checkpoint(recipe: Recipe, engine: Engine) -> tuple[Path | None, Progress, 
     out = Path(recipe.output.output_dir)
     resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, resumed_from)
+    if resumed_from is None and recipe.output.resume_from_checkpoint is not None:
+        refuse_starting_over(out)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
     notices = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
     refuse_damaged_weights(engine, recipe.model, resumed_from)

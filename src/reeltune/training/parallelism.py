@@ -55,11 +55,13 @@ def split_batch(train_batch_size: int, world: int, group: int | None = None, *, 
     batch = _batch(train_batch_size, world, group)
     if batch == 0:
         fits = [count * sharing for count in range(1, group + 1) if _batch(train_batch_size, count, group)]
+        sizes = [size for size in range(1, group // world + 1) if _batch(size, world, group)]
+        or_sizes = f", or with so many processes give one of {', '.join(map(str, sizes))}" if sizes else ""
         raise UserError(
             "resume",
             f"the run takes {group} samples in a micro-step, which does not come out even for processes: "
             f"{world * sharing} and train_batch_size: {train_batch_size}; with this train_batch_size start as many "
-            f"processes as one of {', '.join(map(str, fits))}",
+            f"processes as one of {', '.join(map(str, fits))}{or_sizes}",
         )
     return BatchSplit(group, group // (batch * world), batch)
 
