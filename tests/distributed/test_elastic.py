@@ -38,6 +38,10 @@ def test_the_micro_step_is_kept():
     }
     for world, split in kept.items():
         assert world * split.passes * split.batch == split.group == 8
+        told = split.notices(2, world)
+        assert [
+            f"keeps the 8 samples that the run began with: a process takes {split.batch} of" in line for line in told
+        ] == ([] if world == 4 else [True])
 
 
 @pytest.mark.parametrize(("engine", "told"), [("zero2", 1), ("fsdp", 1), ("ddp", 0)])
@@ -51,18 +55,28 @@ def test_one_process_with_an_engine_is_told_that_it_deals_out_nothing(engine, to
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "group", "fits"),
-    [(2, 3, 8, "1, 2, 4, 8"), (2, 16, 8, "1, 2, 4, 8"), (3, 1, 8, "4, 8"), (4, 5, 12, "1, 3, 4, 6, 12")],
+    ("batch", "world", "group", "fits", "sizes"),
+    [
+        (2, 3, 8, "1, 2, 4, 8", ""),
+        (2, 16, 8, "1, 2, 4, 8", ""),
+        (3, 2, 8, "4, 8", "1, 2, 4"),
+        (4, 5, 12, "1, 3, 4, 6, 12", ""),
+    ],
 )
-def test_what_does_not_come_out_even_is_refused_with_the_numbers_that_do(batch, world, group, fits):
+def test_what_does_not_come_out_even_is_refused_with_the_numbers_that_do(batch, world, group, fits, sizes):
     with pytest.raises(UserError) as error:
         split_batch(batch, world, group)
     (told,) = error.value.problems
     assert f"takes {group} samples in a micro-step" in told
     assert f"processes: {world} and train_batch_size: {batch};" in told
-    assert told.endswith(f"as many processes as one of {fits}")
+    or_sizes = f", or with so many processes give one of {sizes}" if sizes else ""
+    assert told.endswith(f"as many processes as one of {fits}{or_sizes}")
+    for size in map(int, filter(None, sizes.split(", "))):
+        assert split_batch(size, world, group).group == group
     for count in map(int, fits.split(", ")):
         assert split_batch(batch, count, group).group == group
+    with pytest.raises(UserError, match=f"processes: {3 * world} and .* one of {3 * int(fits[0])}, "):
+        split_batch(batch, world, group, sharing=3)
 
 
 def taken(reader, start, micro_steps, world, train_batch_size):

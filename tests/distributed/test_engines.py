@@ -10,6 +10,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ import torch
 from reeltune import families
 from reeltune.cache.fill import fill
 from reeltune.checkpoint.folder import is_shared
+from reeltune.checkpoint.state import Shared
 from reeltune.core.rng import dice
 from reeltune.distributed.engine import DTYPES
 from reeltune.distributed.watchdog import EXIT_CODE
 from reeltune.export.main import export
 from reeltune.families import MODULES, configs, weights
+from reeltune.optim.optimizers import average_decay
 from reeltune.training import loop as module
 from reeltune.training.learner import Learner
 from tests.distributed.gathered import leave_gathered
@@ -120,13 +123,22 @@ class Runs:
             recipes.append(self.recipe(engine))
             recipes += [self.second_part(name) for name in onward(self.family) if name.startswith(engine)]
             recipes += [self.recipe(f"{engine}-bf16", **BF16)] if engine in in_bf16(self.family) else []
+        if self.is_toy:
+            recipes.append(self.averaged("fsdp-averaged-from-ddp"))
         train(recipes, 2, self.folder, partial(leave_gathered, names=ENGINES))
         for engine in ENGINES if self.is_toy else ENGINES[-1:]:
             assert module.train(self.second_part(f"alone-from-{engine}")) == 0
+        if self.is_toy:
+            assert module.train(self.averaged("alone-averaged-from-fsdp", processes=1)) == 0
 
     def second_part(self, name):
         """The recipe of what goes on with the half of another's run."""
         return self.recipe(name, resume_from_checkpoint=self.half_of(name.rpartition("-")[2]))
+
+    def averaged(self, name, processes=2):
+        """The recipe of one step more than the half of another's run, which kept no average."""
+        half = self.half_of(name.rpartition("-")[2])
+        return self.recipe(name, processes, resume_from_checkpoint=half, max_train_steps=HALF + 1, use_ema=True)
 
     def begin(self, engine, name):
         """The first half of that engine's run, in a folder of its own. Returns the folder."""
@@ -313,6 +325,24 @@ def test_another_engine_goes_on_with_the_same_samples(runs):
     for name in (*onward(runs.family), *alone):
         assert runs.losses(name) == pytest.approx(runs.second_half("alone"), rel=TOLERANCE), name
         assert (runs.folder / name / "ledger.csv").read_text() == (runs.folder / "alone" / "ledger.csv").read_text()
+
+
+@pytest.mark.family("toy")
+@pytest.mark.parametrize("name", ["fsdp-averaged-from-ddp", "alone-averaged-from-fsdp"])
+def test_an_average_that_was_not_kept_begins_with_the_weights(name, runs):
+    ours = runs.folder / name / f"checkpoint-{HALF + 1}"
+    last, average = (kept(ours, average=average) for average in (False, True))
+    begun = kept(Path(runs.half_of(name.rpartition("-")[2])))
+    share = 1 - average_decay(HALF, 1.0)
+    assert all(torch.allclose(average[key], torch.lerp(begun[key], last[key], share), atol=1e-7) for key in begun)
+    assert any(not torch.equal(last[key], begun[key]) for key in begun)
+
+
+def kept(checkpoint, *, average=False):
+    """The weights that it keeps, or their average."""
+    if is_shared(checkpoint):
+        return dict(Shared(checkpoint).weights(average=average))
+    return weights.read(checkpoint / ("transformer_ema" if average else "transformer"))
 
 
 # ---- exported

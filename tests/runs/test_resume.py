@@ -210,10 +210,44 @@ def test_what_would_change_the_samples_is_refused_and_other_changes_are_told(dat
     assert "it is of step 7, and the run is to have 1: nothing is left to train" in (out / "metrics.jsonl").read_text()
 
 
-def test_a_run_of_another_mode_is_not_gone_on_with(data, checkpoints, unbroken):
-    settings = settings_of("toy", resume_from_checkpoint="latest", max_train_steps=7) | {"train_mode": "normal"}
+@pytest.mark.parametrize("place", ["", "set_aside"])
+def test_a_run_of_another_mode_is_not_gone_on_with(place, data, checkpoints, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken("toy"), out)
+    (out / "set_aside").mkdir()
+    last = (out / "checkpoint-6").rename(out / place / "checkpoint-6")
+    settings = settings_of("toy", resume_from_checkpoint=str(last), max_train_steps=7) | {"train_mode": "normal"}
     with pytest.raises(UserError, match=r"mode was control and is normal"):
-        run(settings, checkpoints / "toy", data, unbroken("toy"))
+        run(settings, checkpoints / "toy", data, out)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_with_other_micro_steps_in_a_step_it_ends_with_its_epochs(before, after, data, checkpoints, unbroken, tmp_path):
+    epochs, where = {"num_train_epochs": 4, "checkpointing_steps": 100}, (checkpoints / "toy", data, tmp_path / "run")
+    begun = settings_of("toy", **epochs, gradient_accumulation_steps=before, max_train_steps=4 // before)
+    assert run(begun, *where) == 0
+    more = {"gradient_accumulation_steps": after, "max_train_steps": None, "resume_from_checkpoint": "latest"}
+    assert run(settings_of("toy", **epochs, **more), *where) == 0
+    whole = unbroken("toy", **epochs, max_train_steps=None)
+    assert (tmp_path / "run/ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_in_another_folder_it_is_compared_with_the_weights_that_it_began_with_there(
+    data, checkpoints, unbroken, tmp_path
+):
+    """And not with what is there of a run that left no checkpoint."""
+    out, settings = tmp_path / "other", settings_of("toy", resume_from_checkpoint=str(unbroken("toy") / "checkpoint-4"))
+    shutil.copytree(unbroken("toy"), out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert run(settings, checkpoints / "toy", data, out) == 0
+    assert [row["step"] for row in rows(out, ["step"])] == [5, 6]
+    found = rows(out, ["validation"])
+    assert [(row["step"], row["start_step"]) for row in found] == [(4, 4), (6, 4)]
+    assert found[0]["difference"] == 0 and found[1]["difference"] != 0
+    with pytest.raises(UserError, match=r"has checkpoint-6 of its own; go on from that with latest"):
+        run(settings, checkpoints / "toy", data, out)
+    shutil.rmtree(out / "checkpoint-6")  # as if it had been killed before
+    with pytest.raises(UserError, match=r"no complete checkpoint yet; its run went on from .*checkpoint-4: give that"):
+        run(settings_of("toy", resume_from_checkpoint="latest"), checkpoints / "toy", data, out)
 
 
 def stopped_at_2(checkpoints, data, out, **changes):
@@ -266,12 +300,18 @@ def test_a_list_in_another_order_is_refused_and_a_longer_one_only_if_that_is_sai
 
 
 def test_going_back_sets_later_checkpoints_aside(checkpoints, data, unbroken, tmp_path):
+    """Also those that are links to another disk, which lead there as before."""
     out = tmp_path / "run"
     shutil.copytree(unbroken("toy"), out)
+    (tmp_path / "disk").mkdir()
+    for name, leads in (("checkpoint-2", tmp_path / "disk"), ("checkpoint-6", Path("../disk"))):
+        (out / name).rename(tmp_path / "disk" / name)
+        (out / name).symlink_to(leads / name)
     more = settings_of("toy", resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpoints_total_limit=1)
     assert run(more, checkpoints / "toy", data, out) == 0
     assert [path.name for path in complete(out)] == ["checkpoint-3"]
     assert sorted(path.name for path in (out / "set_aside").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert all((path / "progress.json").is_file() for path in (out / "set_aside").iterdir())
     assert sum("set_aside" in text for text in notices(out)) == 2
 
 

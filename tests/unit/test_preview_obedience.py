@@ -123,6 +123,7 @@ def test_a_resumed_run_pairs_with_the_same_start(tmp_path):
 )
 def test_previews_made_or_measured_in_another_way_start_anew(changed, tmp_path):
     measured(obedience(tmp_path), 0, [51, 51, 51])
+    assert obedience(tmp_path).kept() and not obedience(tmp_path, **changed).kept()
     row = measured(obedience(tmp_path, **changed), 6, [102, 102, 102])
     assert (row["start_step"], row["difference"]) == (6, 0.0)
     assert measured(obedience(tmp_path, **changed), 8, [204, 204, 204])["start_step"] == 6

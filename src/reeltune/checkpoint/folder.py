@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from reeltune.checkpoint import digests
 from reeltune.core.errors import UserError, refuse
-from reeltune.core.files import flush_folder, flush_tree, free_path, is_disk_error, remove, room, writing
+from reeltune.core.files import flush_folder, flush_tree, free_path, is_disk_error, remove, renamed, room, writing
 from reeltune.core.reading import as_user_error, brief, read_table
 from reeltune.core.types import Progress
 from reeltune.distributed import sharded_io
@@ -278,7 +278,7 @@ def set_later_aside(output_dir: Path, step: int) -> list[Path]:
             aside = Path(output_dir) / SET_ASIDE
             with writing(aside):
                 aside.mkdir(exist_ok=True)
-                moved.append(later.rename(free_path(aside / later.name)))
+                moved.append(renamed(later, free_path(aside / later.name)))
     return moved
 
 

@@ -202,6 +202,15 @@ def free_path(path: Path) -> Path:
     return next(one for one in chain([path], others) if not os.path.lexists(one))
 
 
+def renamed(path: Path, to: Path) -> Path:
+    """Renames it to where nothing is. A link leads there to what it led to, also by a relative path."""
+    if not path.is_symlink() or os.path.isabs(led_to := os.readlink(path)):
+        return path.rename(to)
+    to.symlink_to(path.absolute().parent / led_to)
+    path.unlink()
+    return to
+
+
 def remove(path: Path) -> None:
     """Deletes a folder with all in it, or a file; of a link the link alone. One that is not there is no error."""
     if path.is_dir() and not path.is_symlink():

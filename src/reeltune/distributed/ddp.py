@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -79,11 +79,9 @@ class Direct:
     ) -> None:
         """Optimizer state, all zero, of the kinds that each parameter is said to have; names: ours -> released."""
         for name, parameter in self._learning():
-            stepped = self._stepped(parameter)
-            filled = {key: torch.zeros_like(stepped) for key in keys(names[name])}
-            if filled:
-                scalar_state = {key: torch.tensor(value) for key, value in scalars(names[name]).items()}
-                self._inner.state[stepped] = filled | scalar_state
+            if made := keys(names[name]):
+                stepped = self._stepped(parameter)
+                self._inner.state[stepped] = zeros(self._inner, stepped, made, scalars(names[name]))
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
         """Weights that are named and optimizer state, views of what trains."""
@@ -143,6 +141,17 @@ def piece(name: str, tensor: Tensor, rank: int, world: int) -> Piece:
     if not isinstance(tensor, DTensor):
         return whole(name, tensor)
     return share(name, tensor.to_local(), tensor.shape, rank, world)
+
+
+def zeros(
+    optimizer: torch.optim.Optimizer, stepped: Tensor, keys: Iterable[str], scalars: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The optimizer's state of what it steps: zeros by these keys, and these numbers. A fused optimizer reads the
+    numbers on the device of what it steps, any other on the CPU (torch 2.13, Optimizer.load_state_dict)."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    place = stepped.device if fused else torch.device("cpu")
+    numbers_there = {key: torch.tensor(value, device=place) for key, value in scalars.items()}
+    return {key: torch.zeros_like(stepped) for key in keys} | numbers_there
 
 
 def numbers(state: Mapping[str, Any]) -> dict[str, float]:

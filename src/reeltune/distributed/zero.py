@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reeltune.core.errors import UserError, refuse
-from reeltune.distributed.ddp import called, numbers
+from reeltune.distributed.ddp import called, numbers, zeros
 from reeltune.distributed.sharded_io import Piece, whole
 
 OURS = ("optimizer", "scheduler", "zero_allow_untested_optimizer")  # the recipe says these
@@ -107,8 +107,7 @@ class Zero:
         for flat_N, group in self._groups(names):
             name = next(filter(keys, group), None)
             if name is not None:
-                filled = {key: torch.zeros_like(flat_N) for key in keys(name)}
-                self.optimizer.state[flat_N] = filled | {key: torch.tensor(v) for key, v in scalars(name).items()}
+                self.optimizer.state[flat_N] = zeros(self.optimizer, flat_N, keys(name), scalars(name))
 
     def pieces(self, names: Mapping[str, str]) -> Iterator[Piece]:
         """fp32 weights and optimizer state of what learns, and the other weights that are named as they are."""

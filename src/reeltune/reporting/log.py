@@ -43,7 +43,8 @@ class Log:
     GPU, their copies are begun and the row is written by the next `step`, so that the device is not waited for, or by
     `flush`, which comes before a checkpoint is written.
 
-    `resume_step` is the step of the checkpoint that the run goes on from; lines of later steps are cut.
+    `resume_step` is the step of the checkpoint that the run goes on from; lines of later steps are cut. They are all
+    another run's, and moved aside, where that is of another folder: without `is_own`.
     Raises UserError for a tracker that is not installed.
     """
 
@@ -56,6 +57,7 @@ class Log:
         project: str = "reeltune",
         logging_steps: int = 10,
         resume_step: int | None = None,
+        is_own: bool = True,
         total_steps: int | None = None,
         peak_flops: float | None = None,
         device_bytes: int | None = None,
@@ -81,7 +83,7 @@ class Log:
         self.path = path = Path(output_dir) / "metrics.jsonl"
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            moved = _start_over(path) if resume_step is None else _cut_after(path, resume_step)
+            moved = _start_over(path) if resume_step is None or not is_own else _cut_after(path, resume_step)
             self.file = path.open("ab", buffering=0)
         self.trackers = [_open_tracker(name, path.parent, project, resume_step) for name in report_to if name != "none"]
         if moved:

@@ -15,7 +15,7 @@ import torch
 from reeltune.checkpoint import folder as checkpoint
 from reeltune.config.parse import build, dump, flat, read
 from reeltune.config.recipe import Recipe
-from reeltune.config.rules import OPTIMIZERS
+from reeltune.config.rules import OPTIMIZERS, shown
 from reeltune.core.errors import UserError, refuse
 from reeltune.core.files import whole_file
 from reeltune.core.reading import TEXT, few, read_table, require_fields
@@ -37,6 +37,7 @@ ORDERING = (
 OF_THE_STATE = ("trained_weights", "trainable_modules", "trainable_modules_low_learning_rate", "lora_plus_ratio")
 OF_THE_ADAPTERS = ("rank", "rank_pattern", "use_dora", "train_whole")  # other layers are told by name (read_kept)
 IDLE = "keep_all_node_same_token_length"  # always on
+GOES_ON_FROM = "goes_on_from"  # in run.json: a checkpoint of another run
 RESTORE = "restore it from a copy"
 
 
@@ -59,12 +60,31 @@ def refuse_overwriting(output_dir: Path, resumed_from: Path | None) -> None:
             f"output_dir {str(output_dir)!r} already holds {there[-1].name}; go on from it with resume_from_checkpoint "
             "latest, or give another output_dir",
         )
-    if there and resumed_from is not None and Path(output_dir).resolve() not in resumed_from.resolve().parents:
+    if there and resumed_from is not None and not is_own(output_dir, resumed_from):
         raise UserError(
             "recipe",
-            f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} holds "
-            f"{there[-1].name} of another run; give another output_dir",
+            f"resume_from_checkpoint is {str(resumed_from)!r}, but output_dir {str(output_dir)!r} has "
+            f"{there[-1].name} of its own; go on from that with latest, or give another output_dir",
         )
+
+
+def refuse_starting_over(output_dir: Path) -> None:
+    """Raises UserError where a run without a checkpoint of its own was to go on from that of another: to start anew
+    would lose what that had learnt."""
+    about = output_dir / "run.json"
+    before = read_table(about, RESTORE) if about.is_file() else {}
+    if (path := before.get(GOES_ON_FROM)) is not None:
+        raise UserError(
+            "resume",
+            f"resume_from_checkpoint is latest, and {output_dir} has no complete checkpoint yet; its run went on from "
+            f"{path}: give that; to start a new run leave resume_from_checkpoint out",
+        )
+
+
+def is_own(output_dir: Path, resumed_from: Path) -> bool:
+    """Whether the checkpoint is of the run of that folder: lies in it, or is a link there."""
+    beside = resumed_from.absolute().parent.resolve()
+    return Path(output_dir).resolve() in (beside, *beside.parents)
 
 
 def within_checkpoint(out: Path) -> Iterator[str]:
@@ -87,7 +107,8 @@ def refuse_other_model(resumed_from: Path, facts: dict[str, str], *, adapters: b
             f"{resumed_from} keeps the whole network, and rank asks for adapters; leave rank out, or train adapters "
             f"on it: transformer_path {resumed_from} and another output_dir",
         )
-    about = resumed_from.parent / "run.json"
+    beside = resumed_from.absolute().parent
+    about = (beside.parent if beside.name == checkpoint.SET_ASIDE else beside) / "run.json"
     before = read_table(about, RESTORE) if about.is_file() else {}
     require_fields(before, {name: TEXT for name in facts if name in before}, about, RESTORE)
     refuse(
@@ -103,7 +124,9 @@ def changes_since(resumed_from: Path, recipe: Recipe) -> list[str]:
     for another optimizer, or one of other weights.
     """
     before, now = (flat(r) for r in (build(read(resumed_from / "recipe.yaml")), recipe))
-    changed = {name: f"{name} was {before[name]} and is {now[name]}" for name in now if now[name] != before[name]}
+    changed = {
+        name: f"{name} was {shown(before[name])} and is {shown(now[name])}" for name in now if now[name] != before[name]
+    }
     ordering = {*vars(recipe.sizes), *ORDERING} - {IDLE}
     kept_in = "adapter_path" if recipe.adapter.rank else "transformer_path"
     anew = f"start a new run from its weights: {kept_in} {resumed_from} and another output_dir"

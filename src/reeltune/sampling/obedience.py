@@ -85,8 +85,27 @@ class Obedience:
 
     def _start(self, step: int, scores: list[float | None]) -> tuple[int, list[float | None]]:
         """(step, scores) of the weights to compare with."""
-        path = self.output_dir / "validation" / "start_obedience.json"
-        measured_on = {
+        kept = None if step == 0 else self.kept()
+        if kept is not None and any(score is not None for score in kept["scores"]):
+            return kept["step"], kept["scores"]
+        keep_start(self._path, {"step": step, **self._measured_on, "scores": scores})
+        return step, scores
+
+    def kept(self) -> dict[str, Any] | None:
+        """What was measured of the weights that the run began with; None if nothing was, or not of these previews."""
+        kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": NUMBER.or_none().many()}
+        kept = kept_start(self._path, kinds)
+        if kept is None or len(kept["scores"]) != len(self.requests):
+            return None
+        return kept if all(kept.get(name) == value for name, value in self._measured_on.items()) else None
+
+    @property
+    def _path(self) -> Path:
+        return self.output_dir / "validation" / "start_obedience.json"
+
+    @property
+    def _measured_on(self) -> dict[str, Any]:
+        return {
             "control_kind": self.judge.kind,
             "detector": self.judge.detector,
             "previews": [
@@ -95,14 +114,6 @@ class Obedience:
             ],
             "settings": self.settings,
         }
-        kinds = {"control_kind": TEXT, "detector": TEXT, "previews": TEXT.many(), "scores": NUMBER.or_none().many()}
-        kept = None if step == 0 else kept_start(path, kinds)
-        alike = [] if kept is None else [kept.get(name) == value for name, value in measured_on.items()]
-        known = [] if kept is None else [score is not None for score in kept["scores"]]
-        if kept is not None and all(alike) and any(known) and len(known) == len(scores):
-            return kept["step"], kept["scores"]
-        keep_start(path, {"step": step, **measured_on, "scores": scores})
-        return step, scores
 
 
 def obedience_of(

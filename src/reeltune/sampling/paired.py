@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reeltune.core.files import whole_file
+from reeltune.core.files import whole_file, writing
 from reeltune.core.reading import WHOLE, Kind, read_table, require_fields
 
 REMEDY = "delete it, to compare with the weights of now"
@@ -33,6 +33,13 @@ def keep_start(path: Path, start: Mapping[str, Any]) -> None:
     """Raises CannotWriteError."""
     with whole_file(path) as file:
         file.write(json.dumps(start, indent=1) + "\n")
+
+
+def forget_starts(output_dir: Path) -> None:
+    """Deletes what was measured of the weights that a run in this folder began with. Raises CannotWriteError."""
+    for path in (output_dir / "validation").glob("start*.json"):
+        with writing(path):
+            path.unlink()
 
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)

@@ -26,7 +26,7 @@ from reeltune.data.shapes import SizeRules
 from reeltune.diffusion.loss import error_at, gaussian, mean_square, settle
 from reeltune.sampling.obedience import Obedience, obedience_of
 from reeltune.sampling.other_expert import BothExperts, Half
-from reeltune.sampling.paired import REMEDY, band95, keep_start, kept_start
+from reeltune.sampling.paired import REMEDY, band95, forget_starts, keep_start, kept_start
 from reeltune.sampling.prompts import (
     NOTHING_DRAWN,
     DrawnControls,
@@ -278,6 +278,14 @@ class Validation:
         previews = Previews(setup, requests, validation.preview_steps, *guidance)
         previews.obedience, notices = obedience_of(validation, setup, requests, output_dir, controls.detector)
         return cls(held_out, previews, output_dir, notices)
+
+    def has_start(self, *, is_own: bool) -> bool:
+        """Whether what the weights are compared with was measured. Where the folder is not the run's own, what was is
+        another's, and deleted. Raises UserError as HeldOut.kept."""
+        if not is_own:
+            forget_starts(self.output_dir)
+        held_out, obedience = self.held_out, self.previews.obedience
+        return (held_out is None or held_out.kept() is not None) and (obedience is None or obedience.kept() is not None)
 
     def run(self, net: nn.Module, step: int, *, write: bool = True) -> Checked:
         """Makes the previews, measures them and the held-out clips.

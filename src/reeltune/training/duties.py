@@ -104,7 +104,7 @@ class Duties:
                 )
         elif run.recipe.output.resume_from_checkpoint is not None:
             self.log.notice(f"{self.out} has no complete checkpoint yet: a new run starts")
-        if step == 0 or is_due(run.recipe.validation.validation_steps, step):
+        if step == 0 or not run.compares or is_due(run.recipe.validation.validation_steps, step):
             self.validate()  # again, if a checkpoint of this step is where the run goes on
 
     def _choose_attention(self) -> str | None:

@@ -181,16 +181,21 @@ class Learner:
         """
         is_shared = checkpoint.is_shared(resumed_from)
         if is_shared != self.engine.sharded and self.optimization.use_came:
+            ways = {True: "zero2 or zero3 in several processes", False: "ddp or one process"}
             raise UserError(
                 "resume",
-                f"use_came is true, whose state is another in each engine; {resumed_from.name} was written by "
-                f"{'zero2 or zero3' if is_shared else 'ddp'} and engine is {self.engine.name}; restore it",
+                f"use_came is true, whose state is another in each; {resumed_from.name} was written by "
+                f"{ways[is_shared]}, and cannot be gone on with by {ways[not is_shared]}; start as it was written",
             )
         if is_shared or self.engine.sharded:
             saved = Shared(resumed_from) if is_shared else self._whole(resumed_from)
             self.trainer.make_state(self.names, saved.keys, saved.scalars)
-            # ZeRO has a state also for what never had a gradient, and there it stays zero.
-            saved.fill(piece for piece in self.pieces() if piece.name in saved or "optimizer/" not in piece.name)
+            pieces = list(self.pieces())
+            # ZeRO has a state also for what never had a gradient, and there it stays zero. An average that was not kept
+            # begins with the weights.
+            averaged = any(piece.name in saved for piece in pieces if piece.name.startswith("average/"))
+            absent = ("optimizer/",) if averaged else ("optimizer/", "average/")
+            saved.fill(piece for piece in pieces if piece.name in saved or not piece.name.startswith(absent))
             return
         state = checkpoint.load(resumed_from)
         restore(self.optimizer, state["optimizer"])

@@ -32,7 +32,14 @@ from reeltune.reporting.ledger import Ledger
 from reeltune.reporting.log import Log, check_trackers
 from reeltune.run.data import Inputs, gather, ledger_of
 from reeltune.run.experts import of_expert
-from reeltune.run.folder import changes_since, refuse_other_model, refuse_overwriting
+from reeltune.run.folder import (
+    GOES_ON_FROM,
+    changes_since,
+    is_own,
+    refuse_other_model,
+    refuse_overwriting,
+    refuse_starting_over,
+)
 from reeltune.run.lock import locked
 from reeltune.run.machine import machine_notices
 from reeltune.run.model import choose_family, encode_options
@@ -88,13 +95,14 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     if training.compile == "blocks":
         compiled.refuse_missing(engine.device.type)
     resumed_from, progress, changes = _checkpoint(recipe, engine)
-    split = split_batch(training.train_batch_size, engine.place[1], progress.group or None)
+    split = split_batch(training.train_batch_size, engine.place[1], progress.group or None, sharing=engine.context)
     progress.group = split.group
     family, mode, objective = choose_family(recipe)
     facts = {"family": family.name, "mode": mode, **({"expert": recipe.model.expert} if family.experts else {})}
+    own = resumed_from is not None and is_own(Path(recipe.output.output_dir), resumed_from)
     if resumed_from is not None:
         refuse_other_model(resumed_from, facts, adapters=recipe.adapter.rank > 0)
-        changes += changes_since(resumed_from, recipe)
+        changes += [*changes_since(resumed_from, recipe), *split.notices(training.train_batch_size, engine.place[1])]
         if not progress.plan_version:
             changes.append("the run was begun when each epoch filled up its last groups with repeats, and goes on so")
     if engine.main:
@@ -112,7 +120,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
     inputs = inputs if cache is None else cache.feed(inputs)
     samples = split.group * training.gradient_accumulation_steps
     passes = training.gradient_accumulation_steps * split.passes
-    total_steps = steps_of(recipe, first_epoch)
+    total_steps = steps_of(recipe, first_epoch, progress)
     turns = turns_of(
         recipe,
         setup,
@@ -123,9 +131,9 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         resumed_from=resumed_from,
     )
     validation = Validation.build(recipe, looked_at(turns, setup), inputs.held_out_reader, inputs.rules, drawn)
-    if resumed_from is not None and validation.held_out is not None:
-        from_first(engine, validation.held_out.kept)  # now, and not when all is trained
-    log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step)
+    has_start = partial(validation.has_start, is_own=own)  # asked now, and not when all is trained
+    compares = resumed_from is None or from_first(engine, has_start)
+    log = _log(recipe, engine, total_steps, None if resumed_from is None else progress.step, is_own=own)
     if engine.main:
         later = checkpoint.set_later_aside(Path(recipe.output.output_dir), progress.step)
         changes += [f"{path} is no longer of this run" for path in later]
@@ -136,6 +144,7 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         setup=setup,
         turns=turns,
         validation=validation,
+        compares=compares,
         prefetcher=_prefetcher(recipe, engine, setup, inputs, split, progress, total_steps),
         reader=inputs.reader,
         pixel_reader=pixel_reader,
@@ -146,7 +155,9 @@ def start(recipe: Recipe, engine: Engine, watchdog: Watchdog, notices: Sequence[
         progress=progress,
         total_steps=total_steps,
         resumed_from=resumed_from,
-        facts=facts | {**turns.counts, "attention": training.attention, "processes": engine.world},
+        facts=facts
+        | {**turns.counts, "attention": training.attention, "processes": engine.world}
+        | ({} if resumed_from is None or own else {GOES_ON_FROM: str(resumed_from.absolute())}),
         notices=[
             *notices,
             *_notices(recipe, engine, inputs, total_steps),
@@ -166,6 +177,8 @@ def _checkpoint(recipe: Recipe, engine: Engine) -> tuple[Path | None, Progress, 
     out = Path(recipe.output.output_dir)
     resumed_from = engine.first(checkpoint.find(out, recipe.output.resume_from_checkpoint))
     refuse_overwriting(out, resumed_from)
+    if resumed_from is None and recipe.output.resume_from_checkpoint is not None:
+        refuse_starting_over(out)
     progress = Progress() if resumed_from is None else checkpoint.progress_of(resumed_from)
     notices = [] if resumed_from is None else refuse_damaged(engine, resumed_from)
     refuse_damaged_weights(engine, recipe.model, resumed_from)
@@ -289,14 +302,16 @@ def go_on(resumed_from: Path, progress: Progress, inputs: Inputs, ledger: Ledger
     return notices
 
 
-def steps_of(recipe: Recipe, plan: Plan) -> int:
-    """Optimizer steps of the run: those of num_train_epochs, or max_train_steps if they are fewer."""
-    micro_steps = plan.micro_steps_before(recipe.training.num_train_epochs)
-    steps = max(1, micro_steps // recipe.training.gradient_accumulation_steps)
+def steps_of(recipe: Recipe, plan: Plan, done: Progress | None = None) -> int:
+    """Optimizer steps of the run: those of num_train_epochs, or max_train_steps if they are fewer. done: how far it is;
+    the steps until then may have had other gradient_accumulation_steps."""
+    done, before = done or Progress(), plan.micro_steps_before
+    micro_steps = before(recipe.training.num_train_epochs) - before(done.epoch) - done.cursor
+    steps = max(1, done.step + micro_steps // recipe.training.gradient_accumulation_steps)
     return min(steps, recipe.training.max_train_steps or steps)
 
 
-def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | None) -> Log:
+def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | None, *, is_own: bool) -> Log:
     output, peak = recipe.output, peak_flops(engine.device, engine.dtype)
     return Log(
         Path(output.output_dir),
@@ -305,6 +320,7 @@ def _log(recipe: Recipe, engine: Engine, total_steps: int, resume_step: int | No
         project=output.tracker_project_name,
         logging_steps=output.logging_steps,
         resume_step=resume_step,
+        is_own=is_own,
         total_steps=total_steps,
         peak_flops=peak and peak * engine.world,
         device_bytes=engine.device_bytes,

@@ -29,10 +29,23 @@ class BatchSplit:
     passes: int
     batch: int
 
+    def notices(self, train_batch_size: int, world: int) -> list[str]:
+        """Where a run that goes on has another number of processes or train_batch_size than it began with. world: as of
+        split_batch."""
+        if train_batch_size * world == self.group:
+            return []
+        passes = "one pass" if self.passes == 1 else f"each of {self.passes} passes"
+        return [
+            f"train_batch_size is {train_batch_size}, and a micro-step keeps the {self.group} samples that the run "
+            f"began with: a process takes {self.batch} of them in {passes}; for more samples in a step raise "
+            "gradient_accumulation_steps"
+        ]
 
-def split_batch(train_batch_size: int, world: int, group: int | None = None) -> BatchSplit:
-    """How a micro-step's samples are shared by processes. group: that of the checkpoint which the run goes on from,
-    kept so that the same samples come in the same steps.
+
+def split_batch(train_batch_size: int, world: int, group: int | None = None, *, sharing: int = 1) -> BatchSplit:
+    """How a micro-step's samples are shared by processes. world: how many have samples of their own, of which each is
+    shared by `sharing`. group: that of the checkpoint which the run goes on from, kept so that the same samples come in
+    the same steps.
 
     Raises UserError if so many processes cannot take it evenly.
     """
@@ -40,12 +53,14 @@ def split_batch(train_batch_size: int, world: int, group: int | None = None) -> 
         return BatchSplit(train_batch_size * world, 1, train_batch_size)
     batch = _batch(train_batch_size, world, group)
     if batch == 0:
-        fits = [count for count in range(1, group + 1) if _batch(train_batch_size, count, group)]
+        fits = [count * sharing for count in range(1, group + 1) if _batch(train_batch_size, count, group)]
+        sizes = [size for size in range(1, group // world + 1) if _batch(size, world, group)]
+        or_sizes = f", or with so many processes give one of {', '.join(map(str, sizes))}" if sizes else ""
         raise UserError(
             "resume",
-            f"the run takes {group} samples in a micro-step, which does not come out even for processes: {world} and "
-            f"train_batch_size: {train_batch_size}; with this train_batch_size start as many processes as one of "
-            f"{', '.join(map(str, fits))}",
+            f"the run takes {group} samples in a micro-step, which does not come out even for processes: "
+            f"{world * sharing} and train_batch_size: {train_batch_size}; with this train_batch_size start as many "
+            f"processes as one of {', '.join(map(str, fits))}{or_sizes}",
         )
     return BatchSplit(group, group // (batch * world), batch)
 

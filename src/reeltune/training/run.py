@@ -31,6 +31,7 @@ class Run:
     setup: Setup
     turns: Turns
     validation: Validation
+    compares: bool  # whether the weights that validations compare with were measured, or are those of step 0
     prefetcher: Prefetcher  # of all the batches that are left
     reader: Reader  # of any of them
     pixel_reader: Reader | None  # of the first batch's pictures, where batches come from a cache, without them
