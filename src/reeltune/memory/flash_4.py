@@ -10,7 +10,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
+from reeltune.core import versions
 from reeltune.core.errors import UserError, first_words
 
 NAME, PACKAGE = "flash_4", "flash-attn-4"
@@ -32,10 +32,7 @@ NOT_WHOLE = ImportError, AttributeError, TypeError, ValueError, OSError  # of a 
 
 def installed() -> str | None:
     """The package's version; None: it is not there."""
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError:
-        return None
+    return versions.installed(PACKAGE)
 
 
 def refuse_missing() -> None:
