@@ -161,14 +161,14 @@ OPERATOR: Any = torch.ops.reeltune.flash_4.default
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, L, _ = query.shape
-    return _room(query), query.new_empty((B, H, L), dtype=torch.float32)
+    return _room(query, value.shape[-1]), query.new_empty((B, H, L), dtype=torch.float32)
 
 
 @_attention_backward.register_fake
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _room(query), _room(key), _room(value)
+    return _room(query, query.shape[-1]), _room(key, key.shape[-1]), _room(value, value.shape[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -202,9 +202,9 @@ def _in_rows(tensor_BHLD: Tensor) -> Tensor:
     return tensor_BHLD.transpose(1, 2).contiguous().flatten().view(tensor_BHLD.transpose(1, 2).shape)
 
 
-def _room(like_BHLD: Tensor) -> Tensor:
-    B, H, L, D = like_BHLD.shape
-    return like_BHLD.new_empty((B, L, H, D)).transpose(1, 2)
+def _room(like_BHLD: Tensor, width: int) -> Tensor:
+    B, H, L, _ = like_BHLD.shape
+    return like_BHLD.new_empty((B, L, H, width)).transpose(1, 2)
 
 
 @cache
