@@ -104,8 +104,8 @@ def test_torch_has_every_kernel_of_attention(kernel):
 def test_a_trial_of_kernels_takes_one_that_is_there():
     made = torch.Generator(CUDA).manual_seed(0)
     given = [torch.randn(1, 12, 4096, 128, generator=made, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
-    found = tried([Call((given[0], given[1], given[2]), {}, 1)], attention.CANDIDATES["cuda"])
-    assert "flash" in found.passes_s and {*found.passes_s, *found.left_out} == {*attention.CANDIDATES["cuda"]}
+    found = tried([Call((given[0], given[1], given[2]), {}, 1)], attention.candidates("cuda"))
+    assert "flash" in found.passes_s and {*found.passes_s, *found.left_out} == {*attention.candidates("cuda")}
     assert soonest(found.passes_s) in found.passes_s and all(found.left_out.values())
     assert all(0 < seconds < 0.5 for passes in found.passes_s.values() for seconds in passes)
 

@@ -13,8 +13,10 @@ import pytest
 
 from reeltune import compat
 from reeltune.cli import recipe_of
+from reeltune.config.idle import idle_notices
 from reeltune.config.parse import flat, settings
 from reeltune.config.recipe import Recipe
+from reeltune.config.unlikely import unlikely_notices
 from reeltune.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +177,9 @@ def test_every_command_of_the_wan_guides(seeds, caplog):
         counts.append(len(commands))
         for command in commands:
             caplog.clear()
-            values = flat(compat.recipe_of(command.script, command.argv))
+            recipe = compat.recipe_of(command.script, command.argv)
+            assert idle_notices(recipe) == unlikely_notices(recipe) == []
+            values = flat(recipe)
             assert {name: values[name] for name in COMMON} == COMMON
             v1_1 = values["pretrained_model_name_or_path"] == CHECKPOINT
             assert v1_1 or values["pretrained_model_name_or_path"] == CHECKPOINT.replace("-V1.1", "")
@@ -195,7 +199,9 @@ def test_every_command_of_the_other_guides_field_by_field(guide, seeds):
     commands = commands_in(file)
     assert [command.script for command in commands] == [script] * len(said)
     for command, expected in zip(commands, said, strict=True):
-        assert flat(compat.recipe_of(script, command.argv)) == flat(Recipe()) | expected
+        recipe = compat.recipe_of(script, command.argv)
+        assert flat(recipe) == flat(Recipe()) | expected
+        assert idle_notices(recipe) == unlikely_notices(recipe) == []
 
 
 @pytest.mark.parametrize("script", compat.SCRIPTS)

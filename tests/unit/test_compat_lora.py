@@ -3,8 +3,10 @@
 import pytest
 
 from reeltune import compat
+from reeltune.config.idle import idle_notices
 from reeltune.config.parse import flat
 from reeltune.config.recipe import Recipe
+from reeltune.config.unlikely import unlikely_notices
 from reeltune.core.errors import UserError
 from tests.unit.test_compat import Command, command_of
 
@@ -182,9 +184,10 @@ LORA_SCRIPTS = [name for name, script in compat.SCRIPTS.items() if script.trains
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_field_by_field(name):
     asked, said = COMMANDS[name]
-    recipe = flat(compat.recipe_of(asked.script, asked.argv))
+    recipe = compat.recipe_of(asked.script, asked.argv)
+    assert idle_notices(recipe) == unlikely_notices(recipe) == []
     told = flat(Recipe()) | SAID | said
-    assert recipe == told | {"target_name": tuple(told["target_name"])}
+    assert flat(recipe) == told | {"target_name": tuple(told["target_name"])}
 
 
 def test_layers_that_the_original_misses_are_taken_with_a_notice(caplog):

@@ -1,19 +1,23 @@
 """FlashAttention 4 in the place of torch's attention, with a stand-in for what a GPU would compute."""
 
+import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from reeltune.config.parse import build
 from reeltune.core.errors import UserError
 from reeltune.memory import attention, flash_4
-from reeltune.memory.attention_trial import Call, tried
+from reeltune.memory.attention_trial import Call, Trial, tried
 from reeltune.memory.blocks import recompute
 from reeltune.memory.compiled import Compiled
 from reeltune.memory.kept import KEPT
+from reeltune.training.attention_choice import _for_all
 from reeltune.training.prefetch import encodes_ahead
 from tests.unit.flash_4_stand_in import stand_in  # noqa: F401
 from tests.unit.test_attention import CPU, LENGTH, WIDTH, Block, Operators, net_of
@@ -50,8 +54,10 @@ def test_it_computes_what_torch_computes(named, stand_in):  # noqa: F811
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_what_it_gives_lies_in_memory_as_compiled_code_expects_it():
+@pytest.mark.parametrize("width", [16, 8])
+def test_what_it_gives_lies_in_memory_as_compiled_code_expects_it(width):
     tensors = [tensor.detach() for tensor in given()]
+    tensors[2] = tensors[2][..., :width]  # values may be narrower than keys
     torch.library.opcheck(flash_4._attention, (*tensors, 0.25), test_utils=("test_schema", "test_faketensor"))
     answer, sums = flash_4.forward_pass(*tensors, 0.25)
     whole = (torch.ones_like(answer), *tensors, answer, sums, 0.25)
@@ -112,6 +118,32 @@ def test_what_the_package_asserts_is_told_in_words():
         flash_4.forward_pass(*given(width=264), 1.0)
 
 
+class CompilerError(Exception):
+    """In the place of nvidia-cutlass-dsl's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CompilerError("no such layout\nat line 7"), r"^No available kernel: flash-attn-4 4.0.0 says: no such layout$"),
+        (AssertionError(), r"^No available kernel: flash-attn-4 4.0.0 says: AssertionError$"),
+        (NotImplementedError("not on 8.9"), r"^No available kernel: .* says: not on 8.9$"),
+        (TypeError("unexpected keyword"), r"^No available kernel: .* says: unexpected keyword$"),
+        (torch.OutOfMemoryError("out of memory"), "^out of memory$"),
+    ],
+    ids=repr,
+)
+def test_what_the_package_raises_is_its_answer_and_what_torch_raises_is_not(error, told, monkeypatch):
+    def kernel(*_, **__):
+        raise error
+
+    monkeypatch.setattr(flash_4, "_kernels", lambda: (kernel, kernel))
+    compiler = SimpleNamespace(DSLBaseError=CompilerError)
+    monkeypatch.setitem(sys.modules, "cutlass.base_dsl.common", compiler)
+    with pytest.raises(RuntimeError, match=told):
+        flash_4.forward_pass(*given(), 1.0)
+
+
 def test_where_it_is_not_installed_that_is_told(monkeypatch):
     attention.refuse_missing("flash_4", CPU, BF16)
     assert "by flash-attn-4 4.0.0's kernel flash_4" in attention.notices("flash_4")[0]
@@ -124,12 +156,37 @@ def test_where_it_is_not_installed_that_is_told(monkeypatch):
         attention.refuse_missing("flash_4", CPU, BF16)
 
 
-def test_a_package_that_is_not_whole_is_told(monkeypatch):
+@pytest.mark.parametrize("error", [ImportError("a"), AttributeError("a"), OSError("a")], ids=repr)
+def test_a_package_that_is_not_whole_is_told(error, monkeypatch):
+    def broken(name):
+        assert name == "flash_attn.cute.interface"
+        raise error
+
     monkeypatch.undo()  # the stand-in
     flash_4._kernels.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
-    with pytest.raises(RuntimeError, match=r"^No available kernel: flash-attn-4 is not there, or not whole"):
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(RuntimeError, match=r"^No available kernel: flash-attn-4 is not there, or not whole \(a\)$"):
         flash_4._kernels()
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_several_processes_take_it_if_each_has_it(lacks):
+    found = Trial({"flash": [3.0], "cudnn": [2.0], "flash_4": [1.0]}, {"efficient": "is not there"})
+    other = "a process has no such kernel on cuda" if lacks else None
+    asked = []
+
+    def gather(own):
+        asked.append(own)
+        return [own, other if len(asked) == 1 else None]
+
+    engine = SimpleNamespace(device=CPU, dtype=BF16, gather=gather)
+    kept = _for_all(found, build({}), engine)
+    if not lacks:
+        assert kept == found and asked == [None]
+    else:  # and cudnn, which this process itself has not, is asked of next
+        assert kept.passes_s == {"flash": [3.0]}
+        own = "a process has no such kernel on cpu"
+        assert kept.left_out == {"efficient": "is not there", "flash_4": other, "cudnn": own}
 
 
 def test_encoders_may_be_at_work_meanwhile():
@@ -214,3 +271,31 @@ def test_compiled_blocks_have_it(kept, stand_in, monkeypatch):  # noqa: F811
     assert stand_in["forward"] - before == 4 + (0 if kept is None else 2)
     for ours, theirs in zip([loss.detach(), *(weight.grad for weight in net.parameters())], plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        query = self.into(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        return scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_it_does_not_take_is_told_alike_of_compiled_blocks(is_compiled):
+    block = Masked().to(BF16)
+    compiled = Compiled([block]) if is_compiled else None
+    attention.Attention([block], "flash_4", compiled)
+    if compiled is not None:
+        compiled.begin(1, "a test")
+    with pytest.raises(UserError) as told:
+        block(torch.zeros(1, LENGTH, WIDTH, dtype=BF16))
+    assert told.value.problems == [
+        "attention is flash_4, a kernel that flash-attn-4 4.0.0 does not have for what this network asks of it, such "
+        "as a mask or the width of its heads (No available kernel: flash_4 is not asked for attention with attn_mask); "
+        "use another, or auto"
+    ]

@@ -63,7 +63,25 @@ def test_only_what_names_the_path_is(where, line, is_told, here):
     assert said == (f"{line}; no/where {LOOKED} {here / 'no/where'}" if is_told else line)
 
 
-@pytest.mark.parametrize("wanted", ["latest", "checkpoint-1"])
+@pytest.mark.parametrize(
+    ("where", "line", "is_told"),
+    [
+        ("data", "is missing", True),
+        ("data/a.json", "is missing", True),
+        ("recipe", "data is missing", True),
+        ("recipe", "train_data_dir is data, which is missing", True),
+        ("recipe", "'data' is missing", True),
+        ("recipe", "of data/a.json there is none", True),
+        ("memory", "the device is full in reading data of step 3", False),
+        ("recipe", "this is data of another run", False),
+    ],
+)
+def test_a_path_of_one_word_is_told_from_a_word(where, line, is_told, here):
+    (said,) = told(where, line, train_data_dir="data")
+    assert said == (f"{line}; data {LOOKED} {here / 'data'}" if is_told else line)
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-1", "checkpoint-2"])
 def test_what_is_meant_in_another_way_is_not(wanted, here):
     (here / "out/checkpoint-1").mkdir(parents=True)
     settings = {"resume_from_checkpoint": wanted, "output_dir": "out"}

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from reeltune.config.idle import idle_notices
 from reeltune.config.parse import build, read
+from reeltune.config.rules import broken_under
+from reeltune.config.unlikely import unlikely_notices
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -14,6 +17,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_build_and_name_themselves(file):
     recipe = build(read(file))
+    assert idle_notices(recipe) == unlikely_notices(recipe) == broken_under(recipe) == []
     said = file.read_text()
     assert f"reeltune train recipes/{file.name}" in said
     assert recipe.model.train_mode is not None and 0 < recipe.data.held_out_share < 0.5

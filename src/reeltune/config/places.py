@@ -43,11 +43,16 @@ def _absent(recipe: Recipe) -> Iterator[Path]:
 
 def _may_be_absent(name: str, path: str, output_dir: str) -> bool:
     """Whether it is there, is made, or is meant in another way."""
-    is_checkpoint = name == "resume_from_checkpoint" and os.path.exists(os.path.join(output_dir, path))
+    is_name = os.path.basename(path) == path  # of a checkpoint, which is looked for in output_dir too
+    is_checkpoint = name == "resume_from_checkpoint" and (is_name or os.path.exists(os.path.join(output_dir, path)))
     return is_checkpoint or name == "output_dir" or path == "latest" or os.path.exists(path)
 
 
 def _naming(path: Path, lines: list[str]) -> int | None:
-    """The first line that names the path, or what is in it."""
-    named = re.compile(rf"(?<![\w./-])(\./)?{re.escape(str(path))}(?![\w.-])")
-    return next((i for i, line in enumerate(lines) if named.search(line)), None)
+    """The first line that names the path, or what is in it. A mere word, as data or cache, is told from one of the
+    line's own: it comes first, in quotes or as a setting's value, or something in it is named."""
+    escaped = rf"(\./)?{re.escape(str(path))}"
+    named = rf"(?<![\w./-]){escaped}(?![\w.-])"
+    if len(path.parts) == 1:
+        named = rf"(^|['\"]|\b\w+_\w+ is ){escaped}(?![\w.-])|(?<![\w./-]){escaped}/"
+    return next((i for i, line in enumerate(lines) if re.search(named, line)), None)

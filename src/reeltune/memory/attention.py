@@ -122,15 +122,22 @@ def _only(kernel: str, where: str, *, compiled: bool = False) -> Iterator[None]:
     with preferring([kernel], compiled=compiled):
         try:
             yield
-        except RuntimeError as error:
-            if not any(words in str(error) for words in NO_KERNEL):
+        except (RuntimeError, UserError) as error:
+            if (said := _no_kernel(error)) is None:
                 raise
-            reason = f" ({error})" if kernel == flash_4.NAME else ""  # torch's says none
+            reason = f" ({said})" if kernel == flash_4.NAME else ""  # torch's says none
             raise UserError(
                 "recipe",
                 f"attention is {kernel}, a kernel that {_maker(kernel)} does not have {where}{reason}; use another, or "
                 "auto",
             ) from error
+
+
+def _no_kernel(error: BaseException) -> str | None:
+    """What an error says where there is no kernel; of one that tells what cannot be compiled, its cause."""
+    said = str(error.__cause__ if isinstance(error, UserError) else error)
+    begin = max(said.find(words) for words in NO_KERNEL)
+    return None if begin < 0 else said[begin:].splitlines()[0]
 
 
 def _maker(kernel: str) -> str:

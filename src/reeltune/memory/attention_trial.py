@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from reeltune.memory.attention import in_order, preferring
+from reeltune.memory.flash_4 import ARGUMENTS, autocast
 
 SECONDS, ROUNDS = 2.0, 20  # after which a trial ends, once each kernel was timed
 NEAR = 1.03  # of the least median, up to which the order of kernels decides, and not noise
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
 TITLES = {"flash": "flash attention", "cudnn": "cudnn attention", "efficient": "memory efficient"}
 """How torch begins the line after which it says why a kernel is not taken (pytorch, aten/src/ATen/native/transformers/
 cuda/sdp_utils.cpp)."""
@@ -108,18 +108,10 @@ class _Listening(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
             named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-            named = {name: _autocast(value) for name, value in named.items()}
+            named = {name: autocast(one).detach() if isinstance(one, Tensor) else one for name, one in named.items()}
             query, key, value = (named.pop(name) for name in ARGUMENTS[:3])
             self._calls.append(Call((query, key, value), named, self._times))
         return func(*args, **kwargs)
-
-
-def _autocast(value: Any) -> Any:
-    """A value as attention gets it, where autocast is on cast by it."""
-    if not isinstance(value, Tensor):
-        return value
-    cast = value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
-    return value.detach().to(torch.get_autocast_dtype(value.device.type)) if cast else value.detach()
 
 
 # ---- the trial

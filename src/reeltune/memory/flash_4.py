@@ -7,9 +7,9 @@ Letters: B clips, H heads, L tokens, S tokens that are looked at, D width of a h
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,20 +20,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
-from reeltune.core.errors import UserError
+from reeltune.core import versions
+from reeltune.core.errors import UserError, first_words
 
 NAME, PACKAGE = "flash_4", "flash-attn-4"
 DEVICES, WIDTHS = ("cuda",), 8  # and of which a head's width is a multiple: 16 bytes
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
 NONE = "No available kernel"  # as torch begins where it has none
+NOT_WHOLE = ImportError, AttributeError, TypeError, ValueError, OSError  # of a package beside others that do not fit it
 
 
 def installed() -> str | None:
     """The package's version; None: it is not there."""
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError:
-        return None
+    return versions.installed(PACKAGE)
 
 
 def refuse_missing() -> None:
@@ -93,16 +92,17 @@ COMPUTE = {True: or_torch, False: alone}
 def _computed(*args: Any, **kwargs: Any) -> Tensor | str:
     """What attention gives; or why FlashAttention 4 cannot compute it."""
     named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-    query, key, value = (_autocast(named[name]) for name in ARGUMENTS[:3])
+    query, key, value = (autocast(named[name]) for name in ARGUMENTS[:3])
     if (reason := _why_not(query, named)) is not None:
         return reason
     scale = named.get("scale")
     return _attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)[0]
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    place = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(place)) if torch.is_autocast_enabled(place) else tensor
+def autocast(tensor: Tensor) -> Tensor:
+    """A tensor as attention gets it: where autocast is on, cast by it."""
+    cast = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if cast else tensor
 
 
 def _why_not(query_BHLD: Tensor, named: dict[str, Any]) -> str | None:
@@ -161,14 +161,14 @@ OPERATOR: Any = torch.ops.reeltune.flash_4.default
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, L, _ = query.shape
-    return _room(query), query.new_empty((B, H, L), dtype=torch.float32)
+    return _room(query, value.shape[-1]), query.new_empty((B, H, L), dtype=torch.float32)
 
 
 @_attention_backward.register_fake
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _room(query), _room(key), _room(value)
+    return _room(query, query.shape[-1]), _room(key, key.shape[-1]), _room(value, value.shape[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -202,9 +202,9 @@ def _in_rows(tensor_BHLD: Tensor) -> Tensor:
     return tensor_BHLD.transpose(1, 2).contiguous().flatten().view(tensor_BHLD.transpose(1, 2).shape)
 
 
-def _room(like_BHLD: Tensor) -> Tensor:
-    B, H, L, D = like_BHLD.shape
-    return like_BHLD.new_empty((B, L, H, D)).transpose(1, 2)
+def _room(like_BHLD: Tensor, width: int) -> Tensor:
+    B, H, L, _ = like_BHLD.shape
+    return like_BHLD.new_empty((B, L, H, width)).transpose(1, 2)
 
 
 @cache
@@ -213,14 +213,20 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     (torch.nn.attention.activate_flash_attention_impl)."""
     try:
         module = importlib.import_module("flash_attn.cute.interface")
-    except ImportError as error:
-        raise RuntimeError(f"{NONE}: {PACKAGE} is not there, or not whole ({error})") from error
+    except NOT_WHOLE as error:
+        raise RuntimeError(f"{NONE}: {PACKAGE} is not there, or not whole ({first_words(error)})") from error
     return module._flash_attn_fwd, module._flash_attn_bwd
 
 
 def _run(kernel: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """The package says what it cannot do by an assertion."""
+    """The package says what it cannot do by an assertion, or its compiler by an error of its own."""
     try:
         return kernel(*given, **named)
-    except (AssertionError, NotImplementedError) as error:
-        raise RuntimeError(f"{NONE}: {PACKAGE} {installed()} says: {error}") from error
+    except (AssertionError, NotImplementedError, *NOT_WHOLE, *_compilers_errors()) as error:
+        raise RuntimeError(f"{NONE}: {PACKAGE} {installed()} says: {first_words(error)}") from error
+
+
+def _compilers_errors() -> tuple[type[Exception], ...]:
+    """The base of the errors of nvidia-cutlass-dsl, which compiles the package's kernels, once that is imported."""
+    error = getattr(sys.modules.get("cutlass.base_dsl.common"), "DSLBaseError", None)
+    return () if error is None else (error,)

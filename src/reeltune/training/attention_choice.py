@@ -47,13 +47,14 @@ def _chosen(run: Run) -> Choice:
         told = f"{begins}torch chooses a kernel for each shape, and none is tried, as {reason}{_own(run)}"
         return Choice(None, False, told + (f"; so {held}, which the checkpoint says, is not taken" if held else ""))
     if held:
-        lacks = [line for line in run.engine.gather(_lacks(held, run.recipe, run.engine)) if line is not None]
-        if not lacks:
+        if (reason := _lacking(held, run.recipe, run.engine)) is None:
             return Choice(held, True, f"{begins}{held} computes it, as the checkpoint says")
-        begins += f"the checkpoint says {held}, and {lacks[0]}; "
+        begins += f"the checkpoint says {held}, and {reason}; "
     if len(kernels) == 1:
         return _only(kernels[0], begins, run.engine)
     trial, shape = _trial(run, kernels)
+    if trial is not None and run.engine.world > 1:
+        trial = _for_all(trial, run.recipe, run.engine)
     kernel = None if trial is None else soonest(trial.passes_s)
     return Choice(kernel, kernel is not None, begins + in_words(trial, shape))
 
@@ -87,6 +88,19 @@ def _own(run: Run) -> str:
         return ""
     own = "it is the network's alone, and its gradients repeat their bits where deterministic is true"
     return f"; {flash_4.NAME}, which is installed, may be named: {own}"
+
+
+def _for_all(trial: Trial, recipe: Recipe, engine: Engine) -> Trial:
+    """The trial without kernels that were the soonest of the first process, and that another one cannot use."""
+    while (kernel := soonest(trial.passes_s)) and (reason := _lacking(kernel, recipe, engine)):
+        others = {name: seconds for name, seconds in trial.passes_s.items() if name != kernel}
+        trial = Trial(others, {**trial.left_out, kernel: reason})
+    return trial
+
+
+def _lacking(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
+    """Why some process cannot use that kernel, alike in all; None: each can."""
+    return next(filter(None, engine.gather(_lacks(kernel, recipe, engine))), None)
 
 
 def _lacks(kernel: str, recipe: Recipe, engine: Engine) -> str | None:
