@@ -4,6 +4,7 @@ import pytest
 
 from reeltune.cache.fill import fill
 from reeltune.config.parse import build, dump, flat, settings
+from reeltune.config.rules import shown
 from reeltune.core.errors import UserError
 from reeltune.run.folder import changes_since, refuse_overwriting
 
@@ -53,7 +54,7 @@ def test_what_the_state_or_the_samples_depend_on_is_refused(changed, name):
         changed(base, {**base, name: value})
     assert why in error.value.where
     assert error.value.problems == [
-        f"{name} was {flat(build(base))[name]} and is {flat(build({**base, name: value}))[name]}"
+        f"{name} was {shown(flat(build(base))[name])} and is {shown(flat(build({**base, name: value}))[name])}"
     ]
     if name in ("trainable_modules", "lora_plus_ratio"):
         kept_in = "adapter_path" if base else "transformer_path"
@@ -74,7 +75,7 @@ def test_what_the_state_or_the_samples_depend_on_is_refused(changed, name):
 def test_what_a_run_begins_with_is_said_to_be_without_effect(changed, base, change, effect):
     ((name, value),) = change.items()
     (line,) = changed(base, base | change)
-    assert line.startswith(f"{name} was {flat(build(base))[name]} and is {value}")
+    assert line.startswith(f"{name} was {shown(flat(build(base))[name])} and is {shown(value)}")
     assert line.endswith("without effect on a run that goes on") != effect
 
 
