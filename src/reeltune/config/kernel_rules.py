@@ -33,13 +33,20 @@ def _attention(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
+def of_the_process(recipe: Recipe) -> list[str]:
+    """Settings that choose kernels for the whole process, and not for the thread in which the network computes."""
+    chosen = {
+        "attention": recipe.training.attention not in ("auto", "flash_4"),
+        "deterministic": recipe.training.deterministic,
+    }
+    return [name for name, is_chosen in chosen.items() if is_chosen]
+
+
 def _ahead(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """What encoders at work beside the network would find chosen too."""
     if not recipe.memory.encode_ahead or recipe.cache.cache_folder is not None:
         return
-    own = recipe.training.attention in ("auto", "flash_4")  # of the network's thread
-    chosen = {"attention": not own, "deterministic": recipe.training.deterministic}
-    for name in (name for name, is_chosen in chosen.items() if is_chosen):
+    for name in of_the_process(recipe):
         yield (
             (name, "encode_ahead"),
             f"{name} is {str(getattr(recipe.training, name)).lower()} and encode_ahead is true; a kernel is chosen for "

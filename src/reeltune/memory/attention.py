@@ -36,7 +36,7 @@ TORCHS = {
 KERNELS = (*TORCHS, flash_4.NAME)
 CANDIDATES = {"cpu": ("flash",), "cuda": ("flash", "cudnn", "efficient")}
 """Device -> torch's that AUTO may find there: all that keep no matrix of scores. Where none is sooner, the first."""
-NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of a GPU and of a CPU
+NO_KERNEL = (flash_4.NONE, "No viable backend")  # as torch says it of a GPU and of a CPU
 TRIED = (1, 1, 64, 64)  # B heads L D that every kernel can do, if it can do anything there
 
 

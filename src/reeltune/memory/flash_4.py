@@ -64,11 +64,10 @@ class Preferred(TorchFunctionMode):
 def in_graph(graph: GraphModule, *, others: bool) -> None:
     """Has FlashAttention 4 compute the attention of a graph that is to be compiled. others: as of `Preferred`."""
     for module in graph.modules():  # what is recomputed is a graph within the graph
-        nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
-        for node in nodes:
-            if node.target is scaled_dot_product_attention:
-                node.target = COMPUTE[others]
         if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                if node.target is scaled_dot_product_attention:
+                    node.target = COMPUTE[others]
             module.recompile()
 
 
@@ -199,7 +198,8 @@ def _backward_flops(grad: list[int], query: list[int], key: list[int], value: li
 
 def _in_rows(tensor_BHLD: Tensor) -> Tensor:
     """B L H D, one row after the other. Compiled code gives a dimension of 1 no stride, which the package refuses."""
-    return tensor_BHLD.transpose(1, 2).contiguous().flatten().view(tensor_BHLD.transpose(1, 2).shape)
+    rows_BLHD = tensor_BHLD.transpose(1, 2).contiguous()
+    return rows_BLHD.flatten().view(rows_BLHD.shape)
 
 
 def _room(like_BHLD: Tensor, width: int) -> Tensor:

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 
 import torch
 
+from reeltune.config.kernel_rules import of_the_process
 from reeltune.config.recipe import Recipe
 from reeltune.core.types import Batch, Encoded
-from reeltune.memory import attention, flash_4
 
 Placed = tuple[Batch, int, int]  # a batch, its epoch, and the cursor after it
 
@@ -92,9 +92,7 @@ def encodes_ahead(recipe: Recipe, *, on_gpu: bool) -> bool:
     the kernels chosen for the network would be used for the encoders too. On a CPU both would share the cores."""
     if recipe.memory.encode_ahead is not None:
         return recipe.memory.encode_ahead
-    own = recipe.training.attention in (attention.AUTO, flash_4.NAME)  # the others are chosen for the whole process
-    chosen = not own or recipe.training.deterministic
-    return on_gpu and not recipe.training.low_vram and not (_encoders_run(recipe) and chosen)
+    return on_gpu and not recipe.training.low_vram and not (_encoders_run(recipe) and of_the_process(recipe))
 
 
 def encodes_beside(recipe: Recipe, *, on_gpu: bool) -> bool:
